@@ -1,0 +1,78 @@
+"""The one protocol behind which every engine stands, and how an engine is named and loaded.
+
+Stands inside the *answer* stage: `transforms/run.py` pulls completions from `ModelRunner.generate`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol, cast
+
+from schemas.errors import EngineLoadError
+from schemas.records import Completion, Request
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What a job says of its engine; picklable, small, no loaded model.
+
+    Attributes:
+        engine: a key of `ENGINES`.
+        path: folder of a Hugging Face checkpoint (config, tokenizer, safetensors).
+        name: the model's name as written to tables and looked up in price books.
+        revision: digest that pins the checkpoint's files; see `checkpoint_revision`.
+        dtype: `auto`, `float32` or `bfloat16`.
+        device: `auto` or a torch device string.
+        batch_size: most sequences that run together; 0 lets the engine decide.
+        script: `fake` only: path of a JSON file with scripted answers and failures.
+    """
+
+    engine: str
+    path: str
+    name: str
+    revision: str
+    dtype: str = "auto"
+    device: str = "auto"
+    batch_size: int = 0
+    script: str | None = None
+
+
+class ModelRunner(Protocol):
+    """A loaded engine.
+
+    Requests are pulled lazily, in windows the engine chooses, so the iterable may be longer than memory. For each
+    request exactly one `Completion` comes out: an answer or a typed failure (`Completion.error`), in any order, each
+    as soon as it is done. Greedy completions depend on their request alone, not on its neighbours.
+    """
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Answer requests; raises only when the engine itself is broken, never for one request."""
+        ...
+
+
+ENGINES: dict[str, str] = {
+    "fake": "model_runner.fake:load_fake_runner",
+    "transformers": "model_runner.transformers_runner:load_transformers_runner",
+}
+"""Engine names and where their loaders live; imported on first use, so a job pays only for its own engine."""
+
+
+def load_runner(config: EngineConfig) -> ModelRunner:
+    """Load the engine that a configuration names.
+
+    Raises:
+        EngineLoadError: the engine is unknown, its packages are missing, or its model cannot be loaded.
+    """
+    try:
+        module_name, _, function_name = ENGINES[config.engine].partition(":")
+    except KeyError:
+        known = ", ".join(sorted(ENGINES))
+        raise EngineLoadError(f"unknown engine {config.engine!r}; expected one of: {known}") from None
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise EngineLoadError(
+            f"engine {config.engine!r} needs a package that is not installed: {error.name}"
+        ) from error
+    load = cast("Callable[[EngineConfig], ModelRunner]", getattr(module, function_name))
+    return load(config)

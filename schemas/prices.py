@@ -1,0 +1,46 @@
+"""Prices as records: what one attempt's tokens cost, and by which line of which book."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Literal, TypeAlias
+
+CostBasis: TypeAlias = Literal["exact", "upper_bound"]
+
+
+@dataclass(frozen=True, slots=True)
+class PriceLine:
+    """One dated line of a price book; prices are per 1,000,000 tokens.
+
+    The interval is half-open, `[effective_from, effective_to)`, in UTC. `windows` are half-open minutes of the UTC
+    day, `(start, end)`, and may wrap midnight; empty means all day. A line with a window beats one without.
+    """
+
+    line_id: str
+    provider: str
+    model: str
+    effective_from: datetime
+    effective_to: datetime | None
+    windows: tuple[tuple[int, int], ...]
+    currency: str
+    cache_hit: Decimal | None
+    cache_miss: Decimal
+    output: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What one attempt cost. All amounts are exact to 12 decimal places."""
+
+    cache_hit_tokens: int | None
+    cache_miss_tokens: int
+    visible_output_tokens: int
+    reasoning_tokens: int
+    line: PriceLine
+    input_cost: Decimal
+    output_cost: Decimal
+    basis: CostBasis
+
+    @property
+    def cost(self) -> Decimal:
+        return self.input_cost + self.output_cost

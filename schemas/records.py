@@ -1,0 +1,134 @@
+"""The frozen records that stages and engines exchange, one request or answer each.
+
+Between stages rows travel as Arrow record batches (`schemas.tables`); they become these records
+only around the model runner.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.canonical import Json
+from schemas.errors import RowError, Stage
+
+TokenIds: TypeAlias = npt.NDArray[np.int32]
+FinishReason: TypeAlias = Literal[
+    "stop", "length", "tool_calls", "content_filter", "insufficient_system_resource", "aborted", "error"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an answer is drawn; the names are OpenAI's. `temperature=0` is greedy."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the same prompt always gives the same answer."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message. `extra` holds the fields beyond role and content, such as `tool_calls`."""
+
+    role: str
+    content: str
+    extra: Mapping[str, Json] = field(default_factory=dict[str, Json])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One prompt to be answered.
+
+    Attributes:
+        request_id: unique among the requests given to one `generate` call.
+        prompt_token_ids: the encoded prompt; int32, shape (num_prompt_tokens,).
+        messages: the chat that was encoded; what remote engines send.
+        tenant: rows of different tenants never share cached prefixes.
+    """
+
+    request_id: str
+    prompt_token_ids: TokenIds
+    messages: tuple[Message, ...]
+    sampling: Sampling
+    tenant: str = ""
+    attempt: int = 1
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return int(self.prompt_token_ids.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one attempt, in OpenAI's names.
+
+    `cached_tokens` is part of `prompt_tokens`; None means unknown, never zero. `reasoning_tokens` is part of
+    `completion_tokens`.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int | None = None
+    reasoning_tokens: int = 0
+
+    @property
+    def computed_tokens(self) -> int | None:
+        """Prompt tokens that were not served from a cache; None when that is unknown."""
+        return None if self.cached_tokens is None else self.prompt_tokens - self.cached_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function call in an answer; `arguments` is JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What became of one request: an answer, or a typed failure in `error`.
+
+    `started_at` (UTC) decides the price; `latency_ms` is measured from there to the last token. `usage` counts what
+    was paid, also for a failure.
+    """
+
+    request_id: str
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    started_at: datetime
+    latency_ms: float
+    provider: str
+    model: str
+    model_revision: str
+    reasoning_content: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    error: RowError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """Why a row has no answer; written beside the answers, never dropped."""
+
+    custom_id: str
+    error_stage: Stage
+    error_type: str
+    error_message: str
+
+    @classmethod
+    def of(cls, custom_id: str, error: RowError) -> "Rejection":
+        """The rejection that a row error stands for."""
+        return cls(custom_id, error.error_stage, error.error_type, str(error))

@@ -1,0 +1,132 @@
+"""Arrow schemas of everything that is written: plan, results and rejects, ledger.
+
+Versioned: a column is only ever added, and then `TABLES_VERSION` rises. A column keeps its type when it is all null.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+
+TABLES_VERSION = 1
+
+MONEY = pa.decimal128(38, 12)
+"""Type of every price, cost and sum of costs."""
+
+TOOL_CALLS = pa.list_(
+    pa.struct([pa.field("id", pa.string()), pa.field("name", pa.string()), pa.field("arguments", pa.string())])
+)
+
+RESULT_SCHEMA = pa.schema(
+    [
+        pa.field("custom_id", pa.string()),
+        pa.field("status", pa.string()),
+        pa.field("output_text", pa.string()),
+        pa.field("output_json", pa.string()),
+        pa.field("reasoning_content", pa.string()),
+        pa.field("tool_calls", TOOL_CALLS),
+        pa.field("finish_reason", pa.string()),
+        pa.field("error_type", pa.string()),
+        pa.field("error_message", pa.string()),
+        pa.field("error_stage", pa.string()),
+        pa.field("attempts", pa.int32()),
+        pa.field("provider", pa.string()),
+        pa.field("model", pa.string()),
+        pa.field("model_revision", pa.string()),
+        pa.field("prompt_tokens", pa.int64()),
+        pa.field("cached_tokens", pa.int64()),
+        pa.field("computed_tokens", pa.int64()),
+        pa.field("completion_tokens", pa.int64()),
+        pa.field("reasoning_tokens", pa.int64()),
+        pa.field("cost", MONEY),
+        pa.field("cost_allocated", MONEY),
+        pa.field("currency", pa.string()),
+        pa.field("cost_basis", pa.string()),
+        pa.field("price_book", pa.string()),
+        pa.field("merged_into", pa.string()),
+        pa.field("latency_ms", pa.float64()),
+        pa.field("run_id", pa.string()),
+        pa.field("source_file", pa.string()),
+        pa.field("source_row", pa.int64()),
+        pa.field("scope", pa.string()),
+        pa.field("num_rows", pa.int64()),
+    ]
+)
+"""Columns shared by `results/` and `rejects/`, before the input's passthrough columns.
+
+`status` is `ok` or `rejected`; `scope` is `row`, `row_group` or `file`, and `num_rows` says for how many input rows
+a reject stands (null when an unreadable file does not tell).
+"""
+
+LEDGER_SCHEMA = pa.schema(
+    [
+        pa.field("run_id", pa.string()),
+        pa.field("shard", pa.string()),
+        pa.field("custom_id", pa.string()),
+        pa.field("source_file", pa.string()),
+        pa.field("source_row", pa.int64()),
+        pa.field("attempt", pa.int32()),
+        pa.field("outcome", pa.string()),
+        pa.field("tenant", pa.string()),
+        pa.field("cost_center", pa.string()),
+        pa.field("provider", pa.string()),
+        pa.field("model", pa.string()),
+        pa.field("model_revision", pa.string()),
+        pa.field("started_at", pa.timestamp("us", tz="UTC")),
+        pa.field("latency_ms", pa.float64()),
+        pa.field("cache_hit_tokens", pa.int64()),
+        pa.field("cache_miss_tokens", pa.int64()),
+        pa.field("visible_output_tokens", pa.int64()),
+        pa.field("reasoning_tokens", pa.int64()),
+        pa.field("cache_hit_price", MONEY),
+        pa.field("cache_miss_price", MONEY),
+        pa.field("output_price", MONEY),
+        pa.field("cost", MONEY),
+        pa.field("cost_allocated", MONEY),
+        pa.field("currency", pa.string()),
+        pa.field("cost_basis", pa.string()),
+        pa.field("price_book", pa.string()),
+        pa.field("price_line", pa.string()),
+    ]
+)
+"""One line an attempt of one request, with disjoint token classes; prices are per 1,000,000 tokens.
+
+`outcome` is `answered`, `rejected` (paid, but no valid answer) or `wasted` (paid by a copy that lost). Unknown
+cached tokens leave `cache_hit_tokens` null and count whole as `cache_miss_tokens`, with `cost_basis = "upper_bound"`.
+"""
+
+PLAN_SCHEMA = pa.schema(
+    [
+        pa.field("custom_id", pa.string()),
+        pa.field("source_file", pa.string()),
+        pa.field("source_row", pa.int64()),
+        pa.field("unit", pa.int32()),
+        pa.field("scope", pa.string()),
+        pa.field("num_rows", pa.int64()),
+        pa.field("prefix_key", pa.large_binary()),
+        pa.field("num_prompt_tokens", pa.int32()),
+        pa.field("messages", pa.large_string()),
+        pa.field("sampling", pa.string()),
+        pa.field("tenant", pa.string()),
+        pa.field("cost_center", pa.string()),
+        pa.field("error_stage", pa.string()),
+        pa.field("error_type", pa.string()),
+        pa.field("error_message", pa.string()),
+        pa.field("merged_into", pa.string()),
+    ]
+)
+"""A planned row, before its `passthrough` struct: a request in `prefix_key` (see `model_runner.prefix_tree`),
+`messages` and `sampling` (canonical JSON), or a reject in the `error_*` columns, never both. `unit` is the ordinal
+of the input unit (file, row group), `source_row` the row's index in its file."""
+
+PASSTHROUGH = "passthrough"
+
+
+def result_schema(passthrough: "Iterable[pa.Field[Any]]") -> pa.Schema:
+    """`RESULT_SCHEMA` followed by the input's passthrough columns."""
+    return pa.schema([*RESULT_SCHEMA, *passthrough])
+
+
+def plan_schema(passthrough: "Iterable[pa.Field[Any]]") -> pa.Schema:
+    """`PLAN_SCHEMA` followed by one struct column that holds the passthrough columns."""
+    return pa.schema([*PLAN_SCHEMA, pa.field(PASSTHROUGH, pa.struct(list(passthrough)))])
