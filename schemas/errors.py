@@ -6,6 +6,7 @@
     │   ├── InputPatternError       exit 2: the input names nothing
     │   ├── OutputError             exit 2: the output cannot be used
     │   ├── EngineLoadError         exit 1: the model cannot be loaded
+    │   ├── EngineContractError     exit 1: the engine answered what it was not asked
     │   ├── CommitError             exit 1: durable state is missing or contradicts itself
     │   └── JobInterrupted          exit 4: stopped by a signal, can be resumed
     └── RowError                    a row's problem; becomes a `Rejection`, never escapes a stage
@@ -56,6 +57,10 @@ class OutputError(JobError):
 
 class EngineLoadError(JobError):
     """The engine's model or tokenizer cannot be loaded."""
+
+
+class EngineContractError(JobError):
+    """The engine gave a second completion for a request, or one for a request that it never got."""
 
 
 class CommitError(JobError):
@@ -237,3 +242,9 @@ class ModelRejected(RowError):
     error_type = "model_rejected"
     error_stage = "validate"
     retryable = True
+
+
+def abbreviated(value: object, max_characters: int = 80) -> str:
+    """How a value that was found is shown in an error message: never the whole of a long one."""
+    text = repr(value)
+    return text if len(text) <= max_characters else text[: max_characters - 3] + "..."

@@ -19,20 +19,26 @@ class InputSection(Section):
     """`[input]`: which rows are read."""
 
     path: Annotated[str, Field(min_length=1, description="A file, a folder, a glob or an object-store URL")]
-    format: Literal["auto", "parquet", "jsonl"] = Field("auto", description="`jsonl` is the OpenAI batch shape")
-    id_column: str | None = Field(None, description="Column whose values become custom_id; else derived from position")
-    passthrough: tuple[str, ...] | Literal["all"] = Field((), description="Input columns repeated in the output")
-    tenant_column: str | None = Field(None, description="Rows of different tenants never share or merge anything")
-    cost_center_column: str | None = Field(None, description="Who is charged inside a tenant")
+    format: Literal["auto", "parquet", "jsonl"] = Field(default="auto", description="`jsonl` is the OpenAI batch shape")
+    id_column: str | None = Field(
+        default=None, description="Column whose values become custom_id; else derived from position"
+    )
+    passthrough: tuple[str, ...] | Literal["all"] = Field(
+        default=(), description="Input columns repeated in the output"
+    )
+    tenant_column: str | None = Field(
+        default=None, description="Rows of different tenants never share or merge anything"
+    )
+    cost_center_column: str | None = Field(default=None, description="Who is charged inside a tenant")
 
 
 class PromptSection(Section):
     """`[prompt]`: how a row becomes chat messages."""
 
-    system: str | None = Field(None, description="System message, a Jinja template")
-    template: str | None = Field(None, description="User message, a Jinja template over the input's columns")
-    messages_column: str | None = Field(None, description="Column that holds whole chats instead of a template")
-    max_template_steps: int = Field(10_000, gt=0, description="Loop iterations one row's templates may take")
+    system: str | None = Field(default=None, description="System message, a Jinja template")
+    template: str | None = Field(default=None, description="User message, a Jinja template over the input's columns")
+    messages_column: str | None = Field(default=None, description="Column that holds whole chats instead of a template")
+    max_template_steps: int = Field(default=10_000, gt=0, description="Loop iterations one row's templates may take")
 
     @model_validator(mode="after")
     def _check_one_source(self) -> "PromptSection":
@@ -46,10 +52,14 @@ class OutputSection(Section):
 
     path: Annotated[str, Field(min_length=1, description="Folder of the run; it belongs to this job alone")]
     schema_: str | None = Field(
-        None, alias="schema", description="A JSON Schema file, or a pydantic model as `package.module:Class`"
+        default=None, alias="schema", description="A JSON Schema file, or a pydantic model as `package.module:Class`"
     )
-    formats: Literal["assert", "annotate"] = Field("assert", description="Whether JSON Schema `format` is checked")
-    max_reject_share: float = Field(0.0, ge=0, le=1, description="Share of rejected rows that still exits with 0")
+    formats: Literal["assert", "annotate"] = Field(
+        default="assert", description="Whether JSON Schema `format` is checked"
+    )
+    max_reject_share: float = Field(
+        default=0.0, ge=0, le=1, description="Share of rejected rows that still exits with 0"
+    )
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -57,41 +67,43 @@ class OutputSection(Section):
 class ModelSection(Section):
     """`[model]`: which engine and checkpoint answer; left out, the embedded checkpoint does."""
 
-    engine: str = Field("transformers", description="`transformers` or `fake`")
-    path: str | None = Field(None, description="Folder of a Hugging Face checkpoint; default the embedded one")
-    name: str | None = Field(None, description="Model name in tables and price books; default the folder's name")
+    engine: str = Field(default="transformers", description="`transformers` or `fake`")
+    path: str | None = Field(default=None, description="Folder of a Hugging Face checkpoint; default the embedded one")
+    name: str | None = Field(
+        default=None, description="Model name in tables and price books; default the folder's name"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    device: str = Field("auto", description="`auto` or a torch device")
-    batch_size: int = Field(0, ge=0, description="Most sequences that run together; 0 lets the engine decide")
-    script: str | None = Field(None, description="`fake` only: JSON file of scripted answers and failures")
+    device: str = Field(default="auto", description="`auto` or a torch device")
+    batch_size: int = Field(default=0, ge=0, description="Most sequences that run together; 0 lets the engine decide")
+    script: str | None = Field(default=None, description="`fake` only: JSON file of scripted answers and failures")
 
 
 class SamplingSection(Section):
     """`[sampling]`: how answers are drawn; a request's own values win."""
 
-    max_tokens: int = Field(512, gt=0)
-    temperature: float = Field(0.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    stop: tuple[str, ...] = Field((), max_length=16)
+    max_tokens: int = Field(default=512, gt=0)
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    stop: tuple[str, ...] = Field(default=(), max_length=16)
     seed: int | None = None
 
 
 class PlanSection(Section):
     """`[plan]`: how rows are cut into shards."""
 
-    max_shard_tokens: int = Field(400_000, gt=0, description="Expected uncached plus output tokens a shard")
-    max_shard_rows: int = Field(4096, gt=0, description="Most rows a shard")
+    max_shard_tokens: int = Field(default=400_000, gt=0, description="Expected uncached plus output tokens a shard")
+    max_shard_rows: int = Field(default=4096, gt=0, description="Most rows a shard")
     merge: Literal["auto", "always", "never"] = Field(
-        "auto", description="Answer identical requests once: `auto` where sampling is greedy"
+        default="auto", description="Answer identical requests once: `auto` where sampling is greedy"
     )
 
 
 class AccountingSection(Section):
     """`[accounting]`: what tokens cost."""
 
-    price_book: str | None = Field(None, description="CSV of dated prices; without it costs are null")
-    provider: str | None = Field(None, description="Provider to look up; default the engine's own")
-    model: str | None = Field(None, description="Model to look up; default `[model] name`")
+    price_book: str | None = Field(default=None, description="CSV of dated prices; without it costs are null")
+    provider: str | None = Field(default=None, description="Provider to look up; default the engine's own")
+    model: str | None = Field(default=None, description="Model to look up; default `[model] name`")
 
 
 class Job(Section):

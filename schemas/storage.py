@@ -59,6 +59,13 @@ def is_folder(path: str) -> bool:
     return bool(fs.isdir(inner))
 
 
+def holds_anything(folder: str) -> bool:
+    """Whether a folder holds any file or folder."""
+    fs, inner = file_system(folder)
+    fs.invalidate_cache(inner)
+    return bool(fs.ls(inner, detail=False))
+
+
 def make_folder(path: str) -> None:
     fs, inner = file_system(path)
     fs.makedirs(inner, exist_ok=True)
@@ -110,6 +117,22 @@ def write_whole(path: str, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
+
+
+def write_note(path: str, content: bytes) -> None:
+    """Write a small file that may be lost: whole for its readers, but not made durable.
+
+    Raises:
+        OSError: nothing was written.
+    """
+    if not is_local(path):
+        write_whole(path, content)
+        return
+    target = Path(_local(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(target)
 
 
 def create_exclusive(path: str, content: bytes) -> bool:

@@ -120,6 +120,27 @@ PLAN_SCHEMA = pa.schema(
 of the input unit (file, row group), `source_row` the row's index in its file."""
 
 PASSTHROUGH = "passthrough"
+INPUT = "input"
+
+READ_SCHEMA = pa.schema(
+    [
+        PLAN_SCHEMA.field(name)
+        for name in (
+            "custom_id",
+            "source_file",
+            "source_row",
+            "unit",
+            "scope",
+            "num_rows",
+            "tenant",
+            "cost_center",
+            "error_stage",
+            "error_type",
+            "error_message",
+        )
+    ]
+)
+"""A row as it was read, before its `input` struct (what the prompt is made of) and its `passthrough` struct."""
 
 
 def result_schema(passthrough: "Iterable[pa.Field[Any]]") -> pa.Schema:
@@ -130,3 +151,14 @@ def result_schema(passthrough: "Iterable[pa.Field[Any]]") -> pa.Schema:
 def plan_schema(passthrough: "Iterable[pa.Field[Any]]") -> pa.Schema:
     """`PLAN_SCHEMA` followed by one struct column that holds the passthrough columns."""
     return pa.schema([*PLAN_SCHEMA, pa.field(PASSTHROUGH, pa.struct(list(passthrough)))])
+
+
+def read_schema(input_fields: "Iterable[pa.Field[Any]]", passthrough: "Iterable[pa.Field[Any]]") -> pa.Schema:
+    """`READ_SCHEMA` followed by the structs that hold the prompt's columns and the passthrough columns."""
+    return pa.schema(
+        [
+            *READ_SCHEMA,
+            pa.field(INPUT, pa.struct(list(input_fields))),
+            pa.field(PASSTHROUGH, pa.struct(list(passthrough))),
+        ]
+    )

@@ -1,0 +1,72 @@
+"""The demo model's layout: DeepSeek V4 with every kind of layer that it has, at about four million parameters."""
+
+import torch
+from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, PreTrainedTokenizerFast
+
+from jobs.demo.tokenizer import BOS, EOS, PAD, token_id
+
+LAYER_TYPES: tuple[str, ...] = (
+    "sliding_attention",
+    "compressed_sparse_attention",
+    "heavily_compressed_attention",
+    "compressed_sparse_attention",
+)
+MLP_LAYER_TYPES: tuple[str, ...] = ("hash_moe", "moe", "moe", "moe")
+EXPERTS_IMPLEMENTATION = "grouped_mm"
+
+
+def demo_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekV4Config:
+    """The configuration, for this tokenizer's vocabulary.
+
+    The window of 192 tokens reaches from an answer's end back to the ticket; a prompt's first third is then only
+    visible through compressed entries (one every 4 tokens in CSA layers, one every 16 in the HCA layer).
+    """
+    return DeepseekV4Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        moe_intermediate_size=96,
+        num_hidden_layers=len(LAYER_TYPES),
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=64,
+        q_lora_rank=96,
+        num_experts_per_tok=2,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        routed_scaling_factor=1.5,
+        max_position_embeddings=2048,
+        rope_theta=10_000.0,
+        compress_rope_theta=10_000.0,
+        partial_rotary_factor=0.5,
+        layer_types=list(LAYER_TYPES),
+        mlp_layer_types=list(MLP_LAYER_TYPES),
+        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
+        hc_mult=4,
+        hc_sinkhorn_iters=8,
+        sliding_window=192,
+        o_groups=2,
+        o_lora_rank=96,
+        index_n_heads=2,
+        index_head_dim=32,
+        index_topk=64,
+        num_nextn_predict_layers=0,
+        bos_token_id=token_id(tokenizer, BOS),
+        eos_token_id=token_id(tokenizer, EOS),
+        pad_token_id=token_id(tokenizer, PAD),
+    )
+
+
+def build_model(config: DeepseekV4Config, *, seed: int) -> DeepseekV4ForCausalLM:
+    """A fresh model in float32 whose hash-routed layers send each token to fixed, distinct experts.
+
+    `transformers` leaves the hash table at zero, one expert twice, and expects it from a checkpoint.
+    """
+    torch.manual_seed(seed)
+    model = DeepseekV4ForCausalLM(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, table in model.named_buffers():
+        if name.endswith("tid2eid"):
+            scores = torch.rand(config.vocab_size, config.n_routed_experts, generator=generator)
+            table.copy_(scores.topk(config.num_experts_per_tok, dim=-1).indices)
+    model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    return model

@@ -1,0 +1,338 @@
+"""Everything that can be checked before the pipeline starts, and what is learnt by checking.
+
+`check_job` looks at files, columns, templates, schema, checkpoint, prices and output, and says all that is wrong at
+once. Nothing is written.
+"""
+
+import difflib
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.demo.checkpoint_path import CHECKPOINT_PATH
+from jobs.identity import JobIdentity, identify
+from jobs.summary import CheckReport
+from model_runner.prompt_encoder import PromptEncoder, checkpoint_revision
+from model_runner.protocol import ENGINES, EngineConfig, load_runner
+from pipelines.main_job import MainJob
+from schemas import storage
+from schemas.answer_schema import AnswerSchema
+from schemas.canonical import Json
+from schemas.errors import JobError, JobFileError, OutputError
+from schemas.job import Job
+from schemas.layout import RunLayout
+from schemas.prices import PriceLine
+from schemas.tables import RESULT_SCHEMA, result_schema
+from transforms.answer import AnswerSpec
+from transforms.input_scan import InputScan, scan_input
+from transforms.plan import PlanRecord, PlanSpec
+from transforms.price_book import PriceBook
+from transforms.prompt_template import PromptTemplate
+from transforms.publish import PublishSpec
+from transforms.read import JSONL_INPUT_FIELDS, ReadColumns
+from transforms.render import RenderSpec
+
+EMBEDDED_NAME = "moebeam-tickets-v4"
+
+Checked = TypeVar("Checked")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedJob:
+    """A job that can run, with all that was found out on the way."""
+
+    job: Job
+    limit: int | None
+    layout: RunLayout
+    identity: JobIdentity
+    scan: InputScan
+    columns: ReadColumns
+    engine: EngineConfig
+    schema: AnswerSchema | None
+    prices: PriceBook | None
+    price_line: PriceLine | None
+
+    def main_job(self, planned: PlanRecord | None) -> MainJob:
+        """What the pipeline is built from; `planned` is the plan of an earlier attempt."""
+        run_id = self.identity.run_id
+        is_jsonl = self.scan.format == "jsonl"
+        passthrough = self.columns.passthrough
+        return MainJob(
+            scan=self.scan,
+            columns=self.columns,
+            render=RenderSpec(
+                prompt=self.job.prompt,
+                sampling=self.job.sampling,
+                checkpoint=self.engine.path,
+                passthrough=passthrough,
+                messages_column="messages" if is_jsonl else self.job.prompt.messages_column,
+                sampling_column="sampling" if is_jsonl else None,
+            ),
+            plan=PlanSpec(self.job.plan, self.layout, passthrough),
+            answer=AnswerSpec(
+                run_id=run_id,
+                layout=self.layout,
+                engine=self.engine,
+                schema=self.schema,
+                prices=self.prices,
+                provider=self.job.accounting.provider,
+                model=self.job.accounting.model,
+            ),
+            publish=PublishSpec(run_id, self.layout, passthrough, self.scan.num_rows, self._described()),
+            has_ids=is_jsonl or self.job.input.id_column is not None,
+            planned=planned,
+        )
+
+    def report(self) -> CheckReport:
+        """What `moebeam validate` prints."""
+        warnings: list[str] = []
+        if self.scan.num_unreadable_files:
+            warnings.append(f"{self.scan.num_unreadable_files} of {self.scan.num_files} files cannot be read")
+        if self.job.accounting.price_book is None:
+            warnings.append("no [accounting] price_book: tokens are counted, costs stay null")
+        line = self.price_line
+        return CheckReport(
+            output=self.layout.output,
+            num_files=self.scan.num_files,
+            num_rows=self.scan.num_rows,
+            limit=self.limit,
+            columns=tuple(self.scan.schema.names) if self.scan.format == "parquet" else (),
+            engine=self.engine.engine,
+            model=self.engine.name,
+            schema=self.job.output.schema_,
+            price=line
+            and f"{line.provider} {line.model}: hit {line.cache_hit}, miss {line.cache_miss}, output {line.output} "
+            f"{line.currency} per 1,000,000 tokens",
+            warnings=tuple(warnings),
+        )
+
+    def _described(self) -> dict[str, Json]:
+        return {
+            "product_version": version("moebeam"),
+            "job_fingerprint": self.identity.fingerprint,
+            "input": {
+                "path": self.job.input.path,
+                "format": self.scan.format,
+                "num_files": self.scan.num_files,
+                "num_rows": self.scan.num_rows,
+                "fingerprint": self.scan.fingerprint,
+                "limit": self.limit,
+            },
+            "model": {"engine": self.engine.engine, "name": self.engine.name, "revision": self.engine.revision},
+            "price_book": self.prices.version if self.prices else None,
+        }
+
+
+def check_job(job: Job, *, limit: int | None = None) -> CheckedJob:
+    """Check a job against the world.
+
+    Raises:
+        JobError: what is wrong, all problems in one message; a subclass of its own where only one is found.
+    """
+    if limit is not None and limit < 1:
+        raise JobFileError(f"--limit: expected at least 1, found {limit}")
+    problems: list[JobError] = []
+    layout = RunLayout(job.output.path)
+    scan = _try(problems, lambda: scan_input(job.input, limit=limit))
+    template = _try(problems, lambda: PromptTemplate(job.prompt))
+    schema = _try(problems, lambda: _load_schema(job))
+    engine = _try(problems, lambda: _engine_config(job))
+    prices = _try(problems, lambda: _load_prices(job))
+    line = None
+    if engine is not None and prices is not None:
+        line = _try(problems, lambda: _price_line(job, engine, prices))
+    if scan is not None and template is not None:
+        problems += _column_problems(job, scan, template)
+    problems += _output_problems(job)
+    if problems or scan is None or template is None or engine is None:
+        raise _one_error(problems)
+    columns = _columns(job, scan, template)
+    _check_writable(columns)
+    identity = identify(job, scan=scan, limit=limit, schema=schema, engine=engine, prices=prices)
+    identity.check_output(layout)
+    return CheckedJob(job, limit, layout, identity, scan, columns, engine, schema, prices, line)
+
+
+def _try(problems: list[JobError], check: Callable[[], Checked]) -> Checked | None:
+    try:
+        return check()
+    except JobError as error:
+        problems.append(error)
+        return None
+
+
+def _one_error(problems: list[JobError]) -> JobError:
+    if len(problems) == 1:
+        return problems[0]
+    return JobFileError("\n".join(str(problem) for problem in problems))
+
+
+def _load_schema(job: Job) -> AnswerSchema | None:
+    return AnswerSchema.load(job.output.schema_, job.output.formats) if job.output.schema_ is not None else None
+
+
+def _load_prices(job: Job) -> PriceBook | None:
+    return PriceBook.load(job.accounting.price_book) if job.accounting.price_book is not None else None
+
+
+def _engine_config(job: Job) -> EngineConfig:
+    """The engine with its checkpoint looked at: tokenizer, context and revision, but no weights loaded."""
+    section = job.model
+    if section.engine not in ENGINES:
+        raise JobFileError(f"[model] engine: expected one of {', '.join(sorted(ENGINES))}, found {section.engine!r}")
+    path = section.path if section.path is not None else str(CHECKPOINT_PATH)
+    default_name = EMBEDDED_NAME if section.path is None else path.rstrip("/").rpartition("/")[2]
+    encoder = PromptEncoder.load(path)
+    if job.sampling.max_tokens >= encoder.context_length:
+        raise JobFileError(
+            f"[sampling] max_tokens: expected less than the model's context of {encoder.context_length} tokens, "
+            f"found {job.sampling.max_tokens}"
+        )
+    config = EngineConfig(
+        engine=section.engine,
+        path=path,
+        name=section.name or default_name,
+        revision=checkpoint_revision(path),
+        dtype=section.dtype,
+        device=section.device,
+        batch_size=section.batch_size,
+        script=section.script,
+    )
+    if section.engine == "fake":
+        load_runner(config)
+    elif section.script is not None:
+        raise JobFileError(f"[model] script: only the engine 'fake' takes one, found engine {section.engine!r}")
+    return config
+
+
+def _price_line(job: Job, engine: EngineConfig, prices: PriceBook) -> PriceLine:
+    provider = job.accounting.provider or ("fake" if engine.engine == "fake" else "local")
+    model = job.accounting.model or engine.name
+    line = prices.find(provider, model, datetime.now(UTC))
+    if line is None:
+        raise JobFileError(
+            f"{job.accounting.price_book}: expected a price of provider {provider!r}, model {model!r} that holds now, "
+            "found none; name both in [accounting] provider and model"
+        )
+    return line
+
+
+def _column_problems(job: Job, scan: InputScan, template: PromptTemplate) -> Iterable[JobError]:
+    section, prompt = job.input, job.prompt
+    if scan.format == "jsonl":
+        for key, value in (
+            ("[prompt] system", prompt.system),
+            ("[prompt] template", prompt.template),
+            ("[prompt] messages_column", prompt.messages_column),
+            ("[input] id_column", section.id_column),
+            ("[input] tenant_column", section.tenant_column),
+            ("[input] cost_center_column", section.cost_center_column),
+            ("[input] passthrough", section.passthrough or None),
+        ):
+            if value is not None:
+                yield JobFileError(f"{key}: not for JSONL input, whose lines bring their own ids and messages")
+        return
+    if prompt.template is None and prompt.messages_column is None:
+        yield JobFileError("[prompt]: expected `template` (or `messages_column`), found neither")
+    if not scan.schema.names and scan.num_unreadable_files:
+        return
+    named = [("[prompt] template", name) for name in sorted(template.variables)]
+    named += [
+        (f"[input] {key}", name)
+        for key, name in (
+            ("id_column", section.id_column),
+            ("tenant_column", section.tenant_column),
+            ("cost_center_column", section.cost_center_column),
+        )
+        if name is not None
+    ]
+    if prompt.messages_column is not None:
+        named.append(("[prompt] messages_column", prompt.messages_column))
+    if section.passthrough != "all":
+        named += [("[input] passthrough", name) for name in section.passthrough]
+    for key, name in named:
+        if name not in scan.schema.names:
+            near = difflib.get_close_matches(name, scan.schema.names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; its columns are {', '.join(scan.schema.names)}"
+            yield JobFileError(f"{key}: {section.path} has no column {name!r}{hint}")
+    for key, name in named:
+        if key.endswith("_column") and key.startswith("[input]") and name in scan.schema.names:
+            found = scan.schema.field(name).type
+            if not _can_be_label(found):
+                yield JobFileError(f"{key}: expected a column of text or whole numbers, found {name!r} of type {found}")
+    taken = {field.lower() for field in RESULT_SCHEMA.names}
+    passed = scan.schema.names if section.passthrough == "all" else section.passthrough
+    for name in passed:
+        if name.lower() in taken:
+            yield JobFileError(
+                f"[input] passthrough: column {name!r} has the name of an output column (case ignored); "
+                "rename it in the input or leave it out"
+            )
+
+
+def _can_be_label(found: pa.DataType) -> bool:
+    types = pa.types
+    return (
+        types.is_string(found)
+        or types.is_large_string(found)
+        or types.is_string_view(found)
+        or types.is_integer(found)
+        or types.is_null(found)
+    )
+
+
+def _output_problems(job: Job) -> Iterable[JobError]:
+    output = job.output.path
+    source = job.input.path
+    folder = source.rstrip("/") if not any(mark in source for mark in "*?[") else source.partition("*")[0].rstrip("/")
+    if output.rstrip("/") == folder or (folder and output.startswith(folder + "/") and "**" in source + "/**"):
+        yield OutputError(
+            f"[output] path {output!r} lies inside the input {source!r}: a later run would read its own results"
+        )
+    if not storage.is_local(output):
+        return
+    path = Path(output)
+    if path.is_file():
+        yield OutputError(f"[output] path {output!r}: expected a folder, found a file")
+        return
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        yield OutputError(f"[output] path {output!r}: {existing} cannot be written")
+
+
+def _columns(job: Job, scan: InputScan, template: PromptTemplate) -> ReadColumns:
+    if scan.format == "jsonl":
+        return ReadColumns(input_fields=JSONL_INPUT_FIELDS, passthrough=())
+    column = job.prompt.messages_column
+    names = sorted(template.variables) if column is None else [column]
+    passed = scan.schema.names if job.input.passthrough == "all" else job.input.passthrough
+    fields: Mapping[str, pa.Field[Any]] = {name: scan.schema.field(name) for name in scan.schema.names}
+    return ReadColumns(
+        # Without a readable file no column is known; every unit then is a reject.
+        input_fields=tuple(fields[name] for name in names if name in fields),
+        passthrough=tuple(fields[name] for name in dict.fromkeys(passed) if name in fields),
+        id_column=job.input.id_column if job.input.id_column in fields else None,
+        tenant_column=job.input.tenant_column if job.input.tenant_column in fields else None,
+        cost_center_column=job.input.cost_center_column if job.input.cost_center_column in fields else None,
+    )
+
+
+def _check_writable(columns: ReadColumns) -> None:
+    """Some Arrow types have no Parquet form; better now than after the first paid shard."""
+    for field in columns.passthrough:
+        try:
+            pq.write_table(result_schema([field]).empty_table(), io.BytesIO())
+        except (pa.ArrowException, ValueError) as error:
+            raise JobFileError(
+                f"[input] passthrough: column {field.name!r} of type {field.type} cannot be written to Parquet: {error}"
+            ) from error
+
+

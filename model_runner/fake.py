@@ -1,0 +1,227 @@
+"""The `fake` engine: scripted answers and failures, for dry runs and tests.
+
+Stands where a model would in the *answer* stage. A script is a JSON file:
+
+    {"default": {"text": "{}"}, "latency_ms": 0, "rules": [
+        {"contains": "urgent", "text": "{\\"priority\\": \\"urgent\\"}"},
+        {"pattern": "^\\\\s*$", "failure": "refused", "message": "nothing to read"},
+        {"contains": "overload", "attempt": 1, "failure": "engine_overloaded"}]}
+
+The first rule that matches the last user message (and the attempt, where it names one) gives the reply.
+"""
+
+import hashlib
+import re
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from model_runner.prefix_tree import common_prefix_length
+from model_runner.prompt_encoder import PromptEncoder
+from model_runner.protocol import EngineConfig
+from schemas import storage
+from schemas.canonical import canonical_json
+from schemas.errors import EngineLoadError, RowError
+from schemas.records import Completion, FinishReason, Request, TokenIds, Usage
+
+PROVIDER = "fake"
+FAILURES: dict[str, type[RowError]] = {
+    error.error_type: error for error in RowError.__subclasses__() if error.error_stage == "run"
+}
+"""What a reply's `failure` may name."""
+
+_CHARACTERS_PER_TOKEN = 4
+
+
+class Reply(BaseModel):
+    """One scripted answer or failure.
+
+    Without `text` the answer is `{"echo": ..., "num_prompt_tokens": ...}`; without `cached_tokens` an ideal prefix
+    cache is simulated, while null means unknown; token counts that are given are reported as they are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str | None = None
+    finish_reason: FinishReason | None = None
+    failure: str | None = None
+    message: str | None = None
+    reasoning_content: str | None = None
+    cached_tokens: int | None = Field(default=None, ge=0)
+    completion_tokens: int | None = Field(default=None, ge=0)
+
+    @field_validator("failure")
+    @classmethod
+    def _check_failure(cls, value: str | None) -> str | None:
+        if value is not None and value not in FAILURES:
+            raise ValueError(f"expected one of {', '.join(sorted(FAILURES))}, found {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _check_message(self) -> Self:
+        if self.message is not None and self.failure is None:
+            raise ValueError("`message` belongs to a `failure`")
+        return self
+
+
+class Rule(Reply):
+    """A reply and when it is given: to which text of the last user message, on which attempt."""
+
+    contains: str | None = None
+    pattern: str | None = None
+    attempt: int | None = Field(default=None, ge=1)
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"expected a regular expression, found {value!r}: {error}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _check_condition(self) -> Self:
+        if self.contains is not None and self.pattern is not None:
+            raise ValueError("give `contains` or `pattern`, not both")
+        if self.contains is None and self.pattern is None and self.attempt is None:
+            raise ValueError("give `contains`, `pattern` or `attempt`: a rule without any would always match")
+        return self
+
+    def is_match(self, text: str, attempt: int) -> bool:
+        """Whether the rule is meant for a last user message and an attempt."""
+        if self.attempt is not None and self.attempt != attempt:
+            return False
+        if self.contains is not None:
+            return self.contains in text
+        return self.pattern is None or re.search(self.pattern, text) is not None
+
+
+class Script(BaseModel):
+    """All replies of a fake engine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    default: Reply = Field(default_factory=Reply)
+    rules: tuple[Rule, ...] = ()
+    latency_ms: float = Field(default=0.0, ge=0, description="Waited before each answer, and reported as it is")
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class FakeRunner:
+    """Answers by script, one request at a time, in the order in which they come.
+
+    Tokens are counted by `encoder`; without one, four characters are a token. `cached_tokens` is what a request
+    shares with the one before it of the same tenant within one `generate` call: a perfect cache fed in token order.
+    """
+
+    config: EngineConfig
+    script: Script
+    encoder: PromptEncoder | None = None
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Answer each request as it is pulled; pulls nothing ahead."""
+        last_token_ids: dict[str, TokenIds] = {}
+        for request in requests:
+            before = last_token_ids.get(request.tenant)
+            num_shared = 0 if before is None else common_prefix_length(before, request.prompt_token_ids)
+            last_token_ids[request.tenant] = request.prompt_token_ids
+            yield self._answer(request, num_shared)
+
+    def _answer(self, request: Request, num_shared: int) -> Completion:
+        started_at = datetime.now(UTC)
+        if self.script.latency_ms:
+            time.sleep(self.script.latency_ms / 1000)
+        reply = self._reply_to(request)
+        error: RowError | None = None
+        finish_reason: FinishReason = reply.finish_reason or "stop"
+        if reply.failure is not None:
+            error = FAILURES[reply.failure](reply.message or f"scripted failure: {reply.failure}")
+            finish_reason = reply.finish_reason or "error"
+            text, num_completion, num_reasoning = reply.text or "", 0, 0
+        else:
+            _, num_reasoning = self._cut(reply.reasoning_content or "", None)
+            max_tokens = max(0, request.sampling.max_tokens - num_reasoning)
+            whole = _echo(request.prompt_token_ids) if reply.text is None else reply.text
+            text, num_visible = self._cut(whole, max_tokens)
+            num_completion = num_reasoning + num_visible
+            if text != whole:
+                finish_reason = "length"
+        if reply.completion_tokens is not None:
+            num_completion = reply.completion_tokens
+            num_reasoning = min(num_reasoning, num_completion)
+        return Completion(
+            request_id=request.request_id,
+            text=text,
+            finish_reason=finish_reason,
+            usage=Usage(
+                prompt_tokens=request.num_prompt_tokens,
+                completion_tokens=num_completion,
+                cached_tokens=reply.cached_tokens if "cached_tokens" in reply.model_fields_set else num_shared,
+                reasoning_tokens=num_reasoning,
+            ),
+            started_at=started_at,
+            latency_ms=self.script.latency_ms,
+            provider=PROVIDER,
+            model=self.config.name,
+            model_revision=self.config.revision,
+            reasoning_content=reply.reasoning_content,
+            error=error,
+        )
+
+    def _reply_to(self, request: Request) -> Reply:
+        if not self.script.rules:
+            return self.script.default
+        text = next((message.content for message in reversed(request.messages) if message.role == "user"), "")
+        for rule in self.script.rules:
+            if rule.is_match(text, request.attempt):
+                return rule
+        return self.script.default
+
+    def _cut(self, text: str, max_tokens: int | None) -> tuple[str, int]:
+        """A text's first `max_tokens` tokens, and how many tokens they are; the text itself if it is no longer."""
+        if self.encoder is None:
+            num_tokens = -(-len(text) // _CHARACTERS_PER_TOKEN)
+            if max_tokens is None or num_tokens <= max_tokens:
+                return text, num_tokens
+            return text[: max_tokens * _CHARACTERS_PER_TOKEN], max_tokens
+        (token_ids,) = self.encoder.encode_batch([text])
+        if max_tokens is None or token_ids.shape[0] <= max_tokens:
+            return text, int(token_ids.shape[0])
+        return self.encoder.decode(token_ids[:max_tokens]), max_tokens
+
+
+def load_fake_runner(config: EngineConfig) -> FakeRunner:
+    """Read the script, if there is one, and the tokenizer, if the configuration has a checkpoint path.
+
+    Raises:
+        EngineLoadError: script or tokenizer cannot be read; names the file and the field.
+    """
+    script = Script() if config.script is None else _read_script(config.script)
+    return FakeRunner(config, script, PromptEncoder.load(config.path) if config.path else None)
+
+
+def _read_script(path: str) -> Script:
+    try:
+        content = storage.read_bytes(path)
+    except OSError as error:
+        raise EngineLoadError(f"{path}: expected a script of the fake engine, found: {error}") from error
+    try:
+        return Script.model_validate_json(content)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'file'}: {problem['msg']}"
+            for problem in error.errors(include_url=False)
+        )
+        raise EngineLoadError(f"{path}: not a script of the fake engine: {problems}") from error
+
+
+def _echo(token_ids: TokenIds) -> str:
+    digest = hashlib.sha256(token_ids.astype(np.dtype("<i4")).tobytes()).hexdigest()
+    return canonical_json({"echo": digest[:16], "num_prompt_tokens": int(token_ids.shape[0])})

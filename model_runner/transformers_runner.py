@@ -1,0 +1,336 @@
+"""The `transformers` engine: any Hugging Face causal language model, in process; slow, simple, the oracle.
+
+Stands inside the *answer* stage. Nothing is cached between requests and nothing is padded: only prompts of one length
+run together, because `transformers` 5.23 answers wrongly for DeepSeek V4 with left padding. In float32 a greedy answer
+is the same alone and in a batch; in bfloat16 the batch's shape changes rounding and may change a token.
+"""
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils import logging as transformers_logging
+
+from model_runner.checkpoint import read_tokenizer
+from model_runner.protocol import EngineConfig
+from schemas import storage
+from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError, RowError
+from schemas.records import Completion, FinishReason, Request, Sampling, Usage
+
+PROVIDER = "local"
+NUM_WINDOW_REQUESTS = 512
+"""Most requests that wait in the engine; the more, the fuller are batches of one length."""
+
+DEFAULT_BATCH_SIZE = 16
+_DTYPES: dict[str, str | torch.dtype] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What the model wrote: the visible text, and how many tokens it took, end token and stop string included."""
+
+    text: str
+    num_tokens: int
+    finish_reason: FinishReason
+
+
+class TransformersRunner:
+    """A loaded causal language model. `usage.cached_tokens` is always 0."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        model: Any,
+        tokenizer: tokenizers.Tokenizer,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+    ) -> None:
+        self.config = config
+        self._model = model
+        self._tokenizer = tokenizer
+        self._eos_token_ids = list(eos_token_ids)
+        self._pad_token_id = pad_token_id
+        text_config = model.config.get_text_config()
+        self._context_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._num_embeddings = int(model.get_input_embeddings().weight.shape[0])
+        self._device = model.device
+        self._batch_size = config.batch_size or DEFAULT_BATCH_SIZE
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Answer requests, pulling at most `NUM_WINDOW_REQUESTS` ahead of the answers.
+
+        The largest group of equal prompt length and equal sampling goes first, in batches; sampled requests go one
+        at a time, so that their random numbers are their own.
+        """
+        source = iter(requests)
+        waiting: dict[tuple[int, Sampling], deque[Request]] = {}
+        num_waiting = 0
+        is_exhausted = False
+        while True:
+            while not is_exhausted and num_waiting < NUM_WINDOW_REQUESTS:
+                request = next(source, None)
+                if request is None:
+                    is_exhausted = True
+                elif (error := self._refusal(request)) is not None:
+                    yield self._failure(request, error)
+                else:
+                    group = (request.num_prompt_tokens, request.sampling)
+                    waiting.setdefault(group, deque()).append(request)
+                    num_waiting += 1
+            if not waiting:
+                return
+            group = max(waiting, key=lambda key: len(waiting[key]))
+            queue = waiting[group]
+            most = self._batch_size if group[1].is_greedy else 1
+            batch = [queue.popleft() for _ in range(min(most, len(queue)))]
+            num_waiting -= len(batch)
+            if not queue:
+                del waiting[group]
+            yield from self._complete(batch)
+
+    def _refusal(self, request: Request) -> RowError | None:
+        """Why a request cannot run at all; found before it could break a batch."""
+        token_ids = request.prompt_token_ids
+        max_tokens = request.sampling.max_tokens
+        if token_ids.size == 0:
+            return EngineFailed("expected a prompt of at least one token, found none")
+        if max_tokens < 1:
+            return EngineFailed(f"expected max_tokens of at least 1, found {max_tokens}")
+        if int(token_ids.min()) < 0 or int(token_ids.max()) >= self._num_embeddings:
+            return EngineFailed(
+                f"expected token ids from 0 to {self._num_embeddings - 1}, found {int(token_ids.min())} to "
+                f"{int(token_ids.max())}: the prompt was encoded for another model"
+            )
+        if self._context_length is not None and token_ids.size + max_tokens > self._context_length:
+            return ContextOverflow(
+                f"{token_ids.size} prompt tokens and max_tokens {max_tokens} exceed the context of "
+                f"{self._context_length} tokens"
+            )
+        return None
+
+    def _complete(self, batch: Sequence[Request]) -> Iterator[Completion]:
+        """Run a batch; if it fails, each request alone, so that only the one at fault fails."""
+        started_at, start = datetime.now(UTC), time.perf_counter()
+        failure: EngineFailed | None = None
+        answers: list[_Answer] = []
+        try:
+            answers = self._run(batch)
+        except RuntimeError as error:  # out of memory is one, too
+            failure = EngineFailed(f"the model failed: {type(error).__name__}: {error}")
+        # Past the handler, so that the error's frames no longer hold the batch's tensors.
+        if failure is not None and len(batch) > 1:
+            for request in batch:
+                yield from self._complete([request])
+            return
+        latency_ms = (time.perf_counter() - start) * 1000
+        if failure is not None:
+            yield self._failure(batch[0], failure, started_at, latency_ms)
+        for request, answer in zip(batch, answers, strict=failure is None):
+            yield Completion(
+                request_id=request.request_id,
+                text=answer.text,
+                finish_reason=answer.finish_reason,
+                usage=Usage(request.num_prompt_tokens, answer.num_tokens, cached_tokens=0),
+                started_at=started_at,
+                latency_ms=latency_ms,
+                provider=PROVIDER,
+                model=self.config.name,
+                model_revision=self.config.revision,
+            )
+
+    def _failure(
+        self, request: Request, error: RowError, started_at: datetime | None = None, latency_ms: float = 0.0
+    ) -> Completion:
+        return Completion(
+            request_id=request.request_id,
+            text="",
+            finish_reason="error",
+            usage=Usage(request.num_prompt_tokens, 0, cached_tokens=0),
+            started_at=started_at or datetime.now(UTC),
+            latency_ms=latency_ms,
+            provider=PROVIDER,
+            model=self.config.name,
+            model_revision=self.config.revision,
+            error=error,
+        )
+
+    def _run(self, batch: Sequence[Request]) -> list[_Answer]:
+        """Generate for requests of one prompt length and one sampling."""
+        sampling = batch[0].sampling
+        prompts = np.stack([request.prompt_token_ids for request in batch])
+        num_prompt_tokens = prompts.shape[1]
+        input_ids = torch.from_numpy(prompts).to(self._device, torch.long)  # (num_requests, num_prompt_tokens)
+        settings = GenerationConfig(
+            max_new_tokens=sampling.max_tokens,
+            do_sample=not sampling.is_greedy,
+            eos_token_id=self._eos_token_ids,
+            pad_token_id=self._pad_token_id,
+            **(
+                {} if sampling.is_greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            ),
+        )
+        stops = _StopStrings(self._tokenizer, sampling.stop, num_prompt_tokens, len(batch))
+        with torch.inference_mode(), _quiet(), _seeded(self._device, None if sampling.is_greedy else _seed(batch[0])):
+            output = self._model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([stops] if sampling.stop else []),
+            )
+        rows: list[list[int]] = output[:, num_prompt_tokens:].tolist()  # (num_requests, num_new_tokens)
+        return [self._read(row, sampling, stops.num_tokens[i]) for i, row in enumerate(rows)]
+
+    def _read(self, token_ids: list[int], sampling: Sampling, num_until_stop: int | None) -> _Answer:
+        """Cut a generated row at its end token or stop string, whichever came first; the rest is padding."""
+        num_until_end = next((i + 1 for i, token_id in enumerate(token_ids) if token_id in self._eos_token_ids), None)
+        num_tokens = min(n for n in (num_until_end, num_until_stop, len(token_ids)) if n is not None)
+        text = self._tokenizer.decode(token_ids[:num_tokens], skip_special_tokens=True)
+        starts = [start for stop in sampling.stop if (start := text.find(stop)) >= 0]
+        if starts:
+            text = text[: min(starts)]
+        return _Answer(text, num_tokens, "stop" if starts or num_tokens == num_until_end else "length")
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends a row when one of the stop strings is in its decoded text, and notes after how many tokens that was."""
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, stop: Sequence[str], num_prompt_tokens: int, num_rows: int
+    ) -> None:
+        self.num_tokens: list[int | None] = [None] * num_rows
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._num_prompt_tokens = num_prompt_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        rows: list[list[int]] = input_ids[:, self._num_prompt_tokens :].tolist()
+        for i, row in enumerate(rows):
+            if self.num_tokens[i] is None:
+                text = self._tokenizer.decode(row, skip_special_tokens=True)
+                if any(stop in text for stop in self._stop):
+                    self.num_tokens[i] = len(row)
+        return torch.tensor([found is not None for found in self.num_tokens], device=input_ids.device)
+
+
+def load_transformers_runner(config: EngineConfig) -> TransformersRunner:
+    """Load a checkpoint folder; nothing is ever fetched, and no code of the checkpoint is run.
+
+    Args:
+        config: `device` `auto` takes torch's accelerator, else the CPU; `dtype` `auto` is the checkpoint's.
+    Raises:
+        EngineLoadError: the folder, the device or the dtype cannot be used.
+    """
+    if not storage.is_local(config.path) or not storage.is_folder(config.path):
+        raise EngineLoadError(f"{config.path}: expected a local folder with a checkpoint, found none")
+    if config.dtype not in _DTYPES:
+        raise EngineLoadError(f"expected dtype {', '.join(_DTYPES)}, found {config.dtype!r}")
+    tokenizer = read_tokenizer(config.path)
+    try:
+        device = _device(config.device)
+        with _quiet():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                config.path, dtype=_DTYPES[config.dtype], local_files_only=True, trust_remote_code=False
+            )
+            model = model.to(device).eval()
+            _check_forward(model)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise EngineLoadError(
+            f"{config.path}: expected a checkpoint that transformers can load on {config.device!r}, "
+            f"found: {type(error).__name__}: {error}"
+        ) from error
+    eos_token_ids = _eos_token_ids(model)
+    if not eos_token_ids:
+        raise EngineLoadError(
+            f"{config.path}: expected `eos_token_id` in generation_config.json or config.json, found none: "
+            "the model could not say that an answer is over"
+        )
+    pad_token_id = model.generation_config.pad_token_id
+    # `generate` fills what a call leaves open from here: a checkpoint's own temperature or penalties must not leak in.
+    model.generation_config = GenerationConfig()
+    return TransformersRunner(
+        config,
+        model=model,
+        tokenizer=tokenizer,
+        eos_token_ids=eos_token_ids,
+        pad_token_id=eos_token_ids[0] if pad_token_id is None else int(pad_token_id),
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device(
+        "cpu"
+    )
+
+
+def _check_forward(model: Any) -> None:
+    """Run two tokens; experts fall back to a loop where the grouped matrix product does not work on this device."""
+    input_ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    try:
+        with torch.inference_mode():
+            model(input_ids)
+    except (RuntimeError, NotImplementedError):
+        model.set_experts_implementation("eager")
+        with torch.inference_mode():
+            model(input_ids)
+
+
+def _eos_token_ids(model: Any) -> list[int]:
+    for source in (model.generation_config, model.config.get_text_config()):
+        found: Any = getattr(source, "eos_token_id", None)
+        if found is not None:
+            return [int(found)] if isinstance(found, int) else [int(token_id) for token_id in found]
+    return []
+
+
+def _seed(request: Request) -> int:
+    """The request's own seed, or one that its tokens and attempt give, so that neighbours and order do not matter."""
+    if request.sampling.seed is not None:
+        return request.sampling.seed % 2**63
+    digest = hashlib.sha256(request.prompt_token_ids.astype("<i4").tobytes())
+    digest.update(request.attempt.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest()[:8], "little") % 2**63
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int | None) -> Generator[None]:
+    """Run with torch's random numbers seeded, on the CPU and on `device`, and put them back; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    devices = [] if device.type == "cpu" else [device]
+    kind: dict[str, Any] = {} if device.type == "cpu" else {"device_type": device.type}
+    with torch.random.fork_rng(devices, **kind):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """No progress bars and no advice from `transformers` meanwhile: a worker's log belongs to the job."""
+    verbosity = transformers_logging.get_verbosity()
+    has_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if has_bars:
+            transformers_logging.enable_progress_bar()

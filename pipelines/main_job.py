@@ -1,0 +1,52 @@
+"""The way of a row: read -> render -> plan -> answer -> publish."""
+
+from dataclasses import dataclass
+
+import apache_beam as beam
+
+from transforms.answer import AnswerShards, AnswerSpec
+from transforms.duplicate_ids import FindDuplicates
+from transforms.input_scan import InputScan
+from transforms.plan import PlanRecord, PlannedShard, PlanShards, PlanSpec
+from transforms.publish import PublishRun, PublishSpec
+from transforms.read import ReadColumns, ReadPrompts
+from transforms.render import RenderPrompts, RenderSpec
+
+
+@dataclass(frozen=True, slots=True)
+class MainJob:
+    """A checked job, as its stages need it.
+
+    Attributes:
+        has_ids: whether rows bring ids of their own, which may then repeat.
+        planned: the plan of an earlier attempt; the input is then not read again.
+    """
+
+    scan: InputScan
+    columns: ReadColumns
+    render: RenderSpec
+    plan: PlanSpec
+    answer: AnswerSpec
+    publish: PublishSpec
+    has_ids: bool
+    planned: PlanRecord | None = None
+
+
+def build(pipeline: beam.Pipeline, job: MainJob) -> "beam.PCollection[str]":
+    """Wire the whole job; the one element that comes out is the manifest's text."""
+    shards = plan_input(pipeline, job) if job.planned is None else reuse_plan(pipeline, job.planned)
+    commits = shards | "Answer" >> AnswerShards(job.answer)
+    return commits | "Publish" >> PublishRun(job.publish)
+
+
+def plan_input(pipeline: beam.Pipeline, job: MainJob) -> "beam.PCollection[PlannedShard]":
+    """Read, render and plan the whole input."""
+    rows = pipeline | "Read" >> ReadPrompts(job.scan, job.columns)
+    duplicates = rows | "FindDuplicates" >> FindDuplicates() if job.has_ids else None
+    requests = rows | "Render" >> RenderPrompts(job.render)
+    return requests | "Plan" >> PlanShards(job.plan, duplicates)
+
+
+def reuse_plan(pipeline: beam.Pipeline, plan: PlanRecord) -> "beam.PCollection[PlannedShard]":
+    """The shards that an earlier attempt planned."""
+    return pipeline | "ReusePlan" >> beam.Create(plan.shards, reshuffle=False).with_output_types(PlannedShard)

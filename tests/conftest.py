@@ -1,0 +1,20 @@
+"""What several folders of tests share."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random `deepseek_v4` checkpoint of three layers, with a byte-level tokenizer and a chat template.
+
+    torch runs on one thread from here on: for matrices this small more only wait for each other (30 times slower
+    beside another busy process).
+    """
+    import torch
+
+    from tests.checkpoints import save_tiny_checkpoint
+
+    torch.set_num_threads(1)
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))

@@ -1,0 +1,76 @@
+"""Account: what each attempt's tokens cost, by the dated price book.
+
+Stands in the *answer* stage (run -> validate -> **account** -> commit): validated answers come from
+`transforms/validate.py`, accounted ones are committed. Failed answers are accounted like good ones: they were paid.
+
+Amounts are never rounded. A price has at most 6 decimal places per 1,000,000 tokens (the price book refuses more), so
+tokens x price / 10^6 has at most 12, which is what decimal128(38, 12) holds.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from decimal import Context, Decimal, Inexact, InvalidOperation, Overflow
+
+from schemas.prices import Charge, CostBasis, PriceLine
+from schemas.records import Usage
+from transforms.price_book import PriceBook
+from transforms.validate import ValidatedAnswer
+
+_EXACT = Context(prec=38, traps=[Inexact, InvalidOperation, Overflow])
+"""Arithmetic that raises where the default context, of 28 digits, would round in silence."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccountedAnswer:
+    """A validated answer and what its attempt cost; None where no price is known, which is not zero."""
+
+    answer: ValidatedAnswer
+    charge: Charge | None
+
+
+def account(
+    answers: Iterable[ValidatedAnswer], book: PriceBook | None, provider: str | None, model: str | None
+) -> Iterator[AccountedAnswer]:
+    """Price answers one by one, lazily and in the order in which they come.
+
+    Args:
+        book: None leaves every charge None.
+        provider: whose prices; None means the completion's own.
+        model: which model's prices; None means the completion's own.
+    """
+    for answer in answers:
+        completion = answer.completion
+        line = book and book.find(provider or completion.provider, model or completion.model, completion.started_at)
+        yield AccountedAnswer(answer, charge(completion.usage, line) if line else None)
+
+
+def charge(usage: Usage, line: PriceLine) -> Charge:
+    """The price of one attempt, by disjoint token classes.
+
+    Where the number of cached tokens is unknown, or cached tokens have no price of their own, all input is charged at
+    the miss price, and the basis says that this is an upper bound. Token counts stay as they were reported: the
+    cached ones remain `cache_hit_tokens` even where they are charged like the others.
+
+    Raises:
+        ValueError: token counts are negative, or a part exceeds its whole.
+    """
+    cached = usage.cached_tokens
+    if not 0 <= (cached or 0) <= usage.prompt_tokens or not 0 <= usage.reasoning_tokens <= usage.completion_tokens:
+        raise ValueError(f"expected 0 <= cached <= prompt and 0 <= reasoning <= completion tokens, found {usage}")
+    hit_price = line.cache_miss if cached is None or line.cache_hit is None else line.cache_hit
+    basis: CostBasis = "upper_bound" if cached is None or (cached and line.cache_hit is None) else "exact"
+    num_misses = usage.prompt_tokens - (cached or 0)
+    return Charge(
+        cache_hit_tokens=cached,
+        cache_miss_tokens=num_misses,
+        visible_output_tokens=usage.completion_tokens - usage.reasoning_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+        line=line,
+        input_cost=_EXACT.add(_amount(cached or 0, hit_price), _amount(num_misses, line.cache_miss)),
+        output_cost=_amount(usage.completion_tokens, line.output),
+        basis=basis,
+    )
+
+
+def _amount(num_tokens: int, price: Decimal) -> Decimal:
+    return _EXACT.scaleb(_EXACT.multiply(Decimal(num_tokens), price), -6)

@@ -1,0 +1,221 @@
+"""Commit: a shard's tables become durable, once, whatever is killed or repeated.
+
+Ends the *answer* stage. The tables are staged under names of this attempt alone; then one commit record is created
+exclusively, and whoever creates it has won. It names the staged files, so a loser's files are never seen.
+"""
+
+import hashlib
+import io
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from schemas import storage
+from schemas.errors import CommitError
+from schemas.layout import TABLES, RunLayout, Table
+from transforms.coders import RecordCoder, register_record
+
+
+@register_record
+@dataclass(frozen=True, slots=True)
+class StagedFile:
+    """One table of one shard on the store; `path` is relative to the output folder."""
+
+    table: Table
+    path: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+
+
+@register_record
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over a shard or a run, from its tables.
+
+    Attributes:
+        num_rejects: rejected rows; files and row groups that could not be read are counted in `num_unreadable`.
+        num_unreadable_rows: rows that those stand for, as far as footers tell.
+        cached_tokens: None as soon as one attempt does not know.
+        costs: currency -> sum, as decimal text; empty without prices.
+        num_unpriced: attempts without a price.
+    """
+
+    num_results: int = 0
+    num_rejects: int = 0
+    num_unreadable: int = 0
+    num_unreadable_rows: int = 0
+    num_attempts: int = 0
+    num_unpriced: int = 0
+    num_upper_bound: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int | None = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    costs: Mapping[str, str] | None = None
+    rejects_by_type: Mapping[str, int] | None = None
+
+    def __add__(self, other: "Totals") -> "Totals":
+        unknown = self.cached_tokens is None or other.cached_tokens is None
+        return Totals(
+            num_results=self.num_results + other.num_results,
+            num_rejects=self.num_rejects + other.num_rejects,
+            num_unreadable=self.num_unreadable + other.num_unreadable,
+            num_unreadable_rows=self.num_unreadable_rows + other.num_unreadable_rows,
+            num_attempts=self.num_attempts + other.num_attempts,
+            num_unpriced=self.num_unpriced + other.num_unpriced,
+            num_upper_bound=self.num_upper_bound + other.num_upper_bound,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            cached_tokens=None if unknown else (self.cached_tokens or 0) + (other.cached_tokens or 0),
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
+            costs=_add_costs(self.costs or {}, other.costs or {}),
+            rejects_by_type=_add_counts(self.rejects_by_type or {}, other.rejects_by_type or {}),
+        )
+
+
+@register_record
+@dataclass(frozen=True, slots=True)
+class ShardCommit:
+    """The record that makes a shard's tables count; also the receipt that *answer* gives to *publish*."""
+
+    shard: str
+    run_id: str
+    attempt: str
+    committed_at: str
+    files: tuple[StagedFile, ...]
+    totals: Totals
+
+
+def read_commit(layout: RunLayout, shard: str) -> ShardCommit | None:
+    """The commit record of a shard, or None if it is not committed.
+
+    Raises:
+        CommitError: the record is there but cannot be read.
+    """
+    path = layout.shard_commit(shard)
+    if not storage.exists(path):
+        return None
+    try:
+        return RecordCoder(ShardCommit).decode(storage.read_bytes(path))
+    except ValueError as error:
+        raise CommitError(f"{path}: expected a commit record, found: {error}") from error
+
+
+def commit_shard(layout: RunLayout, run_id: str, shard: str, tables: Mapping[Table, pa.Table]) -> ShardCommit:
+    """Stage the tables of a shard and commit them; if another copy was first, its record is returned.
+
+    Raises:
+        CommitError: the tables contradict each other, or the store cannot create exclusively.
+        OSError: the store failed; nothing is committed.
+    """
+    attempt = uuid.uuid4().hex
+    totals = totals_of(tables)
+    files = tuple(_stage(layout, shard, attempt, table, tables[table]) for table in TABLES if tables[table].num_rows)
+    commit = ShardCommit(shard, run_id, attempt, datetime.now(UTC).isoformat(timespec="seconds"), files, totals)
+    if storage.create_exclusive(layout.shard_commit(shard), RecordCoder(ShardCommit).encode(commit)):
+        return commit
+    storage.remove_files([storage.join(layout.output, file.path) for file in files])
+    winner = read_commit(layout, shard)
+    if winner is None:
+        raise CommitError(f"{layout.shard_commit(shard)}: expected the record of another attempt, found none")
+    return winner
+
+
+def totals_of(tables: Mapping[Table, pa.Table]) -> Totals:
+    """The sums of a shard's tables, after checking that rows and ledger agree.
+
+    Raises:
+        CommitError: tokens or costs of the rows are not those of the ledger.
+    """
+    rows = pa.concat_tables([tables["results"], tables["rejects"]])
+    rejects, ledger = tables["rejects"], tables["ledger"]
+    is_row = pc.equal(rejects.column("scope"), pa.scalar("row"))
+    row_rejects, unreadable = rejects.filter(is_row), rejects.filter(pc.invert(is_row))
+    costs = _costs_by_currency(rows, "cost")
+    for name in ("prompt_tokens", "completion_tokens", "reasoning_tokens"):
+        _check_equal(name, _sum(rows, name), _ledger_tokens(ledger)[name])
+    _check_equal("cost", costs, _costs_by_currency(ledger, "cost"))
+    _check_equal("cost_allocated of the rows", _costs_by_currency(rows, "cost_allocated"), costs)
+    _check_equal("cost_allocated of the ledger", _costs_by_currency(ledger, "cost_allocated"), costs)
+    return Totals(
+        num_results=tables["results"].num_rows,
+        num_rejects=row_rejects.num_rows,
+        num_unreadable=unreadable.num_rows,
+        num_unreadable_rows=_sum(unreadable, "num_rows"),
+        num_attempts=ledger.num_rows,
+        num_unpriced=ledger.column("cost").null_count,
+        num_upper_bound=_count(ledger.column("cost_basis"), "upper_bound"),
+        prompt_tokens=_sum(rows, "prompt_tokens"),
+        cached_tokens=None if ledger.column("cache_hit_tokens").null_count else _sum(ledger, "cache_hit_tokens"),
+        completion_tokens=_sum(rows, "completion_tokens"),
+        reasoning_tokens=_sum(rows, "reasoning_tokens"),
+        costs={currency: format(amount, "f") for currency, amount in costs.items()},
+        rejects_by_type=_counts(rejects.column("error_type")),
+    )
+
+
+def _stage(layout: RunLayout, shard: str, attempt: str, table: Table, rows: pa.Table) -> StagedFile:
+    content = parquet_bytes(rows)
+    path = layout.staged(shard, attempt, table)
+    storage.write_whole(path, content)
+    relative = path.removeprefix(layout.output.rstrip("/") + "/")
+    return StagedFile(table, relative, rows.num_rows, len(content), hashlib.sha256(content).hexdigest())
+
+
+def parquet_bytes(rows: pa.Table) -> bytes:
+    """A table as the bytes of a Parquet file; equal tables give equal bytes."""
+    sink = io.BytesIO()
+    pq.write_table(rows, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _ledger_tokens(ledger: pa.Table) -> dict[str, int]:
+    return {
+        "prompt_tokens": _sum(ledger, "cache_hit_tokens") + _sum(ledger, "cache_miss_tokens"),
+        "completion_tokens": _sum(ledger, "visible_output_tokens") + _sum(ledger, "reasoning_tokens"),
+        "reasoning_tokens": _sum(ledger, "reasoning_tokens"),
+    }
+
+
+def _check_equal(what: str, rows: object, ledger: object) -> None:
+    if rows != ledger:
+        raise CommitError(
+            f"{what}: expected rows and ledger to agree, found {rows} in the rows, {ledger} in the ledger"
+        )
+
+
+def _sum(table: pa.Table, name: str) -> int:
+    return int(pc.sum(table.column(name)).as_py() or 0)
+
+
+def _count(column: "pa.ChunkedArray[Any]", value: str) -> int:
+    return _counts(column).get(value, 0)
+
+
+def _counts(column: "pa.ChunkedArray[Any]") -> dict[str, int]:
+    found: list[dict[str, Any]] = pc.value_counts(column).to_pylist()
+    return {entry["values"]: int(entry["counts"]) for entry in found if entry["values"] is not None}
+
+
+def _costs_by_currency(table: pa.Table, column: str) -> dict[str, Decimal]:
+    priced = table.filter(pc.is_valid(table.column("currency")))
+    sums = pa.table({"currency": priced.column("currency"), "amount": priced.column(column)})
+    grouped = sums.group_by("currency").aggregate([("amount", "sum")]).to_pylist()
+    return {row["currency"]: row["amount_sum"] for row in sorted(grouped, key=lambda row: row["currency"])}
+
+
+def _add_costs(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
+    currencies = sorted({*one, *other})
+    return {c: format(Decimal(one.get(c, "0")) + Decimal(other.get(c, "0")), "f") for c in currencies}
+
+
+def _add_counts(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in sorted({*one, *other})}

@@ -1,0 +1,305 @@
+"""*plan*: rendered rows become shards, contiguous ranges in token order, kept on the store.
+
+Before it: *render*. After it: *answer*. The number of shards and their borders depend on the input and the job alone.
+Sorted runs go to the store; their key samples give the borders; each shard then merges its range of every run,
+marks duplicates of ids and of requests, and is written to `_moebeam/plan/<shard>.arrow`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.windowed_value import WindowedValue
+
+from model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens
+from schemas import storage
+from schemas.errors import DuplicateId
+from schemas.job import PlanSection
+from schemas.layout import RunLayout
+from schemas.tables import plan_schema
+from transforms.coders import RecordCoder, register_record
+from transforms.failure import recorded_failure
+from transforms.heartbeat import Beat, Heartbeat
+from transforms.render import sampling_of
+from transforms.sorted_runs import (
+    MAX_RUN_BYTES,
+    SHARD_WEIGHT,
+    RunFile,
+    read_key_range,
+    read_rows,
+    read_samples,
+    sort_rows,
+    write_rows,
+    write_runs,
+)
+
+
+@register_record
+@dataclass(frozen=True, slots=True)
+class ShardRange:
+    """What a shard will hold: the rows of `runs` whose key is in `[lower, upper)`.
+
+    Keys are hexadecimal; an empty `upper` means no end. A shard of rejects holds its runs whole.
+    """
+
+    shard: str
+    lower: str
+    upper: str
+    runs: tuple[str, ...]
+    is_rejects: bool = False
+
+
+@register_record
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """A shard on the store. Requests that are merged into another count as rows, not as requests."""
+
+    shard: str
+    num_rows: int
+    num_requests: int
+    num_rejects: int
+    num_prompt_tokens: int
+    num_tree_tokens: int
+
+
+@register_record
+@dataclass(frozen=True, slots=True)
+class PlanRecord:
+    """`plan.json`: the plan is complete, and these are its shards, in order."""
+
+    shards: tuple[PlannedShard, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(shard.num_rows for shard in self.shards)
+
+    @property
+    def max_hit_rate(self) -> float:
+        """h*: the largest share of prompt tokens that a cache could serve, with these shards."""
+        num_tokens = sum(shard.num_prompt_tokens for shard in self.shards)
+        return 1 - sum(shard.num_tree_tokens for shard in self.shards) / num_tokens if num_tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSpec:
+    """What the plan's steps need to know of the job."""
+
+    section: PlanSection
+    layout: RunLayout
+    passthrough: tuple["pa.Field[Any]", ...]
+
+
+class PlanShards(beam.PTransform[Any, Any]):
+    """Batches of planned rows (and duplicate ids, where rows have ids) -> planned shards on the store."""
+
+    def __init__(self, spec: PlanSpec, duplicates: "beam.PCollection[tuple[int, list[int]]] | None") -> None:
+        super().__init__()
+        self._spec = spec
+        self._duplicates = duplicates
+
+    def expand(self, pcoll: "beam.PCollection[pa.RecordBatch]") -> "beam.PCollection[PlannedShard]":
+        spec = self._spec
+        duplicates: Any = beam.pvalue.AsList(self._duplicates) if self._duplicates is not None else []
+        planned: Any = (
+            pcoll
+            | "WriteRuns" >> beam.ParDo(_WriteRuns(spec))
+            | "GatherRuns" >> beam.combiners.ToList()
+            | "CutShards" >> beam.FlatMap(lambda runs: cut_shards(runs, spec.layout)).with_output_types(ShardRange)
+            | "SpreadRanges" >> beam.Reshuffle()
+            | "BuildShard" >> beam.ParDo(_BuildShard(spec), duplicates)
+            | "GatherShards" >> beam.combiners.ToList()
+            | "WritePlan"
+            >> beam.FlatMap(lambda shards: write_plan(shards, spec.layout)).with_output_types(PlannedShard)
+        )
+        return planned
+
+
+class _WriteRuns(beam.DoFn):
+    """Collects the batches of one input unit until a run is full."""
+
+    def __init__(self, spec: PlanSpec) -> None:
+        self._spec = spec
+
+    def start_bundle(self) -> None:
+        self._batches: list[pa.RecordBatch] = []
+        self._num_bytes = 0
+        self._heartbeat = Heartbeat(self._spec.layout, "plan")
+
+    def process(self, element: pa.RecordBatch) -> Iterator[RunFile]:
+        if self._batches and _unit_of(element) != _unit_of(self._batches[0]):
+            yield from self._flush()
+        self._batches.append(element)
+        self._num_bytes += element.nbytes
+        if self._num_bytes >= MAX_RUN_BYTES:
+            yield from self._flush()
+
+    def finish_bundle(self) -> "Iterator[WindowedValue]":
+        if self._batches:
+            for run in self._flush():
+                yield WindowedValue(run, GlobalWindow().max_timestamp(), [GlobalWindow()])
+
+    def _flush(self) -> list[RunFile]:
+        name = f"{_unit_of(self._batches[0]):06d}-{self._batches[0].column('source_row')[0].as_py():012d}"
+        with recorded_failure(self._spec.layout, "plan"):
+            runs = list(write_runs(self._batches, self._spec.layout, self._spec.section))
+        self._heartbeat.beat(name, Beat(rows_done=sum(batch.num_rows for batch in self._batches)))
+        self._batches, self._num_bytes = [], 0
+        return runs
+
+
+class _BuildShard(beam.DoFn):
+    def __init__(self, spec: PlanSpec) -> None:
+        self._spec = spec
+        self._num_shards = beam.metrics.Metrics.counter("plan", "num_shards")
+
+    def process(self, element: ShardRange, duplicates: list[tuple[int, list[int]]]) -> Iterator[PlannedShard]:
+        by_unit: dict[int, set[int]] = {}
+        for unit, rows in duplicates:
+            by_unit.setdefault(unit, set()).update(rows)
+        self._num_shards.inc()
+        with recorded_failure(self._spec.layout, "plan"):
+            planned = build_shard(element, self._spec, by_unit)
+        yield planned
+
+
+def cut_shards(runs: Sequence[RunFile], layout: RunLayout) -> Iterator[ShardRange]:
+    """Cut all requests into contiguous ranges of about equal weight; rejects into shards of their own.
+
+    Equal keys are never cut apart. The result does not depend on the order of `runs`.
+    """
+    ordered = sorted(runs, key=lambda run: run.run_id)
+    requests = [run for run in ordered if run.kind == "requests"]
+    names = tuple(run.run_id for run in requests)
+    borders = _borders([read_samples(layout, run) for run in requests])
+    for index, lower in enumerate(borders):
+        upper = borders[index + 1].hex() if index + 1 < len(borders) else ""
+        yield ShardRange(f"s{index:06d}", lower.hex(), upper, names)
+    for index, group in enumerate(_reject_groups([run for run in ordered if run.kind == "rejects"])):
+        yield ShardRange(f"x{index:06d}", "", "", tuple(run.run_id for run in group), is_rejects=True)
+
+
+def _borders(samples: Sequence[pa.Table]) -> list[bytes]:
+    """The first key of each shard, in order; the first shard begins at the empty key."""
+    if not samples:
+        return []
+    table = pa.concat_tables(samples)
+    table = table.take(pc.sort_indices(table, sort_keys=[("key", "ascending"), ("weight", "ascending")]))
+    weights = table.column("weight").to_numpy()
+    num_shards = max(1, -(-int(weights.sum()) // SHARD_WEIGHT))
+    middles = np.cumsum(weights) - weights // 2
+    targets = [int(weights.sum()) * index // num_shards for index in range(1, num_shards)]
+    positions = np.searchsorted(middles, targets, side="left")
+    keys = table.column("key")
+    first = keys[0].as_py()
+    cuts = {keys[int(position)].as_py() for position in positions if position < len(weights)} - {first}
+    return [b"", *sorted(cuts)]
+
+
+def _reject_groups(runs: Sequence[RunFile], max_rows: int = 65_536) -> Iterator[list[RunFile]]:
+    group: list[RunFile] = []
+    for run in runs:
+        if group and sum(other.num_rows for other in group) + run.num_rows > max_rows:
+            yield group
+            group = []
+        group.append(run)
+    if group:
+        yield group
+
+
+def build_shard(shard: ShardRange, spec: PlanSpec, duplicates: Mapping[int, set[int]]) -> PlannedShard:
+    """Merge a shard's range of every run, mark duplicates, and write the shard's plan.
+
+    Args:
+        duplicates: input unit -> rows of its file whose id came before.
+    """
+    if shard.is_rejects:
+        table = pa.concat_tables([read_rows(spec.layout.run_file(run)) for run in shard.runs])
+    else:
+        lower, upper = bytes.fromhex(shard.lower), bytes.fromhex(shard.upper) if shard.upper else None
+        parts = [read_key_range(spec.layout, run, lower, upper) for run in shard.runs]
+        table = sort_rows(pa.concat_tables([part for part in parts if part.num_rows] or parts[:1]))
+        table = _reject_duplicate_ids(table, duplicates)
+        table = _merge_requests(table, spec.section)
+    write_rows(spec.layout.shard_plan(shard.shard), table.cast(plan_schema(spec.passthrough)))
+    is_request = pc.and_(pc.is_null(table.column("error_type")), pc.is_null(table.column("merged_into")))
+    keys: list[bytes] = table.filter(is_request).column("prefix_key").to_pylist()
+    lengths = table.filter(is_request).column("num_prompt_tokens").to_numpy().astype(np.int64)
+    return PlannedShard(
+        shard.shard,
+        num_rows=table.num_rows,
+        num_requests=len(keys),
+        num_rejects=table.num_rows - table.column("error_type").null_count,
+        num_prompt_tokens=int(lengths.sum()),
+        num_tree_tokens=num_tree_tokens(lengths, common_prefix_lengths(keys)),
+    )
+
+
+def _reject_duplicate_ids(table: pa.Table, duplicates: Mapping[int, set[int]]) -> pa.Table:
+    if not duplicates:
+        return table
+    rows = zip(table.column("unit").to_pylist(), table.column("source_row").to_pylist(), strict=True)
+    is_duplicate = [row in duplicates.get(unit, ()) for unit, row in rows]
+    if not any(is_duplicate):
+        return table
+    ids = table.column("custom_id").to_pylist()
+    error = DuplicateId
+    columns = {
+        "error_stage": [error.error_stage if marked else None for marked in is_duplicate],
+        "error_type": [error.error_type if marked else None for marked in is_duplicate],
+        "error_message": [
+            f"id {custom_id!r}: expected every id once, found it on an earlier row" if marked else None
+            for marked, custom_id in zip(is_duplicate, ids, strict=True)
+        ],
+    }
+    for name, values in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
+    return table
+
+
+def _merge_requests(table: pa.Table, section: PlanSection) -> pa.Table:
+    """Let each request that repeats the one before it, in a table in `RUN_ORDER`, name that one's first copy."""
+    if section.merge == "never":
+        return table
+    names = ("prefix_key", "sampling", "cost_center", "custom_id", "error_type")
+    merged: list[str | None] = []
+    first: tuple[Any, ...] = ()
+    first_id = ""
+    can_merge: dict[str, bool] = {}
+    for key, sampling, cost_center, custom_id, error in zip(
+        *(table.column(name).to_pylist() for name in names), strict=True
+    ):
+        if sampling not in can_merge:
+            can_merge[sampling] = section.merge == "always" or sampling_of(sampling).is_greedy
+        request = (key, sampling, cost_center)
+        if error is not None:
+            merged.append(None)
+        elif request == first and can_merge[sampling]:
+            merged.append(first_id)
+        else:
+            first, first_id = request, custom_id
+            merged.append(None)
+    return table.set_column(table.schema.get_field_index("merged_into"), "merged_into", pa.array(merged, pa.string()))
+
+
+def write_plan(shards: Iterable[PlannedShard], layout: RunLayout) -> tuple[PlannedShard, ...]:
+    """Declare the plan complete, then drop the runs that it was made of."""
+    record = PlanRecord(tuple(sorted(shards, key=lambda shard: shard.shard)))
+    storage.write_whole(layout.plan_record, RecordCoder(PlanRecord).encode(record))
+    storage.remove_tree(layout.runs)
+    return record.shards
+
+
+def read_plan(layout: RunLayout) -> PlanRecord | None:
+    """The complete plan of a run, or None if planning did not end."""
+    if not storage.exists(layout.plan_record):
+        return None
+    return RecordCoder(PlanRecord).decode(storage.read_bytes(layout.plan_record))
+
+
+def _unit_of(batch: pa.RecordBatch) -> int:
+    return int(batch.column("unit")[0].as_py())

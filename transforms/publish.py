@@ -1,0 +1,178 @@
+"""*publish*: committed shards become the visible tables; the manifest comes last.
+
+Before it: *answer*. Everything here can be repeated: names follow from shards, and a file appears whole or not at all.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+
+from schemas import storage
+from schemas.canonical import Json
+from schemas.errors import CommitError
+from schemas.layout import TABLES, RunLayout, Table
+from schemas.tables import LEDGER_SCHEMA, TABLES_VERSION, result_schema
+from transforms.commit import ShardCommit, StagedFile, Totals, parquet_bytes
+from transforms.failure import recorded_failure
+from transforms.plan import read_plan
+
+EMPTY_SHARD = "empty"
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PublishSpec:
+    """What *publish* needs to know of the job.
+
+    Attributes:
+        num_input_rows: rows that the input's footers promise; unreadable files do not tell theirs.
+        described: what the manifest says of the job, its model and its input, as it was checked before the run.
+    """
+
+    run_id: str
+    layout: RunLayout
+    passthrough: tuple["pa.Field[Any]", ...]
+    num_input_rows: int
+    described: Mapping[str, Json]
+
+
+class PublishRun(beam.PTransform[Any, Any]):
+    """Commit records -> visible tables, and the manifest as the only output."""
+
+    def __init__(self, spec: PublishSpec) -> None:
+        super().__init__()
+        self._spec = spec
+
+    def expand(self, pcoll: "beam.PCollection[ShardCommit]") -> "beam.PCollection[str]":
+        spec = self._spec
+        manifest: Any = (
+            pcoll
+            | "SpreadCommits" >> beam.Reshuffle()
+            | "PublishShard" >> beam.FlatMap(lambda commit: _publish(commit, spec)).with_output_types(ShardCommit)
+            | "GatherCommits" >> beam.combiners.ToList()
+            | "WriteManifest" >> beam.Map(lambda commits: _finish(commits, spec)).with_output_types(str)
+        )
+        return manifest
+
+
+def _publish(commit: ShardCommit, spec: PublishSpec) -> Iterator[ShardCommit]:
+    with recorded_failure(spec.layout, "publish"):
+        publish_shard(commit, spec.layout)
+    beam.metrics.Metrics.counter("publish", "num_shards").inc()
+    yield commit
+
+
+def _finish(commits: Sequence[ShardCommit], spec: PublishSpec) -> str:
+    with recorded_failure(spec.layout, "publish"):
+        return write_manifest(commits, spec)
+
+
+def publish_shard(commit: ShardCommit, layout: RunLayout) -> None:
+    """Copy a shard's committed files to their visible names; files already there are left as they are.
+
+    Raises:
+        CommitError: a file that was committed is gone or damaged.
+    """
+    for file in commit.files:
+        target = layout.published(file.table, commit.shard)
+        staged = storage.join(layout.output, file.path)
+        if storage.exists(staged):
+            _check_file(staged, file)
+            storage.copy_whole(staged, target)
+        elif storage.exists(target):
+            _check_file(target, file)
+        else:
+            raise CommitError(f"{staged}: expected the {file.table} of shard {commit.shard}, found no file")
+
+
+def _check_file(path: str, file: StagedFile) -> None:
+    found = hashlib.sha256(storage.read_bytes(path)).hexdigest()
+    if found != file.sha256:
+        raise CommitError(f"{path}: expected the committed content (sha256 {file.sha256}), found {found}")
+
+
+def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec) -> str:
+    """Check the run as a whole and write `manifest.json`; returns its text.
+
+    A run with shards left to answer gets `status = "incomplete"`. Staged files are removed once a run is complete.
+
+    Raises:
+        CommitError: rows were lost or doubled.
+    """
+    layout = spec.layout
+    ordered = sorted(commits, key=lambda commit: commit.shard)
+    plan = read_plan(layout)
+    if plan is None:
+        raise CommitError(f"{layout.plan_record}: expected the run's plan, found none")
+    is_complete = [commit.shard for commit in ordered] == [shard.shard for shard in plan.shards]
+    totals = sum((commit.totals for commit in ordered), Totals(costs={}, rejects_by_type={}))
+    if is_complete:
+        _check_rows(totals, spec)
+    files = {table: _published_files(table, ordered, spec) for table in TABLES}
+    manifest: dict[str, Json] = {
+        "manifest_version": MANIFEST_VERSION,
+        "tables_version": TABLES_VERSION,
+        "status": "complete" if is_complete else "incomplete",
+        "run_id": spec.run_id,
+        **spec.described,
+        "rows_in": spec.num_input_rows - totals.num_unreadable_rows,
+        "num_shards": len(plan.shards),
+        "num_committed_shards": len(ordered),
+        "max_hit_rate": plan.max_hit_rate,
+        "totals": asdict(totals),
+        "files": files,
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    storage.write_whole(layout.manifest, text.encode())
+    if is_complete:
+        storage.remove_tree(layout.staging)
+        storage.remove_tree(layout.progress)
+    return text
+
+
+def _check_rows(totals: Totals, spec: PublishSpec) -> None:
+    expected = spec.num_input_rows - totals.num_unreadable_rows
+    found = totals.num_results + totals.num_rejects
+    if found != expected:
+        raise CommitError(
+            f"rows: expected results + rejects = {expected} rows of readable input, "
+            f"found {totals.num_results} + {totals.num_rejects} = {found}"
+        )
+
+
+def _published_files(table: Table, commits: Sequence[ShardCommit], spec: PublishSpec) -> list[Json]:
+    """The files of a table; one that holds no row at all gets a typed file without rows."""
+    layout = spec.layout
+    empty = layout.published(table, EMPTY_SHARD)
+    files: list[Json] = [
+        {
+            "path": layout.published(table, commit.shard).removeprefix(layout.output.rstrip("/") + "/"),
+            "num_rows": file.num_rows,
+            "num_bytes": file.num_bytes,
+            "sha256": file.sha256,
+        }
+        for commit in commits
+        for file in commit.files
+        if file.table == table
+    ]
+    if files:
+        storage.remove_files([empty])
+        return files
+    schema = LEDGER_SCHEMA if table == "ledger" else result_schema(spec.passthrough)
+    storage.write_whole(empty, parquet_bytes(schema.empty_table()))
+    return []
+
+
+def cost_of(totals: Totals) -> tuple[Decimal | None, str | None]:
+    """A run's cost and its currency; None where nothing was priced, or in more than one currency."""
+    costs = totals.costs or {}
+    if len(costs) != 1:
+        return None, None
+    ((currency, amount),) = costs.items()
+    return Decimal(amount), currency

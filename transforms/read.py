@@ -1,0 +1,300 @@
+"""*read*: the input's units become record batches of `schemas.tables.read_schema`.
+
+Before it: units from `input_scan`. After it: *render*. Every row that a footer promised comes out, as a row or inside
+a reject; a unit that cannot be read is one reject with its `scope` and `num_rows`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import apache_beam as beam
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from schemas import storage
+from schemas.errors import InvalidId, InvalidValue, RowCountMismatch, RowError, UnreadableFile, UnreadableRowGroup
+from schemas.tables import read_schema
+from transforms.batch_lines import custom_id_of, parse_batch_line
+from transforms.input_scan import InputScan, InputUnit
+
+MAX_BATCH_ROWS = 1024
+MAX_BATCH_BYTES = 8 << 20
+
+JSONL_INPUT_FIELDS = (pa.field("messages", pa.large_string()), pa.field("sampling", pa.string()))
+
+
+@dataclass(frozen=True, slots=True)
+class ReadColumns:
+    """Which columns of the input are read, and as what.
+
+    Attributes:
+        input_fields: what the prompt is made of.
+        passthrough: what is repeated in the output.
+    """
+
+    input_fields: tuple["pa.Field[Any]", ...]
+    passthrough: tuple["pa.Field[Any]", ...]
+    id_column: str | None = None
+    tenant_column: str | None = None
+    cost_center_column: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all columns that are read, each once."""
+        single = (self.id_column, self.tenant_column, self.cost_center_column)
+        names = [field.name for field in (*self.input_fields, *self.passthrough)]
+        return list(dict.fromkeys([*names, *(name for name in single if name is not None)]))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The schema of the batches that *read* gives."""
+        return read_schema(self.input_fields, self.passthrough)
+
+
+class ReadPrompts(beam.PTransform[Any, Any]):
+    """Units of the input -> record batches of rows as read."""
+
+    def __init__(self, scan: InputScan, columns: ReadColumns) -> None:
+        super().__init__()
+        self._units = scan.units
+        self._columns = columns
+
+    def expand(self, pcoll: beam.Pipeline) -> "beam.PCollection[pa.RecordBatch]":
+        return (
+            pcoll
+            | "ListUnits" >> beam.Create(self._units, reshuffle=False).with_output_types(InputUnit)
+            | "SpreadUnits" >> beam.Reshuffle()
+            | "ReadUnit" >> beam.ParDo(_ReadUnit(self._columns))
+        )
+
+
+class _ReadUnit(beam.DoFn):
+    def __init__(self, columns: ReadColumns) -> None:
+        self._columns = columns
+        self._num_rows = beam.metrics.Metrics.counter("read", "num_rows")
+
+    def process(self, element: InputUnit) -> Iterator[pa.RecordBatch]:
+        for batch in read_unit(element, self._columns):
+            self._num_rows.inc(batch.num_rows)
+            yield batch
+
+
+def read_unit(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
+    """Read one unit, in row order, in batches of bounded rows and bytes.
+
+    The rows that come out, and the `num_rows` of the rejects among them, add up to `unit.num_rows`.
+    """
+    if unit.error is not None or unit.num_rows is None:
+        yield _unit_reject(unit, columns, "file", UnreadableFile(f"{unit.path}: {unit.error}"), 0, None)
+        return
+    read = _read_row_group if unit.format == "parquet" else _read_lines
+    num_read = 0
+    try:
+        for batch in read(unit, columns):
+            wanted = batch.slice(0, unit.num_rows - num_read)
+            num_read += wanted.num_rows
+            if wanted.num_rows:
+                yield wanted
+    except (pa.ArrowException, OSError, ValueError) as error:
+        message = f"{unit.path}: row group {unit.row_group}: {' '.join(str(error).split())}"
+        missing = unit.num_rows - num_read
+        yield _unit_reject(unit, columns, "row_group", UnreadableRowGroup(message), num_read, missing)
+        return
+    if num_read < unit.num_rows:
+        message = f"{unit.path}: row group {unit.row_group}: expected {unit.num_rows} rows, found {num_read}"
+        missing = unit.num_rows - num_read
+        yield _unit_reject(unit, columns, "row_group", RowCountMismatch(message), num_read, missing)
+
+
+def _read_row_group(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
+    assert unit.num_rows is not None
+    row_bytes = max(1, unit.num_bytes // max(1, unit.num_rows))
+    batch_rows = max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES // row_bytes))
+    first_row = unit.first_row
+    with storage.open_input(unit.path) as source, pq.ParquetFile(source, pre_buffer=False) as parquet:
+        present = [name for name in columns.names if name in parquet.schema_arrow.names]
+        for batch in parquet.iter_batches(batch_rows, row_groups=[unit.row_group], columns=present, use_threads=False):
+            yield _identify(batch, first_row, unit, columns)
+            first_row += batch.num_rows
+
+
+def _identify(batch: pa.RecordBatch, first_row: int, unit: InputUnit, columns: ReadColumns) -> pa.RecordBatch:
+    """Bring columns to their unified types and give every row its identity."""
+    errors: dict[int, RowError] = {}
+    fields = {field.name: field for field in (*columns.input_fields, *columns.passthrough)}
+    values: dict[str, pa.Array[Any]] = {}
+    for name in columns.names:
+        values[name] = _column(batch, name, fields.get(name), errors)
+    derived = pa.array([f"{unit.label}:{first_row + row}" for row in range(batch.num_rows)], pa.string())
+    custom_ids = derived if columns.id_column is None else _ids(values[columns.id_column], derived, errors, columns)
+    return _assemble(
+        columns,
+        unit,
+        np.arange(first_row, first_row + batch.num_rows),
+        custom_ids,
+        tenants=_labels(values, columns.tenant_column, batch.num_rows),
+        cost_centers=_labels(values, columns.cost_center_column, batch.num_rows),
+        errors=errors,
+        inputs=[values[field.name] for field in columns.input_fields],
+        passthrough=[values[field.name] for field in columns.passthrough],
+    )
+
+
+def _column(
+    batch: pa.RecordBatch, name: str, field: "pa.Field[Any] | None", errors: dict[int, RowError]
+) -> "pa.Array[Any]":
+    """A column decoded from its dictionary, in its unified type, values that are not UTF-8 set to null."""
+    if name not in batch.schema.names:
+        return pa.nulls(batch.num_rows, field.type if field is not None else pa.string())
+    column: pa.Array[Any] = batch.column(name)
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
+    column = _without_invalid_text(column, name, errors)
+    return column if field is None or column.type == field.type else column.cast(field.type)
+
+
+def _without_invalid_text(column: "pa.Array[Any]", name: str, errors: dict[int, RowError]) -> "pa.Array[Any]":
+    try:
+        column.validate(full=True)
+        return column
+    except pa.ArrowInvalid:
+        pass
+    kept: list[int | None] = []
+    for row in range(len(column)):
+        try:
+            column.take(pa.array([row])).validate(full=True)
+            kept.append(row)
+        except pa.ArrowInvalid as error:
+            found = " ".join(str(error).split())
+            errors.setdefault(row, InvalidValue(f"column {name!r}: expected valid UTF-8, found: {found}"))
+            kept.append(None)
+    return column.take(pa.array(kept, pa.int64()))
+
+
+def _ids(
+    column: "pa.Array[Any]", derived: "pa.Array[Any]", errors: dict[int, RowError], columns: ReadColumns
+) -> "pa.Array[Any]":
+    """The id column as text; a row without a usable id keeps its derived one and is rejected."""
+    ids = column.cast(pa.string()).to_pylist()
+    for row, value in enumerate(ids):
+        if not value:
+            found = "null" if value is None else "an empty string"
+            errors.setdefault(row, InvalidId(f"id column {columns.id_column!r}: expected a value, found {found}"))
+            ids[row] = derived[row].as_py()
+    return pa.array(ids, pa.string())
+
+
+def _labels(values: "dict[str, pa.Array[Any]]", name: str | None, num_rows: int) -> "pa.Array[Any]":
+    """Tenant or cost centre of each row; a null is the same as none named."""
+    if name is None:
+        return pa.array([""] * num_rows, pa.string())
+    labels = values[name].cast(pa.string())
+    return pc.if_else(labels.is_null(), pa.scalar(""), labels)
+
+
+def _read_lines(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
+    with storage.open_input(unit.path) as source:
+        source.seek(unit.offset)
+        content = source.read(unit.num_bytes)
+    first_row = unit.first_row
+    lines = [line for line in content.split(b"\n") if line.strip()]
+    for start in range(0, len(lines), MAX_BATCH_ROWS):
+        yield _parse_lines(lines[start : start + MAX_BATCH_ROWS], first_row + start, unit, columns)
+
+
+def _parse_lines(lines: list[bytes], first_row: int, unit: InputUnit, columns: ReadColumns) -> pa.RecordBatch:
+    errors: dict[int, RowError] = {}
+    custom_ids: list[str] = []
+    messages: list[str | None] = []
+    sampling: list[str | None] = []
+    for row, line in enumerate(lines):
+        derived = f"{unit.label}:{first_row + row}"
+        try:
+            request = parse_batch_line(line)
+        except RowError as error:
+            errors[row] = error
+            custom_ids.append(custom_id_of(line) or derived)
+            messages.append(None)
+            sampling.append(None)
+        else:
+            custom_ids.append(request.custom_id)
+            messages.append(request.messages)
+            sampling.append(request.sampling)
+    return _assemble(
+        columns,
+        unit,
+        np.arange(first_row, first_row + len(lines)),
+        pa.array(custom_ids, pa.string()),
+        tenants=_labels({}, None, len(lines)),
+        cost_centers=_labels({}, None, len(lines)),
+        errors=errors,
+        inputs=[pa.array(messages, pa.large_string()), pa.array(sampling, pa.string())],
+        passthrough=[],
+    )
+
+
+def _unit_reject(
+    unit: InputUnit, columns: ReadColumns, scope: str, error: RowError, num_read: int, num_rows: int | None
+) -> pa.RecordBatch:
+    """One row that stands for all rows of a unit that could not be read."""
+    name = unit.label if scope == "file" else f"{unit.label}:{unit.first_row + num_read}"
+    nothing = [pa.nulls(1, field.type) for field in columns.input_fields]
+    return _assemble(
+        columns,
+        unit,
+        np.array([unit.first_row + num_read]),
+        pa.array([name], pa.string()),
+        tenants=_labels({}, None, 1),
+        cost_centers=_labels({}, None, 1),
+        errors={0: error},
+        inputs=nothing,
+        passthrough=[pa.nulls(1, field.type) for field in columns.passthrough],
+        scope=scope,
+        num_rows=num_rows,
+    )
+
+
+def _assemble(
+    columns: ReadColumns,
+    unit: InputUnit,
+    source_rows: "np.ndarray[Any, Any]",
+    custom_ids: "pa.Array[Any]",
+    *,
+    tenants: "pa.Array[Any]",
+    cost_centers: "pa.Array[Any]",
+    errors: dict[int, RowError],
+    inputs: "list[pa.Array[Any]]",
+    passthrough: "list[pa.Array[Any]]",
+    scope: str = "row",
+    num_rows: int | None = 1,
+) -> pa.RecordBatch:
+    size = len(source_rows)
+    found = [errors.get(row) for row in range(size)] if errors else [None] * size
+    return pa.RecordBatch.from_arrays(
+        [
+            custom_ids,
+            pa.array([unit.path] * size, pa.string()),
+            pa.array(source_rows, pa.int64()),
+            pa.array(np.full(size, unit.ordinal), pa.int32()),
+            pa.array([scope] * size, pa.string()),
+            pa.array([num_rows] * size, pa.int64()),
+            tenants,
+            cost_centers,
+            pa.array([error and error.error_stage for error in found], pa.string()),
+            pa.array([error and error.error_type for error in found], pa.string()),
+            pa.array([error and str(error) for error in found], pa.string()),
+            struct_of(pa.struct(list(columns.input_fields)), inputs, size),
+            struct_of(pa.struct(list(columns.passthrough)), passthrough, size),
+        ],
+        schema=columns.schema,
+    )
+
+
+def struct_of(struct: "pa.StructType", arrays: "list[pa.Array[Any]]", size: int) -> "pa.Array[Any]":
+    """A struct array of given child arrays; Arrow's own constructor loses the length when there are none."""
+    if not arrays:
+        return pa.array([{}] * size, struct)
+    return pa.StructArray.from_arrays(arrays, fields=[struct.field(index) for index in range(struct.num_fields)])

@@ -1,0 +1,194 @@
+"""*render*: rows become chat messages, the model's own prompt, and token ids.
+
+Before it: *read*. After it: *plan*. Batches of `schemas.tables.plan_schema` leave; a row that cannot be rendered, or
+does not fit the model's context, leaves as a reject with the numbers.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+from pydantic import ValidationError
+
+from model_runner.prefix_tree import prefix_key
+from model_runner.prompt_encoder import PromptEncoder
+from schemas.canonical import canonical_json
+from schemas.errors import ContextOverflow, InvalidSampling, RowError
+from schemas.job import PromptSection, SamplingSection
+from schemas.records import Sampling, TokenIds
+from schemas.tables import INPUT, plan_schema
+from transforms.chat_messages import messages_json, parse_messages
+from transforms.prompt_template import PromptTemplate
+
+
+@dataclass(frozen=True, slots=True)
+class RenderSpec:
+    """How rows are rendered; small and picklable, the tokenizer is loaded in `setup`."""
+
+    prompt: PromptSection
+    sampling: SamplingSection
+    checkpoint: str
+    passthrough: tuple["pa.Field[Any]", ...]
+    messages_column: str | None
+    sampling_column: str | None = None
+
+
+class RenderPrompts(beam.PTransform[Any, Any]):
+    """Batches of rows as read -> batches of planned rows, not yet in order."""
+
+    def __init__(self, spec: RenderSpec) -> None:
+        super().__init__()
+        self._spec = spec
+
+    def expand(self, pcoll: "beam.PCollection[pa.RecordBatch]") -> "beam.PCollection[pa.RecordBatch]":
+        return pcoll | "RenderBatch" >> beam.ParDo(_RenderBatch(self._spec))
+
+
+class _RenderBatch(beam.DoFn):
+    def __init__(self, spec: RenderSpec) -> None:
+        self._spec = spec
+        self._num_rows = beam.metrics.Metrics.counter("render", "num_rows")
+
+    def setup(self) -> None:
+        self._renderer = Renderer(self._spec)
+
+    def process(self, element: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+        self._num_rows.inc(element.num_rows)
+        yield self._renderer.render_batch(element)
+
+
+@dataclass(slots=True)
+class _Rendered:
+    """Columns of a batch as they fill up; one entry a row."""
+
+    keys: list[bytes | None] = field(default_factory=list[bytes | None])
+    num_tokens: list[int | None] = field(default_factory=list[int | None])
+    messages: list[str | None] = field(default_factory=list[str | None])
+    sampling: list[str | None] = field(default_factory=list[str | None])
+    errors: list[RowError | None] = field(default_factory=list[RowError | None])
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    text: str
+    messages: str
+    sampling: Sampling
+
+
+class Renderer:
+    """The pure part of *render*, with its tokenizer and templates loaded."""
+
+    def __init__(self, spec: RenderSpec) -> None:
+        self._spec = spec
+        self._template = PromptTemplate(spec.prompt)
+        self._encoder = PromptEncoder.load(spec.checkpoint)
+        self._schema = plan_schema(spec.passthrough)
+        self._job_sampling = Sampling(**spec.sampling.model_dump())
+
+    def render_batch(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Render every row of a batch; rejects of *read* pass through as they are."""
+        tenants: list[str] = batch.column("tenant").to_pylist()
+        is_rejected = [error is not None for error in batch.column("error_type").to_pylist()]
+        prompts = [
+            None if rejected else self._prompt_of(row)
+            for row, rejected in zip(batch.column(INPUT).to_pylist(), is_rejected, strict=True)
+        ]
+        token_ids = iter(self._encoder.encode_batch([p.text for p in prompts if isinstance(p, _Prompt)]))
+        rendered = _Rendered()
+        for prompt, tenant in zip(prompts, tenants, strict=True):
+            self._append(rendered, prompt, tenant, token_ids)
+        return self._with_columns(batch, rendered)
+
+    def _prompt_of(self, row: Mapping[str, Any]) -> "_Prompt | RowError":
+        try:
+            column = self._spec.messages_column
+            messages = self._template.render(row) if column is None else parse_messages(row[column])
+            sampling = self._sampling_of(row)
+            return _Prompt(self._encoder.render(messages), messages_json(messages), sampling)
+        except RowError as error:
+            return error
+
+    def _sampling_of(self, row: Mapping[str, Any]) -> Sampling:
+        own = row[self._spec.sampling_column] if self._spec.sampling_column is not None else None
+        if not own or own == "{}":
+            return self._job_sampling
+        merged = {**self._spec.sampling.model_dump(), **json.loads(own)}
+        try:
+            return Sampling(**SamplingSection.model_validate(merged).model_dump())
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InvalidSampling(f"{where}: {first['msg']}, found {first['input']!r}") from error
+
+    def _append(
+        self, rendered: _Rendered, prompt: "_Prompt | RowError | None", tenant: str, token_ids: Iterator[TokenIds]
+    ) -> None:
+        key = num_tokens = error = messages = sampling = None
+        if isinstance(prompt, _Prompt):
+            tokens = next(token_ids)
+            num_tokens = int(tokens.shape[0])
+            error = self._overflow(num_tokens, prompt.sampling)
+            if error is None:
+                key = prefix_key(tenant, tokens)
+                messages, sampling = prompt.messages, sampling_json(prompt.sampling)
+        else:
+            error = prompt
+        rendered.keys.append(key)
+        rendered.num_tokens.append(num_tokens)
+        rendered.messages.append(messages)
+        rendered.sampling.append(sampling)
+        rendered.errors.append(error)
+
+    def _overflow(self, num_tokens: int, sampling: Sampling) -> ContextOverflow | None:
+        limit = self._encoder.context_length
+        if num_tokens + sampling.max_tokens <= limit:
+            return None
+        return ContextOverflow(
+            f"expected prompt and output within the model's context of {limit} tokens, "
+            f"found {num_tokens} prompt tokens + max_tokens {sampling.max_tokens} = {num_tokens + sampling.max_tokens}"
+        )
+
+    def _with_columns(self, batch: pa.RecordBatch, rendered: _Rendered) -> pa.RecordBatch:
+        columns: dict[str, pa.Array[Any]] = {name: batch.column(name) for name in batch.schema.names}
+        columns["prefix_key"] = pa.array(rendered.keys, pa.large_binary())
+        columns["num_prompt_tokens"] = pa.array(rendered.num_tokens, pa.int32())
+        columns["messages"] = pa.array(rendered.messages, pa.large_string())
+        columns["sampling"] = pa.array(rendered.sampling, pa.string())
+        columns["merged_into"] = pa.nulls(batch.num_rows, pa.string())
+        if any(rendered.errors):
+            for name, values in _error_columns(rendered.errors).items():
+                merged = [
+                    new if new is not None else old for new, old in zip(values, columns[name].to_pylist(), strict=True)
+                ]
+                columns[name] = pa.array(merged, pa.string())
+        return pa.RecordBatch.from_arrays([columns[name] for name in self._schema.names], schema=self._schema)
+
+
+def _error_columns(errors: list[RowError | None]) -> dict[str, list[str | None]]:
+    return {
+        "error_stage": [error and error.error_stage for error in errors],
+        "error_type": [error and error.error_type for error in errors],
+        "error_message": [error and str(error) for error in errors],
+    }
+
+
+def sampling_json(sampling: Sampling) -> str:
+    """Sampling as canonical JSON: equal text, equal sampling."""
+    return canonical_json(
+        {
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "stop": list(sampling.stop),
+            "seed": sampling.seed,
+        }
+    )
+
+
+def sampling_of(text: str) -> Sampling:
+    """The inverse of `sampling_json`."""
+    values = json.loads(text)
+    return Sampling(**{**values, "stop": tuple(values["stop"])})

@@ -1,0 +1,54 @@
+"""Run: requests through the engine, one completion each.
+
+Stands in the *answer* stage (**run** -> validate -> account -> commit): requests come from a shard's plan. Engines are
+held to their contract here, once for all of them.
+"""
+
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+
+from model_runner.protocol import ModelRunner
+from schemas.errors import EngineContractError, EngineFailed
+from schemas.records import Completion, Request, Usage
+
+
+def run(requests: Iterable[Request], runner: ModelRunner) -> Iterator[Completion]:
+    """Answer requests in whatever order the engine finishes them.
+
+    A request that the engine never answers comes out as a failed completion; nothing is lost.
+
+    Raises:
+        EngineContractError: the engine answered a request twice, or one that it did not get.
+    """
+    pending: dict[str, None] = {}
+
+    def pulled() -> Iterator[Request]:
+        for request in requests:
+            pending[request.request_id] = None
+            yield request
+
+    for completion in runner.generate(pulled()):
+        if completion.request_id not in pending:
+            raise EngineContractError(
+                f"{type(runner).__name__}: expected one completion a request, "
+                f"found another for {completion.request_id!r}, which is not waiting"
+            )
+        del pending[completion.request_id]
+        yield completion
+    for request_id in pending:
+        yield _unanswered(request_id, type(runner).__name__)
+
+
+def _unanswered(request_id: str, engine: str) -> Completion:
+    return Completion(
+        request_id=request_id,
+        text="",
+        finish_reason="error",
+        usage=Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0),
+        started_at=datetime.now(UTC),
+        latency_ms=0.0,
+        provider="",
+        model="",
+        model_revision="",
+        error=EngineFailed(f"{engine} ended without an answer to this request"),
+    )

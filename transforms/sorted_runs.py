@@ -1,0 +1,147 @@
+"""Sorted runs: rendered rows on the store, in token order, for the plan to merge.
+
+Part of *plan*. Rows do not pass through a Beam shuffle: a run is written once, and only its small `RunFile` travels
+(ADR 0002 has the measurement). Beside each run lie samples of its keys with the expected cost that follows each.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from model_runner.prefix_tree import common_prefix_lengths
+from schemas import storage
+from schemas.job import PlanSection
+from schemas.layout import RunLayout
+from transforms.coders import register_record
+from transforms.render import sampling_of
+
+MAX_RUN_BYTES = 48 << 20
+MAX_SAMPLES = 128
+SHARD_WEIGHT = 1_000_000
+"""A shard's worth of work, in the whole-number weights that are added up."""
+
+EXPECTED_OUTPUT_TOKENS = 256
+"""Most output tokens that a request is expected to take, whatever its `max_tokens`."""
+
+SAMPLE_SCHEMA = pa.schema([pa.field("key", pa.large_binary()), pa.field("weight", pa.int64())])
+RUN_ORDER = ("prefix_key", "sampling", "cost_center", "unit", "source_row")
+"""Token order first; equal requests of one cost centre stand together, the first of the input ahead."""
+
+_BATCH_ROWS = 512
+_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
+
+
+@register_record
+@dataclass(frozen=True, slots=True)
+class RunFile:
+    """A run on the store: `requests` sorted by `RUN_ORDER`, or `rejects` in input order."""
+
+    run_id: str
+    kind: Literal["requests", "rejects"]
+    num_rows: int
+    weight: int
+
+
+def write_runs(batches: Sequence[pa.RecordBatch], layout: RunLayout, section: PlanSection) -> Iterator[RunFile]:
+    """Write planned rows of one input unit as a run of requests and a run of rejects; an empty one is left out.
+
+    Names follow from the rows, so that writing twice overwrites with the same bytes.
+    """
+    table = pa.Table.from_batches(batches)
+    first = f"{table.column('unit')[0].as_py():06d}-{table.column('source_row')[0].as_py():012d}"
+    is_reject = pc.is_valid(table.column("error_type"))
+    rejects = table.filter(is_reject)
+    if rejects.num_rows:
+        run_id = f"{first}-rejects"
+        write_rows(layout.run_file(run_id), rejects)
+        yield RunFile(run_id, "rejects", rejects.num_rows, 0)
+    requests = table.filter(pc.invert(is_reject))
+    if requests.num_rows:
+        run_id = f"{first}-requests"
+        requests = sort_rows(requests)
+        weights = row_weights(requests, section)
+        write_rows(layout.run_file(run_id), requests)
+        write_rows(layout.samples_file(run_id), sample_keys(requests.column("prefix_key"), weights))
+        yield RunFile(run_id, "requests", requests.num_rows, int(weights.sum()))
+
+
+def sort_rows(table: pa.Table) -> pa.Table:
+    """Rows in `RUN_ORDER`."""
+    return table.take(pc.sort_indices(table, sort_keys=[(name, "ascending") for name in RUN_ORDER]))
+
+
+def row_weights(sorted_rows: pa.Table, section: PlanSection) -> npt.NDArray[np.int64]:
+    """What each row is expected to add to a shard, in parts of `SHARD_WEIGHT`; shape (num_rows,).
+
+    The larger of its share of `max_shard_tokens` (prompt tokens not shared with the row before, and expected output)
+    and of `max_shard_rows`.
+    """
+    keys: list[bytes] = sorted_rows.column("prefix_key").to_pylist()
+    lengths = sorted_rows.column("num_prompt_tokens").to_numpy().astype(np.int64)
+    uncached = lengths - common_prefix_lengths(keys)
+    texts = sorted_rows.column("sampling").to_pylist()
+    outputs = {text: min(sampling_of(text).max_tokens, EXPECTED_OUTPUT_TOKENS) for text in set(texts)}
+    tokens = uncached + np.array([outputs[text] for text in texts], dtype=np.int64)
+    by_tokens = tokens * SHARD_WEIGHT // section.max_shard_tokens
+    return np.maximum(by_tokens, -(-SHARD_WEIGHT // section.max_shard_rows))
+
+
+def sample_keys(keys: "pa.ChunkedArray[Any]", weights: npt.NDArray[np.int64]) -> pa.Table:
+    """At most `MAX_SAMPLES` keys of a run, evenly spaced by weight, each with the weight up to the next one."""
+    ends = np.cumsum(weights)
+    starts = ends - weights
+    quantum = max(1, -(-int(ends[-1]) // MAX_SAMPLES))
+    picked = np.unique(np.searchsorted(starts, np.arange(0, int(ends[-1]), quantum), side="left"))
+    picked = picked[picked < len(weights)]
+    bounds = np.append(starts[picked], ends[-1])
+    return pa.table([keys.take(pa.array(picked)), pa.array(np.diff(bounds))], schema=SAMPLE_SCHEMA)
+
+
+def read_samples(layout: RunLayout, run: RunFile) -> pa.Table:
+    return read_rows(layout.samples_file(run.run_id))
+
+
+def read_rows(path: str) -> pa.Table:
+    """All rows of an Arrow file on the store."""
+    with storage.open_input(path) as source, pa.ipc.open_file(source) as reader:
+        return reader.read_all()
+
+
+def read_key_range(layout: RunLayout, run_id: str, lower: bytes, upper: bytes | None) -> pa.Table:
+    """The rows of a run of requests with `lower <= prefix_key < upper`; reads only the batches that hold them."""
+    with storage.open_input(layout.run_file(run_id)) as source, pa.ipc.open_file(source) as reader:
+        first = _last_batch_before(reader, lower)
+        kept: list[pa.RecordBatch] = []
+        for index in range(first, reader.num_record_batches):
+            batch = reader.get_batch(index)
+            keys: list[bytes] = batch.column("prefix_key").to_pylist()
+            if upper is not None and keys[0] >= upper:
+                break
+            mask = pa.array([lower <= key and (upper is None or key < upper) for key in keys])
+            kept.append(batch.filter(mask))
+        return pa.Table.from_batches(kept, schema=reader.schema)
+
+
+def _last_batch_before(reader: pa.ipc.RecordBatchFileReader, lower: bytes) -> int:
+    """The last batch that begins with a key below `lower`, by binary search; 0 if there is none."""
+    low, high = 0, reader.num_record_batches
+    while high - low > 1:
+        middle = (low + high) // 2
+        if reader.get_batch(middle).column("prefix_key")[0].as_py() < lower:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def write_rows(path: str, table: pa.Table) -> None:
+    """Write rows as one Arrow file, whole or not at all."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema, options=_OPTIONS) as writer:
+        writer.write_table(table, max_chunksize=_BATCH_ROWS)
+    storage.write_whole(path, sink.getvalue().to_pybytes())
