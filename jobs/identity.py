@@ -92,7 +92,11 @@ def identify(
         "[input]": columns,
         "--limit": limit,
         "[prompt]": job.prompt.model_dump(mode="json"),
-        "[output] schema": {"document": schema.document, "formats": schema.formats, "source": schema.source if schema.model else None}
+        "[output] schema": {
+            "document": schema.document,
+            "formats": schema.formats,
+            "source": schema.source if schema.model else None,
+        }
         if schema
         else None,
         "[model]": model,

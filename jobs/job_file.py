@@ -180,14 +180,13 @@ def _apply_overrides(draft: _Draft, overrides: Sequence[str]) -> None:
 def _toml_value(text: str) -> Any:
     """The TOML value that a text is, or the text itself.
 
-    It must read alike alone and in an array: so neither a comment, a second line nor a trailing comma slips in.
+    It must read alone, which a trailing comma does not, and in an array, which a comment or a second line do not.
     """
     try:
-        alone = tomllib.loads(f"value = {text}")
-        listed = tomllib.loads(f"value = [{text}]")
+        tomllib.loads(f"value = [{text}]")
+        return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-    return alone["value"] if listed == {"value": [alone["value"]]} and len(alone) == 1 else text
 
 
 def _leaves(place: Place, value: Any) -> list[tuple[Place, Any]]:

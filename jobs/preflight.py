@@ -334,5 +334,3 @@ def _check_writable(columns: ReadColumns) -> None:
             raise JobFileError(
                 f"[input] passthrough: column {field.name!r} of type {field.type} cannot be written to Parquet: {error}"
             ) from error
-
-

@@ -100,10 +100,9 @@ class MoebeamModelHandler(ModelHandler[Request, Completion, LoadedEngine]):
 
     def get_num_bytes(self, batch: Sequence[Request]) -> int:
         """Bytes of a batch's token ids and message texts."""
-        return sum(
-            int(request.prompt_token_ids.nbytes) + sum(len(message.content) for message in request.messages)
-            for request in batch
-        )
+        num_token_bytes = sum(int(request.prompt_token_ids.nbytes) for request in batch)
+        texts = (message.content for request in batch for message in request.messages)
+        return num_token_bytes + sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
     def get_metrics_namespace(self) -> str:
         """The namespace of `RunInference`'s metrics."""

@@ -1,13 +1,14 @@
 """The way of a row: read -> render -> plan -> answer -> publish."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import apache_beam as beam
 
 from transforms.answer import AnswerShards, AnswerSpec
 from transforms.duplicate_ids import FindDuplicates
 from transforms.input_scan import InputScan
-from transforms.plan import PlanRecord, PlannedShard, PlanShards, PlanSpec
+from transforms.plan import PlannedShard, PlanRecord, PlanShards, PlanSpec
 from transforms.publish import PublishRun, PublishSpec
 from transforms.read import ReadColumns, ReadPrompts
 from transforms.render import RenderPrompts, RenderSpec
@@ -36,7 +37,8 @@ def build(pipeline: beam.Pipeline, job: MainJob) -> "beam.PCollection[str]":
     """Wire the whole job; the one element that comes out is the manifest's text."""
     shards = plan_input(pipeline, job) if job.planned is None else reuse_plan(pipeline, job.planned)
     commits = shards | "Answer" >> AnswerShards(job.answer)
-    return commits | "Publish" >> PublishRun(job.publish)
+    manifest: Any = commits | "Publish" >> PublishRun(job.publish)
+    return manifest
 
 
 def plan_input(pipeline: beam.Pipeline, job: MainJob) -> "beam.PCollection[PlannedShard]":

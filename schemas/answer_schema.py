@@ -8,9 +8,8 @@ the only resources are the document and the published meta-schemas that the libr
 """
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from itertools import islice
 from typing import Any, Literal, NoReturn, TypeAlias, cast
@@ -21,13 +20,10 @@ from jsonschema_rs import ReferencingError, Registry, ValidationError, Validatio
 from schemas.canonical import Json
 from schemas.errors import EmptyAnswer, JobFileError, ModelRejected, NotJson, SchemaViolation
 from schemas.storage import read_bytes
+from schemas.strict_json import MAX_DEPTH, depth_of, has_lone_surrogate, parse_json
 
 Formats: TypeAlias = Literal["assert", "annotate"]
 Retriever: TypeAlias = Callable[[str], Json]
-
-MAX_DEPTH = 128
-"""Most nested arrays and objects in an answer or a schema. Python's own limit depends on the caller's stack, so the
-same answer could pass on one runner and fail on another; jsonschema-rs stops at 255, pydantic at about 200."""
 
 MAX_EXCERPT = 100
 """Most characters that an error message quotes of a value."""
@@ -44,7 +40,6 @@ DRAFTS = (
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _DATA_KEYWORDS = frozenset({"const", "enum", "default", "examples", "example"})
 _MODEL_REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-_NUMBER_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL)
 _ROOT_URI = "json-schema:///"
 
 
@@ -157,99 +152,6 @@ class AnswerSchema:
             ) from error
 
 
-def parse_json(text: str) -> Json:
-    """Parse exactly one JSON value, by the letter of RFC 8259.
-
-    Refused, although Python's `json` takes them: NaN and infinities, also as overflow of a double (`1e400`); lone
-    surrogates, which no UTF-8 file can hold; more than `MAX_DEPTH` levels.
-
-    Raises:
-        NotJson: with line, column and character where that is known.
-    """
-    try:
-        value = cast("Json", _DECODER.decode(text))
-    except json.JSONDecodeError as error:
-        raise NotJson(f"{error.msg} {_position(text, error.pos)}") from error
-    except _NotFinite as error:
-        raise NotJson(f"{error} {_position(text, _find_not_finite(text))}") from error
-    except RecursionError as error:
-        raise NotJson(_TOO_DEEP) from error
-    except ValueError as error:
-        # Python refuses to convert integers beyond sys.get_int_max_str_digits().
-        raise NotJson(f"an integer is too long: {_abbreviate(str(error))}") from error
-    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
-        raise NotJson(_TOO_DEEP)
-    if ("\\u" in text or not text.isascii()) and _has_lone_surrogate(value):
-        raise NotJson("a string holds a lone surrogate, which is no Unicode character")
-    return value
-
-
-_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
-
-
-class _NotFinite(Exception):
-    """A number of the text has no finite double."""
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise _NotFinite(f"{name} is not JSON")
-
-
-def _finite_float(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise _NotFinite(f"the number {_abbreviate(digits)} is beyond the range of a double")
-    return value
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite_float)
-
-
-def _find_not_finite(text: str) -> int:
-    # The decoder stopped at the first such number, and all before it is well formed.
-    for found in _NUMBER_OR_STRING.finditer(text):
-        token = found.group()
-        if token in ("NaN", "Infinity", "-Infinity") or (
-            not token.startswith('"') and any(mark in token for mark in ".eE") and math.isinf(float(token))
-        ):
-            return found.start()
-    return 0
-
-
-def _position(text: str, index: int) -> str:
-    line = text.count("\n", 0, index) + 1
-    column = index - text.rfind("\n", 0, index)
-    where = f"at line {line}, column {column} (character {index})"
-    return f"{where}, near {_abbreviate(text[max(0, index - 20) : index + 20])!r}" if index < len(text) else where
-
-
-def _depth(value: Json) -> int:
-    depth = 0
-    level: list[Json] = [value]
-    while containers := [parent for parent in level if isinstance(parent, dict | list)]:
-        depth += 1
-        level = [child for parent in containers for child in _children(parent)]
-    return depth
-
-
-def _children(container: Json) -> Iterable[Json]:
-    match container:
-        case dict():
-            return container.values()
-        case list():
-            return container
-        case _:
-            return ()
-
-
-def _has_lone_surrogate(value: Json) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
 def _restore(
     document: Json,
     formats: Formats,
@@ -329,9 +231,9 @@ def _own_copy(document: Json, source: str) -> Json:
         copy = cast("Json", json.loads(json.dumps(document, allow_nan=False)))
     except (TypeError, ValueError, RecursionError) as error:
         raise JobFileError(f"{source}: expected a JSON Schema, found a value that is not JSON: {error}") from error
-    if _depth(copy) > MAX_DEPTH:
-        raise JobFileError(f"{source}: expected a schema of at most {MAX_DEPTH} levels, found one that is {_TOO_DEEP}")
-    if _has_lone_surrogate(copy):
+    if depth_of(copy) > MAX_DEPTH:
+        raise JobFileError(f"{source}: expected a schema of at most {MAX_DEPTH} levels, found more")
+    if has_lone_surrogate(copy):
         raise JobFileError(f"{source}: expected Unicode text, found a lone surrogate in a string")
     return copy
 

@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Machines are shared: how long one example takes says nothing.
+hypothesis.settings.register_profile("moebeam", deadline=None)
+hypothesis.settings.load_profile("moebeam")
 
 
 @pytest.fixture(scope="session")

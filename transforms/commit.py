@@ -5,8 +5,8 @@ exclusively, and whoever creates it has won. It names the staged files, so a los
 """
 
 import hashlib
-import io
 import uuid
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,9 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from schemas import storage
+from schemas.arrow import parquet_bytes, values_of
 from schemas.errors import CommitError
 from schemas.layout import TABLES, RunLayout, Table
 from transforms.coders import RecordCoder, register_record
@@ -170,13 +170,6 @@ def _stage(layout: RunLayout, shard: str, attempt: str, table: Table, rows: pa.T
     return StagedFile(table, relative, rows.num_rows, len(content), hashlib.sha256(content).hexdigest())
 
 
-def parquet_bytes(rows: pa.Table) -> bytes:
-    """A table as the bytes of a Parquet file; equal tables give equal bytes."""
-    sink = io.BytesIO()
-    pq.write_table(rows, sink, compression="zstd")
-    return sink.getvalue()
-
-
 def _ledger_tokens(ledger: pa.Table) -> dict[str, int]:
     return {
         "prompt_tokens": _sum(ledger, "cache_hit_tokens") + _sum(ledger, "cache_miss_tokens"),
@@ -201,15 +194,15 @@ def _count(column: "pa.ChunkedArray[Any]", value: str) -> int:
 
 
 def _counts(column: "pa.ChunkedArray[Any]") -> dict[str, int]:
-    found: list[dict[str, Any]] = pc.value_counts(column).to_pylist()
-    return {entry["values"]: int(entry["counts"]) for entry in found if entry["values"] is not None}
+    return dict(sorted(Counter(value for value in column.to_pylist() if value is not None).items()))
 
 
 def _costs_by_currency(table: pa.Table, column: str) -> dict[str, Decimal]:
-    priced = table.filter(pc.is_valid(table.column("currency")))
-    sums = pa.table({"currency": priced.column("currency"), "amount": priced.column(column)})
-    grouped = sums.group_by("currency").aggregate([("amount", "sum")]).to_pylist()
-    return {row["currency"]: row["amount_sum"] for row in sorted(grouped, key=lambda row: row["currency"])}
+    sums: dict[str, Decimal] = {}
+    for currency, amount in zip(values_of(table, "currency"), values_of(table, column), strict=True):
+        if currency is not None:
+            sums[currency] = sums.get(currency, Decimal(0)) + amount
+    return dict(sorted(sums.items()))
 
 
 def _add_costs(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:

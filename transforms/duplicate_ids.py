@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from schemas.arrow import values_of
 from schemas.errors import InvalidId
 
 NUM_BUCKETS = 64
@@ -38,12 +39,12 @@ def digest_ids(batch: pa.RecordBatch) -> Iterator[tuple[int, bytes]]:
     rows = np.empty(batch.num_rows, dtype=_ROW)
     rows["unit"] = batch.column("unit").to_numpy()
     rows["source_row"] = batch.column("source_row").to_numpy()
-    ids = batch.column("custom_id").to_pylist()
+    ids = values_of(batch, "custom_id")
     digests = b"".join(blake2b(custom_id.encode(), digest_size=16).digest() for custom_id in ids)
     rows["high"], rows["low"] = np.frombuffer(digests, dtype="<u8").reshape(-1, 2).T
     has_id = [
         scope == "row" and error != InvalidId.error_type
-        for scope, error in zip(batch.column("scope").to_pylist(), batch.column("error_type").to_pylist(), strict=True)
+        for scope, error in zip(values_of(batch, "scope"), values_of(batch, "error_type"), strict=True)
     ]
     rows = rows[np.array(has_id, dtype=bool)]
     buckets = rows["high"] % NUM_BUCKETS

@@ -13,11 +13,13 @@ import apache_beam as beam
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from apache_beam.pvalue import AsList
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens
 from schemas import storage
+from schemas.arrow import values_of, with_column
 from schemas.errors import DuplicateId
 from schemas.job import PlanSection
 from schemas.layout import RunLayout
@@ -104,17 +106,16 @@ class PlanShards(beam.PTransform[Any, Any]):
 
     def expand(self, pcoll: "beam.PCollection[pa.RecordBatch]") -> "beam.PCollection[PlannedShard]":
         spec = self._spec
-        duplicates: Any = beam.pvalue.AsList(self._duplicates) if self._duplicates is not None else []
+        duplicates: Any = AsList(self._duplicates) if self._duplicates is not None else []
         planned: Any = (
             pcoll
             | "WriteRuns" >> beam.ParDo(_WriteRuns(spec))
             | "GatherRuns" >> beam.combiners.ToList()
-            | "CutShards" >> beam.FlatMap(lambda runs: cut_shards(runs, spec.layout)).with_output_types(ShardRange)
+            | "CutShards" >> beam.FlatMap(cut_shards, spec.layout).with_output_types(ShardRange)
             | "SpreadRanges" >> beam.Reshuffle()
             | "BuildShard" >> beam.ParDo(_BuildShard(spec), duplicates)
             | "GatherShards" >> beam.combiners.ToList()
-            | "WritePlan"
-            >> beam.FlatMap(lambda shards: write_plan(shards, spec.layout)).with_output_types(PlannedShard)
+            | "WritePlan" >> beam.FlatMap(write_plan, spec.layout).with_output_types(PlannedShard)
         )
         return planned
 
@@ -141,7 +142,7 @@ class _WriteRuns(beam.DoFn):
     def finish_bundle(self) -> "Iterator[WindowedValue]":
         if self._batches:
             for run in self._flush():
-                yield WindowedValue(run, GlobalWindow().max_timestamp(), [GlobalWindow()])
+                yield WindowedValue(run, GlobalWindow().max_timestamp(), (GlobalWindow(),))
 
     def _flush(self) -> list[RunFile]:
         name = f"{_unit_of(self._batches[0]):06d}-{self._batches[0].column('source_row')[0].as_py():012d}"
@@ -188,7 +189,7 @@ def _borders(samples: Sequence[pa.Table]) -> list[bytes]:
     if not samples:
         return []
     table = pa.concat_tables(samples)
-    table = table.take(pc.sort_indices(table, sort_keys=[("key", "ascending"), ("weight", "ascending")]))
+    table = table.sort_by([("key", "ascending"), ("weight", "ascending")])
     weights = table.column("weight").to_numpy()
     num_shards = max(1, -(-int(weights.sum()) // SHARD_WEIGHT))
     middles = np.cumsum(weights) - weights // 2
@@ -227,8 +228,9 @@ def build_shard(shard: ShardRange, spec: PlanSpec, duplicates: Mapping[int, set[
         table = _merge_requests(table, spec.section)
     write_rows(spec.layout.shard_plan(shard.shard), table.cast(plan_schema(spec.passthrough)))
     is_request = pc.and_(pc.is_null(table.column("error_type")), pc.is_null(table.column("merged_into")))
-    keys: list[bytes] = table.filter(is_request).column("prefix_key").to_pylist()
-    lengths = table.filter(is_request).column("num_prompt_tokens").to_numpy().astype(np.int64)
+    requests = table.filter(is_request)
+    keys = values_of(requests, "prefix_key")
+    lengths = requests.column("num_prompt_tokens").to_numpy().astype(np.int64)
     return PlannedShard(
         shard.shard,
         num_rows=table.num_rows,
@@ -242,11 +244,11 @@ def build_shard(shard: ShardRange, spec: PlanSpec, duplicates: Mapping[int, set[
 def _reject_duplicate_ids(table: pa.Table, duplicates: Mapping[int, set[int]]) -> pa.Table:
     if not duplicates:
         return table
-    rows = zip(table.column("unit").to_pylist(), table.column("source_row").to_pylist(), strict=True)
+    rows = zip(values_of(table, "unit"), values_of(table, "source_row"), strict=True)
     is_duplicate = [row in duplicates.get(unit, ()) for unit, row in rows]
     if not any(is_duplicate):
         return table
-    ids = table.column("custom_id").to_pylist()
+    ids = values_of(table, "custom_id")
     error = DuplicateId
     columns = {
         "error_stage": [error.error_stage if marked else None for marked in is_duplicate],
@@ -257,7 +259,7 @@ def _reject_duplicate_ids(table: pa.Table, duplicates: Mapping[int, set[int]]) -
         ],
     }
     for name, values in columns.items():
-        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
+        table = with_column(table, name, values)
     return table
 
 
@@ -270,9 +272,7 @@ def _merge_requests(table: pa.Table, section: PlanSection) -> pa.Table:
     first: tuple[Any, ...] = ()
     first_id = ""
     can_merge: dict[str, bool] = {}
-    for key, sampling, cost_center, custom_id, error in zip(
-        *(table.column(name).to_pylist() for name in names), strict=True
-    ):
+    for key, sampling, cost_center, custom_id, error in zip(*(values_of(table, name) for name in names), strict=True):
         if sampling not in can_merge:
             can_merge[sampling] = section.merge == "always" or sampling_of(sampling).is_greedy
         request = (key, sampling, cost_center)
@@ -283,7 +283,7 @@ def _merge_requests(table: pa.Table, section: PlanSection) -> pa.Table:
         else:
             first, first_id = request, custom_id
             merged.append(None)
-    return table.set_column(table.schema.get_field_index("merged_into"), "merged_into", pa.array(merged, pa.string()))
+    return with_column(table, "merged_into", merged)
 
 
 def write_plan(shards: Iterable[PlannedShard], layout: RunLayout) -> tuple[PlannedShard, ...]:

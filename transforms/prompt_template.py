@@ -6,7 +6,7 @@ templates from looping or growing without end.
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from jinja2 import meta, nodes
@@ -122,8 +122,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(undefined=jinja2.StrictUndefined, finalize=_printable, keep_trailing_newline=True)
-        self.filters["moebeam_metered"] = _metered
-        self.filters["moebeam_bounded"] = _bounded
+        cast("dict[str, Any]", self.filters).update({"moebeam_metered": _metered, "moebeam_bounded": _bounded})
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         context[_BUDGET].step()
@@ -155,8 +154,8 @@ class _Metered(NodeTransformer):
         return _wrap(node, "moebeam_bounded")
 
 
-def _wrap(expression: nodes.Expr, filter_name: str) -> nodes.Filter:
-    return nodes.Filter(expression, filter_name, [], [], None, None, lineno=expression.lineno)
+def _wrap(expression: nodes.Node, filter_name: str) -> nodes.Filter:
+    return nodes.Filter(cast("nodes.Expr", expression), filter_name, [], [], None, None, lineno=expression.lineno)
 
 
 @jinja2.pass_context

@@ -14,11 +14,12 @@ import apache_beam as beam
 import pyarrow as pa
 
 from schemas import storage
+from schemas.arrow import parquet_bytes
 from schemas.canonical import Json
 from schemas.errors import CommitError
 from schemas.layout import TABLES, RunLayout, Table
 from schemas.tables import LEDGER_SCHEMA, TABLES_VERSION, result_schema
-from transforms.commit import ShardCommit, StagedFile, Totals, parquet_bytes
+from transforms.commit import ShardCommit, StagedFile, Totals
 from transforms.failure import recorded_failure
 from transforms.plan import read_plan
 
@@ -54,9 +55,9 @@ class PublishRun(beam.PTransform[Any, Any]):
         manifest: Any = (
             pcoll
             | "SpreadCommits" >> beam.Reshuffle()
-            | "PublishShard" >> beam.FlatMap(lambda commit: _publish(commit, spec)).with_output_types(ShardCommit)
+            | "PublishShard" >> beam.FlatMap(_publish, spec).with_output_types(ShardCommit)
             | "GatherCommits" >> beam.combiners.ToList()
-            | "WriteManifest" >> beam.Map(lambda commits: _finish(commits, spec)).with_output_types(str)
+            | "WriteManifest" >> beam.Map(_finish, spec).with_output_types(str)
         )
         return manifest
 

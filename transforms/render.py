@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from model_runner.prefix_tree import prefix_key
 from model_runner.prompt_encoder import PromptEncoder
+from schemas.arrow import values_of
 from schemas.canonical import canonical_json
 from schemas.errors import ContextOverflow, InvalidSampling, RowError
 from schemas.job import PromptSection, SamplingSection
@@ -44,7 +45,8 @@ class RenderPrompts(beam.PTransform[Any, Any]):
         self._spec = spec
 
     def expand(self, pcoll: "beam.PCollection[pa.RecordBatch]") -> "beam.PCollection[pa.RecordBatch]":
-        return pcoll | "RenderBatch" >> beam.ParDo(_RenderBatch(self._spec))
+        planned: Any = pcoll | "RenderBatch" >> beam.ParDo(_RenderBatch(self._spec))
+        return planned
 
 
 class _RenderBatch(beam.DoFn):
@@ -90,11 +92,11 @@ class Renderer:
 
     def render_batch(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Render every row of a batch; rejects of *read* pass through as they are."""
-        tenants: list[str] = batch.column("tenant").to_pylist()
-        is_rejected = [error is not None for error in batch.column("error_type").to_pylist()]
+        tenants = values_of(batch, "tenant")
+        is_rejected = [error is not None for error in values_of(batch, "error_type")]
         prompts = [
             None if rejected else self._prompt_of(row)
-            for row, rejected in zip(batch.column(INPUT).to_pylist(), is_rejected, strict=True)
+            for row, rejected in zip(values_of(batch, INPUT), is_rejected, strict=True)
         ]
         token_ids = iter(self._encoder.encode_batch([p.text for p in prompts if isinstance(p, _Prompt)]))
         rendered = _Rendered()
@@ -190,5 +192,6 @@ def sampling_json(sampling: Sampling) -> str:
 
 def sampling_of(text: str) -> Sampling:
     """The inverse of `sampling_json`."""
-    values = json.loads(text)
-    return Sampling(**{**values, "stop": tuple(values["stop"])})
+    values: dict[str, Any] = json.loads(text)
+    values["stop"] = tuple(values["stop"])
+    return Sampling(**values)

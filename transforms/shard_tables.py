@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from model_runner.prefix_tree import common_prefix_lengths
+from schemas.arrow import rows_at, struct_columns, values_of
 from schemas.layout import Table
 from schemas.tables import LEDGER_SCHEMA, PASSTHROUGH, RESULT_SCHEMA, result_schema
 from transforms.account import AccountedAnswer
@@ -48,9 +49,7 @@ class PlannedRows:
     @classmethod
     def of(cls, table: pa.Table) -> "PlannedRows":
         """Sort out a shard's plan."""
-        errors = table.column("error_type").to_pylist()
-        merged_into = table.column("merged_into").to_pylist()
-        custom_ids = table.column("custom_id").to_pylist()
+        errors, merged_into, custom_ids = (values_of(table, n) for n in ("error_type", "merged_into", "custom_id"))
         asked = tuple(row for row, error in enumerate(errors) if error is None and merged_into[row] is None)
         row_of = {custom_ids[row]: row for row in asked}
         followers: dict[int, tuple[int, ...]] = {}
@@ -62,7 +61,7 @@ class PlannedRows:
 
     def text(self, name: str) -> list[Any]:
         """A column as Python values."""
-        return self.table.column(name).to_pylist()
+        return values_of(self.table, name)
 
 
 def shard_tables(rows: PlannedRows, answers: Mapping[int, AccountedAnswer], names: ShardNames) -> dict[Table, pa.Table]:
@@ -73,14 +72,13 @@ def shard_tables(rows: PlannedRows, answers: Mapping[int, AccountedAnswer], name
     """
     allocations = _allocate(rows, answers)
     columns = _result_columns(rows, answers, allocations, names)
-    passthrough = rows.table.column(PASSTHROUGH).combine_chunks()
-    fields = list(passthrough.type)
+    fields, passthrough = struct_columns(rows.table, PASSTHROUGH)
     table = pa.table(
-        [*(pa.array(columns[field.name], field.type) for field in RESULT_SCHEMA), *passthrough.flatten()],
+        [*(pa.array(columns[field.name], field.type) for field in RESULT_SCHEMA), *passthrough],
         schema=result_schema(fields),
     )
-    order = pa.array(np.lexsort([rows.table.column("source_row").to_numpy(), rows.table.column("unit").to_numpy()]))
-    table = table.take(order)
+    input_order = np.lexsort([rows.table.column("source_row").to_numpy(), rows.table.column("unit").to_numpy()])
+    table = rows_at(table, input_order)
     is_ok = pc.equal(table.column("status"), pa.scalar("ok"))
     return {
         "results": table.filter(is_ok),

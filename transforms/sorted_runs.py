@@ -4,9 +4,10 @@ Part of *plan*. Rows do not pass through a Beam shuffle: a run is written once, 
 (ADR 0002 has the measurement). Beside each run lie samples of its keys with the expected cost that follows each.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 
 from model_runner.prefix_tree import common_prefix_lengths
 from schemas import storage
+from schemas.arrow import arrow_file_bytes, open_arrow_file, values_of
 from schemas.job import PlanSection
 from schemas.layout import RunLayout
 from transforms.coders import register_record
@@ -28,12 +30,13 @@ SHARD_WEIGHT = 1_000_000
 EXPECTED_OUTPUT_TOKENS = 256
 """Most output tokens that a request is expected to take, whatever its `max_tokens`."""
 
-SAMPLE_SCHEMA = pa.schema([pa.field("key", pa.large_binary()), pa.field("weight", pa.int64())])
+SAMPLE_SCHEMA = pa.schema(
+    [pa.field("key", pa.large_binary()), pa.field("weight", pa.int64()), pa.field("row", pa.int64())]
+)
 RUN_ORDER = ("prefix_key", "sampling", "cost_center", "unit", "source_row")
 """Token order first; equal requests of one cost centre stand together, the first of the input ahead."""
 
 _BATCH_ROWS = 512
-_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
 @register_record
@@ -66,13 +69,13 @@ def write_runs(batches: Sequence[pa.RecordBatch], layout: RunLayout, section: Pl
         requests = sort_rows(requests)
         weights = row_weights(requests, section)
         write_rows(layout.run_file(run_id), requests)
-        write_rows(layout.samples_file(run_id), sample_keys(requests.column("prefix_key"), weights))
+        write_rows(layout.samples_file(run_id), sample_keys(values_of(requests, "prefix_key"), weights))
         yield RunFile(run_id, "requests", requests.num_rows, int(weights.sum()))
 
 
 def sort_rows(table: pa.Table) -> pa.Table:
     """Rows in `RUN_ORDER`."""
-    return table.take(pc.sort_indices(table, sort_keys=[(name, "ascending") for name in RUN_ORDER]))
+    return table.sort_by([(name, "ascending") for name in RUN_ORDER])
 
 
 def row_weights(sorted_rows: pa.Table, section: PlanSection) -> npt.NDArray[np.int64]:
@@ -81,25 +84,26 @@ def row_weights(sorted_rows: pa.Table, section: PlanSection) -> npt.NDArray[np.i
     The larger of its share of `max_shard_tokens` (prompt tokens not shared with the row before, and expected output)
     and of `max_shard_rows`.
     """
-    keys: list[bytes] = sorted_rows.column("prefix_key").to_pylist()
+    keys = values_of(sorted_rows, "prefix_key")
     lengths = sorted_rows.column("num_prompt_tokens").to_numpy().astype(np.int64)
     uncached = lengths - common_prefix_lengths(keys)
-    texts = sorted_rows.column("sampling").to_pylist()
+    texts = values_of(sorted_rows, "sampling")
     outputs = {text: min(sampling_of(text).max_tokens, EXPECTED_OUTPUT_TOKENS) for text in set(texts)}
     tokens = uncached + np.array([outputs[text] for text in texts], dtype=np.int64)
     by_tokens = tokens * SHARD_WEIGHT // section.max_shard_tokens
     return np.maximum(by_tokens, -(-SHARD_WEIGHT // section.max_shard_rows))
 
 
-def sample_keys(keys: "pa.ChunkedArray[Any]", weights: npt.NDArray[np.int64]) -> pa.Table:
-    """At most `MAX_SAMPLES` keys of a run, evenly spaced by weight, each with the weight up to the next one."""
+def sample_keys(keys: Sequence[bytes], weights: npt.NDArray[np.int64]) -> pa.Table:
+    """At most `MAX_SAMPLES` keys of a run, evenly spaced by weight, with row and weight up to the next sample."""
     ends = np.cumsum(weights)
     starts = ends - weights
     quantum = max(1, -(-int(ends[-1]) // MAX_SAMPLES))
     picked = np.unique(np.searchsorted(starts, np.arange(0, int(ends[-1]), quantum), side="left"))
     picked = picked[picked < len(weights)]
     bounds = np.append(starts[picked], ends[-1])
-    return pa.table([keys.take(pa.array(picked)), pa.array(np.diff(bounds))], schema=SAMPLE_SCHEMA)
+    picked_keys = pa.array([keys[index] for index in picked], pa.large_binary())
+    return pa.table([picked_keys, pa.array(np.diff(bounds)), pa.array(picked)], schema=SAMPLE_SCHEMA)
 
 
 def read_samples(layout: RunLayout, run: RunFile) -> pa.Table:
@@ -108,18 +112,20 @@ def read_samples(layout: RunLayout, run: RunFile) -> pa.Table:
 
 def read_rows(path: str) -> pa.Table:
     """All rows of an Arrow file on the store."""
-    with storage.open_input(path) as source, pa.ipc.open_file(source) as reader:
+    with storage.open_input(path) as source, open_arrow_file(source) as reader:
         return reader.read_all()
 
 
 def read_key_range(layout: RunLayout, run_id: str, lower: bytes, upper: bytes | None) -> pa.Table:
     """The rows of a run of requests with `lower <= prefix_key < upper`; reads only the batches that hold them."""
-    with storage.open_input(layout.run_file(run_id)) as source, pa.ipc.open_file(source) as reader:
-        first = _last_batch_before(reader, lower)
+    samples = read_rows(layout.samples_file(run_id))
+    position = bisect_left(values_of(samples, "key"), lower)
+    first = samples.column("row")[position - 1].as_py() // _BATCH_ROWS if position else 0
+    with storage.open_input(layout.run_file(run_id)) as source, open_arrow_file(source) as reader:
         kept: list[pa.RecordBatch] = []
         for index in range(first, reader.num_record_batches):
             batch = reader.get_batch(index)
-            keys: list[bytes] = batch.column("prefix_key").to_pylist()
+            keys = values_of(batch, "prefix_key")
             if upper is not None and keys[0] >= upper:
                 break
             mask = pa.array([lower <= key and (upper is None or key < upper) for key in keys])
@@ -127,21 +133,6 @@ def read_key_range(layout: RunLayout, run_id: str, lower: bytes, upper: bytes | 
         return pa.Table.from_batches(kept, schema=reader.schema)
 
 
-def _last_batch_before(reader: pa.ipc.RecordBatchFileReader, lower: bytes) -> int:
-    """The last batch that begins with a key below `lower`, by binary search; 0 if there is none."""
-    low, high = 0, reader.num_record_batches
-    while high - low > 1:
-        middle = (low + high) // 2
-        if reader.get_batch(middle).column("prefix_key")[0].as_py() < lower:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
 def write_rows(path: str, table: pa.Table) -> None:
     """Write rows as one Arrow file, whole or not at all."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema, options=_OPTIONS) as writer:
-        writer.write_table(table, max_chunksize=_BATCH_ROWS)
-    storage.write_whole(path, sink.getvalue().to_pybytes())
+    storage.write_whole(path, arrow_file_bytes(table, max_batch_rows=_BATCH_ROWS))

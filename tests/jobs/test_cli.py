@@ -365,6 +365,9 @@ def start_run(job_file: str, behaviour: str, *options: str) -> "subprocess.Popen
 
         def launch(job, *, limit, beam_args, stop, progress):
             os.system("echo a child process says hello")
+            if "{behaviour}" == "hang":
+                # A thread like Beam's workers, which a normal exit would wait for.
+                threading.Thread(target=threading.Event().wait, args=(120,)).start()
             print("started", file=sys.stderr, flush=True)
             summary = {summary()!r}
             if "{behaviour}" == "drain":
@@ -372,8 +375,6 @@ def start_run(job_file: str, behaviour: str, *options: str) -> "subprocess.Popen
                 progress({SNAPSHOT!r})
                 return replace(summary, status="incomplete", exit_code=4)
             if "{behaviour}" == "hang":
-                # A thread like Beam's workers, which a normal exit would wait for.
-                threading.Thread(target=threading.Event().wait, args=(120,)).start()
                 threading.Event().wait(120)
             return summary
 

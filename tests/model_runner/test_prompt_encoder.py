@@ -86,7 +86,7 @@ def test_template_may_stand_in_its_own_file(checkpoint: Path) -> None:
 def test_default_is_picked_from_named_templates(checkpoint: Path) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     assert set_template(checkpoint, named).render([Message("user", "x")]) == "plain"
-    with pytest.raises(EngineLoadError, match="default.*found only: tool_use"):
+    with pytest.raises(EngineLoadError, match=r"default.*found only: tool_use"):
         set_template(checkpoint, named[:1])
 
 
@@ -122,7 +122,7 @@ def test_what_a_template_raises_is_a_rows_problem(checkpoint: Path, template: st
 
 
 def test_lone_surrogate_in_a_batch_is_a_typed_error_that_names_the_prompt(encoder: PromptEncoder) -> None:
-    with pytest.raises(InvalidMessages, match="prompt 1.*character 2"):
+    with pytest.raises(InvalidMessages, match=r"prompt 1.*character 2"):
         encoder.encode_batch(["fine", "ab\udfff"])
 
 
@@ -178,7 +178,7 @@ def test_checkpoint_without_a_chat_template_is_refused(checkpoint: Path) -> None
 
 
 def test_template_that_does_not_compile_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(EngineLoadError, match="tokenizer_config.json: expected a Jinja chat template"):
+    with pytest.raises(EngineLoadError, match=r"tokenizer_config\.json: expected a Jinja chat template"):
         set_template(checkpoint, "{% if %}")
 
 
@@ -207,5 +207,5 @@ def test_sizes_may_stand_in_the_text_config(checkpoint: Path) -> None:
 
 def test_tokenizer_larger_than_the_model_is_refused(checkpoint: Path) -> None:
     set_json(checkpoint / "config.json", vocab_size=260)
-    with pytest.raises(EngineLoadError, match="261 tokens.*260"):
+    with pytest.raises(EngineLoadError, match=r"261 tokens.*260"):
         PromptEncoder.load(str(checkpoint))

@@ -1,7 +1,6 @@
 import json
 import math
 import pickle
-import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from apache_beam.internal.cloudpickle import cloudpickle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.answer_schema import MAX_DEPTH, MAX_EXCERPT, AnswerSchema, parse_json
+from schemas.answer_schema import MAX_EXCERPT, AnswerSchema
 from schemas.errors import EmptyAnswer, JobFileError, ModelRejected, NotJson, SchemaViolation
+from schemas.strict_json import MAX_DEPTH
 
 TICKET = {
     "type": "object",
@@ -94,46 +94,6 @@ def test_last_of_duplicate_keys_counts() -> None:
 def test_blank_answer_is_empty_not_malformed(text: str) -> None:
     with pytest.raises(EmptyAnswer):
         schema_of(True).check(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "where"),
-    [
-        ('{"a": 1', "line 1, column 8 (character 7)"),
-        ('{"a": 1} and more', "line 1, column 10 (character 9)"),
-        ('{"a": 1}{"a": 1}', "line 1, column 9 (character 8)"),
-        ("```json\n{}\n```", "line 1, column 1 (character 0)"),
-        ('[1,\n2,\n"three" 4]', "line 3, column 9 (character 15)"),
-        ("{'a': 1}", "line 1, column 2 (character 1)"),
-        ('["a\nb"]', "line 1, column 4 (character 3)"),
-        ("[1, NaN]", "NaN is not JSON at line 1, column 5 (character 4)"),
-        ('["NaN", -Infinity]', "-Infinity is not JSON at line 1, column 9 (character 8)"),
-        ('{"Infinity": Infinity}', "Infinity is not JSON at line 1, column 14 (character 13)"),
-        ("[-1e400]", "-1e400 is beyond the range of a double at line 1, column 2 (character 1)"),
-        ("[01]", "line 1, column 3 (character 2)"),
-        ("[\u0661]", "line 1, column 2 (character 1)"),
-        ("\ufeff{}", "(character 0)"),
-    ],
-)
-def test_malformed_answer_is_refused_with_its_position(text: str, where: str) -> None:
-    with pytest.raises(NotJson) as caught:
-        schema_of(True).check(text)
-    assert where in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ['"\\ud800"', '{"\\uDC00": 1}', '"\ud800"', '{"a": ["\\ud83d x"]}'])
-def test_lone_surrogate_is_refused_because_no_file_could_hold_it(text: str) -> None:
-    with pytest.raises(NotJson, match="surrogate"):
-        schema_of(True).check(text)
-
-
-def test_surrogate_pair_and_escapes_are_characters() -> None:
-    assert schema_of({"maxLength": 1}).check('"\\ud83d\\ude00"') == "\U0001f600"
-
-
-def test_integer_beyond_pythons_limit_is_a_row_error() -> None:
-    with pytest.raises(NotJson, match="integer is too long"):
-        schema_of(True).check("1" * (sys.get_int_max_str_digits() + 1))
 
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH + 1, 500, 100_000])
@@ -435,19 +395,6 @@ def test_module_that_cannot_be_imported_is_refused(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(JobFileError, match="users_models:Ticket: module 'users_models' cannot be imported"):
         AnswerSchema.load("users_models:Ticket")
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(), children, max_size=4),
-    max_leaves=20,
-)
-
-
-@settings(deadline=None)
-@given(json_values, st.booleans())
-def test_parse_is_the_inverse_of_writing(value: Any, ensure_ascii: bool) -> None:
-    assert parse_json(json.dumps(value, ensure_ascii=ensure_ascii)) == value
 
 
 @settings(deadline=None)

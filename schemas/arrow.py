@@ -1,0 +1,53 @@
+"""A thin typed adapter over pyarrow, whose published stubs know less than it does."""
+
+import io
+from collections.abc import Sequence
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def values_of(rows: pa.Table | pa.RecordBatch, column: str) -> list[Any]:
+    """A column as Python values, None for null; shape (num_rows,)."""
+    return rows.column(column).to_pylist()
+
+
+def rows_at(table: pa.Table, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> pa.Table:
+    """Rows of a table by index, in the order of the indices."""
+    return table.take(cast("Any", pa.array(indices, pa.int64())))
+
+
+def with_column(table: pa.Table, name: str, values: Sequence[Any]) -> pa.Table:
+    """The table with one of its columns replaced, in the same place and type."""
+    index = table.schema.get_field_index(name)
+    return table.set_column(index, table.schema.field(index), pa.array(values, table.schema.field(index).type))
+
+
+def struct_columns(table: pa.Table, name: str) -> tuple[list["pa.Field[Any]"], list["pa.Array[Any]"]]:
+    """The fields and child arrays of a struct column; a child is null where the struct is."""
+    struct: Any = table.column(name).combine_chunks()
+    return list(struct.type), struct.flatten()
+
+
+def open_arrow_file(source: BinaryIO) -> pa.ipc.RecordBatchFileReader:
+    """A reader of an Arrow IPC file."""
+    return pa.ipc.open_file(cast("io.IOBase", source))
+
+
+def arrow_file_bytes(table: pa.Table, *, max_batch_rows: int) -> bytes:
+    """A table as the bytes of an Arrow IPC file, compressed, in batches of at most so many rows."""
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(sink, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=max_batch_rows)
+    return sink.getvalue().to_pybytes()
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as the bytes of a Parquet file; equal tables give equal bytes."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()

@@ -1,0 +1,33 @@
+"""Naming and loading engines."""
+
+import sys
+import types
+
+import pytest
+
+from model_runner import protocol
+from model_runner.protocol import EngineConfig, load_runner
+from schemas.errors import EngineLoadError
+
+
+def config(engine: str) -> EngineConfig:
+    return EngineConfig(engine=engine, path="", name="m", revision="r")
+
+
+def test_unknown_engine_is_refused_naming_the_known_ones() -> None:
+    with pytest.raises(EngineLoadError, match="'warp'; expected one of: fake, transformers"):
+        load_runner(config("warp"))
+
+
+def test_engine_whose_package_is_missing_is_refused_naming_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(protocol.ENGINES, "absent", "package_that_is_not_installed:load")
+    with pytest.raises(EngineLoadError, match="package_that_is_not_installed"):
+        load_runner(config("absent"))
+
+
+def test_loader_gets_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("scripted_engine")
+    module.load = lambda given: ("loaded", given)  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "scripted_engine", module)
+    monkeypatch.setitem(protocol.ENGINES, "scripted", "scripted_engine:load")
+    assert load_runner(config("scripted")) == ("loaded", config("scripted"))

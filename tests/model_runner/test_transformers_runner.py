@@ -1,0 +1,284 @@
+"""The oracle engine: batches against single requests, sampling, stops, limits, and one bad request among good ones."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model_runner import transformers_runner
+from model_runner.protocol import EngineConfig
+from model_runner.transformers_runner import TransformersRunner, load_transformers_runner
+from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError
+from schemas.records import Completion, Message, Request, Sampling
+
+BOS_ID, EOS_ID = 0, 1
+
+
+def config_of(path: Path | str, **values: Any) -> EngineConfig:
+    return EngineConfig(**({"engine": "transformers", "path": str(path), "name": "tiny", "revision": "r"} | values))
+
+
+def request(request_id: str, tokens: Sequence[int], max_tokens: int = 12, **sampling: Any) -> Request:
+    return Request(
+        request_id,
+        np.array([BOS_ID, *tokens], dtype=np.int32),
+        (Message("user", "x"),),
+        Sampling(max_tokens, **sampling),
+    )
+
+
+def random_requests(num_requests: int, num_tokens: int, seed: int = 0, **values: Any) -> list[Request]:
+    rng = np.random.default_rng(seed)
+    return [request(str(i), rng.integers(5, 261, num_tokens).tolist(), **values) for i in range(num_requests)]
+
+
+def answers(runner: TransformersRunner, requests: list[Request]) -> dict[str, tuple[str, str, int]]:
+    found = {c.request_id: (c.text, c.finish_reason, c.usage.completion_tokens) for c in runner.generate(requests)}
+    assert len(found) == len(requests)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runner(tiny_checkpoint: Path) -> TransformersRunner:
+    return load_transformers_runner(config_of(tiny_checkpoint, dtype="float32", device="cpu"))
+
+
+@pytest.fixture
+def batch_sizes(runner: TransformersRunner, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the batches that the model is given from here on."""
+    sizes: list[int] = []
+    run = runner._run
+
+    def noted(batch: Sequence[Request]) -> Any:
+        sizes.append(len(batch))
+        return run(batch)
+
+    monkeypatch.setattr(runner, "_run", noted)
+    return sizes
+
+
+def test_batch_of_equal_lengths_answers_as_each_request_alone(
+    runner: TransformersRunner, batch_sizes: list[int]
+) -> None:
+    # Longer than the sliding window of 16, and not a multiple of either compression rate.
+    requests = random_requests(7, 37)
+    together = answers(runner, requests)
+    assert batch_sizes == [7]
+    alone: dict[str, tuple[str, str, int]] = {}
+    for one in requests:
+        alone |= answers(runner, [one])
+    assert together == alone
+    assert len({text for text, _, _ in together.values()}) > 1
+
+
+def test_greedy_answer_is_the_argmax_of_a_forward_pass_without_cache(runner: TransformersRunner) -> None:
+    (one,) = random_requests(1, 21, max_tokens=8)
+    token_ids = one.prompt_token_ids.tolist()
+    with torch.inference_mode():
+        for _ in range(8):
+            logits = runner._model(torch.tensor([token_ids]), use_cache=False).logits[0, -1]
+            token_ids.append(int(logits.argmax()))
+            if token_ids[-1] == EOS_ID:
+                break
+    expected = runner._tokenizer.decode(token_ids[one.num_prompt_tokens :], skip_special_tokens=True)
+    assert answers(runner, [one])["0"][0] == expected
+
+
+def test_batches_hold_one_length_and_one_sampling_and_largest_groups_go_first(
+    runner: TransformersRunner, batch_sizes: list[int]
+) -> None:
+    requests = [
+        *random_requests(2, 5, max_tokens=2),
+        *(replace(r, request_id=f"b{r.request_id}") for r in random_requests(20, 6, max_tokens=2)),
+        *(replace(r, request_id=f"c{r.request_id}") for r in random_requests(3, 5, max_tokens=3)),
+    ]
+    assert len(answers(runner, requests)) == 25
+    assert batch_sizes == [16, 4, 3, 2]
+
+
+def test_window_bounds_what_is_pulled(runner: TransformersRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_runner, "NUM_WINDOW_REQUESTS", 4)
+    pulled: list[str] = []
+
+    def source() -> Iterator[Request]:
+        for one in random_requests(10, 4, max_tokens=1):
+            pulled.append(one.request_id)
+            yield one
+
+    completions = runner.generate(source())
+    next(completions)
+    assert len(pulled) == 4
+    assert len(list(completions)) == 9
+
+
+def test_sampled_answer_depends_on_request_seed_and_attempt_alone(
+    runner: TransformersRunner, batch_sizes: list[int]
+) -> None:
+    requests = random_requests(4, 9, temperature=1.5)
+    first = answers(runner, requests)
+    assert set(batch_sizes) == {1}
+    torch.manual_seed(99)
+    assert answers(runner, requests[::-1]) == first
+    assert answers(runner, requests[2:3])["2"] == first["2"]
+    again = replace(requests[0], attempt=2)
+    assert answers(runner, [again])["0"] != first["0"]
+    seeded = [replace(requests[0], sampling=Sampling(12, 1.5, seed=seed)) for seed in (1, 1, 2)]
+    one, same, other = (answers(runner, [r])["0"] for r in seeded)
+    assert one == same != other
+
+
+def test_sampling_leaves_the_callers_random_numbers_alone(runner: TransformersRunner) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    answers(runner, random_requests(1, 9, temperature=1.0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_sampling_follows_temperature_and_top_p(runner: TransformersRunner) -> None:
+    (greedy,) = random_requests(1, 9)
+    expected = answers(runner, [greedy])["0"]
+    for values in ({"temperature": 1e-4}, {"temperature": 1.0, "top_p": 1e-6}):
+        assert answers(runner, [replace(greedy, sampling=Sampling(12, **values))])["0"] == expected
+
+
+def test_text_ends_before_a_stop_string_that_counts_as_tokens(runner: TransformersRunner) -> None:
+    requests = random_requests(6, 11, max_tokens=16)
+    whole = answers(runner, requests)
+    text = whole["3"][0]
+    stop = text[4:6]
+    for one in answers(runner, [replace(r, sampling=Sampling(16, stop=("never", stop))) for r in requests]).items():
+        request_id, (cut, finish_reason, num_tokens) = one
+        full_text, full_reason, full_tokens = whole[request_id]
+        if stop in full_text:
+            assert (cut, finish_reason) == (full_text[: full_text.index(stop)], "stop")
+            assert num_tokens < full_tokens
+        else:
+            assert (cut, finish_reason, num_tokens) == (full_text, full_reason, full_tokens)
+
+
+class _Scripted:
+    """Stands in for `model.generate`: appends the same tokens to every prompt."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return torch.cat([input_ids, torch.tensor([self.tokens] * len(input_ids))], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "finish_reason", "num_tokens"),
+    [
+        ((76, EOS_ID, 2, 2), "k", "stop", 2),
+        ((76, 77, 78, EOS_ID), "klm", "stop", 4),
+        ((76, 77, 78, 79), "klmn", "length", 4),
+        ((EOS_ID, 2, 2, 2), "", "stop", 1),
+    ],
+)
+def test_end_token_is_counted_and_padding_is_not(
+    runner: TransformersRunner,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: tuple[int, ...],
+    text: str,
+    finish_reason: str,
+    num_tokens: int,
+) -> None:
+    monkeypatch.setattr(runner._model, "generate", _Scripted(*tokens), raising=False)
+    expected = {"0": (runner._tokenizer.decode(list(tokens), skip_special_tokens=True), finish_reason, num_tokens)}
+    assert len(expected["0"][0]) == len(text)
+    assert answers(runner, random_requests(1, 3, max_tokens=4)) == expected
+
+
+def test_request_that_breaks_a_batch_fails_alone(runner: TransformersRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = runner._model.generate
+
+    def break_on_77(input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if bool((input_ids == 77).any()):
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(input_ids, **kwargs)
+
+    monkeypatch.setattr(runner._model, "generate", break_on_77, raising=False)
+    requests = [request("a", [70, 71]), request("bad", [77, 78]), request("c", [72, 73])]
+    found = {completion.request_id: completion for completion in runner.generate(requests)}
+    assert isinstance(found["bad"].error, EngineFailed)
+    assert "out of memory" in str(found["bad"].error)
+    assert (found["bad"].usage.prompt_tokens, found["bad"].usage.completion_tokens) == (3, 0)
+    assert found["a"].error is None
+    assert found["c"].error is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "error"),
+    [
+        (replace(request("x", []), prompt_token_ids=np.array([], dtype=np.int32)), EngineFailed),
+        (request("x", [261]), EngineFailed),
+        (request("x", [-1]), EngineFailed),
+        (request("x", [70], max_tokens=0), EngineFailed),
+        (request("x", [70] * 500, max_tokens=12), ContextOverflow),
+    ],
+)
+def test_request_that_cannot_run_is_a_typed_failure_before_its_batch(
+    runner: TransformersRunner, asked: Request, error: type[Exception]
+) -> None:
+    good = request("good", asked.prompt_token_ids[1:].clip(5, 200).tolist()[:100])
+    found: dict[str, Completion] = {completion.request_id: completion for completion in runner.generate([asked, good])}
+    assert type(found["x"].error) is error
+    assert found["x"].finish_reason == "error"
+    assert found["good"].error is None
+
+
+def test_whole_context_may_be_used(runner: TransformersRunner) -> None:
+    assert answers(runner, [request("0", [70] * 510, max_tokens=1)])["0"][2] == 1
+
+
+def test_checkpoints_own_generation_settings_do_not_leak_in(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    file = folder / "generation_config.json"
+    settings = {"repetition_penalty": 9.0, "do_sample": True, "temperature": 5.0, "max_new_tokens": 1}
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    requests = random_requests(3, 9)
+    plain = load_transformers_runner(config_of(tiny_checkpoint))
+    assert answers(load_transformers_runner(config_of(folder)), requests) == answers(plain, requests)
+
+
+def test_bfloat16_is_loaded_when_asked_for(tiny_checkpoint: Path) -> None:
+    loaded = load_transformers_runner(config_of(tiny_checkpoint, dtype="bfloat16"))
+    assert loaded._model.lm_head.weight.dtype == torch.bfloat16
+    assert len(answers(loaded, random_requests(2, 9, max_tokens=2))) == 2
+
+
+def test_what_cannot_be_loaded_is_an_engine_load_error(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    without_weights = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))
+    for config in (
+        config_of(tmp_path / "missing"),
+        config_of("memory://bucket/model"),
+        config_of(without_weights),
+        config_of(tiny_checkpoint, device="nonsense"),
+        config_of(tiny_checkpoint, dtype="float8"),
+    ):
+        with pytest.raises(EngineLoadError, match=r"expected .* found"):
+            load_transformers_runner(config)
+
+
+def test_checkpoint_without_an_end_token_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    for name in ("generation_config.json", "config.json"):
+        content = json.loads((folder / name).read_text()) | {"eos_token_id": None}
+        (folder / name).write_text(json.dumps(content))
+    with pytest.raises(EngineLoadError, match="eos_token_id"):
+        load_transformers_runner(config_of(folder))
+
+
+def test_loading_and_answering_writes_nothing_to_the_terminal(
+    tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    answers(load_transformers_runner(config_of(tiny_checkpoint)), random_requests(2, 5, max_tokens=2))
+    assert capfd.readouterr() == ("", "")
