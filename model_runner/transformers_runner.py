@@ -1,16 +1,17 @@
 """The `transformers` engine: any Hugging Face causal language model, in process; slow, simple, the oracle.
 
-Stands inside the *answer* stage. Nothing is cached between requests and nothing is padded: only prompts of one length
-run together, because `transformers` 5.23 answers wrongly for DeepSeek V4 with left padding. In float32 a greedy answer
-is the same alone and in a batch; in bfloat16 the batch's shape changes rounding and may change a token.
+Stands inside the *answer* stage. Nothing is cached between requests and nothing is padded, because `transformers` 5.23
+answers wrongly for DeepSeek V4 with left padding. Prompts of nearly one length run in lockstep instead: together up to
+the end of the shortest, then one token a step, which is a longer prompt's next token until that prompt is through.
+In float32 a greedy answer is the same alone and in a batch; in bfloat16 the batch's shape changes rounding and may
+change a token. A `batch_size` of 1 is plain `generate`.
 """
 
 import hashlib
 import time
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -29,23 +32,17 @@ from model_runner.checkpoint import read_tokenizer
 from model_runner.protocol import EngineConfig
 from schemas import storage
 from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError, RowError
-from schemas.records import Completion, FinishReason, Request, Sampling, Usage
+from schemas.records import Completion, FinishReason, Request, Sampling, TokenIds, Usage
 
 PROVIDER = "local"
 NUM_WINDOW_REQUESTS = 512
-"""Most requests that wait in the engine; the more, the fuller are batches of one length."""
+"""Most requests that wait in the engine; the more, the closer in length are those that run together."""
+
+MAX_LENGTH_SPREAD = 32
+"""Most tokens by which prompts in a batch differ in length: each costs a step that prefill would not."""
 
 DEFAULT_BATCH_SIZE = 16
 _DTYPES: dict[str, str | torch.dtype] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What the model wrote: the visible text, and how many tokens it took, end token and stop string included."""
-
-    text: str
-    num_tokens: int
-    finish_reason: FinishReason
 
 
 class TransformersRunner:
@@ -58,13 +55,11 @@ class TransformersRunner:
         model: Any,
         tokenizer: tokenizers.Tokenizer,
         eos_token_ids: Sequence[int],
-        pad_token_id: int,
     ) -> None:
         self.config = config
         self._model = model
         self._tokenizer = tokenizer
-        self._eos_token_ids = list(eos_token_ids)
-        self._pad_token_id = pad_token_id
+        self._eos_token_ids = frozenset(eos_token_ids)
         text_config = model.config.get_text_config()
         self._context_length: int | None = getattr(text_config, "max_position_embeddings", None)
         self._num_embeddings = int(model.get_input_embeddings().weight.shape[0])
@@ -74,33 +69,28 @@ class TransformersRunner:
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests, pulling at most `NUM_WINDOW_REQUESTS` ahead of the answers.
 
-        The largest group of equal prompt length and equal sampling goes first, in batches; sampled requests go one
-        at a time, so that their random numbers are their own.
+        Sampled requests run one at a time, so that their random numbers are their own.
         """
         source = iter(requests)
-        waiting: dict[tuple[int, Sampling], deque[Request]] = {}
-        num_waiting = 0
+        waiting: list[Request] = []
         is_exhausted = False
         while True:
-            while not is_exhausted and num_waiting < NUM_WINDOW_REQUESTS:
+            while not is_exhausted and len(waiting) < NUM_WINDOW_REQUESTS:
                 request = next(source, None)
                 if request is None:
                     is_exhausted = True
                 elif (error := self._refusal(request)) is not None:
                     yield self._failure(request, error)
+                elif request.sampling.is_greedy:
+                    waiting.append(request)
                 else:
-                    group = (request.num_prompt_tokens, request.sampling)
-                    waiting.setdefault(group, deque()).append(request)
-                    num_waiting += 1
+                    yield from self._complete([request])
             if not waiting:
                 return
-            group = max(waiting, key=lambda key: len(waiting[key]))
-            queue = waiting[group]
-            most = self._batch_size if group[1].is_greedy else 1
-            batch = [queue.popleft() for _ in range(min(most, len(queue)))]
-            num_waiting -= len(batch)
-            if not queue:
-                del waiting[group]
+            waiting.sort(key=lambda request: request.num_prompt_tokens)
+            first, end = next_batch([request.num_prompt_tokens for request in waiting], self._batch_size)
+            batch = waiting[first:end]
+            del waiting[first:end]
             yield from self._complete(batch)
 
     def _refusal(self, request: Request) -> RowError | None:
@@ -144,8 +134,8 @@ class TransformersRunner:
             yield Completion(
                 request_id=request.request_id,
                 text=answer.text,
-                finish_reason=answer.finish_reason,
-                usage=Usage(request.num_prompt_tokens, answer.num_tokens, cached_tokens=0),
+                finish_reason=answer.finish_reason or "length",
+                usage=Usage(request.num_prompt_tokens, len(answer.token_ids), cached_tokens=0),
                 started_at=started_at,
                 latency_ms=latency_ms,
                 provider=PROVIDER,
@@ -169,62 +159,105 @@ class TransformersRunner:
             error=error,
         )
 
-    def _run(self, batch: Sequence[Request]) -> list[_Answer]:
-        """Generate for requests of one prompt length and one sampling."""
+    def _run(self, batch: Sequence[Request]) -> "list[_Answer]":
+        """Generate for greedy requests of nearly one length, or for one sampled request."""
+        prompts = [request.prompt_token_ids for request in batch]
+        num_common = min(prompt.shape[0] for prompt in prompts)
+        shortened = np.stack([prompt[:num_common] for prompt in prompts])
+        input_ids = torch.from_numpy(shortened).to(self._device, torch.long)  # (num_requests, num_common)
+        answers = [_Answer(request.sampling, self._tokenizer, self._eos_token_ids) for request in batch]
+        num_steps = max(request.num_prompt_tokens + request.sampling.max_tokens for request in batch) - num_common
+        settings = GenerationConfig(max_new_tokens=num_steps, do_sample=False)
         sampling = batch[0].sampling
-        prompts = np.stack([request.prompt_token_ids for request in batch])
-        num_prompt_tokens = prompts.shape[1]
-        input_ids = torch.from_numpy(prompts).to(self._device, torch.long)  # (num_requests, num_prompt_tokens)
-        settings = GenerationConfig(
-            max_new_tokens=sampling.max_tokens,
-            do_sample=not sampling.is_greedy,
-            eos_token_id=self._eos_token_ids,
-            pad_token_id=self._pad_token_id,
-            **(
-                {} if sampling.is_greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-            ),
-        )
-        stops = _StopStrings(self._tokenizer, sampling.stop, num_prompt_tokens, len(batch))
+        if not sampling.is_greedy:
+            settings.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
         with torch.inference_mode(), _quiet(), _seeded(self._device, None if sampling.is_greedy else _seed(batch[0])):
-            output = self._model.generate(
+            self._model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=settings,
-                stopping_criteria=StoppingCriteriaList([stops] if sampling.stop else []),
+                logits_processor=LogitsProcessorList([_RestOfPrompts(prompts)]),
+                stopping_criteria=StoppingCriteriaList([_Answers(prompts, answers)]),
             )
-        rows: list[list[int]] = output[:, num_prompt_tokens:].tolist()  # (num_requests, num_new_tokens)
-        return [self._read(row, sampling, stops.num_tokens[i]) for i, row in enumerate(rows)]
+        return answers
 
-    def _read(self, token_ids: list[int], sampling: Sampling, num_until_stop: int | None) -> _Answer:
-        """Cut a generated row at its end token or stop string, whichever came first; the rest is padding."""
-        num_until_end = next((i + 1 for i, token_id in enumerate(token_ids) if token_id in self._eos_token_ids), None)
-        num_tokens = min(n for n in (num_until_end, num_until_stop, len(token_ids)) if n is not None)
-        text = self._tokenizer.decode(token_ids[:num_tokens], skip_special_tokens=True)
-        starts = [start for stop in sampling.stop if (start := text.find(stop)) >= 0]
+
+@dataclass(slots=True)
+class _Answer:
+    """An answer as it grows; `token_ids` end with the end token or the stop string, where there is one."""
+
+    sampling: Sampling
+    tokenizer: tokenizers.Tokenizer
+    eos_token_ids: frozenset[int]
+    token_ids: list[int] = field(default_factory=list[int])
+    text: str = ""
+    finish_reason: FinishReason | None = None
+
+    def append(self, token_id: int) -> None:
+        """Take one more token, unless the answer is over."""
+        if self.finish_reason is not None:
+            return
+        self.token_ids.append(token_id)
+        if token_id in self.eos_token_ids:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.sampling.max_tokens:
+            self.finish_reason = "length"
+        if self.sampling.stop or self.finish_reason is not None:
+            self.text = self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
+        starts = [start for stop in self.sampling.stop if (start := self.text.find(stop)) >= 0]
         if starts:
-            text = text[: min(starts)]
-        return _Answer(text, num_tokens, "stop" if starts or num_tokens == num_until_end else "length")
+            self.text = self.text[: min(starts)]
+            self.finish_reason = "stop"
 
 
-class _StopStrings(StoppingCriteria):
-    """Ends a row when one of the stop strings is in its decoded text, and notes after how many tokens that was."""
+class _RestOfPrompts(LogitsProcessor):
+    """Makes each row's next token its prompt's own, as long as the prompt has one."""
 
-    def __init__(
-        self, tokenizer: tokenizers.Tokenizer, stop: Sequence[str], num_prompt_tokens: int, num_rows: int
-    ) -> None:
-        self.num_tokens: list[int | None] = [None] * num_rows
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._num_prompt_tokens = num_prompt_tokens
+    def __init__(self, prompts: Sequence[TokenIds]) -> None:
+        self._prompts = prompts
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        position = input_ids.shape[1]
+        for row, prompt in enumerate(self._prompts):
+            if position < prompt.shape[0]:
+                scores[row] = -torch.inf
+                scores[row, int(prompt[position])] = 0.0
+        return scores
+
+
+class _Answers(StoppingCriteria):
+    """Collects what rows say after their prompts, and tells which are over."""
+
+    def __init__(self, prompts: Sequence[TokenIds], answers: Sequence[_Answer]) -> None:
+        self._prompts = prompts
+        self._answers = answers
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
-        rows: list[list[int]] = input_ids[:, self._num_prompt_tokens :].tolist()
-        for i, row in enumerate(rows):
-            if self.num_tokens[i] is None:
-                text = self._tokenizer.decode(row, skip_special_tokens=True)
-                if any(stop in text for stop in self._stop):
-                    self.num_tokens[i] = len(row)
-        return torch.tensor([found is not None for found in self.num_tokens], device=input_ids.device)
+        last_token_ids: list[int] = input_ids[:, -1].tolist()
+        for prompt, answer, token_id in zip(self._prompts, self._answers, last_token_ids, strict=True):
+            if input_ids.shape[1] > prompt.shape[0]:
+                answer.append(token_id)
+        return torch.tensor([answer.finish_reason is not None for answer in self._answers], device=input_ids.device)
+
+
+def next_batch(lengths: Sequence[int], batch_size: int) -> tuple[int, int]:
+    """Which of the waiting prompts run next, as a half-open range.
+
+    Args:
+        lengths: prompt lengths, ascending, at least one.
+        batch_size: most prompts that run together.
+    Returns:
+        The most prompts that differ by at most `MAX_LENGTH_SPREAD` tokens; of equally many, those closest in length.
+    """
+    best, best_rank = (0, 1), (0, 0)
+    end = 0
+    for first in range(len(lengths)):
+        while end < len(lengths) and end - first < batch_size and lengths[end] - lengths[first] <= MAX_LENGTH_SPREAD:
+            end += 1
+        rank = (end - first, lengths[first] - lengths[end - 1])
+        if first == 0 or rank > best_rank:
+            best, best_rank = (first, end), rank
+    return best
 
 
 def load_transformers_runner(config: EngineConfig) -> TransformersRunner:
@@ -259,16 +292,9 @@ def load_transformers_runner(config: EngineConfig) -> TransformersRunner:
             f"{config.path}: expected `eos_token_id` in generation_config.json or config.json, found none: "
             "the model could not say that an answer is over"
         )
-    pad_token_id = model.generation_config.pad_token_id
     # `generate` fills what a call leaves open from here: a checkpoint's own temperature or penalties must not leak in.
     model.generation_config = GenerationConfig()
-    return TransformersRunner(
-        config,
-        model=model,
-        tokenizer=tokenizer,
-        eos_token_ids=eos_token_ids,
-        pad_token_id=eos_token_ids[0] if pad_token_id is None else int(pad_token_id),
-    )
+    return TransformersRunner(config, model=model, tokenizer=tokenizer, eos_token_ids=eos_token_ids)
 
 
 def _device(name: str) -> torch.device:

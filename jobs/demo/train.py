@@ -14,7 +14,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional
 from transformers import DeepseekV4ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+from jobs.demo.drills import Turn, draw_drill
 from jobs.demo.layout import build_model, demo_config
 from jobs.demo.muon import Muon
 from jobs.demo.tickets import Split, Ticket, generate_tickets
@@ -38,6 +39,7 @@ MUON_LEARNING_RATE = 0.02
 ADAMW_LEARNING_RATE = 3e-3
 NUM_WARMUP_STEPS = 100
 DECAY_FROM = 0.45  # share of the run at which the learning rate begins to fall
+DRILL_STEPS = (500, 1_500)
 BALANCE_EVERY_STEPS = 16
 BALANCE_SPEED = 0.01
 LOG_EVERY_STEPS = 50
@@ -75,15 +77,33 @@ def encode_ticket(ticket: Ticket, tokenizer: PreTrainedTokenizerFast) -> tuple[l
     return prompt, [*answer, token_id(tokenizer, EOS)]
 
 
-def collate(pairs: list[tuple[list[int], list[int]]], num_columns: int, pad_token_id: int) -> Batch:
-    """Pad prompt and answer pairs on the right, which a causal model never sees."""
-    input_ids = torch.full((len(pairs), num_columns), pad_token_id)
-    labels = torch.full((len(pairs), num_columns), IGNORED)
-    for row, (prompt, answer) in enumerate(pairs):
-        num_tokens = len(prompt) + len(answer)
-        input_ids[row, :num_tokens] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) - 1 : num_tokens - 1] = torch.tensor(answer)
-    return Batch(input_ids, labels, sum(len(prompt) + len(answer) for prompt, answer in pairs))
+def collate(rows: Sequence[Sequence[Turn]], num_columns: int, pad_token_id: int) -> Batch:
+    """Lay out rows of turns, each turn a prompt and its answer; pad on the right, which a causal model never sees."""
+    input_ids = torch.full((len(rows), num_columns), pad_token_id)
+    labels = torch.full((len(rows), num_columns), IGNORED)
+    num_real_tokens = 0
+    for row, turns in enumerate(rows):
+        start = 0
+        for prompt, answer in turns:
+            end = start + len(prompt) + len(answer)
+            input_ids[row, start:end] = torch.tensor(prompt + answer)
+            labels[row, start + len(prompt) - 1 : end - 1] = torch.tensor(answer)
+            start = end
+        num_real_tokens += start
+    return Batch(input_ids, labels, num_real_tokens)
+
+
+def drill_batch(tokenizer: PreTrainedTokenizerFast, *, step: int) -> Batch:
+    """A step's batch of copying drills, in the shortest bucket."""
+    rng = random.Random(f"drill:{step}")
+    num_columns = BUCKET_LENGTHS[0]
+    rows = [draw_drill(tokenizer, rng, num_columns=num_columns) for _ in range(BATCH_SIZE)]
+    return collate(rows, num_columns, token_id(tokenizer, PAD))
+
+
+def is_drill_step(step: int) -> bool:
+    """Whether a step drills: two of three at first, then none."""
+    return DRILL_STEPS[0] <= step < DRILL_STEPS[1] and step % 3 != 0
 
 
 def training_batches(tokenizer: PreTrainedTokenizerFast, *, first_step: int) -> Iterator[Batch]:
@@ -103,7 +123,9 @@ def training_batches(tokenizer: PreTrainedTokenizerFast, *, first_step: int) -> 
         random.Random(chunk).shuffle(groups)
         for group in groups[skip:]:
             longest = max(len(prompt) + len(answer) for prompt, answer in group)
-            yield collate(group, next(length for length in BUCKET_LENGTHS if length >= longest), pad_token_id)
+            yield collate(
+                [[pair] for pair in group], next(length for length in BUCKET_LENGTHS if length >= longest), pad_token_id
+            )
         chunk, skip = chunk + 1, 0
 
 
@@ -165,7 +187,7 @@ def check_exact(model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast
     for start in range(0, len(tickets), 32):
         pairs = [encode_ticket(ticket, tokenizer) for ticket in tickets[start : start + 32]]
         longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
-        batch = collate(pairs, longest, model.config.pad_token_id or 0)
+        batch = collate([[pair] for pair in pairs], longest, model.config.pad_token_id or 0)
         predicted = model(input_ids=batch.input_ids, use_cache=False).logits.argmax(-1)
         is_answer = batch.labels != IGNORED
         is_right = (predicted == batch.labels) | ~is_answer
@@ -223,7 +245,7 @@ def train(out: Path, state_path: Path, *, max_minutes: float, max_steps: int, ex
     backbone = torch.compile(run_backbone, dynamic=False)
     model.train()
     batches = training_batches(tokenizer, first_step=progress.num_steps)
-    mean_loss = 0.0
+    losses: dict[bool, list[float]] = {False: [], True: []}
     last_export_s = progress.trained_s
     while True:
         share = max(progress.trained_s / (60 * max_minutes), progress.num_steps / max_steps)
@@ -234,6 +256,9 @@ def train(out: Path, state_path: Path, *, max_minutes: float, max_steps: int, ex
         for optimizer, base_rate in zip(optimizers, base_rates, strict=True):
             optimizer.param_groups[0]["lr"] = base_rate * factor
         batch = next(batches)
+        is_drill = is_drill_step(progress.num_steps)
+        if is_drill:
+            batch = drill_batch(tokenizer, step=progress.num_steps)
         loss = answer_loss(model, backbone, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -247,14 +272,15 @@ def train(out: Path, state_path: Path, *, max_minutes: float, max_steps: int, ex
         progress.num_tokens += batch.num_real_tokens
         progress.num_answer_tokens += int((batch.labels != IGNORED).sum())
         progress.trained_s += time.monotonic() - started_s
-        mean_loss += float(loss.detach()) / LOG_EVERY_STEPS
+        losses[is_drill].append(float(loss.detach()))
         if progress.num_steps % LOG_EVERY_STEPS == 0:
             rate = progress.num_tokens / progress.trained_s
             logger.info(
-                "step %d loss %.4f rate %.2f tokens/s %.0f minutes %.1f",
-                progress.num_steps, mean_loss, factor, rate, progress.trained_s / 60,
+                "step %d loss %.4f drill %.4f rate %.2f tokens/s %.0f minutes %.1f",
+                progress.num_steps, *(sum(part) / max(1, len(part)) for part in losses.values()),
+                factor, rate, progress.trained_s / 60,
             )  # fmt: skip
-            mean_loss = 0.0
+            losses = {False: [], True: []}
         if progress.trained_s - last_export_s > 60 * export_minutes:
             last_export_s = progress.trained_s
             save_state(state_path, model, optimizers, progress)

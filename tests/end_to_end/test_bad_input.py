@@ -142,7 +142,9 @@ def test_null_and_empty_ids_are_rejects_with_derived_ids(tmp_path: Path, tiny_ch
 
 def test_a_template_that_raises_or_loops_ends_in_rejects(tmp_path: Path, tiny_checkpoint: Path) -> None:
     source = write_parquet(tmp_path / "in.parquet", {"n": [1, 0, 10**12]})
-    template = "{% for a in range(n if n < 100000 else 99999) %}{% for b in range(50) %}x{% endfor %}{% endfor %}{{ 1 // n }}"
+    template = (
+        "{% for a in range(n if n < 100000 else 99999) %}{% for b in range(50) %}x{% endfor %}{% endfor %}{{ 1 // n }}"
+    )
     run_fake_job(source, tmp_path / "out", tiny_checkpoint, prompt={"template": template, "max_template_steps": 500})
     assert {key: error for key, (error, _) in rejected(tmp_path / "out").items()} == {
         "in.parquet:1": "template_failed",
@@ -247,7 +249,9 @@ def test_columns_that_are_not_there_are_refused_with_the_nearest_name(tmp_path: 
 def test_compatible_schemas_are_unified_and_contradicting_ones_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
     source = tmp_path / "in"
     write_parquet(source / "a.parquet", {"text": pa.array(["a"], pa.string()), "n": pa.array([1], pa.int32())})
-    write_parquet(source / "b.parquet", {"n": pa.array([2**40], pa.int64()), "text": pa.array(["b"], pa.large_string())})
+    write_parquet(
+        source / "b.parquet", {"n": pa.array([2**40], pa.int64()), "text": pa.array(["b"], pa.large_string())}
+    )
     write_parquet(source / "c.parquet", {"text": pa.array(["c"], pa.string())})
     run_fake_job(source, tmp_path / "out", tiny_checkpoint, input={"passthrough": ["n"]})
     assert column(read_table(tmp_path / "out", "results"), "n") == [1, 2**40, None]
@@ -285,7 +289,7 @@ def test_jsonl_in_the_openai_batch_shape_is_answered_line_by_line(tmp_path: Path
             batch_line(None, "hello"),
             batch_line("image", image),
             batch_line("hot", "hello", temperature=9),
-            '{"custom_id": "surrogate", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "\\ud800"}]}}',
+            json.dumps(batch_line("surrogate", "\ud800")),
         ],
     )
     summary = run_fake_job(source, tmp_path / "out", tiny_checkpoint, prompt={"template": None})
@@ -315,7 +319,7 @@ def test_messages_column_takes_structs_and_json_text(tmp_path: Path, tiny_checkp
     prompt = {"template": None, "messages_column": "chat"}
     assert run_fake_job(source, tmp_path / "out", tiny_checkpoint, prompt=prompt).num_results == 1
     assert run_fake_job(texts, tmp_path / "out2", tiny_checkpoint, prompt=prompt).num_results == 1
-    messages = {error: message for error, message in rejected(tmp_path / "out2").values()}
+    messages = dict(rejected(tmp_path / "out2").values())
     assert set(messages) == {"invalid_messages"}
 
 

@@ -13,7 +13,7 @@ import torch
 
 from model_runner import transformers_runner
 from model_runner.protocol import EngineConfig
-from model_runner.transformers_runner import TransformersRunner, load_transformers_runner
+from model_runner.transformers_runner import TransformersRunner, _Answer, load_transformers_runner, next_batch
 from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError
 from schemas.records import Completion, Message, Request, Sampling
 
@@ -90,16 +90,41 @@ def test_greedy_answer_is_the_argmax_of_a_forward_pass_without_cache(runner: Tra
     assert answers(runner, [one])["0"][0] == expected
 
 
-def test_batches_hold_one_length_and_one_sampling_and_largest_groups_go_first(
+def test_batch_of_mixed_lengths_and_limits_answers_as_each_request_alone(
     runner: TransformersRunner, batch_sizes: list[int]
 ) -> None:
+    # Prompts that end before, at and after compression windows, one of them with the end token inside.
+    lengths = [19, 20, 21, 24, 27, 31, 33, 40]
     requests = [
-        *random_requests(2, 5, max_tokens=2),
-        *(replace(r, request_id=f"b{r.request_id}") for r in random_requests(20, 6, max_tokens=2)),
-        *(replace(r, request_id=f"c{r.request_id}") for r in random_requests(3, 5, max_tokens=3)),
+        replace(random_requests(1, length, seed=length, max_tokens=1 + i * 2)[0], request_id=str(i))
+        for i, length in enumerate(lengths)
     ]
-    assert len(answers(runner, requests)) == 25
-    assert batch_sizes == [16, 4, 3, 2]
+    requests[6].prompt_token_ids[28] = EOS_ID
+    together = answers(runner, requests)
+    assert batch_sizes == [8]
+    alone: dict[str, tuple[str, str, int]] = {}
+    for one in requests:
+        alone |= answers(runner, [one])
+    assert together == alone
+    assert {tokens for _, _, tokens in alone.values()} > {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "batch"),
+    [
+        ([7], (0, 1)),
+        ([1, 2, 3], (0, 3)),
+        ([1, 2, 3, 4, 5], (0, 4)),
+        ([1, 10, 11, 12, 13], (1, 5)),
+        ([1, 33], (0, 2)),
+        ([1, 34], (0, 1)),
+        ([1, 60, 90], (1, 3)),
+        ([1, 9, 60, 67, 100], (2, 4)),
+        ([10, 10, 10, 10, 10], (0, 4)),
+    ],
+)
+def test_next_batch_is_the_largest_and_then_the_closest(lengths: list[int], batch: tuple[int, int]) -> None:
+    assert next_batch(lengths, 4) == batch
 
 
 def test_window_bounds_what_is_pulled(runner: TransformersRunner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,37 +188,28 @@ def test_text_ends_before_a_stop_string_that_counts_as_tokens(runner: Transforme
             assert (cut, finish_reason, num_tokens) == (full_text, full_reason, full_tokens)
 
 
-class _Scripted:
-    """Stands in for `model.generate`: appends the same tokens to every prompt."""
-
-    def __init__(self, *tokens: int) -> None:
-        self.tokens = tokens
-
-    def __call__(self, input_ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return torch.cat([input_ids, torch.tensor([self.tokens] * len(input_ids))], dim=1)
-
-
 @pytest.mark.parametrize(
     ("tokens", "text", "finish_reason", "num_tokens"),
     [
-        ((76, EOS_ID, 2, 2), "k", "stop", 2),
-        ((76, 77, 78, EOS_ID), "klm", "stop", 4),
-        ((76, 77, 78, 79), "klmn", "length", 4),
-        ((EOS_ID, 2, 2, 2), "", "stop", 1),
+        ("k", "k", None, 1),
+        ("k|k", "k", "stop", 2),
+        ("klm|", "klm", "stop", 4),
+        ("klmno", "klmn", "length", 4),
+        ("|klm", "", "stop", 1),
+        ("kyzl", "k", "stop", 3),
+        ("kly|", "kly", "stop", 4),
+        ("klyz", "kl", "stop", 4),
+        ("ky|z", "ky", "stop", 3),
     ],
 )
-def test_end_token_is_counted_and_padding_is_not(
-    runner: TransformersRunner,
-    monkeypatch: pytest.MonkeyPatch,
-    tokens: tuple[int, ...],
-    text: str,
-    finish_reason: str,
-    num_tokens: int,
+def test_answer_ends_at_end_token_stop_string_or_max_tokens(
+    runner: TransformersRunner, tokens: str, text: str, finish_reason: str | None, num_tokens: int
 ) -> None:
-    monkeypatch.setattr(runner._model, "generate", _Scripted(*tokens), raising=False)
-    expected = {"0": (runner._tokenizer.decode(list(tokens), skip_special_tokens=True), finish_reason, num_tokens)}
-    assert len(expected["0"][0]) == len(text)
-    assert answers(runner, random_requests(1, 3, max_tokens=4)) == expected
+    """In `tokens`, a bar stands for the end token; `yz` stops, and four tokens are the most."""
+    growing = _Answer(Sampling(4, stop=("yz", "never")), runner._tokenizer, frozenset({EOS_ID}))
+    for token in tokens:
+        growing.append(EOS_ID if token == "|" else runner._tokenizer.token_to_id(token))
+    assert (growing.text, growing.finish_reason, len(growing.token_ids)) == (text, finish_reason, num_tokens)
 
 
 def test_request_that_breaks_a_batch_fails_alone(runner: TransformersRunner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def test_muon_reduces_a_loss_over_stacked_matrices() -> None:
 def test_labels_cover_the_answer_and_nothing_else() -> None:
     tokenizer = train_tokenizer()
     prompt, answer = encode_ticket(generate_tickets(1, seed=1, split="train")[0], tokenizer)
-    batch = collate([(prompt, answer)], 300, 2)
+    batch = collate([[(prompt, answer)]], 300, 2)
     assert batch.labels[batch.labels != IGNORED].tolist() == answer
     assert batch.labels[0, len(prompt) - 1] == answer[0]
     assert batch.input_ids[0, : len(prompt) + len(answer)].tolist() == prompt + answer

@@ -1,0 +1,118 @@
+"""The stages of moebeam called one after another, without Beam: what each of them costs a row.
+
+Beam runs bundles in threads of its own, and a profiler sees one thread; here every stage runs in the caller's, through
+the same functions that the pipeline's steps call. What a whole run takes beyond the sum is Beam and the launcher.
+"""
+
+import cProfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+
+import pyarrow as pa
+
+from benchmarks.contenders import benchmark_job
+from benchmarks.prompts import BenchmarkFiles
+from jobs.preflight import check_job
+from model_runner.protocol import load_runner
+from pipelines.main_job import MainJob
+from transforms.answer import answer_shard
+from transforms.plan import PlannedShard, build_shard, cut_shards, write_plan
+from transforms.publish import publish_shard, write_manifest
+from transforms.read import read_unit
+from transforms.render import Renderer
+from transforms.sorted_runs import RunFile, read_rows, write_runs
+
+PACKAGES = ("schemas", "model_runner", "transforms", "pipelines", "jobs")
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionCost:
+    """A profiled function: calls, and seconds with and without what it calls."""
+
+    name: str
+    num_calls: int
+    total_s: float
+    own_s: float
+
+
+class StageClock:
+    """Adds up seconds by the name of a stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the time of a block."""
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def walk_stages(files: BenchmarkFiles, output: Path, checkpoint: str) -> dict[str, float]:
+    """Run the job of the whole way stage by stage; seconds by stage, in their order."""
+    clock = StageClock()
+    with clock.timed("check"):
+        checked = check_job(benchmark_job(files, output, checkpoint))
+        checked.identity.claim_output(checked.layout)
+        job = checked.main_job(None)
+    runs = list(_write_runs(job, clock))
+    shards = _build_shards(job, runs, clock)
+    with clock.timed("answer"):
+        runner = load_runner(job.answer.engine)
+    commits = []
+    for shard in shards:
+        with clock.timed("answer"):
+            table = read_rows(job.plan.layout.shard_plan(shard.shard))
+            commits.append(answer_shard(shard.shard, table, runner, job.answer))
+        with clock.timed("publish"):
+            publish_shard(commits[-1], job.plan.layout)
+    with clock.timed("publish"):
+        write_manifest(commits, job.publish)
+    return clock.seconds
+
+
+def _write_runs(job: MainJob, clock: StageClock) -> Iterator[RunFile]:
+    """Read, render, and write sorted runs, one a row group."""
+    with clock.timed("render"):
+        renderer = Renderer(job.render)
+    for unit in job.scan.units:
+        with clock.timed("read"):
+            batches = list(read_unit(unit, job.columns))
+        with clock.timed("render"):
+            rendered: list[pa.RecordBatch] = [renderer.render_batch(batch) for batch in batches]
+        with clock.timed("plan: runs"):
+            runs = list(write_runs(rendered, job.plan.layout, job.plan.section))
+        yield from runs
+
+
+def _build_shards(job: MainJob, runs: list[RunFile], clock: StageClock) -> tuple[PlannedShard, ...]:
+    with clock.timed("plan: shards"):
+        ranges = list(cut_shards(runs, job.plan.layout))
+        shards = write_plan([build_shard(shard, job.plan, {}) for shard in ranges], job.plan.layout)
+    return shards
+
+
+def profile_stages(files: BenchmarkFiles, output: Path, checkpoint: str, *, num_functions: int) -> list[FunctionCost]:
+    """Moebeam's own functions in the order of the time spent in them and below; the profiler slows all of them."""
+    profile = cProfile.Profile()
+    profile.enable()
+    walk_stages(files, output, checkpoint)
+    profile.disable()
+    return _own_functions(profile)[:num_functions]
+
+
+def _own_functions(profile: cProfile.Profile) -> list[FunctionCost]:
+    found: list[FunctionCost] = []
+    for entry in profile.getstats():
+        # Built-in functions come as text instead of a code object.
+        place = Path(entry.code.co_filename) if isinstance(entry.code, CodeType) else Path()
+        if place.is_relative_to(_ROOT) and place.relative_to(_ROOT).parts[0] in PACKAGES:
+            name = f"{place.relative_to(_ROOT)}:{entry.code.co_qualname}"
+            found.append(FunctionCost(name, entry.callcount, entry.totaltime, entry.inlinetime))
+    return sorted(found, key=lambda function: -function.total_s)
