@@ -13,9 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import CONTENDERS
+from benchmarks.contenders import NAMES, Name, load_contender
 from benchmarks.prompts import BenchmarkFiles, write_files
-from benchmarks.stages import profile_stages, walk_stages
 from jobs.demo.checkpoint_path import CHECKPOINT_PATH
 
 # Linux counts in KiB, macOS in bytes.
@@ -23,7 +22,7 @@ _RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 
 
 def measure(
-    contender: str, files: BenchmarkFiles, output: Path, checkpoint: str, *, warm_up: BenchmarkFiles | None = None
+    contender: Name, files: BenchmarkFiles, output: Path, checkpoint: str, *, warm_up: BenchmarkFiles | None = None
 ) -> dict[str, Any]:
     """Let one contender run.
 
@@ -33,7 +32,7 @@ def measure(
         `seconds` of wall clock, `cpu_s`, `num_rows` that came out, and `peak_rss_bytes` of this process since it
         started, or of its largest child where that is more.
     """
-    run = CONTENDERS[contender]
+    run = load_contender(contender)
     if warm_up is not None:
         run(warm_up, output / "warm_up", checkpoint)
     cpu_before = _cpu_s()
@@ -49,6 +48,8 @@ def measure(
 
 def profile(files: BenchmarkFiles, output: Path, checkpoint: str, *, num_functions: int = 30) -> dict[str, Any]:
     """Seconds by stage, then the dearest functions of moebeam, from a second walk under the profiler."""
+    from benchmarks.stages import profile_stages, walk_stages
+
     stages = walk_stages(files, output / "timed", checkpoint)
     functions = profile_stages(files, output / "profiled", checkpoint, num_functions=num_functions)
     return {"stages": stages, "functions": [asdict(function) for function in functions]}
@@ -68,7 +69,7 @@ def _cpu_s() -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write files, profile, or run a contender."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.measure")
-    parser.add_argument("name", choices=["files", "profile", *CONTENDERS])
+    parser.add_argument("name", choices=["files", "profile", *NAMES])
     parser.add_argument("--folder", type=Path, required=True, help="where the files lie")
     parser.add_argument("--output", type=Path, help="folder to write into, not there yet")
     parser.add_argument("--checkpoint", default=str(CHECKPOINT_PATH))

@@ -22,6 +22,9 @@ SYSTEM = "You sort the tickets of a reseller of accelerator time. Answer with JS
 TEMPLATE = "{{ account }}\n\nTicket:\n{{ text }}"
 
 ANSWER = '{"category": "billing", "priority": "high", "amount": 129.5, "due_date": "2026-10-31", "tags": ["refund"]}'
+NUM_ANSWER_TOKENS = 40
+"""What the script says the answer has, so that the ledger is the same whatever the tokenizer."""
+
 ANSWER_SCHEMA = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "type": "object",
@@ -96,8 +99,7 @@ def write_files(folder: Path, *, num_rows: int, row_bytes: int) -> BenchmarkFile
     folder.mkdir(parents=True, exist_ok=True)
     write_prompts(files.prompts, num_rows=num_rows, row_bytes=row_bytes)
     files.answer_schema.write_text(json.dumps(ANSWER_SCHEMA))
-    # The count is given so that the ledger is the same whatever the tokenizer.
-    files.script.write_text(json.dumps({"default": {"text": ANSWER, "completion_tokens": 40}}))
+    files.script.write_text(json.dumps({"default": {"text": ANSWER, "completion_tokens": NUM_ANSWER_TOKENS}}))
     files.prices.write_text(PRICES)
     return files
 

@@ -14,7 +14,7 @@ from types import CodeType
 
 import pyarrow as pa
 
-from benchmarks.contenders import benchmark_job
+from benchmarks.contenders.whole_way import benchmark_job
 from benchmarks.prompts import BenchmarkFiles
 from jobs.preflight import check_job
 from model_runner.protocol import load_runner

@@ -72,7 +72,10 @@ class ModelSection(Section):
     name: str | None = Field(
         default=None, description="Model name in tables and price books; default the folder's name"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="float32",
+        description="Type of weights and arithmetic; `float32` gives the same answers at any batch size",
+    )
     device: str = Field(default="auto", description="`auto` or a torch device")
     batch_size: int = Field(default=0, ge=0, description="Most sequences that run together; 0 lets the engine decide")
     script: str | None = Field(default=None, description="`fake` only: JSON file of scripted answers and failures")
@@ -81,11 +84,11 @@ class ModelSection(Section):
 class SamplingSection(Section):
     """`[sampling]`: how answers are drawn; a request's own values win."""
 
-    max_tokens: int = Field(default=512, gt=0)
-    temperature: float = Field(default=0.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    stop: tuple[str, ...] = Field(default=(), max_length=16)
-    seed: int | None = None
+    max_tokens: int = Field(default=512, gt=0, description="Most tokens of an answer")
+    temperature: float = Field(default=0.0, ge=0, le=2, description="0 is greedy: same prompt, same answer")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Share of probability that is sampled from")
+    stop: tuple[str, ...] = Field(default=(), max_length=16, description="Texts that end an answer")
+    seed: int | None = Field(default=None, ge=0, lt=2**63, description="Makes sampled answers repeatable")
 
 
 class PlanSection(Section):

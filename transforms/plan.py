@@ -35,6 +35,7 @@ from transforms.sorted_runs import (
     read_key_range,
     read_rows,
     read_samples,
+    run_name,
     sort_rows,
     write_rows,
     write_runs,
@@ -136,6 +137,8 @@ class _WriteRuns(beam.DoFn):
             yield from self._flush()
         self._batches.append(element)
         self._num_bytes += element.nbytes
+        if self._heartbeat.is_due(self._run_name()):
+            self._beat()
         if self._num_bytes >= MAX_RUN_BYTES:
             yield from self._flush()
 
@@ -145,12 +148,17 @@ class _WriteRuns(beam.DoFn):
                 yield WindowedValue(run, GlobalWindow().max_timestamp(), (GlobalWindow(),))
 
     def _flush(self) -> list[RunFile]:
-        name = f"{_unit_of(self._batches[0]):06d}-{self._batches[0].column('source_row')[0].as_py():012d}"
         with recorded_failure(self._spec.layout, "plan"):
             runs = list(write_runs(self._batches, self._spec.layout, self._spec.section))
-        self._heartbeat.beat(name, Beat(rows_done=sum(batch.num_rows for batch in self._batches)))
+        self._beat()
         self._batches, self._num_bytes = [], 0
         return runs
+
+    def _beat(self) -> None:
+        self._heartbeat.beat(self._run_name(), Beat(rows_done=sum(batch.num_rows for batch in self._batches)))
+
+    def _run_name(self) -> str:
+        return run_name(self._batches[0])
 
 
 class _BuildShard(beam.DoFn):

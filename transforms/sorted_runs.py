@@ -56,7 +56,7 @@ def write_runs(batches: Sequence[pa.RecordBatch], layout: RunLayout, section: Pl
     Names follow from the rows, so that writing twice overwrites with the same bytes.
     """
     table = pa.Table.from_batches(batches)
-    first = f"{table.column('unit')[0].as_py():06d}-{table.column('source_row')[0].as_py():012d}"
+    first = run_name(batches[0])
     is_reject = pc.is_valid(table.column("error_type"))
     rejects = table.filter(is_reject)
     if rejects.num_rows:
@@ -71,6 +71,11 @@ def write_runs(batches: Sequence[pa.RecordBatch], layout: RunLayout, section: Pl
         write_rows(layout.run_file(run_id), requests)
         write_rows(layout.samples_file(run_id), sample_keys(values_of(requests, "prefix_key"), weights))
         yield RunFile(run_id, "requests", requests.num_rows, int(weights.sum()))
+
+
+def run_name(first: pa.RecordBatch) -> str:
+    """The name of a run that begins with a batch: its input unit and first row, so that names sort in input order."""
+    return f"{first.column('unit')[0].as_py():06d}-{first.column('source_row')[0].as_py():012d}"
 
 
 def sort_rows(table: pa.Table) -> pa.Table:

@@ -14,6 +14,13 @@ LAYER_TYPES: tuple[str, ...] = (
 MLP_LAYER_TYPES: tuple[str, ...] = ("hash_moe", "moe", "moe", "moe")
 EXPERTS_IMPLEMENTATION = "grouped_mm"
 
+# With 16 rotated pairs a head, 10,000 leaves two that can tell a token from its neighbour; 100 leaves six. The other layers match
+# content, for which slowly rotating pairs are as good as unrotated ones.
+ROPE_THETA = 100.0
+# V4 normalises queries and keys, so that no score exceeds sqrt(head_dim) times this weight: 23 at the full model's 512,
+# but 8 at 64 with a weight of 1, too flat to single out one token of two hundred.
+INITIAL_KEY_SCALE = 2.5
+
 
 def demo_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekV4Config:
     """The configuration, for this tokenizer's vocabulary.
@@ -35,7 +42,7 @@ def demo_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekV4Config:
         n_shared_experts=1,
         routed_scaling_factor=1.5,
         max_position_embeddings=2048,
-        rope_theta=10_000.0,
+        rope_theta=ROPE_THETA,
         compress_rope_theta=10_000.0,
         partial_rotary_factor=0.5,
         layer_types=list(LAYER_TYPES),
@@ -63,6 +70,11 @@ def build_model(config: DeepseekV4Config, *, seed: int) -> DeepseekV4ForCausalLM
     """
     torch.manual_seed(seed)
     model = DeepseekV4ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("kv_norm.weight"):
+                parameter.fill_(INITIAL_KEY_SCALE)
+        look_back(model)
     generator = torch.Generator().manual_seed(seed)
     for name, table in model.named_buffers():
         if name.endswith("tid2eid"):
@@ -70,3 +82,39 @@ def build_model(config: DeepseekV4Config, *, seed: int) -> DeepseekV4ForCausalLM
             table.copy_(scores.topk(config.num_experts_per_tok, dim=-1).indices)
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     return model
+
+
+@torch.no_grad()
+def look_back(model: DeepseekV4ForCausalLM) -> None:
+    """Begin with three heads of the first layer that look one, two and three tokens back.
+
+    Copying needs a layer that knows what came before each token, and a layer that looks for it. The first is slow to
+    learn here, since V4's projections have no biases: a constant in every embedding takes their place. It gives keys a
+    fixed direction in the fastest rotary pairs, and queries the same one, rotated by the distance.
+    """
+    config = model.config
+    assert config.head_dim is not None
+    num_unrotated = config.head_dim - config.qk_rope_head_dim
+    attention = model.model.layers[0].self_attn
+    frequencies = model.model.rotary_emb.main_inv_freq[:5]  # (5,)
+    fast = slice(num_unrotated, num_unrotated + 10)
+
+    embeddings = model.model.embed_tokens.weight  # (vocab_size, hidden_size)
+    embeddings.mul_(5.0)
+    embeddings[:, 0] = embeddings[:, 1:].std() * (config.hidden_size - 1) ** 0.5  # as strong as all the rest
+
+    keys = attention.kv_proj.weight  # (head_dim, hidden_size)
+    keys[:, 0] = 0.0
+    keys[fast] = 0.0
+    keys[num_unrotated : num_unrotated + 10 : 2, 0] = 0.05
+    attention.kv_norm.weight.fill_(3.5)
+
+    attention.q_a_proj.weight[:, 0] = 0.0
+    attention.q_a_proj.weight[0] = 0.0
+    attention.q_a_proj.weight[0, 0] = 0.2
+    queries = attention.q_b_proj.weight.view(config.num_attention_heads, config.head_dim, -1)
+    for head in range(3):
+        angles = -(head + 1) * frequencies
+        queries[head, :, 0] = 0.0
+        queries[head, fast] = 0.0
+        queries[head, fast, 0] = 0.2 * torch.stack([angles.cos(), angles.sin()], dim=-1).flatten()

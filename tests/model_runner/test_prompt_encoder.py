@@ -56,6 +56,25 @@ def test_render_and_encode_agree_with_transformers(tiny_checkpoint: Path, encode
     assert encoder.context_length == 512
 
 
+def test_batch_keeps_its_order_and_adds_no_special_token(checkpoint: Path) -> None:
+    set_json(
+        checkpoint / "tokenizer.json",
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [0], "tokens": ["<|bos|>"]}},
+        },
+    )
+    encoded = PromptEncoder.load(str(checkpoint)).encode_batch(["<|eos|>", "", "<|bos|><|pad|>"])
+    assert [token_ids.tolist() for token_ids in encoded] == [[1], [], [0, 2]]
+
+
+def test_line_breaks_and_indents_around_blocks_are_not_part_of_a_prompt(checkpoint: Path) -> None:
+    encoder = set_template(checkpoint, "  {% if true %}\na\n  {% endif %}\nb\n")
+    assert encoder.render([Message("user", "x")]) == "a\nb"
+
+
 def test_past_answers_end_with_the_end_token(encoder: PromptEncoder) -> None:
     chat = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"))
     assert encoder.render(chat) == "<|bos|><|user|>a<|answer|>b<|eos|><|user|>c<|answer|>"

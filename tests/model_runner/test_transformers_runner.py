@@ -173,6 +173,22 @@ def test_sampling_follows_temperature_and_top_p(runner: TransformersRunner) -> N
         assert answers(runner, [replace(greedy, sampling=Sampling(12, **values))])["0"] == expected
 
 
+def test_sampling_uses_what_was_asked_and_no_default_of_transformers(
+    runner: TransformersRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = runner._model.generate
+    found: list[tuple[object, ...]] = []
+
+    def noted(*args: Any, generation_config: Any, **kwargs: Any) -> Any:
+        settings = generation_config
+        found.append((settings.do_sample, settings.temperature, settings.top_p, settings.top_k))
+        return generate(*args, generation_config=generation_config, **kwargs)
+
+    monkeypatch.setattr(runner._model, "generate", noted, raising=False)
+    answers(runner, random_requests(1, 4, temperature=0.6, top_p=0.95))
+    assert found == [(True, 0.6, 0.95, 0)]
+
+
 def test_text_ends_before_a_stop_string_that_counts_as_tokens(runner: TransformersRunner) -> None:
     requests = random_requests(6, 11, max_tokens=16)
     whole = answers(runner, requests)

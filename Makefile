@@ -1,0 +1,43 @@
+# Two targets are all a newcomer needs: `make demo` and `make test`. Both install what they use into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+UV_VERSION := 0.13.9
+DEMO_ROWS ?= 300
+DEMO_FOLDER ?= demo_run
+
+.PHONY: setup demo test test-integration lint bench lock clean
+
+setup: .venv/.installed
+
+.venv/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("moebeam needs Python 3.11 or newer, found %s" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+demo: setup
+	rm -rf $(DEMO_FOLDER)
+	$(BIN)/python -m jobs.demo.run_demo --rows $(DEMO_ROWS) --folder $(DEMO_FOLDER)
+
+test: setup
+	$(BIN)/python -m pytest -m "not integration"
+
+test-integration: setup
+	$(BIN)/python -m pytest -m integration
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python -m benchmarks.pipeline --rows 20000 --memory
+
+lock:
+	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --extra dev --python-version 3.11 pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf .venv $(DEMO_FOLDER) build dist *.egg-info

@@ -1,0 +1,74 @@
+"""The bound: the same render, tokenize, validate and Parquet write in one plain loop, and nothing else.
+
+No identity, plan, sorting, accounting or commit; no engine either, the answer is there. Batches have the size that
+*read* gives, so that the tokenizer has as many prompts to spread over the cores.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.prompts import ANSWER, NUM_ANSWER_TOKENS, SYSTEM, TEMPLATE, BenchmarkFiles
+from model_runner.prompt_encoder import PromptEncoder
+from schemas.answer_schema import AnswerSchema
+from schemas.job import PromptSection
+from schemas.tables import RESULT_SCHEMA
+from transforms.prompt_template import PromptTemplate
+from transforms.read import MAX_BATCH_ROWS
+
+
+def run(files: BenchmarkFiles, output: Path, checkpoint: str) -> int:
+    """Write one Parquet file of results; the rows in it."""
+    template = PromptTemplate(PromptSection(system=SYSTEM, template=TEMPLATE))
+    encoder = PromptEncoder.load(checkpoint)
+    schema = AnswerSchema.load(str(files.answer_schema))
+    output.mkdir(parents=True)
+    num_rows = 0
+    with (
+        pq.ParquetFile(files.prompts) as source,
+        pq.ParquetWriter(output / "results.parquet", RESULT_SCHEMA, compression="zstd") as sink,
+    ):
+        for batch in source.iter_batches(MAX_BATCH_ROWS, use_threads=False):
+            prompts = [encoder.render(template.render(row)) for row in batch.to_pylist()]
+            lengths = [int(token_ids.shape[0]) for token_ids in encoder.encode_batch(prompts)]
+            answers = [ANSWER] * len(prompts)
+            for answer in answers:
+                schema.check(answer)
+            sink.write_table(results_table(answers, lengths, num_rows, str(files.prompts)))
+            num_rows += len(answers)
+    return num_rows
+
+
+def results_table(answers: list[str], num_prompt_tokens: list[int], first_row: int, source_file: str) -> pa.Table:
+    """A batch of results with every column of moebeam's own; what only accounting knows is null."""
+    size = len(answers)
+    repeated: dict[str, Any] = {
+        "status": "ok",
+        "finish_reason": "stop",
+        "attempts": 1,
+        "provider": "fake",
+        "model": "benchmark",
+        "model_revision": "none",
+        "cached_tokens": 0,
+        "completion_tokens": NUM_ANSWER_TOKENS,
+        "reasoning_tokens": 0,
+        "latency_ms": 0.0,
+        "run_id": "plain",
+        "source_file": source_file,
+        "scope": "row",
+        "num_rows": 1,
+    }
+    own: dict[str, list[Any]] = {
+        "custom_id": [f"{source_file}:{first_row + row}" for row in range(size)],
+        "output_text": answers,
+        "output_json": answers,
+        "prompt_tokens": num_prompt_tokens,
+        "computed_tokens": num_prompt_tokens,
+        "source_row": list(range(first_row, first_row + size)),
+    }
+    columns = [
+        pa.array(own.get(field.name) or [repeated.get(field.name)] * size, field.type) for field in RESULT_SCHEMA
+    ]
+    return pa.table(columns, schema=RESULT_SCHEMA)
