@@ -58,7 +58,9 @@ class Options:
 
 def parse_options(argv: Sequence[str] | None) -> Options:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pipeline", description="What the way of a row costs beside its parts."
+    )
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--row_bytes", type=int, default=2048, help="UTF-8 bytes of text a row")
     parser.add_argument("--repeats", type=int, default=3, help="times that each contender runs")

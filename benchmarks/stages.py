@@ -6,7 +6,7 @@ the same functions that the pipeline's steps call. What a whole run takes beyond
 
 import cProfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ class StageClock:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
+    def timed(self, stage: str) -> Generator[None]:
         """Count the time of a block."""
         started = time.perf_counter()
         yield
@@ -110,9 +110,11 @@ def profile_stages(files: BenchmarkFiles, output: Path, checkpoint: str, *, num_
 def _own_functions(profile: cProfile.Profile) -> list[FunctionCost]:
     found: list[FunctionCost] = []
     for entry in profile.getstats():
-        # Built-in functions come as text instead of a code object.
-        place = Path(entry.code.co_filename) if isinstance(entry.code, CodeType) else Path()
+        code = entry.code
+        if not isinstance(code, CodeType):  # a built-in function, which comes as text
+            continue
+        place = Path(code.co_filename)
         if place.is_relative_to(_ROOT) and place.relative_to(_ROOT).parts[0] in PACKAGES:
-            name = f"{place.relative_to(_ROOT)}:{entry.code.co_qualname}"
+            name = f"{place.relative_to(_ROOT)}:{code.co_qualname}"
             found.append(FunctionCost(name, entry.callcount, entry.totaltime, entry.inlinetime))
     return sorted(found, key=lambda function: -function.total_s)

@@ -53,9 +53,11 @@ class JobIdentity:
             raise OutputError(f"{layout.job}: expected the identity of a run, found: {error}") from error
         changed = sorted(name for name in {*found, *self.parts} if found.get(name) != self.parts.get(name))
         if changed:
+            advice = "Choose another output path, or restore what changed"
+            if changed == ["--limit"]:
+                advice = "A trial needs an output of its own: add --set output.path=…"
             raise OutputError(
-                f"[output] path {layout.output!r} belongs to another job; different: {', '.join(changed)}. "
-                "Choose another output path, or restore what changed"
+                f"[output] path {layout.output!r} belongs to another job; different: {', '.join(changed)}. {advice}"
             )
 
     def claim_output(self, layout: RunLayout) -> None:

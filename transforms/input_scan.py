@@ -102,7 +102,7 @@ def scan_input(section: InputSection, *, limit: int | None = None) -> InputScan:
         schema=_unify([(path, scan.schema) for (path, _), scan in zip(files, scans, strict=True)]),
         format=input_format,
         num_files=len(files),
-        fingerprint=fingerprint([_file_identity(path, info) for path, info in files] + [{"limit": limit}]),
+        fingerprint=fingerprint([_file_identity(path, info) for path, info in files]),
     )
 
 

@@ -44,7 +44,7 @@ class PlannedRows:
 
     table: pa.Table
     asked: tuple[int, ...]
-    followers: Mapping[int, tuple[int, ...]]
+    followers: Mapping[int, Sequence[int]]
 
     @classmethod
     def of(cls, table: pa.Table) -> "PlannedRows":
@@ -52,11 +52,10 @@ class PlannedRows:
         errors, merged_into, custom_ids = (values_of(table, n) for n in ("error_type", "merged_into", "custom_id"))
         asked = tuple(row for row, error in enumerate(errors) if error is None and merged_into[row] is None)
         row_of = {custom_ids[row]: row for row in asked}
-        followers: dict[int, tuple[int, ...]] = {}
+        followers: dict[int, list[int]] = {}
         for row, first_id in enumerate(merged_into):
             if first_id is not None:
-                first = row_of[first_id]
-                followers[first] = (*followers.get(first, ()), row)
+                followers.setdefault(row_of[first_id], []).append(row)
         return cls(table, asked, followers)
 
     def text(self, name: str) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 def copy_rows(prompts: str, output: str) -> None:
     """Read, pass every batch through a function that returns it, and write."""
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]  # not among our requirements
 
     ray.data.read_parquet(prompts).map_batches(_return_batch, batch_format="pyarrow").write_parquet(output)
 
@@ -27,7 +27,7 @@ def _return_batch(batch: Any) -> Any:
 def measure(prompts: str, warm_up: str, output: Path) -> dict[str, Any]:
     """Seconds, CPU seconds of this process alone, and rows written."""
     import pyarrow.parquet as pq
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     ray.data.DataContext.get_current().enable_progress_bars = False

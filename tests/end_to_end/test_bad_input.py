@@ -218,6 +218,8 @@ def test_an_output_of_another_job_or_with_other_files_is_refused(tmp_path: Path,
     run_fake_job(source, tmp_path / "out", tiny_checkpoint)
     with pytest.raises(OutputError, match=r"belongs to another job; different: \[sampling\]\."):
         run_fake_job(source, tmp_path / "out", tiny_checkpoint, sampling={"max_tokens": 65})
+    with pytest.raises(OutputError, match=r"different: --limit\. A trial needs an output of its own"):
+        launch(fake_job(source, tmp_path / "out", tiny_checkpoint), limit=1)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
     with pytest.raises(OutputError, match="files that are not a moebeam run"):

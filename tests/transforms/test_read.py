@@ -63,7 +63,6 @@ def test_a_changed_file_changes_the_fingerprint(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "a.parquet", {"text": ["x"]})
     before = scan(source).fingerprint
     assert scan(source).fingerprint == before
-    assert scan(source, limit=1).fingerprint != before
     write_parquet(source, {"text": ["changed"]})
     assert scan(source).fingerprint != before
 
