@@ -61,9 +61,16 @@ class JobIdentity:
             )
 
     def claim_output(self, layout: RunLayout) -> None:
-        """Write the identity into the output folder."""
+        """Write the identity into the output folder.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
         content = json.dumps({"fingerprint": self.fingerprint, "parts": dict(self.parts)}, indent=2)
-        storage.write_whole(layout.job, content.encode())
+        try:
+            storage.write_whole(layout.job, content.encode())
+        except OSError as error:
+            raise OutputError(f"[output] path {layout.output!r}: cannot be written: {error}") from error
 
 
 def identify(

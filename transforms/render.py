@@ -182,8 +182,8 @@ def sampling_json(sampling: Sampling) -> str:
     return canonical_json(
         {
             "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
+            "temperature": float(sampling.temperature),
+            "top_p": float(sampling.top_p),
             "stop": list(sampling.stop),
             "seed": sampling.seed,
         }

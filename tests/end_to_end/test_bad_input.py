@@ -330,3 +330,12 @@ def test_limit_answers_the_first_rows_only(tmp_path: Path, tiny_checkpoint: Path
     summary = launch(fake_job(source, tmp_path / "out", tiny_checkpoint), limit=13)
     assert summary.rows_in == 13
     assert column(read_table(tmp_path / "out", "results"), "source_row") == list(range(13))
+
+
+def test_an_output_that_cannot_be_written_is_a_clear_error(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    source = write_parquet(tmp_path / "in.parquet", {"text": ["a"]})
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match=r"file.*cannot be written"):
+        run_fake_job(source, tmp_path / "file" / "out", tiny_checkpoint)
+    with pytest.raises(OutputError, match=r"/proc/moebeam'.*cannot be written"):
+        run_fake_job(source, Path("/proc/moebeam"), tiny_checkpoint)
