@@ -61,16 +61,18 @@ class JobIdentity:
             )
 
     def claim_output(self, layout: RunLayout) -> None:
-        """Write the identity into the output folder.
+        """Write the identity into the output folder; of two jobs that start at once only one can.
 
         Raises:
-            OutputError: the folder cannot be written.
+            OutputError: the folder cannot be written, or another job has just claimed it.
         """
         content = json.dumps({"fingerprint": self.fingerprint, "parts": dict(self.parts)}, indent=2)
         try:
-            storage.write_whole(layout.job, content.encode())
+            is_ours = storage.create_exclusive(layout.job, content.encode())
         except OSError as error:
             raise OutputError(f"[output] path {layout.output!r}: cannot be written: {error}") from error
+        if not is_ours:
+            self.check_output(layout)
 
 
 def identify(
@@ -83,7 +85,7 @@ def identify(
     prices: PriceBook | None,
 ) -> JobIdentity:
     """The identity of a checked job."""
-    columns = job.input.model_dump(mode="json", exclude={"path"})
+    columns = {**job.input.model_dump(mode="json", exclude={"path"}), "format": scan.format}
     model: dict[str, Json] = {
         "engine": engine.engine,
         "name": engine.name,

@@ -70,12 +70,14 @@ def launch(
     while run.is_alive():
         run.join(POLL_S)
         if stop is not None and stop.is_set() and not is_draining:
+            storage.write_note(layout.stop, b"")
             if read_plan(layout) is None:
                 raise JobInterrupted("stopped while planning; nothing was asked of the model yet")
-            storage.write_note(layout.stop, b"")
             is_draining = True
         if progress is not None:
-            progress(watch.snapshot())
+            # A look that fails while files come and go is only a look; the next one is soon.
+            with contextlib.suppress(OSError):
+                progress(watch.snapshot())
     run.raise_failure(layout)
     storage.remove_files([layout.stop])
     manifest = _read_manifest(layout)

@@ -292,8 +292,10 @@ def _can_be_label(found: pa.DataType) -> bool:
 def _output_problems(job: Job) -> Iterable[JobError]:
     output = job.output.path
     source = job.input.path
-    folder = source.rstrip("/") if not any(mark in source for mark in "*?[") else source.partition("*")[0].rstrip("/")
-    if output.rstrip("/") == folder or (folder and output.startswith(folder + "/") and "**" in source + "/**"):
+    is_glob = any(mark in source for mark in "*?[")
+    folder = (source.partition("**")[0] if is_glob else source).rstrip("/")
+    reads_below = not is_glob or "**" in source
+    if reads_below and folder and (output.rstrip("/") == folder or output.startswith(folder + "/")):
         yield OutputError(
             f"[output] path {output!r} lies inside the input {source!r}: a later run would read its own results"
         )

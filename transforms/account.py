@@ -16,7 +16,7 @@ from schemas.records import Usage
 from transforms.price_book import PriceBook
 from transforms.validate import ValidatedAnswer
 
-_EXACT = Context(prec=38, traps=[Inexact, InvalidOperation, Overflow])
+EXACT = Context(prec=38, traps=[Inexact, InvalidOperation, Overflow])
 """Arithmetic that raises where the default context, of 28 digits, would round in silence."""
 
 
@@ -66,11 +66,11 @@ def charge(usage: Usage, line: PriceLine) -> Charge:
         visible_output_tokens=usage.completion_tokens - usage.reasoning_tokens,
         reasoning_tokens=usage.reasoning_tokens,
         line=line,
-        input_cost=_EXACT.add(_amount(cached or 0, hit_price), _amount(num_misses, line.cache_miss)),
+        input_cost=EXACT.add(_amount(cached or 0, hit_price), _amount(num_misses, line.cache_miss)),
         output_cost=_amount(usage.completion_tokens, line.output),
         basis=basis,
     )
 
 
 def _amount(num_tokens: int, price: Decimal) -> Decimal:
-    return _EXACT.scaleb(_EXACT.multiply(Decimal(num_tokens), price), -6)
+    return EXACT.scaleb(EXACT.multiply(Decimal(num_tokens), price), -6)

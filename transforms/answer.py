@@ -4,7 +4,10 @@ Before it: *plan*. After it: *publish*. The step composes pure iterator function
 in one commit; its output is the commit record. A shard that is committed already is not run again.
 """
 
+import contextlib
 import json
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -72,6 +75,13 @@ class _AnswerShard(beam.DoFn):
         self._spec = spec
         self._shared = shared
         self._num_rows = beam.metrics.Metrics.counter("answer", "num_rows")
+
+    def setup(self) -> None:
+        """Leave the terminal's process group in a worker process, so that Ctrl-C drains instead of killing it."""
+        main = getattr(sys.modules.get("__main__"), "__spec__", None)
+        if main is not None and main.name == "apache_beam.runners.worker.sdk_worker_main":
+            with contextlib.suppress(OSError):
+                os.setpgid(0, 0)
 
     def process(self, element: PlannedShard) -> Iterator[ShardCommit]:
         with recorded_failure(self._spec.layout, "answer"):

@@ -94,11 +94,16 @@ def parse_batch_line(line: bytes) -> BatchRequest:
         raise InvalidLine(f"expected a JSON object, found an error at column {error.colno}: {error.msg}") from error
     except (ValidationError, RecursionError) as error:
         raise InvalidLine(_explain(error)) from error
+    except ValueError as error:
+        raise InvalidLine(f"expected a JSON object that can be read, found: {error}") from error
     if not isinstance(parsed.custom_id, str) or not parsed.custom_id:
         raise InvalidId(f"custom_id: expected a string that is not empty, found {parsed.custom_id!r}")
     if parsed.url not in CHAT_URLS:
         raise UnsupportedRequest(f"url: expected one of {', '.join(CHAT_URLS)}, found {parsed.url!r}")
-    messages = canonical_json(_messages_of(parsed.body))
+    try:
+        messages = canonical_json(_messages_of(parsed.body))
+    except ValueError as error:
+        raise InvalidLine(f"body.messages: expected JSON numbers, found: {error}") from error
     for name, text in (("custom_id", parsed.custom_id), ("body.messages", messages)):
         if not _is_unicode(text):
             raise InvalidLine(f"{name}: expected Unicode text, found a lone surrogate escape")

@@ -32,8 +32,19 @@ def parse_messages(value: object) -> tuple[Message, ...]:
 
 
 def messages_json(messages: Sequence[Message]) -> str:
-    """The messages as canonical JSON."""
-    return canonical_json([{"role": message.role, "content": message.content, **message.extra} for message in messages])
+    """The messages as canonical JSON.
+
+    Raises:
+        InvalidMessages: a field holds what JSON cannot, or text that is not Unicode.
+    """
+    try:
+        text = canonical_json(
+            [{"role": message.role, "content": message.content, **message.extra} for message in messages]
+        )
+        text.encode()
+    except (ValueError, TypeError) as error:
+        raise InvalidMessages(f"messages: expected text, numbers, lists and objects, found: {error}") from error
+    return text
 
 
 def _parse_message(index: int, item: object) -> Message:

@@ -20,6 +20,7 @@ from schemas import storage
 from schemas.arrow import parquet_bytes, values_of
 from schemas.errors import CommitError
 from schemas.layout import TABLES, RunLayout, Table
+from transforms.account import EXACT
 from transforms.coders import RecordCoder, register_record
 
 
@@ -201,13 +202,13 @@ def _costs_by_currency(table: pa.Table, column: str) -> dict[str, Decimal]:
     sums: dict[str, Decimal] = {}
     for currency, amount in zip(values_of(table, "currency"), values_of(table, column), strict=True):
         if currency is not None:
-            sums[currency] = sums.get(currency, Decimal(0)) + amount
+            sums[currency] = EXACT.add(sums.get(currency, Decimal(0)), amount)
     return dict(sorted(sums.items()))
 
 
 def _add_costs(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
     currencies = sorted({*one, *other})
-    return {c: format(Decimal(one.get(c, "0")) + Decimal(other.get(c, "0")), "f") for c in currencies}
+    return {c: format(EXACT.add(Decimal(one.get(c, "0")), Decimal(other.get(c, "0"))), "f") for c in currencies}
 
 
 def _add_counts(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:

@@ -1,9 +1,10 @@
-"""Heartbeats: small files that say how far a worker is, for the progress bar and `moebeam status`.
+"""Heartbeats: small files that say how far a worker is, for the progress bar.
 
 They pass through the store so that every runner shows progress in the same way. Nothing depends on them: a lost or
 stale heartbeat changes no result.
 """
 
+import contextlib
 import json
 import time
 from dataclasses import asdict, dataclass, fields
@@ -40,7 +41,8 @@ class Heartbeat:
     def beat(self, name: str, beat: Beat) -> None:
         self._last[name] = time.monotonic()
         content = json.dumps(asdict(beat)).encode()
-        storage.write_note(self._layout.heartbeat(self._stage, name), content)
+        with contextlib.suppress(OSError):
+            storage.write_note(self._layout.heartbeat(self._stage, name), content)
 
 
 def read_beats(layout: RunLayout, stage: str) -> dict[str, Beat]:

@@ -4,7 +4,9 @@ Part of *render*. Jinja2's immutable sandbox keeps templates from touching the p
 templates from looping or growing without end.
 """
 
+import inspect
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -19,6 +21,14 @@ from schemas.job import PromptSection
 from schemas.records import Message
 
 MAX_PROMPT_CHARACTERS = 32 << 20
+MAX_ARGUMENT = 1_000_000
+"""Largest number that a filter or a text method which grows by it may be given."""
+
+GROWING_FILTERS = frozenset({"center", "slice", "batch", "indent", "wordwrap"})
+
+NULL_FILTERS = frozenset({"default", "d", "tojson", "list", "map", "select", "reject", "selectattr", "rejectattr"})
+"""Filters that may be given a null; any other would turn it into the text None."""
+
 _BUDGET = "_moebeam_budget"
 
 
@@ -116,17 +126,37 @@ def _check_size(num_characters: int) -> None:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with every loop, call and growing operator metered."""
+    """Jinja's sandbox, with every loop, call and growing operator metered.
 
-    intercepted_binops = frozenset({"*", "**", "+"})
+    Of Jinja's globals only `range` and `namespace` are left, so that a column may have any other name.
+    """
+
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def __init__(self) -> None:
         super().__init__(undefined=jinja2.StrictUndefined, finalize=_printable, keep_trailing_newline=True)
-        cast("dict[str, Any]", self.filters).update({"moebeam_metered": _metered, "moebeam_bounded": _bounded})
+        self.globals = {name: self.globals[name] for name in ("range", "namespace")}
+        metering = {"step": _step, "bounded": _bounded, "present": _present, "argument": _argument}
+        own = {f"moebeam_{name}": function for name, function in metering.items()}
+        cast("dict[str, Any]", self.filters).update({**own, "tojson": _to_json})
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """`order.items` of a struct is its field, never the method of the dict that holds it."""
+        if isinstance(obj, dict):
+            return cast("dict[str, Any]", obj).get(attribute, self.undefined(obj=obj, name=attribute))
+        return super().getattr(obj, attribute)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         context[_BUDGET].step()
-        return super().call(context, obj, *args, **kwargs)
+        method = inspect.unwrap(obj) if callable(obj) else obj  # the sandbox wraps str.format
+        text: object = getattr(method, "__self__", None)
+        if isinstance(text, str):
+            is_format = method.__name__ in {"format", "format_map"}
+            if is_format:
+                _check_format(text)
+            for argument in (*args, *kwargs.values()):
+                _present(argument) if is_format else _argument(argument)
+        return _bounded(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and abs(right) > 64:
@@ -135,6 +165,10 @@ class _Environment(ImmutableSandboxedEnvironment):
             for sequence, times in ((left, right), (right, left)):
                 if isinstance(sequence, str | list | tuple) and isinstance(times, int):
                     _check_size(len(sequence) * times)
+        if operator == "%" and isinstance(left, str):
+            _check_format(left)
+            for value in right if isinstance(right, tuple) else (right,):
+                _present(value)
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, str | list):
             _check_size(len(result))
@@ -142,15 +176,25 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Metered(NodeTransformer):
-    """Wraps what loops iterate over, and what `~` joins, in the metering filters."""
+    """Puts a step into every loop's body, and checks what filters and `~` are given and make."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
-        node.iter = _wrap(node.iter, "moebeam_metered")
+        step = _wrap(nodes.Const(None, lineno=node.lineno), "moebeam_step")
+        node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
         return node
+
+    def visit_Filter(self, node: nodes.Filter) -> nodes.Expr:
+        self.generic_visit(node)
+        if node.name in GROWING_FILTERS:
+            node.args = [_wrap(argument, "moebeam_argument") for argument in node.args]
+        if node.node is not None and node.name not in NULL_FILTERS:
+            node.node = _wrap(node.node, "moebeam_present")
+        return _wrap(node, "moebeam_bounded")
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
         self.generic_visit(node)
+        node.nodes = [_wrap(part, "moebeam_present") for part in node.nodes]
         return _wrap(node, "moebeam_bounded")
 
 
@@ -159,16 +203,31 @@ def _wrap(expression: nodes.Node, filter_name: str) -> nodes.Filter:
 
 
 @jinja2.pass_context
-def _metered(context: Context, iterable: Any) -> Iterator[Any]:
-    budget: _Budget = context[_BUDGET]
-    for item in iterable:
-        budget.step()
-        yield item
+def _step(context: Context, nothing: None) -> None:
+    context[_BUDGET].step()
+
+
+def _present(value: Any) -> Any:
+    if value is None:
+        raise _PrintedNullError
+    return value
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, int) and abs(value) > MAX_ARGUMENT:
+        raise TemplateBudgetExceeded(f"expected numbers up to {MAX_ARGUMENT} as arguments, found {value}")
+    return value
 
 
 def _bounded(value: Any) -> Any:
-    _check_size(len(value))
+    if isinstance(value, str | bytes | list | tuple):
+        _check_size(len(cast("str", value)))
     return value
+
+
+def _check_format(text: str) -> None:
+    if re.search(r"[0-9]{6,}", text):
+        raise TemplateBudgetExceeded(f"expected widths of at most 5 digits in a format, found {text[:80]!r}")
 
 
 def _printable(value: Any) -> Any:
@@ -182,5 +241,18 @@ def _printable(value: Any) -> Any:
             found = f"byte 0x{value[error.start]:02x} at position {error.start}"
             raise InvalidValue(f"the template prints a binary column: expected UTF-8, found {found}") from error
     if isinstance(value, dict | list | tuple):
-        return json.dumps(value, ensure_ascii=False, default=_printable)
+        return _to_json(value)
+    if callable(value) or isinstance(value, Iterator):
+        raise TemplateFailed(f"expected a value to print, found {type(value).__name__}; add | list, or call it")
     return value.isoformat() if hasattr(value, "isoformat") else value
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """JSON as a prompt wants it: nothing escaped for HTML or ASCII."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, default=_json_scalar)
+
+
+def _json_scalar(value: Any) -> str:
+    return (
+        value.decode() if isinstance(value, bytes) else str(value.isoformat() if hasattr(value, "isoformat") else value)
+    )

@@ -133,6 +133,7 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec) -> str:
     storage.write_whole(layout.manifest, text.encode())
     if is_complete:
         storage.remove_tree(layout.staging)
+        storage.remove_tree(layout.runs)
         storage.remove_tree(layout.progress)
     return text
 

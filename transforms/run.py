@@ -5,6 +5,7 @@ held to their contract here, once for all of them.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from model_runner.protocol import ModelRunner
@@ -34,9 +35,21 @@ def run(requests: Iterable[Request], runner: ModelRunner) -> Iterator[Completion
                 f"found another for {completion.request_id!r}, which is not waiting"
             )
         del pending[completion.request_id]
-        yield completion
+        yield _with_sound_usage(completion)
     for request_id in pending:
         yield _unanswered(request_id, type(runner).__name__)
+
+
+def _with_sound_usage(completion: Completion) -> Completion:
+    """A completion whose token counts contradict each other is a failure: nobody could say what it cost."""
+    usage = completion.usage
+    is_sound = 0 <= (usage.cached_tokens or 0) <= usage.prompt_tokens and (
+        0 <= usage.reasoning_tokens <= usage.completion_tokens
+    )
+    if is_sound:
+        return completion
+    error = EngineFailed(f"expected cached <= prompt and reasoning <= completion tokens, found {usage}")
+    return replace(completion, usage=Usage(0, 0, 0), error=error, finish_reason="error")
 
 
 def _unanswered(request_id: str, engine: str) -> Completion:

@@ -2,6 +2,7 @@
 
 import pickle
 from datetime import date
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -47,6 +48,41 @@ def test_a_null_is_refused_unless_the_template_allows_it() -> None:
     assert render("{% if a %}{{ a }}{% else %}-{% endif %}", a=None) == "-"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ a | trim }}",
+        "{{ a | upper }}",
+        "{{ a | string }}",
+        "{{ 'x' ~ a }}",
+        "{{ '%s' % a }}",
+        "{{ '{}'.format(a) }}",
+        "{{ a | replace('N', 'M') }}",
+    ],
+)
+def test_no_filter_or_operator_turns_a_null_into_text(template: str) -> None:
+    with pytest.raises(NullValue, match="null on this row: a;"):
+        render(template, a=None)
+
+
+def test_columns_may_have_the_names_of_jinja_globals_and_of_methods() -> None:
+    assert render("{{ dict }} {{ cycler }} {{ order.items }}", dict="d", cycler="c", order={"items": "i"}) == "d c i"
+    assert PromptTemplate(PromptSection(template="{{ joiner }}{{ lipsum }}")).variables == {"joiner", "lipsum"}
+
+
+@pytest.mark.parametrize("template", ["{{ a.upper }}", "{{ b | map('upper') }}", "{{ range }}"])
+def test_what_has_no_text_of_its_own_is_not_printed(template: str) -> None:
+    with pytest.raises(TemplateFailed, match="expected a value to print"):
+        render(template, a="x", b=["x"])
+
+
+def test_json_in_prompts_is_not_escaped_for_html_or_ascii() -> None:
+    row = {"a": {"t": "Tom & <Jerry> 中文", "cost": Decimal("1.50")}}
+    assert render("{{ a | tojson }}", **row) == '{"t": "Tom & <Jerry> 中文", "cost": "1.50"}'
+    assert render("{{ (a | tojson) + ' < x' }}", **row).endswith("} < x")
+    assert render("{{ 5000000 | string }} {{ '{:,}'.format(5000000) }}") == "5000000 5,000,000"
+
+
 def test_a_syntax_error_names_the_key_and_the_line() -> None:
     with pytest.raises(JobFileError, match=r"\[prompt\] template: line 2: "):
         PromptTemplate(PromptSection(template="one\n{% for %}"))
@@ -81,6 +117,13 @@ def test_whatever_a_template_raises_is_a_typed_failure(template: str) -> None:
         "{% set ns = namespace(t='xxxxxxxx') %}{% for i in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}",
         "{% set ns = namespace(t='xxxxxxxx') %}{% for i in range(60) %}{% set ns.t = ns.t + ns.t %}{% endfor %}",
         "{% for i in range(999) %}{{ 'x' * 100000 }}{% endfor %}",
+        "{% for x in [0] recursive %}{% if loop.depth < 3 %}{{ loop(range(9999)) }}{% endif %}{% endfor %}",
+        "{{ [1] | slice(3000000) | list }}",
+        "{{ 'a'.ljust(300000000) }}",
+        "{{ 'a' | center(300000000) }}",
+        "{{ '%300000000d' % 1 }}",
+        "{{ '{:300000000}'.format(1) }}",
+        "{{ ('x' * 9999 | int) | replace('x', 'y' * 9999) }}",
     ],
 )
 def test_templates_that_loop_or_grow_are_stopped(template: str) -> None:
