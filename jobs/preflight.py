@@ -76,7 +76,12 @@ class CheckedJob:
                 messages_column="messages" if is_jsonl else self.job.prompt.messages_column,
                 sampling_column="sampling" if is_jsonl else None,
             ),
-            plan=PlanSpec(self.job.plan, self.layout, passthrough),
+            plan=PlanSpec(
+                self.job.plan,
+                self.layout,
+                passthrough,
+                group_starts=tuple(group.units[0].ordinal for group in self.scan.groups),
+            ),
             answer=AnswerSpec(
                 run_id=run_id,
                 layout=self.layout,
@@ -104,7 +109,7 @@ class CheckedJob:
             num_files=self.scan.num_files,
             num_rows=self.scan.num_rows,
             limit=self.limit,
-            columns=tuple(self.scan.schema.names) if self.scan.format == "parquet" else (),
+            columns=self.scan.names if self.scan.format == "parquet" else (),
             engine=self.engine.engine,
             model=self.engine.name,
             schema=self.job.output.schema_,
@@ -141,8 +146,8 @@ def check_job(job: Job, *, limit: int | None = None) -> CheckedJob:
         raise JobFileError(f"--limit: expected at least 1, found {limit}")
     problems: list[JobError] = []
     layout = RunLayout(job.output.path)
-    scan = _try(problems, lambda: scan_input(job.input, limit=limit))
     template = _try(problems, lambda: PromptTemplate(job.prompt))
+    scan = _try(problems, lambda: scan_input(job.input, limit=limit, needed=_needed(job, template)))
     schema = _try(problems, lambda: _load_schema(job))
     engine = _try(problems, lambda: _engine_config(job))
     prices = _try(problems, lambda: _load_prices(job))
@@ -159,6 +164,14 @@ def check_job(job: Job, *, limit: int | None = None) -> CheckedJob:
     identity = identify(job, scan=scan, limit=limit, schema=schema, engine=engine, prices=prices)
     identity.check_output(layout)
     return CheckedJob(job, limit, layout, identity, scan, columns, engine, schema, prices, line)
+
+
+def _needed(job: Job, template: PromptTemplate | None) -> frozenset[str] | None:
+    """Columns that the job reads; None for all of them."""
+    if job.input.passthrough == "all" or template is None:
+        return None
+    single = (job.input.id_column, job.input.tenant_column, job.input.cost_center_column, job.prompt.messages_column)
+    return template.variables | {*job.input.passthrough} | {name for name in single if name is not None} | {"line"}
 
 
 def _try(problems: list[JobError], check: Callable[[], Checked]) -> Checked | None:
@@ -242,7 +255,7 @@ def _column_problems(job: Job, scan: InputScan, template: PromptTemplate) -> Ite
         return
     if prompt.template is None and prompt.messages_column is None:
         yield JobFileError("[prompt]: expected `template` (or `messages_column`), found neither")
-    if not scan.schema.names and scan.num_unreadable_files:
+    if not scan.names and scan.num_unreadable_files:
         return
     named = [("[prompt] template", name) for name in sorted(template.variables)]
     named += [
@@ -259,9 +272,9 @@ def _column_problems(job: Job, scan: InputScan, template: PromptTemplate) -> Ite
     if section.passthrough != "all":
         named += [("[input] passthrough", name) for name in section.passthrough]
     for key, name in named:
-        if name not in scan.schema.names:
-            near = difflib.get_close_matches(name, scan.schema.names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; its columns are {', '.join(scan.schema.names)}"
+        if name not in scan.names:
+            near = difflib.get_close_matches(name, scan.names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; its columns are {', '.join(scan.names)}"
             yield JobFileError(f"{key}: {section.path} has no column {name!r}{hint}")
     for key, name in named:
         if key.endswith("_column") and key.startswith("[input]") and name in scan.schema.names:
@@ -332,6 +345,7 @@ def _check_writable(columns: ReadColumns) -> None:
     for field in columns.passthrough:
         try:
             pq.write_table(result_schema([field]).empty_table(), io.BytesIO())
+            pa.concat_arrays([pa.nulls(2, field.type)] * 2).take(pa.array([3, 0]))
         except (pa.ArrowException, ValueError) as error:
             raise JobFileError(
                 f"[input] passthrough: column {field.name!r} of type {field.type} cannot be written to Parquet: {error}"

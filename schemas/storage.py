@@ -6,7 +6,7 @@ Local paths and object-store URLs are treated alike. Durable state is written wh
 import contextlib
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -82,20 +82,47 @@ def list_names(folder: str, suffix: str = "") -> list[str]:
     return []
 
 
+def spelled(path: str) -> str:
+    """A path as `list_files` spells it: without a protocol on disk, with one elsewhere."""
+    fs, inner = file_system(path)
+    return inner if is_local(path) else str(fs.unstrip_protocol(inner))
+
+
 def list_files(pattern: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """Files matching a glob, or all files below a folder, sorted: (path as a user would write it, fsspec's info)."""
+    """Files matching a glob, or all files below a folder, sorted: (path, fsspec's info).
+
+    Links on disk are followed; a broken one is listed, so that whoever opens it says so.
+    """
     fs, inner = file_system(pattern)
-    found: Mapping[str, Mapping[str, Any]]
-    if any(mark in inner for mark in "*?["):
-        found = fs.glob(inner, detail=True)
-    elif fs.isdir(inner):
-        found = fs.find(inner, detail=True)
-    elif fs.exists(inner):
-        found = {inner: fs.info(inner)}
-    else:
-        found = {}
-    files = {name: info for name, info in found.items() if info.get("type", "file") == "file"}
+    files = dict(_found(fs, inner, {os.path.realpath(inner)}))
     return [(name if is_local(pattern) else str(fs.unstrip_protocol(name)), files[name]) for name in sorted(files)]
+
+
+def _found(fs: Any, inner: str, folders: set[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    entries: Mapping[str, Mapping[str, Any]] = {}
+    if any(mark in inner for mark in "*?[") and not fs.isfile(inner):
+        entries = fs.glob(inner, detail=True)
+    elif fs.isdir(inner):
+        entries = fs.find(inner, detail=True)
+    elif fs.exists(inner):
+        entries = {inner: fs.info(inner)}
+    for name, info in entries.items():
+        if not info.get("islink"):
+            if info.get("type", "file") == "file":
+                yield name, info
+        elif not Path(name).is_dir():
+            yield name, _followed(name, info)
+        elif (real := os.path.realpath(name)) not in folders:
+            folders.add(real)
+            yield from _found(fs, name, folders)
+
+
+def _followed(name: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is known of a link's file; of a broken link, the link itself."""
+    with contextlib.suppress(OSError):
+        found = Path(name).stat()
+        return {**info, "size": found.st_size, "mtime": found.st_mtime}
+    return info
 
 
 def write_whole(path: str, content: bytes) -> None:

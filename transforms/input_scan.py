@@ -4,10 +4,10 @@ Stands before *read*, in the launcher: it reads footers (Parquet) or counts line
 The result fingerprints the input, gives every unit its place in the input order, and fixes the output's types.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
@@ -22,6 +22,8 @@ from transforms.coders import register_record
 InputFormat: TypeAlias = Literal["parquet", "jsonl"]
 
 JSONL_UNIT_BYTES = 8 << 20
+GROUP_BYTES = 32 << 20
+GROUP_ROWS = 20_000
 JSONL_SCHEMA = pa.schema([pa.field("custom_id", pa.string()), pa.field("line", pa.large_binary())])
 """What a JSONL file's rows look like to later stages: the raw line, parsed in *read*."""
 
@@ -34,6 +36,7 @@ class InputUnit:
     Attributes:
         label: the file's path below the folder that all input files share; derived ids begin with it.
         ordinal: place in the input order, from 0; files sorted by name, pieces in file order.
+        group: units of one group are read together, so that small files and row groups share a sorted run.
         row_group: index in its Parquet file; for JSONL the number of the piece.
         first_row: index in its file of the unit's first row.
         num_rows: rows to read; fewer than the file holds under `--limit`; None for an unreadable file.
@@ -51,15 +54,30 @@ class InputUnit:
     num_rows: int | None
     num_bytes: int = 0
     offset: int = 0
+    group: int = 0
     error: str | None = None
+
+
+@register_record
+@dataclass(frozen=True, slots=True)
+class UnitGroup:
+    """Neighbouring units that one worker reads, in order."""
+
+    units: tuple[InputUnit, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class InputScan:
-    """The whole input. `schema` holds every column of every readable file, dictionaries decoded."""
+    """The whole input.
+
+    Attributes:
+        schema: the columns that are needed, each in one type for all files, dictionaries decoded.
+        names: every column of every readable file, in order of appearance.
+    """
 
     units: tuple[InputUnit, ...]
     schema: pa.Schema
+    names: tuple[str, ...]
     format: InputFormat
     num_files: int
     fingerprint: str
@@ -68,6 +86,12 @@ class InputScan:
     def num_rows(self) -> int:
         """Rows that readable files hold, by their footers."""
         return sum(unit.num_rows or 0 for unit in self.units)
+
+    @property
+    def groups(self) -> tuple[UnitGroup, ...]:
+        """The units by group, in input order."""
+        by_group = groupby(self.units, key=lambda unit: unit.group)
+        return tuple(UnitGroup(tuple(units)) for _, units in by_group)
 
     @property
     def num_unreadable_files(self) -> int:
@@ -80,12 +104,13 @@ class _FileScan:
     schema: pa.Schema | None
 
 
-def scan_input(section: InputSection, *, limit: int | None = None) -> InputScan:
+def scan_input(section: InputSection, *, limit: int | None = None, needed: Collection[str] | None = None) -> InputScan:
     """List the input's files and look at their footers.
 
     Args:
         section: the job's `[input]`.
         limit: read only the first so many rows, in input order.
+        needed: columns that the job reads; files may disagree about others. None means all.
     Raises:
         InputPatternError: nothing matches, formats are mixed, or two files' schemas contradict each other.
     """
@@ -96,14 +121,30 @@ def scan_input(section: InputSection, *, limit: int | None = None) -> InputScan:
         scans = list(pool.map(scan_file, (path for path, _ in files)))
     root = _shared_folder([path for path, _ in files])
     units = (unit for scan in scans for unit in scan.units)
-    numbered = tuple(replace(unit, ordinal=ordinal, label=unit.path[len(root) :]) for ordinal, unit in enumerate(units))
+    numbered = tuple(
+        replace(unit, ordinal=ordinal, label=unit.path[len(root) :], group=group)
+        for ordinal, (group, unit) in enumerate(_grouped(units))
+    )
+    schemas = [(path, scan.schema) for (path, _), scan in zip(files, scans, strict=True) if scan.schema is not None]
     return InputScan(
         units=tuple(_first_rows(numbered, limit)),
-        schema=_unify([(path, scan.schema) for (path, _), scan in zip(files, scans, strict=True)]),
+        schema=_unify(schemas, needed),
+        names=tuple(dict.fromkeys(name for _, schema in schemas for name in schema.names)),
         format=input_format,
         num_files=len(files),
         fingerprint=fingerprint([_file_identity(path, info) for path, info in files]),
     )
+
+
+def _grouped(units: Iterable[InputUnit]) -> Iterator[tuple[int, InputUnit]]:
+    """Number the groups of neighbouring units: by size alone, so that the plan depends on the input alone."""
+    group = num_bytes = num_rows = 0
+    for unit in units:
+        num_bytes += unit.num_bytes
+        num_rows += unit.num_rows or 0
+        if num_bytes > GROUP_BYTES or num_rows > GROUP_ROWS:
+            group, num_bytes, num_rows = group + 1, unit.num_bytes, unit.num_rows or 0
+        yield group, unit
 
 
 def _list_input_files(pattern: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -113,10 +154,13 @@ def _list_input_files(pattern: str) -> list[tuple[str, Mapping[str, Any]]]:
         raise InputPatternError(f"[input] path {pattern!r}: cannot be listed: {error}") from error
     hidden = ("_", ".")
     if storage.is_folder(pattern):
-        root = pattern.rstrip("/") + "/"
+        root = storage.spelled(pattern).rstrip("/") + "/"
         files = [f for f in files if not any(part.startswith(hidden) for part in f[0][len(root) :].split("/"))]
     if not files:
         raise InputPatternError(f"[input] path {pattern!r}: expected at least one file, found none")
+    for path, _ in files:
+        if any("\ud800" <= character <= "\udfff" for character in path):
+            raise InputPatternError(f"[input] path {pattern!r}: expected file names in UTF-8, found {path!r}")
     return files
 
 
@@ -193,31 +237,53 @@ def _one_line(error: BaseException) -> str:
 
 
 def _decoded(field: "pa.Field[Any]") -> "pa.Field[Any]":
-    """A field without its dictionary encoding and nullable: files differ in both without differing in values."""
-    value_type = field.type
-    if pa.types.is_dictionary(value_type):
-        value_type = value_type.value_type
-    return pa.field(field.name, value_type, nullable=True)
+    """A nullable field in a plain type: files differ in encodings without differing in values."""
+    return pa.field(field.name, _plain_type(field.type), nullable=True)
 
 
-def _unify(schemas: list[tuple[str, pa.Schema | None]]) -> pa.Schema:
-    unified: pa.Schema | None = None
+def _plain_type(value_type: Any) -> Any:
+    """A type without dictionaries, views and extensions, on any level."""
+    types = pa.types
+    if isinstance(value_type, pa.BaseExtensionType):
+        return _plain_type(value_type.storage_type)
+    if types.is_dictionary(value_type):
+        return _plain_type(value_type.value_type)
+    if types.is_string_view(value_type):
+        return pa.large_string()
+    if types.is_binary_view(value_type):
+        return pa.large_binary()
+    if types.is_struct(value_type):
+        return pa.struct([_decoded(value_type.field(index)) for index in range(value_type.num_fields)])
+    if types.is_map(value_type):
+        return pa.map_(_plain_type(value_type.key_type), _plain_type(value_type.item_type))
+    if types.is_fixed_size_list(value_type):
+        return pa.list_(_plain_type(value_type.value_type), value_type.list_size)
+    if types.is_large_list(value_type):
+        return pa.large_list(_plain_type(value_type.value_type))
+    if types.is_list(value_type):
+        return pa.list_(_plain_type(value_type.value_type))
+    return value_type
+
+
+def _unify(schemas: list[tuple[str, pa.Schema]], needed: Collection[str] | None) -> pa.Schema:
+    unified = pa.schema([])
     for path, schema in schemas:
-        if schema is None:
-            continue
-        names = [name.lower() for name in schema.names]
-        if len(set(names)) < len(names):
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise InputPatternError(f"{path}: expected column names that differ (ignoring case), found twice: {twice}")
+        fields = [field for field in schema if needed is None or field.name in needed]
+        if len({field.name for field in fields}) < len(fields):
+            twice = sorted({field.name for field in fields if schema.names.count(field.name) > 1})
+            raise InputPatternError(f"{path}: expected every column name once, found twice: {twice}")
         try:
-            both = [unified, schema] if unified is not None else [schema]
-            unified = pa.unify_schemas(both, promote_options="permissive")
+            unified = pa.unify_schemas([unified, pa.schema(fields)], promote_options="permissive")
         except (pa.ArrowException, TypeError) as error:
             raise InputPatternError(
                 f"{path}: its columns contradict those of earlier files: {_one_line(error)}; "
                 "expected the same column to have compatible types in every file"
             ) from error
-    return unified if unified is not None else pa.schema([])
+    lowered = [name.lower() for name in unified.names]
+    if len(set(lowered)) < len(lowered):
+        twice = sorted(name for name in unified.names if lowered.count(name.lower()) > 1)
+        raise InputPatternError(f"expected columns whose names differ by more than case, found {', '.join(twice)}")
+    return unified
 
 
 def _first_rows(units: tuple[InputUnit, ...], limit: int | None) -> Iterator[InputUnit]:

@@ -5,6 +5,7 @@ Sorted runs go to the store; their key samples give the borders; each shard then
 marks duplicates of ids and of requests, and is written to `_moebeam/plan/<shard>.arrow`.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from transforms.heartbeat import Beat, Heartbeat
 from transforms.render import sampling_of
 from transforms.sorted_runs import (
     MAX_RUN_BYTES,
+    MAX_SHARD_BYTES,
     SHARD_WEIGHT,
     RunFile,
     read_key_range,
@@ -40,6 +42,9 @@ from transforms.sorted_runs import (
     write_rows,
     write_runs,
 )
+
+MAX_REJECT_ROWS = 65_536
+"""Most rows of a shard that holds rejects only."""
 
 
 @register_record
@@ -90,11 +95,16 @@ class PlanRecord:
 
 @dataclass(frozen=True, slots=True)
 class PlanSpec:
-    """What the plan's steps need to know of the job."""
+    """What the plan's steps need to know of the job.
+
+    Attributes:
+        group_starts: the first input unit of each group of units; a run never holds rows of two groups.
+    """
 
     section: PlanSection
     layout: RunLayout
     passthrough: tuple["pa.Field[Any]", ...]
+    group_starts: tuple[int, ...] = (0,)
 
 
 class PlanShards(beam.PTransform[Any, Any]):
@@ -122,7 +132,7 @@ class PlanShards(beam.PTransform[Any, Any]):
 
 
 class _WriteRuns(beam.DoFn):
-    """Collects the batches of one input unit until a run is full."""
+    """Collects the batches of one group of input units until a run is full."""
 
     def __init__(self, spec: PlanSpec) -> None:
         self._spec = spec
@@ -133,7 +143,7 @@ class _WriteRuns(beam.DoFn):
         self._heartbeat = Heartbeat(self._spec.layout, "plan")
 
     def process(self, element: pa.RecordBatch) -> Iterator[RunFile]:
-        if self._batches and _unit_of(element) != _unit_of(self._batches[0]):
+        if self._batches and self._group_of(element) != self._group_of(self._batches[0]):
             yield from self._flush()
         self._batches.append(element)
         self._num_bytes += element.nbytes
@@ -153,6 +163,9 @@ class _WriteRuns(beam.DoFn):
         self._beat()
         self._batches, self._num_bytes = [], 0
         return runs
+
+    def _group_of(self, batch: pa.RecordBatch) -> int:
+        return bisect_right(self._spec.group_starts, int(batch.column("unit")[0].as_py()))
 
     def _beat(self) -> None:
         self._heartbeat.beat(self._run_name(), Beat(rows_done=sum(batch.num_rows for batch in self._batches)))
@@ -209,12 +222,15 @@ def _borders(samples: Sequence[pa.Table]) -> list[bytes]:
     return [b"", *sorted(cuts)]
 
 
-def _reject_groups(runs: Sequence[RunFile], max_rows: int = 65_536) -> Iterator[list[RunFile]]:
+def _reject_groups(runs: Sequence[RunFile]) -> Iterator[list[RunFile]]:
+    """Runs of rejects, in input order, as many together as a shard may hold."""
     group: list[RunFile] = []
+    num_rows = num_bytes = 0
     for run in runs:
-        if group and sum(other.num_rows for other in group) + run.num_rows > max_rows:
+        num_rows, num_bytes = num_rows + run.num_rows, num_bytes + run.num_bytes
+        if group and (num_rows > MAX_REJECT_ROWS or num_bytes > MAX_SHARD_BYTES):
             yield group
-            group = []
+            group, num_rows, num_bytes = [], run.num_rows, run.num_bytes
         group.append(run)
     if group:
         yield group
@@ -307,7 +323,3 @@ def read_plan(layout: RunLayout) -> PlanRecord | None:
     if not storage.exists(layout.plan_record):
         return None
     return RecordCoder(PlanRecord).decode(storage.read_bytes(layout.plan_record))
-
-
-def _unit_of(batch: pa.RecordBatch) -> int:
-    return int(batch.column("unit")[0].as_py())

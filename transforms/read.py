@@ -18,10 +18,11 @@ from schemas import storage
 from schemas.errors import InvalidId, InvalidValue, RowCountMismatch, RowError, UnreadableFile, UnreadableRowGroup
 from schemas.tables import read_schema
 from transforms.batch_lines import custom_id_of, parse_batch_line
-from transforms.input_scan import InputScan, InputUnit
+from transforms.input_scan import InputScan, InputUnit, UnitGroup
 
 MAX_BATCH_ROWS = 1024
 MAX_BATCH_BYTES = 8 << 20
+_PROBE_ROWS = 16
 
 JSONL_INPUT_FIELDS = (pa.field("messages", pa.large_string()), pa.field("sampling", pa.string()))
 
@@ -55,31 +56,32 @@ class ReadColumns:
 
 
 class ReadPrompts(beam.PTransform[Any, Any]):
-    """Units of the input -> record batches of rows as read."""
+    """Groups of input units -> record batches of rows as read."""
 
     def __init__(self, scan: InputScan, columns: ReadColumns) -> None:
         super().__init__()
-        self._units = scan.units
+        self._groups = scan.groups
         self._columns = columns
 
     def expand(self, pcoll: beam.Pipeline) -> "beam.PCollection[pa.RecordBatch]":
         return (
             pcoll
-            | "ListUnits" >> beam.Create(self._units, reshuffle=False).with_output_types(InputUnit)
+            | "ListUnits" >> beam.Create(self._groups, reshuffle=False).with_output_types(UnitGroup)
             | "SpreadUnits" >> beam.Reshuffle()
-            | "ReadUnit" >> beam.ParDo(_ReadUnit(self._columns))
+            | "ReadUnits" >> beam.ParDo(_ReadUnits(self._columns))
         )
 
 
-class _ReadUnit(beam.DoFn):
+class _ReadUnits(beam.DoFn):
     def __init__(self, columns: ReadColumns) -> None:
         self._columns = columns
         self._num_rows = beam.metrics.Metrics.counter("read", "num_rows")
 
-    def process(self, element: InputUnit) -> Iterator[pa.RecordBatch]:
-        for batch in read_unit(element, self._columns):
-            self._num_rows.inc(batch.num_rows)
-            yield batch
+    def process(self, element: UnitGroup) -> Iterator[pa.RecordBatch]:
+        for unit in element.units:
+            for batch in read_unit(unit, self._columns):
+                self._num_rows.inc(batch.num_rows)
+                yield batch
 
 
 def read_unit(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
@@ -111,12 +113,15 @@ def read_unit(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]
 
 def _read_row_group(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
     assert unit.num_rows is not None
-    row_bytes = max(1, unit.num_bytes // max(1, unit.num_rows))
-    batch_rows = max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES // row_bytes))
     first_row = unit.first_row
     with storage.open_input(unit.path) as source, pq.ParquetFile(source, pre_buffer=False) as parquet:
         present = [name for name in columns.names if name in parquet.schema_arrow.names]
-        for batch in parquet.iter_batches(batch_rows, row_groups=[unit.row_group], columns=present, use_threads=False):
+        # Footers tell encoded sizes: repeated values may grow a thousandfold, so the first rows are tried.
+        sample = next(parquet.iter_batches(_PROBE_ROWS, [unit.row_group], present, use_threads=False), None)
+        probed = sample.nbytes // sample.num_rows if sample is not None and sample.num_rows else 0
+        row_bytes = max(1, probed, unit.num_bytes // max(1, unit.num_rows))
+        batch_rows = max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES // row_bytes))
+        for batch in parquet.iter_batches(batch_rows, [unit.row_group], present, use_threads=False):
             yield _identify(batch, first_row, unit, columns)
             first_row += batch.num_rows
 
@@ -152,8 +157,27 @@ def _column(
     column: pa.Array[Any] = batch.column(name)
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
     column = _without_invalid_text(column, name, errors)
-    return column if field is None or column.type == field.type else column.cast(field.type)
+    return column if field is None or column.type == field.type else _cast(column, field, errors)
+
+
+def _cast(column: "pa.Array[Any]", field: "pa.Field[Any]", errors: dict[int, RowError]) -> "pa.Array[Any]":
+    """A column in its unified type; a value that does not fit it becomes null and rejects its row alone."""
+    try:
+        return column.cast(field.type)
+    except pa.ArrowInvalid:
+        pass
+    cast: list[pa.Array[Any]] = []
+    for row in range(len(column)):
+        try:
+            cast.append(column.slice(row, 1).cast(field.type))
+        except pa.ArrowInvalid as error:
+            found = " ".join(str(error).split())
+            errors.setdefault(row, InvalidValue(f"column {field.name!r}: expected {field.type}, found: {found}"))
+            cast.append(pa.nulls(1, field.type))
+    return pa.concat_arrays(cast)
 
 
 def _without_invalid_text(column: "pa.Array[Any]", name: str, errors: dict[int, RowError]) -> "pa.Array[Any]":
@@ -181,8 +205,8 @@ def _ids(
     ids = column.cast(pa.string()).to_pylist()
     for row, value in enumerate(ids):
         if not value:
-            found = "null" if value is None else "an empty string"
-            errors.setdefault(row, InvalidId(f"id column {columns.id_column!r}: expected a value, found {found}"))
+            found = errors.get(row) or ("null" if value is None else "an empty string")
+            errors[row] = InvalidId(f"id column {columns.id_column!r}: expected a value, found {found}")
             ids[row] = derived[row].as_py()
     return pa.array(ids, pa.string())
 
@@ -215,8 +239,9 @@ def _parse_lines(lines: list[bytes], first_row: int, unit: InputUnit, columns: R
         try:
             request = parse_batch_line(line)
         except RowError as error:
-            errors[row] = error
-            custom_ids.append(custom_id_of(line) or derived)
+            found_id = custom_id_of(line)
+            errors[row] = error if found_id is not None else InvalidId(f"custom_id: expected a string, found {error}")
+            custom_ids.append(found_id or derived)
             messages.append(None)
             sampling.append(None)
         else:

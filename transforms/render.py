@@ -17,7 +17,7 @@ from model_runner.prefix_tree import prefix_key
 from model_runner.prompt_encoder import PromptEncoder
 from schemas.arrow import values_of
 from schemas.canonical import canonical_json
-from schemas.errors import ContextOverflow, InvalidSampling, RowError
+from schemas.errors import ContextOverflow, InvalidSampling, InvalidValue, RowError
 from schemas.job import PromptSection, SamplingSection
 from schemas.records import Sampling, TokenIds
 from schemas.tables import INPUT, plan_schema
@@ -95,8 +95,8 @@ class Renderer:
         tenants = values_of(batch, "tenant")
         is_rejected = [error is not None for error in values_of(batch, "error_type")]
         prompts = [
-            None if rejected else self._prompt_of(row)
-            for row, rejected in zip(values_of(batch, INPUT), is_rejected, strict=True)
+            None if rejected else row if isinstance(row, RowError) else self._prompt_of(row)
+            for row, rejected in zip(_input_rows(batch), is_rejected, strict=True)
         ]
         token_ids = iter(self._encoder.encode_batch([p.text for p in prompts if isinstance(p, _Prompt)]))
         rendered = _Rendered()
@@ -167,6 +167,22 @@ class Renderer:
                 ]
                 columns[name] = pa.array(merged, pa.string())
         return pa.RecordBatch.from_arrays([columns[name] for name in self._schema.names], schema=self._schema)
+
+
+def _input_rows(batch: pa.RecordBatch) -> list[Any]:
+    """The input columns of each row, or why Python cannot hold them, such as a date after the year 9999."""
+    try:
+        return values_of(batch, INPUT)
+    except Exception:  # each type has errors of its own
+        return [_input_row(batch, row) for row in range(batch.num_rows)]
+
+
+def _input_row(batch: pa.RecordBatch, row: int) -> Any:
+    try:
+        return batch.column(INPUT)[row].as_py()
+    except Exception as error:
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return InvalidValue(f"a column of the prompt: expected a value that Python can hold, found {found}")
 
 
 def _error_columns(errors: list[RowError | None]) -> dict[str, list[str | None]]:

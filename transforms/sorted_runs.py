@@ -23,7 +23,11 @@ from transforms.coders import register_record
 from transforms.render import sampling_of
 
 MAX_RUN_BYTES = 48 << 20
-MAX_SAMPLES = 128
+MAX_SHARD_BYTES = 256 << 20
+MIN_SAMPLES = 128
+SAMPLES_A_SHARD = 8
+"""How fine runs are sampled: at least so many keys a run, and so many for each shard's worth of work in it."""
+
 SHARD_WEIGHT = 1_000_000
 """A shard's worth of work, in the whole-number weights that are added up."""
 
@@ -47,11 +51,12 @@ class RunFile:
     run_id: str
     kind: Literal["requests", "rejects"]
     num_rows: int
+    num_bytes: int
     weight: int
 
 
 def write_runs(batches: Sequence[pa.RecordBatch], layout: RunLayout, section: PlanSection) -> Iterator[RunFile]:
-    """Write planned rows of one input unit as a run of requests and a run of rejects; an empty one is left out.
+    """Write planned rows of neighbouring units as a run of requests and a run of rejects; an empty one is left out.
 
     Names follow from the rows, so that writing twice overwrites with the same bytes.
     """
@@ -62,7 +67,7 @@ def write_runs(batches: Sequence[pa.RecordBatch], layout: RunLayout, section: Pl
     if rejects.num_rows:
         run_id = f"{first}-rejects"
         write_rows(layout.run_file(run_id), rejects)
-        yield RunFile(run_id, "rejects", rejects.num_rows, 0)
+        yield RunFile(run_id, "rejects", rejects.num_rows, rejects.nbytes, 0)
     requests = table.filter(pc.invert(is_reject))
     if requests.num_rows:
         run_id = f"{first}-requests"
@@ -70,7 +75,7 @@ def write_runs(batches: Sequence[pa.RecordBatch], layout: RunLayout, section: Pl
         weights = row_weights(requests, section)
         write_rows(layout.run_file(run_id), requests)
         write_rows(layout.samples_file(run_id), sample_keys(values_of(requests, "prefix_key"), weights))
-        yield RunFile(run_id, "requests", requests.num_rows, int(weights.sum()))
+        yield RunFile(run_id, "requests", requests.num_rows, requests.nbytes, int(weights.sum()))
 
 
 def run_name(first: pa.RecordBatch) -> str:
@@ -86,8 +91,8 @@ def sort_rows(table: pa.Table) -> pa.Table:
 def row_weights(sorted_rows: pa.Table, section: PlanSection) -> npt.NDArray[np.int64]:
     """What each row is expected to add to a shard, in parts of `SHARD_WEIGHT`; shape (num_rows,).
 
-    The larger of its share of `max_shard_tokens` (prompt tokens not shared with the row before, and expected output)
-    and of `max_shard_rows`.
+    The largest of its shares of `max_shard_tokens` (prompt tokens not shared with the row before, and expected
+    output), of `max_shard_rows`, and of `MAX_SHARD_BYTES` (with what it passes through).
     """
     keys = values_of(sorted_rows, "prefix_key")
     lengths = sorted_rows.column("num_prompt_tokens").to_numpy().astype(np.int64)
@@ -96,14 +101,25 @@ def row_weights(sorted_rows: pa.Table, section: PlanSection) -> npt.NDArray[np.i
     outputs = {text: min(sampling_of(text).max_tokens, EXPECTED_OUTPUT_TOKENS) for text in set(texts)}
     tokens = uncached + np.array([outputs[text] for text in texts], dtype=np.int64)
     by_tokens = tokens * SHARD_WEIGHT // section.max_shard_tokens
-    return np.maximum(by_tokens, -(-SHARD_WEIGHT // section.max_shard_rows))
+    by_bytes = row_bytes(sorted_rows) * SHARD_WEIGHT // MAX_SHARD_BYTES
+    return np.maximum(np.maximum(by_tokens, by_bytes), -(-SHARD_WEIGHT // section.max_shard_rows))
+
+
+def row_bytes(rows: pa.Table) -> npt.NDArray[np.int64]:
+    """About how many bytes each row takes: its own prompt and messages, and an even share of all other columns."""
+    own = np.zeros(rows.num_rows, dtype=np.int64)
+    large = 0
+    for name in ("prefix_key", "messages"):
+        own += np.array([len(value or b"") for value in values_of(rows, name)], dtype=np.int64)
+        large += rows.column(name).nbytes
+    return own + max(0, rows.nbytes - large) // max(1, rows.num_rows)
 
 
 def sample_keys(keys: Sequence[bytes], weights: npt.NDArray[np.int64]) -> pa.Table:
-    """At most `MAX_SAMPLES` keys of a run, evenly spaced by weight, with row and weight up to the next sample."""
+    """Keys of a run, evenly spaced by weight, with row and weight up to the next sample."""
     ends = np.cumsum(weights)
     starts = ends - weights
-    quantum = max(1, -(-int(ends[-1]) // MAX_SAMPLES))
+    quantum = max(1, min(-(-int(ends[-1]) // MIN_SAMPLES), SHARD_WEIGHT // SAMPLES_A_SHARD))
     picked = np.unique(np.searchsorted(starts, np.arange(0, int(ends[-1]), quantum), side="left"))
     picked = picked[picked < len(weights)]
     bounds = np.append(starts[picked], ends[-1])

@@ -14,8 +14,8 @@ LAYER_TYPES: tuple[str, ...] = (
 MLP_LAYER_TYPES: tuple[str, ...] = ("hash_moe", "moe", "moe", "moe")
 EXPERTS_IMPLEMENTATION = "grouped_mm"
 
-# With 16 rotated pairs a head, 10,000 leaves two that can tell a token from its neighbour; 100 leaves six. The other layers match
-# content, for which slowly rotating pairs are as good as unrotated ones.
+# With 16 rotated pairs a head, 10,000 leaves two that can tell a token from its neighbour; 100 leaves six. The
+# other layers match content, for which slowly rotating pairs are as good as unrotated ones.
 ROPE_THETA = 100.0
 # V4 normalises queries and keys, so that no score exceeds sqrt(head_dim) times this weight: 23 at the full model's 512,
 # but 8 at 64 with a weight of 1, too flat to single out one token of two hundred.

@@ -79,7 +79,7 @@ class Ticket:
 
 
 @dataclass(frozen=True, slots=True)
-class _Money:
+class Money:
     amount: int | float
     currency: str  # empty when the ticket names none
     text: str
@@ -126,26 +126,26 @@ def draw_ticket(ticket_id: str, customer: Customer, sentences: Wordings, rng: ra
     product = rng.choice(PRODUCTS)
     priority = rng.choice(PRIORITIES)
     is_refund = rng.random() < 0.4
-    money = _draw_money(rng) if rng.random() < 0.6 else None
-    due_date = _draw_date(rng) if rng.random() < 0.6 else None
+    money = draw_money(rng) if rng.random() < 0.6 else None
+    due_date = draw_date(rng) if rng.random() < 0.6 else None
     regions = rng.sample(wordings.REGIONS, rng.choice((0, 0, 1, 1, 2, 3)))
 
     phrase = rng.choice(wordings.PRODUCT_PHRASES[product])
-    facts = [_fill(rng.choice(sentences.impact[priority]), rng)]
+    facts = [fill_wording(rng.choice(sentences.impact[priority]), rng)]
     if regions:
-        facts.append(_fill(rng.choice(sentences.regions), rng, regions=_enumerate(regions)))
+        facts.append(fill_wording(rng.choice(sentences.regions), rng, regions=enumerate_names(regions)))
     if money is not None:
-        facts.append(_fill(rng.choice(sentences.money), rng, money=money.text))
+        facts.append(fill_wording(rng.choice(sentences.money), rng, money=money.text))
     if due_date is not None:
-        facts.append(_fill(rng.choice(sentences.due_date), rng, due_date=_write_date(due_date, rng)))
-    facts.append(_fill(rng.choice(sentences.aside), rng, number=str(rng.randrange(11, 9_000)), year=_year(rng)))
+        facts.append(fill_wording(rng.choice(sentences.due_date), rng, due_date=write_date(due_date, rng)))
+    facts.append(fill_wording(rng.choice(sentences.aside), rng, number=str(rng.randrange(11, 9_000)), year=_year(rng)))
     rng.shuffle(facts)
     parts = [
-        _fill(rng.choice(sentences.greeting), rng),
-        _fill(rng.choice(sentences.problem[category]), rng, product=phrase),
+        fill_wording(rng.choice(sentences.greeting), rng),
+        fill_wording(rng.choice(sentences.problem[category]), rng, product=phrase),
         *facts,
-        _fill(rng.choice(sentences.ask[is_refund]), rng),
-        _fill(rng.choice(sentences.closing), rng),
+        fill_wording(rng.choice(sentences.ask[is_refund]), rng),
+        fill_wording(rng.choice(sentences.closing), rng),
     ]
     answer = {
         "customer": {"name": customer.name, "account_id": customer.account_id, "tier": customer.tier},
@@ -227,18 +227,18 @@ def _closed_object(properties: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def _fill(wording: str, rng: random.Random, **slots: str) -> str:
+def fill_wording(wording: str, rng: random.Random, **slots: str) -> str:
     """Expand a wording, fill its slots and begin it with a capital letter."""
     sentence = expand_wording(wording, rng).format(**slots)
     return sentence[:1].upper() + sentence[1:]
 
 
-def _enumerate(names: Sequence[str]) -> str:
+def enumerate_names(names: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _draw_money(rng: random.Random) -> _Money:
+def draw_money(rng: random.Random) -> Money:
     """A sum as a number, and as a ticket writes it: `1,250.75 EUR`, `EUR 480`, `480`.
 
     Cents never end in zero, so the JSON number has the ticket's own digits.
@@ -251,14 +251,14 @@ def _draw_money(rng: random.Random) -> _Money:
     amount = whole + cents / 100 if cents else whole
     currency = rng.choice((*wordings.CURRENCIES, "", ""))
     text = digits if not currency else rng.choice((f"{currency} {digits}", f"{digits} {currency}"))
-    return _Money(amount, currency, text)
+    return Money(amount, currency, text)
 
 
-def _draw_date(rng: random.Random) -> datetime.date:
+def draw_date(rng: random.Random) -> datetime.date:
     return datetime.date(2026, 1, 1) + datetime.timedelta(days=rng.randrange(730))
 
 
-def _write_date(date: datetime.date, rng: random.Random) -> str:
+def write_date(date: datetime.date, rng: random.Random) -> str:
     """One of three formats: `2026-03-04`, `4 March 2026`, `March 4, 2026`."""
     month = wordings.MONTHS[date.month - 1]
     return rng.choice((date.isoformat(), f"{date.day} {month} {date.year}", f"{month} {date.day}, {date.year}"))

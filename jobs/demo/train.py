@@ -22,10 +22,10 @@ import torch
 from torch.nn import functional
 from transformers import DeepseekV4ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from jobs.demo.drills import Turn, draw_drill
+from jobs.demo.drills import Turn, draw_drill, scattered_wordings
 from jobs.demo.layout import build_model, demo_config
 from jobs.demo.muon import Muon
-from jobs.demo.tickets import Split, Ticket, generate_tickets
+from jobs.demo.tickets import Split, Ticket, draw_customer, draw_ticket, generate_tickets
 from jobs.demo.tokenizer import EOS, PAD, render_prompt, save_tokenizer, token_id, train_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -35,11 +35,11 @@ BATCH_SIZE = 16
 BATCHES_A_CHUNK = 8
 # Each length is compiled once; both are multiples of every compression rate.
 BUCKET_LENGTHS: tuple[int, ...] = (224, 272)
-MUON_LEARNING_RATE = 0.02
-ADAMW_LEARNING_RATE = 3e-3
+MUON_LEARNING_RATE = 0.012
+ADAMW_LEARNING_RATE = 2e-3
 NUM_WARMUP_STEPS = 100
-DECAY_FROM = 0.45  # share of the run at which the learning rate begins to fall
-DRILL_STEPS = (0, 600)
+DECAY_FROM = 0.6  # share of the run at which the learning rate begins to fall
+NUM_SHORT_DRILL_STEPS = 1_950
 BALANCE_EVERY_STEPS = 16
 BALANCE_SPEED = 0.01
 LOG_EVERY_STEPS = 50
@@ -101,9 +101,21 @@ def drill_batch(tokenizer: PreTrainedTokenizerFast, *, step: int) -> Batch:
     return collate(rows, num_columns, token_id(tokenizer, PAD))
 
 
+def scattered_batch(tokenizer: PreTrainedTokenizerFast, *, step: int) -> Batch:
+    """A step's batch of whole tickets with scattered wordings, in the longest bucket."""
+    rng = random.Random(f"scattered:{step}")
+    sentences = scattered_wordings(rng)
+    rows: list[list[Turn]] = []
+    while len(rows) < BATCH_SIZE:
+        prompt, answer = encode_ticket(draw_ticket("scattered", draw_customer(rng), sentences, rng), tokenizer)
+        if len(prompt) + len(answer) <= BUCKET_LENGTHS[-1]:
+            rows.append([(prompt, answer)])
+    return collate(rows, BUCKET_LENGTHS[-1], token_id(tokenizer, PAD))
+
+
 def is_drill_step(step: int) -> bool:
-    """Whether a step drills: two of three at first, then none."""
-    return DRILL_STEPS[0] <= step < DRILL_STEPS[1] and step % 3 != 0
+    """Whether a step drills, with short turns at first and with scattered wordings later: every other one does."""
+    return step % 2 != 0
 
 
 def training_batches(tokenizer: PreTrainedTokenizerFast, *, first_step: int) -> Iterator[Batch]:
@@ -258,7 +270,8 @@ def train(out: Path, state_path: Path, *, max_minutes: float, max_steps: int, ex
         batch = next(batches)
         is_drill = is_drill_step(progress.num_steps)
         if is_drill:
-            batch = drill_batch(tokenizer, step=progress.num_steps)
+            draw = drill_batch if progress.num_steps < NUM_SHORT_DRILL_STEPS else scattered_batch
+            batch = draw(tokenizer, step=progress.num_steps)
         loss = answer_loss(model, backbone, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -42,6 +42,52 @@ COMPANY_SECOND: tuple[str, ...] = (
 COMPANY_FORM: tuple[str, ...] = ("AG", "BV", "Co", "GmbH", "Group", "Inc", "Ltd", "Oy", "SA", "SAS")
 
 
+# What decides a value, as `drills` scatters it among fillers; never a whole sentence.
+CATEGORY_PHRASES: Mapping[str, tuple[str, ...]] = {
+    "billing": ("invoice", "the bill", "charged twice", "was charged", "billing mistake", "charges", "finance"),
+    "outage": ("is down", "went down", "offline", "unavailable", "cannot reach", "outage", "stopped working"),
+    "performance": ("slow", "latency", "delays", "time out", "the speed", "throughput", "more than a minute"),
+    "access": ("log in", "password", "key rejected", "locked out", "permission", "access", "login page"),
+    "quota": ("rate limit", "quota", "too many requests", "error 429", "daily limit", "used up", "too few tokens"),
+    "quality": ("wrong answers", "invalid JSON", "nonsense", "invents facts", "got worse", "results", "accuracy"),
+}
+PRIORITY_PHRASES: Mapping[str, tuple[str, ...]] = {
+    "urgent": (
+        "emergency",
+        "critical",
+        "immediately",
+        "production stopped",
+        "lose money",
+        "all customers",
+        "right now",
+    ),
+    "high": ("most users", "important", "big launch", "several teams", "main business", "at risk", "matters a lot"),
+    "normal": ("some users", "a few people", "workaround", "now and then", "one team", "effect limited", "annoying"),
+    "low": ("no hurry", "no rush", "can wait", "minor point", "when you find time", "not bother", "not pressing"),
+}
+REFUND_PHRASES: Mapping[bool, tuple[str, ...]] = {
+    True: ("refund us", "a refund", "money back", "pay us back", "the difference", "send the money"),
+    False: ("look into", "check it", "explain", "what happened", "investigate", "fix this", "advice", "call us"),
+}
+MONEY_PHRASES: tuple[str, ...] = ("about", "the sum is", "we paid", "amount:", "so far", "it cost", "lost")
+FILLERS: tuple[str, ...] = (
+    "the",
+    "we",
+    "our",
+    "this",
+    "is",
+    "for",
+    "it",
+    "please",
+    "and",
+    "on",
+    "to",
+    "of",
+    "today",
+    ",",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Wordings:
     """One side of the split.

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.launch import launch
+from jobs.preflight import check_job
 from schemas.errors import InputPatternError, JobFileError, OutputError
 from tests.jobs_for_tests import column, fake_job, read_table, run_fake_job, write_parquet, write_script
 
@@ -301,7 +302,7 @@ def test_jsonl_in_the_openai_batch_shape_is_answered_line_by_line(tmp_path: Path
     assert results["short"]["completion_tokens"] == 3
     found = [(row["custom_id"], row["error_type"]) for row in read_table(tmp_path / "out", "rejects")]
     assert found == [
-        ("in.jsonl:1", "invalid_line"),
+        ("in.jsonl:1", "invalid_id"),
         ("many", "unsupported_request"),
         ("embed", "unsupported_request"),
         ("ok", "duplicate_id"),
@@ -339,3 +340,59 @@ def test_an_output_that_cannot_be_written_is_a_clear_error(tmp_path: Path, tiny_
         run_fake_job(source, tmp_path / "file" / "out", tiny_checkpoint)
     with pytest.raises(OutputError, match=r"/proc/moebeam'.*cannot be written"):
         run_fake_job(source, Path("/proc/moebeam"), tiny_checkpoint)
+
+
+def test_values_that_python_cannot_hold_reject_their_rows_alone(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    days = pa.array([0, 2**30, 1], pa.int32()).cast(pa.date32())
+    source = write_parquet(tmp_path / "in.parquet", {"day": days})
+    run_fake_job(source, tmp_path / "out", tiny_checkpoint, prompt={"template": "{{ day }}"})
+    assert {key: error for key, (error, _) in rejected(tmp_path / "out").items()} == {"in.parquet:1": "invalid_value"}
+
+
+def test_views_extensions_and_nested_dictionaries_pass_through(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    nested = pa.StructArray.from_arrays([pa.array(["x", "y"]).dictionary_encode()], ["kind"])
+    for name in ("a", "b"):
+        columns = {"text": [None, "ok"], "nested": nested, "view": pa.array(["v", "w"], pa.string_view())}
+        write_parquet(tmp_path / "in" / f"{name}.parquet", columns)
+    sections = {"input": {"passthrough": ["nested", "view"]}}
+    summary = run_fake_job(tmp_path / "in", tmp_path / "out", tiny_checkpoint, **sections)
+    assert (summary.num_results, summary.num_rejects) == (2, 2)
+    assert column(read_table(tmp_path / "out", "rejects"), "nested") == [{"kind": "x"}] * 2
+    assert column(read_table(tmp_path / "out", "results"), "view") == ["w", "w"]
+
+
+def test_messages_that_json_cannot_hold_reject_their_rows_alone(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    good = '[{"role": "user", "content": "hi"}]'
+    chats = [
+        good,
+        '[{"role": "user", "content": "hi", "w": NaN}]',
+        '[{"role": "user", "content": "x", "n": "\\ud800"}]',
+    ]
+    source = write_parquet(tmp_path / "in.parquet", {"chat": chats})
+    prompt = {"template": None, "messages_column": "chat"}
+    summary = run_fake_job(source, tmp_path / "out", tiny_checkpoint, prompt=prompt)
+    assert (summary.num_results, summary.rejects_by_type) == (1, {"invalid_messages": 2})
+
+
+def test_one_wrong_jsonl_line_does_not_take_its_neighbours(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    long_number = '{"custom_id": "b", "url": "/v1/chat/completions", "body": {"messages": [{"n": ' + "9" * 5000 + "}]}}"
+    nan = '{"custom_id": "c", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "n": NaN}]}}'
+    source = jsonl(tmp_path / "in.jsonl", [batch_line("a", "hi"), long_number, nan, batch_line("d", "hi")])
+    summary = run_fake_job(source, tmp_path / "out", tiny_checkpoint, prompt={"template": None})
+    assert (summary.num_results, summary.num_rejects, summary.num_unreadable) == (2, 2, 0)
+
+
+def test_a_derived_id_does_not_make_a_given_one_a_duplicate(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    source = write_parquet(tmp_path / "in.parquet", {"id": [None, "in.parquet:0"], "text": ["a", "b"]})
+    summary = run_fake_job(source, tmp_path / "out", tiny_checkpoint, input={"id_column": "id"})
+    assert (summary.num_results, summary.rejects_by_type) == (1, {"invalid_id": 1})
+
+
+def test_of_two_jobs_that_start_at_once_on_one_output_one_is_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    source = write_parquet(tmp_path / "in.parquet", {"text": ["a"]})
+    first = check_job(fake_job(source, tmp_path / "out", tiny_checkpoint))
+    second = check_job(fake_job(source, tmp_path / "out", tiny_checkpoint, prompt={"template": "B {{ text }}"}))
+    first.identity.claim_output(first.layout)
+    first.identity.claim_output(first.layout)
+    with pytest.raises(OutputError, match=r"belongs to another job; different: \[prompt\]"):
+        second.identity.claim_output(second.layout)

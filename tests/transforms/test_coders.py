@@ -16,7 +16,7 @@ from transforms.sorted_runs import RunFile
 
 RECORDS = [
     InputUnit(3, "s3://b/ü.parquet", "ü.parquet", "parquet", 1, 10, None, error="broken"),
-    RunFile("r", "requests", 5, 7),
+    RunFile("r", "requests", 5, 6, 7),
     ShardRange("s0", "00ff", "", ("a", "b")),
     PlanRecord((PlannedShard("s0", 1, 1, 0, 10, 5),)),
     ShardCommit("s0", "run", "x", "t", (StagedFile("results", "p", 1, 2, "d"),), Totals(costs={"USD": "0.10"})),
@@ -61,7 +61,7 @@ def test_no_element_of_the_main_job_falls_back_to_pickle(tmp_path: Any, tiny_che
 
 OUR_STEPS = {
     "ListUnits",
-    "ReadUnit",
+    "ReadUnits",
     "RenderBatch",
     "Digest",
     "Compare",

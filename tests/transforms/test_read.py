@@ -76,7 +76,7 @@ def test_parquet_and_jsonl_do_not_mix(tmp_path: Path) -> None:
 
 def test_column_names_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
     source = write_parquet(tmp_path / "a.parquet", {"Text": ["x"], "text": ["y"]})
-    with pytest.raises(InputPatternError, match=r"found twice: \['text'\]"):
+    with pytest.raises(InputPatternError, match="differ by more than case, found Text, text"):
         scan(source)
 
 
@@ -146,3 +146,55 @@ def test_every_shared_bad_file_has_a_case() -> None:
     names = {path.stem for path in CONFORMANCE.glob("*.parquet")}
     (mark,) = [m for m in test_bad_parquet_data_is_read_or_named.pytestmark if m.name == "parametrize"]  # type: ignore[attr-defined]
     assert names <= {case[0] for case in mark.args[1]}
+
+
+def test_links_are_followed_and_broken_ones_are_named(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    write_parquet(real / "sub" / "b.parquet", {"text": ["b"]})
+    write_parquet(real / "a.parquet", {"text": ["a"]})
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.parquet").symlink_to(real / "a.parquet")
+    (source / "folder").symlink_to(real / "sub")
+    (source / "folder2").symlink_to(source)
+    (source / "gone.parquet").symlink_to(tmp_path / "nothing")
+    found = scan(source)
+    assert [(unit.label, unit.num_rows) for unit in found.units] == [
+        ("a.parquet", 1),
+        ("folder/b.parquet", 1),
+        ("gone.parquet", None),
+    ]
+    assert scan(source / "*.parquet").num_rows == 1
+
+
+def test_a_name_that_looks_like_a_glob_is_read_as_a_file(tmp_path: Path) -> None:
+    assert scan(write_parquet(tmp_path / "in[1].parquet", {"text": ["a"]})).num_rows == 1
+
+
+def test_file_urls_skip_hidden_files_as_paths_do(tmp_path: Path) -> None:
+    write_parquet(tmp_path / ".below" / "in" / "a.parquet", {"text": ["a"]})
+    write_parquet(tmp_path / ".below" / "in" / "_temporary" / "b.parquet", {"text": ["b"]})
+    assert scan_input(InputSection(path=f"file://{tmp_path}/.below/in")).num_rows == 1
+
+
+def test_a_value_that_does_not_fit_the_unified_type_rejects_its_row_alone(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "in" / "a.parquet", {"n": pa.array([1, 2**53 + 1, 3], pa.int64())})
+    write_parquet(tmp_path / "in" / "b.parquet", {"n": pa.array([0.5])})
+    rows = read_all(scan(tmp_path / "in"))
+    assert [row["error_type"] for row in rows] == [None, "invalid_value", None, None]
+    assert [row["input"]["n"] for row in rows] == [1.0, None, 3.0, 0.5]
+
+
+def test_columns_that_are_not_needed_may_contradict_each_other(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "in" / "a.parquet", {"text": ["a"], "other": pa.array([[1]])})
+    write_parquet(tmp_path / "in" / "b.parquet", {"text": ["b"], "other": ["x"]})
+    with pytest.raises(InputPatternError, match="its columns contradict"):
+        scan(tmp_path / "in")
+    found = scan(tmp_path / "in", needed={"text"})
+    assert (found.schema.names, found.names) == (["text"], ("text", "other"))
+
+
+def test_small_units_are_grouped_by_size_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transforms.input_scan.GROUP_ROWS", 5)
+    found = scan(write_parquet(tmp_path / "a.parquet", {"text": list("abcdefgh")}, row_group_size=2))
+    assert [[unit.ordinal for unit in group.units] for group in found.groups] == [[0, 1], [2, 3]]

@@ -48,3 +48,16 @@ def test_a_request_without_an_answer_becomes_a_typed_failure() -> None:
 def test_an_answer_that_nobody_asked_for_stops_the_job(names: tuple[str, ...]) -> None:
     with pytest.raises(EngineContractError, match="expected one completion a request"):
         list(run([request("a"), request("b")], Engine(*names)))
+
+
+def test_token_counts_that_contradict_each_other_are_a_failure_not_a_bill() -> None:
+    class Wrong:
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            for found in requests:
+                yield replace(
+                    completion(found.request_id), usage=Usage(prompt_tokens=1, completion_tokens=1, cached_tokens=2)
+                )
+
+    (only,) = run([request("a")], Wrong())
+    assert isinstance(only.error, EngineFailed)
+    assert only.usage == Usage(0, 0, 0)
