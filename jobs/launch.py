@@ -15,7 +15,7 @@ from jobs.preflight import CheckedJob, check_job
 from jobs.summary import ProgressSnapshot, RunStatus, RunSummary, exit_code_of
 from pipelines.main_job import build
 from schemas import storage
-from schemas.errors import JobError, JobInterrupted
+from schemas.errors import JobInterrupted, PipelineFailed
 from schemas.job import Job
 from schemas.layout import RunLayout
 from transforms.coders import RecordCoder
@@ -28,10 +28,6 @@ from transforms.publish import cost_of
 POLL_S = 0.25
 
 OnProgress = Callable[[ProgressSnapshot], None]
-
-
-class PipelineFailed(JobError):
-    """A step of the pipeline failed; the run can be started again and continues."""
 
 
 def launch(

@@ -246,9 +246,8 @@ def print_report(console: Console, report: CheckReport) -> None:
 
 
 def _report_lines(report: CheckReport) -> Iterator[tuple[str, str]]:
-    rows = "rows unknown until read" if report.num_rows is None else f"{report.num_rows:,} rows"
     limit = "" if report.limit is None else f", of which at most {report.limit:,} will run"
-    yield "input", f"{rows} in {report.num_files:,} file{'' if report.num_files == 1 else 's'}{limit}"
+    yield "input", f"{report.num_rows:,} rows in {report.num_files:,} file{'' if report.num_files == 1 else 's'}{limit}"
     more = len(report.columns) - _NUM_SHOWN_COLUMNS
     yield "columns", ", ".join(report.columns[:_NUM_SHOWN_COLUMNS]) + (f" and {more} more" if more > 0 else "")
     yield "engine", f"{report.engine}, {report.model}"

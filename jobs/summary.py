@@ -22,7 +22,7 @@ class ProgressSnapshot:
     """How far a run is; counters include what earlier attempts of the same run had finished.
 
     Attributes:
-        stage: the stage that is at work: `read`, `render`, `plan`, `answer` or `publish`.
+        stage: the stage that is at work: `plan` (with read and render), `answer` or `publish`.
         rows_done: rows that are through this stage, answered or rejected.
         rows_total: rows this stage will see; None while that is unknown.
         prompt_tokens: tokens of the prompts answered so far, cached ones included.
@@ -91,7 +91,7 @@ class CheckReport:
     """What `validate` found before any row was answered.
 
     Attributes:
-        num_rows: rows by the files' footers; None where only reading would tell (JSONL).
+        num_rows: rows by the files' footers, or lines of JSONL.
         limit: the trial's `--limit`, if any.
         columns: the input's columns, in order.
         price: the price line that will be used, in words; None without a price book.
@@ -100,7 +100,7 @@ class CheckReport:
 
     output: str
     num_files: int
-    num_rows: int | None
+    num_rows: int
     limit: int | None
     columns: tuple[str, ...]
     engine: str

@@ -8,12 +8,14 @@
     │   ├── EngineLoadError         exit 1: the model cannot be loaded
     │   ├── EngineContractError     exit 1: the engine answered what it was not asked
     │   ├── CommitError             exit 1: durable state is missing or contradicts itself
+    │   ├── PipelineFailed          exit 1: a step failed on a worker
     │   └── JobInterrupted          exit 4: stopped by a signal, can be resumed
-    └── RowError                    a row's problem; becomes a `Rejection`, never escapes a stage
+    └── RowError                    a row's problem; becomes a row of rejects, never escapes a stage
         ├── read      UnreadableFile, UnreadableRowGroup, RowCountMismatch, InvalidLine,
-        │             UnsupportedRequest, InvalidId, DuplicateId, InvalidValue
+        │             UnsupportedRequest, InvalidId, InvalidValue
         ├── render    TemplateFailed, TemplateBudgetExceeded, NullValue, InvalidMessages,
         │             InvalidSampling, ContextOverflow
+        ├── plan      DuplicateId
         ├── run       EngineFailed, EngineOverloaded, EngineTimeout, ContentRefused
         └── validate  EmptyAnswer, TruncatedAnswer, NotJson, SchemaViolation, ModelRejected
 
@@ -67,6 +69,10 @@ class CommitError(JobError):
     """Durable state of a run is missing, damaged or contradicts itself."""
 
 
+class PipelineFailed(JobError):
+    """A step of the pipeline failed on a worker; the run can be started again and continues."""
+
+
 class JobInterrupted(JobError):
     """A signal or a budget stopped the run in a state that can be resumed."""
 
@@ -74,7 +80,7 @@ class JobInterrupted(JobError):
 
 
 class RowError(MoebeamError):
-    """A problem of one row (or of one file or row group); it travels as a `Rejection`."""
+    """A problem of one row (or of one file or row group); it becomes a row of rejects."""
 
     error_type: ClassVar[str] = "row_error"
     error_stage: ClassVar[Stage] = "run"

@@ -88,7 +88,7 @@ class SamplingSection(Section):
     temperature: float = Field(default=0.0, ge=0, le=2, description="0 is greedy: same prompt, same answer")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Share of probability that is sampled from")
     stop: tuple[str, ...] = Field(default=(), max_length=16, description="Texts that end an answer")
-    seed: int | None = Field(default=None, ge=0, lt=2**63, description="Makes sampled answers repeatable")
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Makes sampled answers repeatable")
 
 
 class PlanSection(Section):

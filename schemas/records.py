@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.canonical import Json
-from schemas.errors import RowError, Stage
+from schemas.errors import RowError
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
 FinishReason: TypeAlias = Literal[
@@ -117,18 +117,3 @@ class Completion:
     reasoning_content: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     error: RowError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Rejection:
-    """Why a row has no answer; written beside the answers, never dropped."""
-
-    custom_id: str
-    error_stage: Stage
-    error_type: str
-    error_message: str
-
-    @classmethod
-    def of(cls, custom_id: str, error: RowError) -> "Rejection":
-        """The rejection that a row error stands for."""
-        return cls(custom_id, error.error_stage, error.error_type, str(error))

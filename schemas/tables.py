@@ -91,7 +91,7 @@ LEDGER_SCHEMA = pa.schema(
 )
 """One line an attempt of one request, with disjoint token classes; prices are per 1,000,000 tokens.
 
-`outcome` is `answered`, `rejected` (paid, but no valid answer) or `wasted` (paid by a copy that lost). Unknown
+`outcome` is `answered` or `rejected` (paid, but no valid answer). Unknown
 cached tokens leave `cache_hit_tokens` null and count whole as `cache_miss_tokens`, with `cost_basis = "upper_bound"`.
 """
 

@@ -10,18 +10,16 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 from schemas import storage
-from schemas.errors import JobError
 from schemas.layout import RunLayout
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a step failed: the error's type, its message, and the exit code it asks for."""
+    """Which step failed, the error's type and its message."""
 
     step: str
     error: str
     message: str
-    exit_code: int
 
 
 @contextlib.contextmanager
@@ -30,8 +28,7 @@ def recorded_failure(layout: RunLayout, step: str) -> Generator[None]:
     try:
         yield
     except Exception as error:
-        exit_code = error.exit_code if isinstance(error, JobError) else 1
-        failure = {"step": step, "error": type(error).__name__, "message": str(error), "exit_code": exit_code}
+        failure = {"step": step, "error": type(error).__name__, "message": str(error)}
         with contextlib.suppress(OSError):
             storage.write_note(layout.failure, json.dumps(failure).encode())
         raise

@@ -86,7 +86,7 @@ def test_a_report_becomes_json():
     report = CheckReport(
         output="o",
         num_files=1,
-        num_rows=None,
+        num_rows=7,
         limit=None,
         columns=("a", "b"),
         engine="fake",
