@@ -24,7 +24,7 @@ from transforms.plan import PlannedShard, build_shard, cut_shards, write_plan
 from transforms.publish import publish_shard, write_manifest
 from transforms.read import read_unit
 from transforms.render import Renderer
-from transforms.sorted_runs import RunFile, read_rows, write_runs
+from transforms.sorted_runs import MAX_RUN_BYTES, RunFile, read_rows, write_runs
 
 PACKAGES = ("schemas", "model_runner", "transforms", "pipelines", "jobs")
 _ROOT = Path(__file__).resolve().parent.parent
@@ -78,17 +78,27 @@ def walk_stages(files: BenchmarkFiles, output: Path, checkpoint: str) -> dict[st
 
 
 def _write_runs(job: MainJob, clock: StageClock) -> Iterator[RunFile]:
-    """Read, render, and write sorted runs, one a row group."""
+    """Read, render, and write sorted runs, cut where *plan* cuts them: at groups of units, and when one is full."""
     with clock.timed("render"):
         renderer = Renderer(job.render)
-    for unit in job.scan.units:
-        with clock.timed("read"):
-            batches = list(read_unit(unit, job.columns))
-        with clock.timed("render"):
-            rendered: list[pa.RecordBatch] = [renderer.render_batch(batch) for batch in batches]
-        with clock.timed("plan: runs"):
-            runs = list(write_runs(rendered, job.plan.layout, job.plan.section))
-        yield from runs
+    for group in job.scan.groups:
+        rendered: list[pa.RecordBatch] = []
+        for unit in group.units:
+            with clock.timed("read"):
+                batches = list(read_unit(unit, job.columns))
+            for batch in batches:
+                with clock.timed("render"):
+                    rendered.append(renderer.render_batch(batch))
+                if sum(batch.nbytes for batch in rendered) >= MAX_RUN_BYTES:
+                    yield from _write_run(rendered, job, clock)
+                    rendered = []
+        if rendered:
+            yield from _write_run(rendered, job, clock)
+
+
+def _write_run(rendered: list[pa.RecordBatch], job: MainJob, clock: StageClock) -> list[RunFile]:
+    with clock.timed("plan: runs"):
+        return list(write_runs(rendered, job.plan.layout, job.plan.section))
 
 
 def _build_shards(job: MainJob, runs: list[RunFile], clock: StageClock) -> tuple[PlannedShard, ...]:

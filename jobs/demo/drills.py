@@ -2,12 +2,12 @@
 
 A drill row packs several small turns: random tokens to be repeated, or one part of a ticket (the customer block, the
 problem, the impact, ...) to be answered with that part of the JSON. In whole tickets the same lessons hide among two
-hundred tokens: without drills the loss stood at 0.3 from step 400 to 850, every copied or classified token guessed.
+hundred tokens: without drills the loss fell from 0.35 to 0.30 between steps 400 and 750, most fields guessed.
 """
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerFast
@@ -70,7 +70,7 @@ def _draw_part(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Turn:
     )
 
 
-def _draw_question(rng: random.Random) -> tuple[str, dict[str, object]]:
+def _draw_question(rng: random.Random) -> tuple[str, Mapping[str, object]]:
     customer = draw_customer(rng)
     match rng.randrange(10):
         case 0:

@@ -95,24 +95,26 @@ def look_back(model: DeepseekV4ForCausalLM) -> None:
     config = model.config
     assert config.head_dim is not None
     num_unrotated = config.head_dim - config.qk_rope_head_dim
-    attention = model.model.layers[0].self_attn
-    frequencies = model.model.rotary_emb.main_inv_freq[:5]  # (5,)
+    weights = dict(model.named_parameters())
+    attention = "model.layers.0.self_attn"
+    frequencies = model.get_buffer("model.rotary_emb.main_inv_freq")[:5]  # (5,)
     fast = slice(num_unrotated, num_unrotated + 10)
 
-    embeddings = model.model.embed_tokens.weight  # (vocab_size, hidden_size)
+    embeddings = weights["model.embed_tokens.weight"]  # (vocab_size, hidden_size)
     embeddings.mul_(5.0)
     embeddings[:, 0] = embeddings[:, 1:].std() * (config.hidden_size - 1) ** 0.5  # as strong as all the rest
 
-    keys = attention.kv_proj.weight  # (head_dim, hidden_size)
+    keys = weights[f"{attention}.kv_proj.weight"]  # (head_dim, hidden_size)
     keys[:, 0] = 0.0
     keys[fast] = 0.0
     keys[num_unrotated : num_unrotated + 10 : 2, 0] = 0.05
-    attention.kv_norm.weight.fill_(3.5)
+    weights[f"{attention}.kv_norm.weight"].fill_(3.5)
 
-    attention.q_a_proj.weight[:, 0] = 0.0
-    attention.q_a_proj.weight[0] = 0.0
-    attention.q_a_proj.weight[0, 0] = 0.2
-    queries = attention.q_b_proj.weight.view(config.num_attention_heads, config.head_dim, -1)
+    latents = weights[f"{attention}.q_a_proj.weight"]  # (q_lora_rank, hidden_size)
+    latents[:, 0] = 0.0
+    latents[0] = 0.0
+    latents[0, 0] = 0.2
+    queries = weights[f"{attention}.q_b_proj.weight"].view(config.num_attention_heads, config.head_dim, -1)
     for head in range(3):
         angles = -(head + 1) * frequencies
         queries[head, :, 0] = 0.0

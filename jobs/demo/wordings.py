@@ -156,6 +156,9 @@ TRAIN = Wordings(
             "The password [reset|change] for {product} [fails|never arrives].",
             "The [single sign-on|login page] of {product} [fails|refuses us].",
             "Please [check|restore] our access rights [on|for] {product}.",
+            "[Since today|Since yesterday|Today] [our|the] key is rejected by {product}.",
+            "[Yesterday|Last night|Today] {product} [refused|rejected] [our|my] key, nobody has access.",
+            "We have no access to {product} [any more|since this morning].",
         ),
         "quota": (
             "We [hit|reached] the rate limit of {product} [again|every day|today].",
@@ -223,6 +226,7 @@ TRAIN = Wordings(
         "We [are talking|speak] about {money}.",
         "[Amount|Sum]: {money}.",
         "We [paid|were charged|lost] {money}.",
+        "[In total|Altogether|Up to now] [it took|this is|we lost] {money}.",
     ),
     due_date=(
         "[Please answer|Please reply|We need an answer] by {due_date}.",
@@ -253,6 +257,9 @@ TRAIN = Wordings(
         "We are [customers|users] since {year}.",
         "[I|We] wrote about [it|this] in {year} [already|before].",
         "[About|More than] {number} people [use|work with] it.",
+        "[Some|Around|Over] {number} [colleagues|engineers|users] depend on it.",
+        "{number} [accounts|seats|users] are [active|registered] [on it|here].",
+        "We [serve|have] {number} [customers|readers|clients] [a week|on this plan].",
         "", "", "", "", "",
     ),
     closing=("[Thanks|Thank you][|!|.]", "[Best|Kind] regards", "[Cheers|Regards]", "Thanks in advance.", ""),

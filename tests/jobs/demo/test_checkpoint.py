@@ -57,7 +57,7 @@ def test_committed_tokenizer_is_the_one_that_training_makes(tmp_path: Path) -> N
 
 
 def test_held_out_tickets_get_valid_answers(checkpoint: Checkpoint) -> None:
-    tickets = generate_tickets(8, seed=13, split="held_out")
+    tickets = generate_tickets(4, seed=13, split="held_out")
     scores = score_answers(tickets, answer_tickets(*checkpoint, tickets), decoding_s=0.0)
     assert scores.finished == scores.schema_valid == 1.0
     assert scores.exact >= 0.5
