@@ -103,8 +103,6 @@ def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     return found
 
 
-def save_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Train and write tokenizer.json, tokenizer_config.json and the chat template into `folder`."""
-    tokenizer = train_tokenizer()
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json, which holds the chat template, into `folder`."""
     tokenizer.save_pretrained(folder, save_jinja_files=False)
-    return tokenizer

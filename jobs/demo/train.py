@@ -209,7 +209,9 @@ def check_exact(model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast
     return num_exact / len(tickets), num_right / num_tokens
 
 
-def export_checkpoint(model: DeepseekV4ForCausalLM, out: Path, progress: Progress) -> None:
+def export_checkpoint(
+    model: DeepseekV4ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, progress: Progress
+) -> None:
     """Write the checkpoint into `out`, weights in bfloat16; each file appears whole.
 
     Tensors keep the names of `transformers`' modules: its default, `save_original_format=True`, writes a mixture of
@@ -229,7 +231,7 @@ def export_checkpoint(model: DeepseekV4ForCausalLM, out: Path, progress: Progres
     with tempfile.TemporaryDirectory(dir=out.parent) as staging_name:
         staging = Path(staging_name)
         exported.save_pretrained(staging, save_original_format=False)
-        save_tokenizer(staging)
+        save_tokenizer(tokenizer, staging)
         (staging / "training.json").write_text(json.dumps(dataclasses.asdict(progress), indent=2) + "\n")
         for file in sorted(staging.iterdir()):
             file.chmod(0o644)
@@ -237,8 +239,11 @@ def export_checkpoint(model: DeepseekV4ForCausalLM, out: Path, progress: Progres
 
 
 def train(out: Path, state_path: Path, *, max_minutes: float, max_steps: int, export_minutes: float) -> Progress:
-    """Train until the time or the steps run out, resuming from `state_path` where it exists; export on the way."""
-    tokenizer = train_tokenizer()
+    """Train until the time or the steps run out, resuming from `state_path` where it exists; export on the way.
+
+    A resumed run keeps the tokenizer of the checkpoint it goes on from, whatever the wordings have become since.
+    """
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out) if state_path.exists() else train_tokenizer()
     model = build_model(demo_config(tokenizer), seed=SEED)
     optimizers = build_optimizers(model)
     base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -297,12 +302,12 @@ def train(out: Path, state_path: Path, *, max_minutes: float, max_steps: int, ex
         if progress.trained_s - last_export_s > 60 * export_minutes:
             last_export_s = progress.trained_s
             save_state(state_path, model, optimizers, progress)
-            export_checkpoint(model, out, progress)
+            export_checkpoint(model, tokenizer, out, progress)
             for split in ("train", "held_out"):
                 exact, token_share = check_exact(model, tokenizer, split)
                 logger.info("step %d %s exact %.3f tokens %.4f", progress.num_steps, split, exact, token_share)
     save_state(state_path, model, optimizers, progress)
-    export_checkpoint(model, out, progress)
+    export_checkpoint(model, tokenizer, out, progress)
     return progress
 
 
