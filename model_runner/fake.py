@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Self
 
 import numpy as np
@@ -191,7 +192,7 @@ class FakeRunner:
             if max_tokens is None or num_tokens <= max_tokens:
                 return text, num_tokens
             return text[: max_tokens * _CHARACTERS_PER_TOKEN], max_tokens
-        (token_ids,) = self.encoder.encode_batch([text])
+        token_ids = _token_ids(self.encoder, text)
         if max_tokens is None or token_ids.shape[0] <= max_tokens:
             return text, int(token_ids.shape[0])
         return self.encoder.decode(token_ids[:max_tokens]), max_tokens
@@ -220,6 +221,12 @@ def _read_script(path: str) -> Script:
             for problem in error.errors(include_url=False)
         )
         raise EngineLoadError(f"{path}: not a script of the fake engine: {problems}") from error
+
+
+@lru_cache(maxsize=1024)
+def _token_ids(encoder: PromptEncoder, text: str) -> TokenIds:
+    """Scripts repeat themselves, and each text is tokenized once."""
+    return encoder.encode_batch([text])[0]
 
 
 def _echo(token_ids: TokenIds) -> str:

@@ -95,7 +95,7 @@ class PlanSection(Section):
     """`[plan]`: how rows are cut into shards."""
 
     max_shard_tokens: int = Field(
-        default=500_000, gt=0, description="Expected uncached plus output tokens a shard, about"
+        default=1_000_000, gt=0, description="Expected uncached plus output tokens a shard, about"
     )
     max_shard_rows: int = Field(
         default=1024, gt=0, description="Rows a shard, about; equal requests are never cut apart"

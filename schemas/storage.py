@@ -147,7 +147,7 @@ def write_whole(path: str, content: bytes) -> None:
 
 
 def write_note(path: str, content: bytes) -> None:
-    """Write a small file that may be lost: whole for its readers, but not made durable.
+    """Write a file that may be lost when the machine fails: whole for its readers, but not made durable.
 
     Raises:
         OSError: nothing was written.
@@ -157,9 +157,13 @@ def write_note(path: str, content: bytes) -> None:
         return
     target = Path(_local(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(target)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(target)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def create_exclusive(path: str, content: bytes) -> bool:
@@ -198,7 +202,10 @@ def create_exclusive(path: str, content: bytes) -> bool:
 
 
 def copy_whole(source: str, target: str) -> None:
-    """Copy within a store so that readers see the target whole or not at all; can be repeated."""
+    """Copy within a store so that readers see the target whole or not at all; can be repeated.
+
+    On disk the copy is a link to what is durable already; its name is after `sync_folder`.
+    """
     if is_local(target) and is_local(source):
         destination = Path(_local(target))
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -208,11 +215,16 @@ def copy_whole(source: str, target: str) -> None:
             link.replace(destination)
         finally:
             link.unlink(missing_ok=True)
-        _sync_folder(destination.parent)
         return
     fs, inner = file_system(source)
     _, inner_target = file_system(target)
     fs.cp_file(inner, inner_target)
+
+
+def sync_folder(folder: str) -> None:
+    """Make the names in a folder on disk durable; other stores need no such thing."""
+    if is_local(folder) and is_folder(folder):
+        _sync_folder(Path(_local(folder)))
 
 
 def remove_tree(path: str) -> None:

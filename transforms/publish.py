@@ -129,6 +129,8 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec) -> str:
         "totals": asdict(totals),
         "files": files,
     }
+    for table in TABLES:
+        storage.sync_folder(layout.table(table))
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     storage.write_whole(layout.manifest, text.encode())
     if is_complete:

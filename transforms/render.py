@@ -7,6 +7,7 @@ does not fit the model's context, leaves as a reject with the numbers.
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import apache_beam as beam
@@ -206,6 +207,7 @@ def sampling_json(sampling: Sampling) -> str:
     )
 
 
+@lru_cache(maxsize=1024)
 def sampling_of(text: str) -> Sampling:
     """The inverse of `sampling_json`."""
     values: dict[str, Any] = json.loads(text)

@@ -66,15 +66,15 @@ def write_runs(batches: Sequence[pa.RecordBatch], layout: RunLayout, section: Pl
     rejects = table.filter(is_reject)
     if rejects.num_rows:
         run_id = f"{first}-rejects"
-        write_rows(layout.run_file(run_id), rejects)
+        _write_run(layout.run_file(run_id), rejects)
         yield RunFile(run_id, "rejects", rejects.num_rows, rejects.nbytes, 0)
     requests = table.filter(pc.invert(is_reject))
     if requests.num_rows:
         run_id = f"{first}-requests"
         requests = sort_rows(requests)
         weights = row_weights(requests, section)
-        write_rows(layout.run_file(run_id), requests)
-        write_rows(layout.samples_file(run_id), sample_keys(values_of(requests, "prefix_key"), weights))
+        _write_run(layout.run_file(run_id), requests)
+        _write_run(layout.samples_file(run_id), sample_keys(values_of(requests, "prefix_key"), weights))
         yield RunFile(run_id, "requests", requests.num_rows, requests.nbytes, int(weights.sum()))
 
 
@@ -152,6 +152,11 @@ def read_key_range(layout: RunLayout, run_id: str, lower: bytes, upper: bytes | 
             mask = pa.array([lower <= key and (upper is None or key < upper) for key in keys])
             kept.append(batch.filter(mask))
         return pa.Table.from_batches(kept, schema=reader.schema)
+
+
+def _write_run(path: str, table: pa.Table) -> None:
+    """A run lives only until the plan is complete, so it need not survive the machine."""
+    storage.write_note(path, arrow_file_bytes(table, max_batch_rows=_BATCH_ROWS))
 
 
 def write_rows(path: str, table: pa.Table) -> None:
