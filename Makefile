@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 UV_VERSION := 0.13.9
-DEMO_ROWS ?= 300
+DEMO_ROWS ?= 1000
 DEMO_FOLDER ?= demo_run
 
 .PHONY: setup demo test test-integration lint bench lock clean
