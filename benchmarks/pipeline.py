@@ -8,10 +8,12 @@ on Linux the peak memory of a process counts from what its parent held when it w
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +22,11 @@ from typing import Any
 
 from benchmarks.report import (
     Timing,
+    machine_cpu_s,
     machine_facts,
     machine_line,
     memory_lines,
+    others_line,
     profile_lines,
     ratio_lines,
     timing_lines,
@@ -167,6 +171,30 @@ def measure_memory(folder: Path, options: Options) -> dict[str, list[int]]:
     return peaks
 
 
+class QuietClock:
+    """From its making on: wall clock, and the CPU time of programs that are not children of this one."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._machine_cpu_s = machine_cpu_s()
+        self._own_cpu_s = _own_cpu_s()
+
+    def wall_s(self) -> float:
+        return time.perf_counter() - self._started
+
+    def others_cpu_s(self) -> float | None:
+        """None where the machine does not tell; may be a little below 0, as both clocks tick."""
+        now = machine_cpu_s()
+        if now is None or self._machine_cpu_s is None:
+            return None
+        return now - self._machine_cpu_s - (_own_cpu_s() - self._own_cpu_s)
+
+
+def _own_cpu_s() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def has_ray(python: str) -> bool:
     """Whether an interpreter can import Ray Data."""
     try:
@@ -181,13 +209,18 @@ def run_benchmark(options: Options, folder: Path) -> tuple[list[str], dict[str, 
     lines = [machine_line(facts), ""]
     found: dict[str, Any] = {"benchmark": "pipeline", "rows": options.rows, "row_bytes": options.row_bytes}
     can_run_ray = options.ray_python is not None and has_ray(options.ray_python)
+    quiet = QuietClock()
     timings = time_contenders(folder, options, (*TIMED, "ray_data") if can_run_ray else TIMED)
+    others_cpu_s, wall_s = quiet.others_cpu_s(), quiet.wall_s()
     lines += timing_lines(timings, num_rows=options.rows, row_bytes=options.row_bytes, repeats=options.repeats)
     if not can_run_ray:
         asked = options.ray_python
         reason = "not asked for (--ray)" if asked is None else f"not run: {asked} has no ray[data]"
         lines.append(f"{'Ray Data':<22}{reason}")
     lines += ["", *ratio_lines(timings)]
+    if others_cpu_s is not None:
+        lines.append(others_line(others_cpu_s, wall_s, has_ray=can_run_ray))
+        found["others_busy_cores"] = others_cpu_s / wall_s
     found["timings"] = {name: timing.as_json() for name, timing in timings.items()}
     found["ratio_to_plain_loop"] = timings["whole_way"].best_s / timings["plain_loop"].best_s
     if options.memory_rows:

@@ -14,6 +14,9 @@ MAX_RATIO = 2.0
 MAX_EXTRA_BYTES = 1 << 30
 """Goal: peak memory at ten times the rows at most so much above that at the rows."""
 
+MAX_BUSY_CORES = 0.1
+"""What other programs may use while contenders are timed."""
+
 TITLES = {
     "whole_way": "moebeam, whole way",
     "plain_loop": "plain loop (bound)",
@@ -73,6 +76,15 @@ def _cpu_model() -> str:
     return next(names, platform.machine())
 
 
+def machine_cpu_s() -> float | None:
+    """CPU seconds that all programs of the machine have used since it started; None where it does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system = (int(ticks) for ticks in stat.read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
 def machine_line(facts: Mapping[str, Any]) -> str:
     """The machine in one line; the load is that of the minute before the run."""
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
@@ -97,6 +109,14 @@ def timing_lines(timings: Mapping[str, Timing], *, num_rows: int, row_bytes: int
             f"{1e6 / timing.rows_per_s:>8.0f}{timing.cpu_s:>8.2f}"
         )
     return lines
+
+
+def others_line(others_cpu_s: float, wall_s: float, *, has_ray: bool) -> str:
+    """Whether the machine was quiet: a ratio of timings means little where other programs took turns too."""
+    cores = max(0.0, others_cpu_s) / wall_s
+    whose = "Ray's workers and other programs" if has_ray else "other programs"
+    verdict = "" if cores < MAX_BUSY_CORES or has_ray else ": not a quiet machine, measure again"
+    return f"{whose} kept {cores:.2f} cores busy meanwhile{verdict}"
 
 
 def ratio_lines(timings: Mapping[str, Timing]) -> list[str]:

@@ -143,6 +143,20 @@ def test_ratio_is_held_against_the_goal(whole_s: float, verdict: str) -> None:
     assert line.endswith(f"{verdict})")
 
 
+@pytest.mark.parametrize(("others_cpu_s", "is_quiet"), [(-0.1, True), (0.9, True), (1.1, False)])
+def test_a_busy_machine_is_said(others_cpu_s: float, is_quiet: bool) -> None:
+    line = report.others_line(others_cpu_s, 10.0, has_ray=False)
+    assert line.endswith("measure again") is not is_quiet
+
+
+def test_own_children_do_not_count_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = iter([100.0, 130.0])
+    own = iter([1.0, 21.0])
+    monkeypatch.setattr(pipeline, "machine_cpu_s", lambda: next(machine))
+    monkeypatch.setattr(pipeline, "_own_cpu_s", lambda: next(own))
+    assert pipeline.QuietClock().others_cpu_s() == 10.0
+
+
 @pytest.mark.parametrize(("extra_mib", "verdict"), [(1024, "met"), (1025, "missed")])
 def test_memory_is_held_against_the_goal(extra_mib: int, verdict: str) -> None:
     peaks = {"whole_way": [100 << 20, (100 + extra_mib) << 20], "group_batches": [1 << 20, 2 << 20]}
