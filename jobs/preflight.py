@@ -218,6 +218,7 @@ def _engine_config(job: Job) -> EngineConfig:
         device=section.device,
         batch_size=section.batch_size,
         script=section.script,
+        max_cache_bytes=section.max_cache_bytes,
     )
     if section.engine == "fake":
         load_runner(config)

@@ -3,10 +3,10 @@
 Stands inside the *answer* stage: `transforms/run.py` pulls completions from `ModelRunner.generate`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from schemas.errors import EngineLoadError
 from schemas.records import Completion, Request
@@ -25,6 +25,7 @@ class EngineConfig:
         device: `auto` or a torch device string.
         batch_size: most sequences that run together; 0 lets the engine decide.
         script: `fake` only: path of a JSON file with scripted answers and failures.
+        max_cache_bytes: `torch` only: most memory for live keys and states; 0 lets the device decide.
     """
 
     engine: str
@@ -35,6 +36,7 @@ class EngineConfig:
     device: str = "auto"
     batch_size: int = 0
     script: str | None = None
+    max_cache_bytes: int = 0
 
 
 class ModelRunner(Protocol):
@@ -50,8 +52,18 @@ class ModelRunner(Protocol):
         ...
 
 
+@runtime_checkable
+class CountingRunner(Protocol):
+    """An engine that counts its work."""
+
+    def counters(self) -> Mapping[str, float]:
+        """Sums since the engine was loaded, by name; names that begin with `peak_` are maxima."""
+        ...
+
+
 ENGINES: dict[str, str] = {
     "fake": "model_runner.fake:load_fake_runner",
+    "torch": "model_runner.torch_runner:load_torch_runner",
     "transformers": "model_runner.transformers_runner:load_transformers_runner",
 }
 """Engine names and where their loaders live; imported on first use, so a job pays only for its own engine."""

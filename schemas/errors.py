@@ -190,6 +190,12 @@ class EngineFailed(RowError):
     error_type = "engine_failed"
 
 
+class InvalidGrammar(RowError):
+    """A request's grammar, or the schema that it is made from, cannot be compiled or enforced."""
+
+    error_type = "invalid_grammar"
+
+
 class EngineOverloaded(RowError):
     """The engine or its provider asked to come back later."""
 

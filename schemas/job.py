@@ -67,7 +67,7 @@ class OutputSection(Section):
 class ModelSection(Section):
     """`[model]`: which engine and checkpoint answer; left out, the embedded checkpoint does."""
 
-    engine: str = Field(default="transformers", description="`transformers` or `fake`")
+    engine: str = Field(default="torch", description="`torch`, `transformers`, `vllm` or `fake`")
     path: str | None = Field(default=None, description="Folder of a Hugging Face checkpoint; default the embedded one")
     name: str | None = Field(
         default=None, description="Model name in tables and price books; default the folder's name"
@@ -78,6 +78,9 @@ class ModelSection(Section):
     )
     device: str = Field(default="auto", description="`auto` or a torch device")
     batch_size: int = Field(default=0, ge=0, description="Most sequences that run together; 0 lets the engine decide")
+    max_cache_bytes: int = Field(
+        default=0, ge=0, description="`torch` only: most memory for live keys and states; 0 lets the device decide"
+    )
     script: str | None = Field(default=None, description="`fake` only: JSON file of scripted answers and failures")
 
 
@@ -88,6 +91,10 @@ class SamplingSection(Section):
     temperature: float = Field(default=0.0, ge=0, le=2, description="0 is greedy: same prompt, same answer")
     top_p: float = Field(default=1.0, gt=0, le=1, description="Share of probability that is sampled from")
     stop: tuple[str, ...] = Field(default=(), max_length=16, description="Texts that end an answer")
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="Least probability that is sampled, as a share of the likeliest token's"
+    )
+    logprobs: bool = Field(default=False, description="Whether answers carry the log probability of each token")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Makes sampled answers repeatable")
 
 

@@ -23,13 +23,19 @@ FinishReason: TypeAlias = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How an answer is drawn; the names are OpenAI's. `temperature=0` is greedy."""
+    """How an answer is drawn; the names are OpenAI's, and vLLM's `min_p`. `temperature=0` is greedy.
+
+    `min_p` keeps tokens of at least that share of the likeliest one's probability. `logprobs` asks for the log
+    probability of each token of the answer.
+    """
 
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    min_p: float = 0.0
+    logprobs: bool = False
 
     @property
     def is_greedy(self) -> bool:
@@ -55,6 +61,7 @@ class Request:
         prompt_token_ids: the encoded prompt; int32, shape (num_prompt_tokens,).
         messages: the chat that was encoded; what remote engines send.
         tenant: rows of different tenants never share cached prefixes.
+        grammar: an llguidance grammar (JSON text) that the answer must follow; only engines in process hold to it.
     """
 
     request_id: str
@@ -63,6 +70,7 @@ class Request:
     sampling: Sampling
     tenant: str = ""
     attempt: int = 1
+    grammar: str | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -102,7 +110,7 @@ class Completion:
     """What became of one request: an answer, or a typed failure in `error`.
 
     `started_at` (UTC) decides the price; `latency_ms` is measured from there to the last token. `usage` counts what
-    was paid, also for a failure.
+    was paid, also for a failure. `logprobs` are natural logarithms, one for each completion token, where asked for.
     """
 
     request_id: str
@@ -116,4 +124,5 @@ class Completion:
     model_revision: str
     reasoning_content: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[float, ...] | None = None
     error: RowError | None = None

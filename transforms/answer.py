@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
@@ -18,7 +18,7 @@ import pyarrow as pa
 from apache_beam.utils.shared import Shared
 
 from model_runner.prefix_tree import token_ids_of
-from model_runner.protocol import EngineConfig, ModelRunner, load_runner
+from model_runner.protocol import CountingRunner, EngineConfig, ModelRunner, load_runner
 from schemas import storage
 from schemas.answer_schema import AnswerSchema
 from schemas.layout import RunLayout
@@ -113,6 +113,7 @@ def answer_shard(shard: str, table: pa.Table, runner: ModelRunner | None, spec: 
         runner: may be None for a shard without requests.
     """
     rows = PlannedRows.of(table)
+    before = counters_of(runner)
     answers: dict[int, AccountedAnswer] = {}
     if rows.asked:
         assert runner is not None, f"shard {shard} has requests but no engine"
@@ -121,7 +122,15 @@ def answer_shard(shard: str, table: pa.Table, runner: ModelRunner | None, spec: 
         accounted = account(validated, spec.prices, spec.provider, spec.model)
         answers = {int(a.answer.completion.request_id): a for a in _with_heartbeat(shard, rows, accounted, spec.layout)}
     names = ShardNames(spec.run_id, shard, spec.prices.version if spec.prices else None)
-    return commit_shard(spec.layout, spec.run_id, shard, shard_tables(rows, answers, names))
+    counted = {
+        name: value if name.startswith("peak_") else value - before[name] for name, value in counters_of(runner).items()
+    }
+    return commit_shard(spec.layout, spec.run_id, shard, shard_tables(rows, answers, names), counted)
+
+
+def counters_of(runner: ModelRunner | None) -> Mapping[str, float]:
+    """What an engine has counted so far; nothing where it does not count."""
+    return dict(runner.counters()) if isinstance(runner, CountingRunner) else {}
 
 
 def requests_of(rows: PlannedRows) -> Iterator[Request]:

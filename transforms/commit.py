@@ -85,7 +85,10 @@ class Totals:
 @register_record
 @dataclass(frozen=True, slots=True)
 class ShardCommit:
-    """The record that makes a shard's tables count; also the receipt that *answer* gives to *publish*."""
+    """The record that makes a shard's tables count; also the receipt that *answer* gives to *publish*.
+
+    `engine` holds what the engine counted meanwhile, such as tokens computed and seconds by phase.
+    """
 
     shard: str
     run_id: str
@@ -93,6 +96,7 @@ class ShardCommit:
     committed_at: str
     files: tuple[StagedFile, ...]
     totals: Totals
+    engine: Mapping[str, float] | None = None
 
 
 def read_commit(layout: RunLayout, shard: str) -> ShardCommit | None:
@@ -110,7 +114,13 @@ def read_commit(layout: RunLayout, shard: str) -> ShardCommit | None:
         raise CommitError(f"{path}: expected a commit record, found: {error}") from error
 
 
-def commit_shard(layout: RunLayout, run_id: str, shard: str, tables: Mapping[Table, pa.Table]) -> ShardCommit:
+def commit_shard(
+    layout: RunLayout,
+    run_id: str,
+    shard: str,
+    tables: Mapping[Table, pa.Table],
+    engine: Mapping[str, float] | None = None,
+) -> ShardCommit:
     """Stage the tables of a shard and commit them; if another copy was first, its record is returned.
 
     Raises:
@@ -120,7 +130,7 @@ def commit_shard(layout: RunLayout, run_id: str, shard: str, tables: Mapping[Tab
     attempt = uuid.uuid4().hex
     totals = totals_of(tables)
     files = tuple(_stage(layout, shard, attempt, table, tables[table]) for table in TABLES if tables[table].num_rows)
-    commit = ShardCommit(shard, run_id, attempt, datetime.now(UTC).isoformat(timespec="seconds"), files, totals)
+    commit = ShardCommit(shard, run_id, attempt, datetime.now(UTC).isoformat(timespec="seconds"), files, totals, engine)
     if storage.create_exclusive(layout.shard_commit(shard), RecordCoder(ShardCommit).encode(commit)):
         return commit
     storage.remove_files([storage.join(layout.output, file.path) for file in files])
@@ -204,6 +214,17 @@ def _costs_by_currency(table: pa.Table, column: str) -> dict[str, Decimal]:
         if currency is not None:
             sums[currency] = EXACT.add(sums.get(currency, Decimal(0)), amount)
     return dict(sorted(sums.items()))
+
+
+def add_engine_counters(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """Counters of two shards together: sums, or maxima where the name begins with `peak_`."""
+    names = [*one, *(name for name in other if name not in one)]
+    return {
+        name: max(one.get(name, 0), other.get(name, 0))
+        if name.startswith("peak_")
+        else one.get(name, 0) + other.get(name, 0)
+        for name in names
+    }
 
 
 def _add_costs(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:

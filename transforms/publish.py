@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
+from functools import reduce
 from typing import Any
 
 import apache_beam as beam
@@ -19,7 +20,7 @@ from schemas.canonical import Json
 from schemas.errors import CommitError
 from schemas.layout import TABLES, RunLayout, Table
 from schemas.tables import LEDGER_SCHEMA, TABLES_VERSION, result_schema
-from transforms.commit import ShardCommit, StagedFile, Totals
+from transforms.commit import ShardCommit, StagedFile, Totals, add_engine_counters
 from transforms.failure import recorded_failure
 from transforms.plan import read_plan
 
@@ -127,6 +128,7 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec) -> str:
         "num_committed_shards": len(ordered),
         "max_hit_rate": plan.max_hit_rate,
         "totals": asdict(totals),
+        "engine": reduce(add_engine_counters, (commit.engine or {} for commit in ordered), {}),
         "files": files,
     }
     for table in TABLES:

@@ -203,6 +203,8 @@ def sampling_json(sampling: Sampling) -> str:
             "top_p": float(sampling.top_p),
             "stop": list(sampling.stop),
             "seed": sampling.seed,
+            "min_p": float(sampling.min_p),
+            "logprobs": sampling.logprobs,
         }
     )
 

@@ -28,6 +28,7 @@ from schemas.records import Completion, Message, Request, Sampling
 
 ENGINES: dict[str, dict[str, str]] = {
     "fake": {"script": "script.json"},
+    "torch": {"dtype": "float32", "device": "cpu"},
     "transformers": {"dtype": "float32", "device": "cpu"},
 }
 NUM_MANY = 24

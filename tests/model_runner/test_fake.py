@@ -69,7 +69,7 @@ def test_scripted_failure_is_typed_and_still_counts_the_prompt(tmp_path: Path) -
 
 
 def test_failures_are_those_of_the_run_stage() -> None:
-    assert set(FAILURES) == {"engine_failed", "engine_overloaded", "engine_timeout", "refused"}
+    assert set(FAILURES) == {"engine_failed", "engine_overloaded", "engine_timeout", "invalid_grammar", "refused"}
 
 
 def test_simulated_cache_is_per_tenant_and_per_call() -> None:

@@ -1,0 +1,142 @@
+"""Attention over the segments of a prefix tree: one product for each segment, merged by log-sum-exp in float32.
+
+Rows of a step are packed depth-first, so the rows that read a node are neighbours. Segments read by many rows are
+*wide* and get products of their own; the many short ones of a block are read by one *batched* product.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MASKED = -1.0e30
+"""Added to the score of a key that a row must not see; finite, so that a row without any key gives no NaN."""
+
+_LEAST_EXPONENT = -80.0
+
+MAX_SCORES = 4 * 1024 * 1024
+"""Most scores held at a time; longer segments are read in tiles, so that memory is bounded at any context."""
+
+
+@dataclass(slots=True)
+class Partials:
+    """Attention over some of the keys, not yet divided by its total.
+
+    Attributes:
+        out: sum of exp(score - peak) * value; float32, shape (num_rows, num_heads, value_width).
+        peak: largest score; float32, shape (num_rows, num_heads).
+        total: sum of exp(score - peak); float32, shape (num_rows, num_heads).
+    """
+
+    out: Tensor
+    peak: Tensor
+    total: Tensor
+
+    def merge(self, other: "Partials") -> None:
+        """Take in what the same rows got from other keys, in place."""
+        peak = torch.maximum(self.peak, other.peak)
+        kept = torch.exp_(self.peak - peak)
+        added = torch.exp_(other.peak - peak)
+        self.total.mul_(kept).addcmul_(other.total, added)
+        self.out.mul_(kept.unsqueeze(-1)).addcmul_(other.out, added.unsqueeze(-1))
+        self.peak.copy_(peak)
+
+    def pick(self, rows: "slice | Tensor") -> "Partials":
+        """Some rows: a view for a slice, a copy for numbers."""
+        return Partials(self.out[rows], self.peak[rows], self.total[rows])
+
+
+class Merged:
+    """Attention of the rows of a step as it gathers from segment to segment; empty at first."""
+
+    def __init__(self, num_rows: int, num_heads: int, value_width: int, device: torch.device) -> None:
+        self._num_rows = num_rows
+        self._shape = (num_rows, num_heads, value_width)
+        self._device = device
+        self._partials: Partials | None = None
+
+    @classmethod
+    def of_sinks(cls, sinks: Tensor, num_rows: int, value_width: int) -> "Merged":
+        """A key of score `sinks`, shape (num_heads,), and no value was seen."""
+        merged = cls(num_rows, sinks.shape[0], value_width, sinks.device)
+        partials = merged.partials()
+        partials.peak.copy_(sinks)
+        partials.total.fill_(1.0)
+        return merged
+
+    def partials(self) -> Partials:
+        """What was gathered, also where that is nothing."""
+        if self._partials is None:
+            self._partials = Partials(
+                torch.zeros(self._shape, device=self._device),
+                torch.full(self._shape[:2], MASKED, device=self._device),
+                torch.zeros(self._shape[:2], device=self._device),
+            )
+        return self._partials
+
+    def merge(self, first_row: int, end_row: int, found: Partials) -> None:
+        """Take in what the rows `[first_row, end_row)` got from other keys; may keep and overwrite `found`."""
+        if self._partials is None and end_row - first_row == self._num_rows:
+            self._partials = found
+        else:
+            self.partials().pick(slice(first_row, end_row)).merge(found)
+
+    def merge_at(self, rows: Tensor, found: Partials, places: Tensor | None = None) -> None:
+        """Take in what the distinct rows `rows` got, which is in the rows `places` of `found`; None: one by one."""
+        mine = self.partials()
+        picked = mine.pick(rows)
+        picked.merge(found if places is None else found.pick(places))
+        mine.out[rows], mine.peak[rows], mine.total[rows] = picked.out, picked.peak, picked.total
+
+    def result(self) -> Tensor:
+        """The attention: float32, shape (num_rows, num_heads, value_width)."""
+        partials = self.partials()
+        return partials.out / partials.total.unsqueeze(-1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Partials:
+    """Read keys that all heads share.
+
+    Args:
+        query: scaled; shape (num_segments, num_rows, num_heads, key_width).
+        key: shape (num_segments, num_keys, key_width).
+        value: shape (num_segments, num_keys, value_width).
+        bias: added to scores; float32, shape (num_segments, num_rows, num_keys), or None.
+    Returns:
+        Partials of shape (num_segments * num_rows, num_heads, ...).
+    """
+    num_segments, num_rows, num_heads, key_width = query.shape
+    flat = query.reshape(num_segments, num_rows * num_heads, key_width)
+    scores = torch.bmm(flat, key.transpose(1, 2)).float()  # (num_segments, num_rows * num_heads, num_keys)
+    if bias is not None:
+        scores.view(num_segments, num_rows, num_heads, -1).add_(bias.unsqueeze(2))
+    out, peak, total = _weigh(scores, value)
+    shape = (num_segments * num_rows, num_heads)
+    return Partials(out.view(*shape, -1), peak.view(shape), total.view(shape))
+
+
+def attend_by_head(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Partials:
+    """Read one segment whose heads have keys of their own.
+
+    Args:
+        query: scaled; shape (num_rows, num_heads, key_width).
+        key: shape (num_heads, num_keys, key_width).
+        value: shape (num_heads, num_keys, value_width).
+        bias: added to scores; float32, shape (num_rows, num_keys), or None.
+    Returns:
+        Partials of shape (num_rows, num_heads, ...).
+    """
+    scores = torch.bmm(query.transpose(0, 1), key.transpose(1, 2)).float()  # (num_heads, num_rows, num_keys)
+    if bias is not None:
+        scores.add_(bias)
+    out, peak, total = _weigh(scores, value)
+    return Partials(out.transpose(0, 1), peak.squeeze(-1).t(), total.squeeze(-1).t())
+
+
+def _weigh(scores: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(scores - peak) @ value, peak and total; destroys `scores`."""
+    peak = scores.amax(dim=-1, keepdim=True)
+    # Masked keys come to e**-80, which is lost in any sum; the exponential of less is many times slower on a CPU.
+    weights = scores.sub_(peak).clamp_(min=_LEAST_EXPONENT).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    return torch.bmm(weights.to(value.dtype), value).float(), peak, total

@@ -1,0 +1,339 @@
+"""The torch engine at the level of tokens: plan -> extend -> sample -> retire.
+
+`model_runner/torch_runner.py` puts texts around it. Architectures stand behind `Architecture`; policy is in
+`schedule.py`, memory in `cache.py`.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from model_runner.torch_engine.architecture import Architecture, build_architecture, place_step
+from model_runner.torch_engine.cache import Cache
+from model_runner.torch_engine.constraint import MaskFiller
+from model_runner.torch_engine.devices import Placement, available_bytes, keep_freed_memory, pick_device
+from model_runner.torch_engine.reading import commit_entries
+from model_runner.torch_engine.sampler import Draw, Drawn, sample
+from model_runner.torch_engine.schedule import Running, Schedule, Step
+from model_runner.torch_engine.sequences import Finished, Prompt
+from model_runner.torch_engine.tree import Node
+from model_runner.torch_engine.weights import CheckpointWeights
+from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError, RowError
+
+DEFAULT_BATCH_SIZE = 128
+MAX_STEP_ROWS = 1024
+MIN_STEP_ROWS = 64
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """What an engine has done since it was loaded.
+
+    Attributes:
+        num_tree_tokens: T, tokens of the prefix trees of all windows.
+        num_computed_prefill_tokens: prompt tokens that went through the first layer.
+        num_decode_tokens: tokens of answers that did.
+        num_preemptions: how often a prompt gave its memory back.
+        flops: of products with weights; attention and head are not counted.
+        peak_cache_bytes, peak_expanded_bytes: most memory held by live nodes, and by expanded copies.
+        seconds: by phase: plan, extend, sample, retire.
+    """
+
+    num_prompts: int = 0
+    num_prompt_tokens: int = 0
+    num_tree_tokens: int = 0
+    num_computed_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    flops: float = 0.0
+    peak_cache_bytes: int = 0
+    peak_live_bytes: int = 0
+    peak_expanded_bytes: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("plan", "extend", "sample", "retire"), 0.0)
+    )
+
+
+class TorchEngine:
+    """A loaded model that answers prompts of a planned prefix tree."""
+
+    def __init__(
+        self,
+        model: Architecture,
+        placement: Placement,
+        *,
+        batch_size: int = 0,
+        max_cache_bytes: int = 0,
+        max_step_rows: int = MAX_STEP_ROWS,
+    ) -> None:
+        self.model = model
+        self.placement = placement
+        self.batch_size = batch_size or DEFAULT_BATCH_SIZE
+        self.max_cache_bytes = max_cache_bytes or available_bytes(placement.device) // 3
+        self.max_step_rows = max_step_rows
+        self.counters = EngineCounters()
+        self.masks = MaskFiller(model.vocab_size)
+        self._turn = Lock()
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        dtype: str = "float32",
+        device: str = "auto",
+        batch_size: int = 0,
+        max_cache_bytes: int = 0,
+        max_step_rows: int = MAX_STEP_ROWS,
+    ) -> "TorchEngine":
+        """Load a checkpoint folder.
+
+        Args:
+            dtype: `float32`, `bfloat16` or `auto`, the configuration's own.
+            device: `auto` or a torch device.
+            batch_size: most answers that grow together; 0 lets the engine decide.
+            max_cache_bytes: most memory for live keys and states; 0 takes a third of what the device has free.
+            max_step_rows: most prompt tokens in a step.
+        Raises:
+            EngineLoadError: the checkpoint cannot be read or is not one that the engine knows.
+        """
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EngineLoadError(
+                f"{path}: expected a config.json of a known model, found: {type(error).__name__}: {error}"
+            ) from error
+        chosen = _dtype_of(dtype, config.dtype)
+        placement = Placement(pick_device(device), chosen)
+        keep_freed_memory(placement.device)
+        weights = CheckpointWeights.open(path, str(config.model_type), chosen)
+        with torch.inference_mode():
+            model = build_architecture(config, weights, placement)
+        return cls(
+            model,
+            placement,
+            batch_size=batch_size,
+            max_cache_bytes=max_cache_bytes,
+            max_step_rows=max_step_rows,
+        )
+
+    def run(self, prompts: Iterable[Prompt]) -> Iterator[Finished]:
+        """Answer prompts, each as soon as it is done; exactly one `Finished` a prompt.
+
+        A prompt that cannot run, or fails, comes out with its error; the others go on. Several runs may be under way
+        in one process, on threads or one inside another: their steps take turns, each has memory of its own.
+        """
+        refused: list[Finished] = []
+        run = _Run(self, self._sound(prompts, refused))
+        try:
+            while run.schedule.has_work():
+                yield from _drain(refused)
+                with self._turn:
+                    finished = run.step()
+                yield from finished
+            yield from _drain(refused)
+        finally:
+            run.count()
+
+    def new_cache(self) -> Cache:
+        """Empty memory for one run."""
+        return Cache(
+            self.model.kinds,
+            self.model.rings,
+            dtype=self.placement.dtype,
+            device=self.placement.device,
+            max_expanded_bytes=self.max_cache_bytes // 2,
+        )
+
+    def _sound(self, prompts: Iterable[Prompt], refused: list[Finished]) -> Iterator[Prompt]:
+        """The prompts that can run; the others are set aside with their reason."""
+        for prompt in prompts:
+            error = self._refusal(prompt)
+            if error is None:
+                yield prompt
+            else:
+                now = time.time()
+                refused.append(Finished(prompt.prompt_id, [], "error", admitted_s=now, finished_s=now, error=error))
+
+    def _refusal(self, prompt: Prompt) -> RowError | None:
+        token_ids = prompt.token_ids
+        if token_ids.size == 0:
+            return EngineFailed("expected a prompt of at least one token, found none")
+        if prompt.max_tokens < 1:
+            return EngineFailed(f"expected max_tokens of at least 1, found {prompt.max_tokens}")
+        lowest, highest = int(token_ids.min()), int(token_ids.max())
+        if lowest < 0 or highest >= self.model.vocab_size:
+            return EngineFailed(
+                f"expected token ids from 0 to {self.model.vocab_size - 1}, found {lowest} to {highest}: "
+                "the prompt was encoded for another model"
+            )
+        if token_ids.size + prompt.max_tokens > self.model.context_length:
+            return ContextOverflow(
+                f"{token_ids.size} prompt tokens and max_tokens {prompt.max_tokens} exceed the context of "
+                f"{self.model.context_length} tokens"
+            )
+        return None
+
+
+class _Run:
+    """One batch of prompts on its way: its schedule and its memory."""
+
+    def __init__(self, engine: TorchEngine, prompts: Iterable[Prompt]) -> None:
+        self._engine = engine
+        self._cache = engine.new_cache()
+        self.schedule = Schedule(
+            prompts,
+            self._cache,
+            max_cache_bytes=engine.max_cache_bytes,
+            max_running=engine.batch_size,
+            max_step_rows=engine.max_step_rows,
+        )
+
+    @torch.inference_mode()
+    def step(self) -> list[Finished]:
+        """plan -> extend -> sample -> retire."""
+        try:
+            return self._step()
+        except RuntimeError as error:  # out of memory is one, too
+            failure = EngineFailed(f"the model failed: {type(error).__name__}: {error}")
+        # Past the handler, so that the error's frames no longer hold the step's tensors.
+        return self._retreat(failure)
+
+    def count(self) -> None:
+        """Add what was done to the engine's counters."""
+        counters, schedule, cache = self._engine.counters, self.schedule, self._cache
+        counters.num_prompts += schedule.num_planned
+        counters.num_prompt_tokens += schedule.num_prompt_tokens
+        counters.num_tree_tokens += schedule.num_tree_tokens
+        counters.num_preemptions += schedule.num_preemptions
+        counters.peak_live_bytes = max(counters.peak_live_bytes, schedule.peak_bytes)
+        counters.peak_cache_bytes = max(counters.peak_cache_bytes, cache.peak_bytes)
+        counters.peak_expanded_bytes = max(counters.peak_expanded_bytes, cache.peak_expanded_bytes)
+
+    def _step(self) -> list[Finished]:
+        started = time.perf_counter()
+        step = self.schedule.next_step()
+        self._release()
+        drawing = [who for who in step.drawn if isinstance(who, Running)] + step.instant
+        masks = self._engine.masks.start([running.prompt.constraint for running in drawing])
+        try:
+            logits, started = self._extend(step, started) if step.num_rows else (None, started)
+        finally:
+            allowed = masks.result()
+        finished: list[Finished] = []
+        if drawing or step.drawn:
+            drawn = self._sample(step, drawing, logits, allowed)
+            started = self._lap("sample", started)
+            for running, token in zip(drawing, drawn, strict=True):
+                done = _retire(self.schedule, running, token)
+                if done is not None:
+                    finished.append(done)
+        self._release()
+        self._lap("retire", started)
+        return finished
+
+    def _extend(self, step: Step, started: float) -> tuple[Tensor, float]:
+        engine, cache = self._engine, self._cache
+        cache.prepare(step.spans, step.num_rows, self.schedule.live_spans)
+        batch = place_step(step, engine.model.kinds, engine.placement.device)
+        planned = self._lap("plan", started)
+        logits = engine.model.extend(batch, cache)
+        commit_entries(step.spans, engine.model.kinds)
+        self.schedule.computed(step)
+        engine.counters.num_steps += 1
+        engine.counters.num_computed_prefill_tokens += step.num_prompt_rows
+        engine.counters.num_decode_tokens += step.num_rows - step.num_prompt_rows
+        engine.counters.flops += engine.model.flops_per_row() * step.num_rows
+        return logits, self._lap("extend", planned)
+
+    def _sample(
+        self, step: Step, drawing: Sequence[Running], logits: Tensor | None, allowed: Tensor | None
+    ) -> list[Drawn]:
+        rows: list[Tensor] = []
+        if logits is not None:
+            for place, who in enumerate(step.drawn):
+                if isinstance(who, Node):
+                    who.last_logits = logits[place].clone()
+            chosen = [place for place, who in enumerate(step.drawn) if isinstance(who, Running)]
+            rows.append(logits if len(chosen) == logits.shape[0] else logits[chosen])
+        for running in step.instant:
+            assert running.node.parent is not None
+            rows.append(running.node.parent.last_logits.unsqueeze(0))
+        if not drawing:
+            return []
+        draws = [_draw_of(running) for running in drawing]
+        return sample(rows[0] if len(rows) == 1 else torch.cat(rows), draws, allowed)
+
+    def _retreat(self, failure: EngineFailed) -> list[Finished]:
+        """After a failed step: begin again with half as many prompts; one that fails alone is at fault."""
+        schedule = self.schedule
+        culprit = schedule.running[0] if schedule.num_running == 1 else None
+        schedule.max_running = max(1, schedule.num_running // 2)
+        schedule.max_step_rows = max(MIN_STEP_ROWS, schedule.max_step_rows // 2)
+        finished: list[Finished] = []
+        if culprit is not None:
+            finished.append(schedule.fail(culprit, failure))
+            schedule.max_running, schedule.max_step_rows = self._engine.batch_size, self._engine.max_step_rows
+        for node in schedule.preempt_all():
+            node.memory = None
+        self._cache = self._engine.new_cache()
+        schedule.costs = self._cache
+        return finished
+
+    def _release(self) -> None:
+        for node in self.schedule.take_released():
+            self._cache.close(node)
+
+    def _lap(self, phase: str, started: float) -> float:
+        now = time.perf_counter()
+        self._engine.counters.seconds[phase] += now - started
+        return now
+
+
+def _drain(refused: list[Finished]) -> Iterator[Finished]:
+    while refused:
+        yield refused.pop(0)
+
+
+def _draw_of(running: Running) -> Draw:
+    sampling = running.prompt.sampling
+    return Draw(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=running.prompt.seed,
+        position=len(running.answer),
+        wants_logprob=sampling.logprobs,
+    )
+
+
+def _retire(schedule: Schedule, running: Running, token: Drawn) -> Finished | None:
+    constraint = running.prompt.constraint
+    if token.is_broken and constraint is not None and constraint.failure is not None:
+        return schedule.fail(running, constraint.failure)
+    if token.is_broken:
+        position = running.prompt.num_tokens + len(running.answer)
+        message = f"the model's logits for position {position} are not numbers, or allow no token"
+        return schedule.fail(running, EngineFailed(message))
+    return schedule.append(running, token.token_id, token.logprob)
+
+
+def _dtype_of(name: str, configured: object) -> torch.dtype:
+    if name == "auto":
+        return configured if isinstance(configured, torch.dtype) else torch.float32
+    if name not in _DTYPES:
+        raise EngineLoadError(f"expected a dtype of auto, {', '.join(sorted(_DTYPES))}, found {name!r}")
+    return _DTYPES[name]
+
+
+def token_array(token_ids: Iterable[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    """Token ids as prompts hold them."""
+    return np.fromiter(token_ids, dtype=np.int32)
