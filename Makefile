@@ -2,10 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 UV_VERSION := 0.13.9
-DEMO_ROWS ?= 300
+DEMO_ROWS ?= 2000
 DEMO_FOLDER ?= demo_run
+MODEL ?= v3
 
-.PHONY: setup demo test test-integration lint bench lock clean
+.PHONY: setup demo test test-integration lint bench bench-engine lock clean
 
 setup: .venv/.installed
 
@@ -17,10 +18,9 @@ setup: .venv/.installed
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 
-# Without PASSIVE torch's threads spin while they wait, which costs most where other programs want the cores too.
 demo: setup
 	rm -rf $(DEMO_FOLDER)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m jobs.demo.run_demo --rows $(DEMO_ROWS) --folder $(DEMO_FOLDER)
+	$(BIN)/python -m jobs.demo.run_demo --rows $(DEMO_ROWS) --folder $(DEMO_FOLDER)
 
 test: setup
 	$(BIN)/python -m pytest -m "not integration"
@@ -36,6 +36,14 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.pipeline --rows 20000 --memory
+
+# The reference work of the engine: its checkpoint, its prompts, and the engine beside `transformers`.
+bench-engine: setup
+	$(BIN)/python -m benchmarks.engine --make $(MODEL) build/$(MODEL)
+	$(BIN)/python -m benchmarks.engine --make-prompts shared build/shared.json
+	for engine in torch transformers; do $(BIN)/python -m benchmarks.engine --engine $$engine --checkpoint build/$(MODEL) \
+	  --prompts build/shared.json --max-tokens 32 --dtype float32 --ignore-eos --json build/$$engine.json; done
+	$(BIN)/python -m benchmarks.engine --compare build/torch.json build/transformers.json
 
 lock:
 	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --extra dev --python-version 3.11 pyproject.toml --output-file requirements.lock

@@ -65,6 +65,7 @@ ENGINES: dict[str, str] = {
     "fake": "model_runner.fake:load_fake_runner",
     "torch": "model_runner.torch_runner:load_torch_runner",
     "transformers": "model_runner.transformers_runner:load_transformers_runner",
+    "vllm": "model_runner.vllm_runner:load_vllm_runner",
 }
 """Engine names and where their loaders live; imported on first use, so a job pays only for its own engine."""
 

@@ -1,9 +1,14 @@
 """What several folders of tests share."""
 
+import os
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+# Before torch is loaded, here and in the processes that tests start: for matrices this small more threads only wait
+# for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Machines are shared: how long one example takes says nothing.
 hypothesis.settings.register_profile("moebeam", deadline=None)

@@ -1,4 +1,4 @@
-"""The demo: `python -m jobs.demo.run_demo --rows 300 --folder demo_run`.
+"""The demo: `python -m jobs.demo.run_demo --rows 2000 --folder demo_run`.
 
 Makes support tickets as Parquet, writes a job file beside them, runs it with the embedded checkpoint as `moebeam run`
 would, and shows five answers and the query that an analyst would type.
@@ -36,7 +36,7 @@ GROUP BY ALL ORDER BY tickets DESC"""
 def main() -> int:
     """Run the demo; returns the exit code of its job."""
     parser = argparse.ArgumentParser(description="Answer generated support tickets with the embedded checkpoint.")
-    parser.add_argument("--rows", type=int, default=300, help="tickets to generate")
+    parser.add_argument("--rows", type=int, default=2000, help="tickets to generate")
     parser.add_argument("--folder", type=Path, default=Path("demo_run"), help="where everything is written")
     arguments = parser.parse_args()
     folder: Path = arguments.folder

@@ -41,6 +41,14 @@ class Partials:
         self.out.mul_(kept.unsqueeze(-1)).addcmul_(other.out, added.unsqueeze(-1))
         self.peak.copy_(peak)
 
+    def by_head(self, num_segments: int, num_heads: int) -> "Partials":
+        """Rows that stand for (segment, head, row), with one head, as rows (segment, row) with all heads."""
+
+        def turned(tensor: Tensor) -> Tensor:
+            return tensor.view(num_segments, num_heads, -1, *tensor.shape[2:]).transpose(1, 2).flatten(0, 1)
+
+        return Partials(turned(self.out), turned(self.peak), turned(self.total))
+
     def pick(self, rows: "slice | Tensor") -> "Partials":
         """Some rows: a view for a slice, a copy for numbers."""
         return Partials(self.out[rows], self.peak[rows], self.total[rows])

@@ -61,6 +61,10 @@ class Ring:
         first = self.first_step_row
         self.rows[layer, first : first + new_rows.shape[0]] = new_rows
 
+    def wipe(self, slot: int) -> None:
+        """Set a slot to zero, for all layers."""
+        self.rows[:, slot * self.kind.size : (slot + 1) * self.kind.size] = 0
+
     def copy(self, source: int, target: int) -> None:
         """Copy a slot, for all layers."""
         size = self.kind.size
@@ -133,6 +137,8 @@ class Cache:
         memory: NodeMemory | None = node.memory
         if memory is None:
             return
+        if node.is_suspect:
+            self._wipe(memory)
         self.store.close(memory)
         self.drop_expanded(memory)
         if memory.state_slot >= 0:
@@ -146,6 +152,16 @@ class Cache:
             self.expanded_bytes -= key.nbytes + value.nbytes
         memory.expanded.clear()
         memory.num_expanded.clear()
+
+    def _wipe(self, memory: NodeMemory) -> None:
+        """Leave nothing that is no number to the next owner: it is masked there, but NaN times 0 is NaN."""
+        for extent in memory.extents:
+            if extent.block is not None:
+                for tensor in extent.block.fields.values():
+                    tensor[:, extent.slot].zero_()
+        if memory.state_slot >= 0:
+            for ring in self.rings:
+                ring.wipe(memory.state_slot)
 
     def _fork(self, node: Node) -> None:
         """Give a new node its parent's state; a root's needs none, since nothing before position 0 is read."""

@@ -8,20 +8,22 @@ many do; both give partial results of the same attention.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from model_runner.torch_engine.architecture import StepBatch, refuse_settings
-from model_runner.torch_engine.attention import Merged, Partials, attend_by_head
+from model_runner.torch_engine.attention import Merged, Partials, attend, attend_by_head
 from model_runner.torch_engine.cache import Cache, RingKind
 from model_runner.torch_engine.devices import Placement
 from model_runner.torch_engine.experts import Experts, GatedMlp
 from model_runner.torch_engine.linear import Linear, make_linear
 from model_runner.torch_engine.norms import RmsNorm
-from model_runner.torch_engine.reading import Columns, WideRead, read_shared_keys, write_entries
+from model_runner.torch_engine.reading import Columns, FreshRead, ReadPlan, WideRead, read_shared_keys, write_entries
 from model_runner.torch_engine.rotary import Rotary, rotate_halves, rotate_pairs_apart
 from model_runner.torch_engine.segments import NodeMemory, SegmentKind
 from model_runner.torch_engine.tree import Node
@@ -54,7 +56,7 @@ class DeepseekV3:
         rotated = int(config.qk_rope_head_dim)
         self._rotary = Rotary.of(config, config.rope_parameters, rotated, placement.device)
         latent_width = int(config.kv_lora_rank) + rotated
-        self.kinds = (SegmentKind("latent", len(self._layers), 1, (("latent", latent_width),)),)
+        self.kinds = (SegmentKind("latent", len(self._layers), 1, (("latent", latent_width),), True),)
         self._expansion = _Expansion(len(self._layers), self._layers[0].attention, placement)
         weights.check_all_used([rf"^model\.layers\.{len(self._layers)}\.", r"rotary_emb\.inv_freq$"])
 
@@ -64,7 +66,7 @@ class DeepseekV3:
         rows = functional.embedding(batch.token_ids, self._embedding)  # (num_rows, hidden_size)
         cos, sin = cos.to(rows.dtype), sin.to(rows.dtype)
         expanded, absorbed = self._expansion.choose(batch.reads[0].wide, cache)
-        reads = _Reads(expanded, absorbed, _absorbed_rows(batch, absorbed))
+        reads = _plan_reads(batch, expanded, absorbed)
         for layer in self._layers:
             rows = layer(rows, cos, sin, batch, reads)
         self._expansion.forget_idle(expanded, cache)
@@ -75,28 +77,38 @@ class DeepseekV3:
         return sum(layer.flops_per_row for layer in self._layers)
 
 
+@dataclass(frozen=True, slots=True)
 class _Reads:
-    """How a step's wide reads are done, and which rows need queries in latent space (None: all)."""
+    """How a step's reads are done.
 
-    def __init__(self, expanded: list[WideRead], absorbed: list[WideRead], rows: Tensor | None) -> None:
-        self.expanded = expanded
-        self.absorbed = absorbed
-        self.absorbed_rows = rows
+    Attributes:
+        absorbed_rows: rows that read latents; int64, shape (num_absorbed_rows,). None stands for all rows.
+        absorbed: their reads, rows being numbered among them.
+    """
+
+    expanded: list[WideRead]
+    absorbed_rows: Tensor | None
+    absorbed: ReadPlan
+
+    @property
+    def has_absorbed(self) -> bool:
+        return self.absorbed_rows is None or self.absorbed_rows.shape[0] > 0
 
 
-def _absorbed_rows(batch: StepBatch, absorbed: list[WideRead]) -> Tensor | None:
-    """Rows that read any latent; int64, shape (num_absorbed_rows,), or None for all rows."""
-    device = batch.token_ids.device
-    is_absorbed = torch.zeros(batch.num_rows, dtype=torch.bool, device=device)
+def _plan_reads(batch: StepBatch, expanded: list[WideRead], absorbed: list[WideRead]) -> _Reads:
+    """Number the rows that read latents among themselves."""
+    is_absorbed = np.zeros(batch.num_rows, dtype=bool)
     for read in absorbed:
         is_absorbed[read.first_row : read.end_row] = True
-    for read in batch.reads[0].batches:
-        if read.merged_rows is None:
-            is_absorbed[read.first_row : read.first_row + read.num_slots] = True
-        else:
-            is_absorbed[read.merged_rows] = True
-    found = is_absorbed.nonzero().squeeze(1)
-    return None if found.shape[0] == batch.num_rows else found
+    batches = batch.reads[0].batches
+    for read in batches:
+        is_absorbed[read.row_numbers] = True
+    if is_absorbed.all():
+        return _Reads(expanded, None, ReadPlan([], absorbed, batches))
+    compact = np.cumsum(is_absorbed) - 1
+    rows = torch.from_numpy(np.flatnonzero(is_absorbed)).to(batch.token_ids.device)
+    plan = ReadPlan([], [read.among(compact) for read in absorbed], [read.among(compact) for read in batches])
+    return _Reads(expanded, rows, plan)
 
 
 class _Layer:
@@ -178,7 +190,10 @@ class _LatentAttention:
         write_entries(batch.reads[0], layer, "latent", entries)
         merged = Merged(num_rows, self.num_heads, self.value_width, rows.device)
         self._read_expanded(reads.expanded, layer, query, merged)
-        self._read_absorbed(batch, reads, layer, query, merged)
+        for read in batch.reads[0].fresh:
+            self._read_fresh(read, entries, query, merged)
+        if reads.has_absorbed:
+            self._read_absorbed(reads, layer, query, merged)
         attended = merged.result().to(rows.dtype).reshape(num_rows, -1)
         return self._out(attended)
 
@@ -206,21 +221,28 @@ class _LatentAttention:
             memory.num_expanded[layer] = read.num_keys
         return key, value
 
-    def _read_absorbed(self, batch: StepBatch, reads: _Reads, layer: int, query: Tensor, merged: Merged) -> None:
+    def _read_fresh(self, read: FreshRead, entries: Tensor, query: Tensor, merged: Merged) -> None:
+        """Read the step's own entries of nodes that begin with it, expanded and forgotten."""
+        num_nodes, num_rows = read.rows.shape
+        latent = entries[read.rows.flatten()]  # (num_nodes * num_rows, rank + rotated)
+        made = self._expand(latent[:, : self.rank].contiguous()).view(num_nodes, num_rows, self.num_heads, -1)
+        shared = latent[:, self.rank :].view(num_nodes, num_rows, 1, -1).expand(-1, -1, self.num_heads, -1)
+        key = torch.cat((made[..., : self.nope], shared), dim=-1).transpose(1, 2).flatten(0, 1)
+        value = made[..., self.nope :].transpose(1, 2).flatten(0, 1)  # (num_nodes * num_heads, num_rows, value_width)
+        picked = query[read.rows].transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        bias = read.bias.repeat_interleave(self.num_heads, dim=0)
+        found = attend(picked, key, value, bias).by_head(num_nodes, self.num_heads)
+        merged.merge_at(read.merged_rows, found, read.places)
+
+    def _read_absorbed(self, reads: _Reads, layer: int, query: Tensor, merged: Merged) -> None:
         chosen = reads.absorbed_rows
-        if chosen is not None and chosen.shape[0] == 0:
-            return
         picked = query if chosen is None else query[chosen]
         nope = torch.bmm(picked[..., : self.nope].transpose(0, 1), self._absorb_key).transpose(0, 1)
         absorbed = torch.cat((nope, picked[..., self.nope :]), dim=-1)  # (num_absorbed_rows, num_heads, rank + rotated)
-        if chosen is not None:
-            everywhere = absorbed.new_zeros((query.shape[0], self.num_heads, absorbed.shape[-1]))
-            everywhere[chosen] = absorbed
-            absorbed = everywhere
-        latent = Merged(query.shape[0], self.num_heads, self.rank, query.device)
+        latent = Merged(picked.shape[0], self.num_heads, self.rank, query.device)
         key, value = Columns("latent", 0, self.rank + self.rotated), Columns("latent", 0, self.rank)
-        read_shared_keys(batch.reads[0], layer, absorbed, latent, key=key, value=value, wide=reads.absorbed)
-        found = latent.partials() if chosen is None else latent.partials().pick(chosen)
+        read_shared_keys(reads.absorbed, layer, absorbed, latent, key=key, value=value)
+        found = latent.partials()
         made = torch.bmm(found.out.to(self._absorb_value.dtype).transpose(0, 1), self._absorb_value).transpose(0, 1)
         found = Partials(made.float(), found.peak, found.total)
         if chosen is None:

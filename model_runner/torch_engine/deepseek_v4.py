@@ -22,7 +22,7 @@ from model_runner.torch_engine.devices import Placement
 from model_runner.torch_engine.experts import Experts, GatedMlp
 from model_runner.torch_engine.hyper_connections import HyperConnection, HyperHead, expand
 from model_runner.torch_engine.linear import make_linear
-from model_runner.torch_engine.norms import RmsNorm
+from model_runner.torch_engine.norms import RmsNorm, unit_rows
 from model_runner.torch_engine.reading import Columns, read_shared_keys, write_entries
 from model_runner.torch_engine.rotary import Rotary, rotate_pairs
 from model_runner.torch_engine.segments import SegmentKind
@@ -210,7 +210,7 @@ class _Attention:
         low, key, *compressed = self._parts(rows).split(self._part_widths, dim=-1)
         residual = self._query_norm(low.contiguous())
         query = self._query(residual).view(num_rows, self._num_heads, self._width)
-        query = self._rotated(_unit(query, self._eps), cos, sin) * self._width**-0.5
+        query = self._rotated(unit_rows(query.float(), self._eps).to(query.dtype), cos, sin) * self._width**-0.5
         keys = self._rotated(self._key_norm(key.contiguous()), cos, sin)  # (num_rows, width)
         merged = Merged.of_sinks(self._sinks, num_rows, self._width)
         plan.window.read(plan.window_ring, self._index, keys, query, merged)
@@ -296,11 +296,6 @@ class _MoE:
         weights = scores.gather(1, chosen)
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * self._scale
         return self._experts(rows, chosen, weights) + self._shared(rows)
-
-
-def _unit(rows: Tensor, eps: float) -> Tensor:
-    """Rows of mean square 1, in float32 inside."""
-    return functional.rms_norm(rows.float(), (rows.shape[-1],), None, eps).to(rows.dtype)
 
 
 def _halves(width: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +56,20 @@ def keep_freed_memory(device: torch.device) -> None:
     if hasattr(library, "gnu_get_libc_version"):
         library.mallopt(_M_MMAP_MAX, 0)
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def num_threads(num: int) -> Generator[None]:
+    """Let torch compute on this many CPU threads meanwhile."""
+    before = torch.get_num_threads()
+    if before == num:
+        yield
+        return
+    torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -4,6 +4,7 @@
 `schedule.py`, memory in `cache.py`.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from transformers import AutoConfig
 from model_runner.torch_engine.architecture import Architecture, build_architecture, place_step
 from model_runner.torch_engine.cache import Cache
 from model_runner.torch_engine.constraint import MaskFiller
-from model_runner.torch_engine.devices import Placement, available_bytes, keep_freed_memory, pick_device
+from model_runner.torch_engine.devices import Placement, available_bytes, keep_freed_memory, num_threads, pick_device
 from model_runner.torch_engine.reading import commit_entries
 from model_runner.torch_engine.sampler import Draw, Drawn, sample
 from model_runner.torch_engine.schedule import Running, Schedule, Step
@@ -25,10 +26,13 @@ from model_runner.torch_engine.sequences import Finished, Prompt
 from model_runner.torch_engine.tree import Node
 from model_runner.torch_engine.weights import CheckpointWeights
 from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError, RowError
+from schemas.records import Sampling
 
 DEFAULT_BATCH_SIZE = 128
 MAX_STEP_ROWS = 1024
 MIN_STEP_ROWS = 64
+NUM_PROBES = 64
+NUM_PROBED_TOKENS = 4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -80,6 +84,7 @@ class TorchEngine:
         self.max_cache_bytes = max_cache_bytes or available_bytes(placement.device) // 3
         self.max_step_rows = max_step_rows
         self.counters = EngineCounters()
+        self.num_threads = torch.get_num_threads()
         self.masks = MaskFiller(model.vocab_size)
         self._turn = Lock()
 
@@ -117,13 +122,34 @@ class TorchEngine:
         weights = CheckpointWeights.open(path, str(config.model_type), chosen)
         with torch.inference_mode():
             model = build_architecture(config, weights, placement)
-        return cls(
+        engine = cls(
             model,
             placement,
             batch_size=batch_size,
             max_cache_bytes=max_cache_bytes,
             max_step_rows=max_step_rows,
         )
+        engine.calibrate()
+        return engine
+
+    def calibrate(self) -> None:
+        """Find out whether a step is faster on all of torch's threads or on one.
+
+        Threads that meet after each of a small model's short operations cost more than they save: with the demo's
+        model on two shared cores a step took 240 ms on both and 69 ms on one.
+        """
+        all_threads = torch.get_num_threads()
+        if self.placement.device.type != "cpu" or all_threads == 1:
+            return
+        seconds: dict[int, float] = {}
+        for num in (1, all_threads, 1, all_threads):
+            self.num_threads = num
+            started = time.perf_counter()
+            for _ in self.run(_probes(min(self.batch_size, NUM_PROBES), self.model.vocab_size)):
+                pass
+            seconds[num] = min(seconds.get(num, math.inf), time.perf_counter() - started)
+        self.num_threads = min(seconds, key=seconds.__getitem__)
+        self.counters = EngineCounters()
 
     def run(self, prompts: Iterable[Prompt]) -> Iterator[Finished]:
         """Answer prompts, each as soon as it is done; exactly one `Finished` a prompt.
@@ -189,6 +215,7 @@ class _Run:
     def __init__(self, engine: TorchEngine, prompts: Iterable[Prompt]) -> None:
         self._engine = engine
         self._cache = engine.new_cache()
+        self._num_step_rows = 0
         self.schedule = Schedule(
             prompts,
             self._cache,
@@ -201,7 +228,8 @@ class _Run:
     def step(self) -> list[Finished]:
         """plan -> extend -> sample -> retire."""
         try:
-            return self._step()
+            with num_threads(self._engine.num_threads):
+                return self._step()
         except RuntimeError as error:  # out of memory is one, too
             failure = EngineFailed(f"the model failed: {type(error).__name__}: {error}")
         # Past the handler, so that the error's frames no longer hold the step's tensors.
@@ -221,6 +249,7 @@ class _Run:
     def _step(self) -> list[Finished]:
         started = time.perf_counter()
         step = self.schedule.next_step()
+        self._num_step_rows = step.num_rows
         self._release()
         drawing = [who for who in step.drawn if isinstance(who, Running)] + step.instant
         masks = self._engine.masks.start([running.prompt.constraint for running in drawing])
@@ -273,15 +302,16 @@ class _Run:
         return sample(rows[0] if len(rows) == 1 else torch.cat(rows), draws, allowed)
 
     def _retreat(self, failure: EngineFailed) -> list[Finished]:
-        """After a failed step: begin again with half as many prompts; one that fails alone is at fault."""
-        schedule = self.schedule
-        culprit = schedule.running[0] if schedule.num_running == 1 else None
+        """After a failed step: begin again with half as many prompts. What fails alone in small steps is at fault."""
+        schedule, most = self.schedule, self._engine.max_step_rows
+        is_small = self._num_step_rows <= MIN_STEP_ROWS
+        culprit = schedule.running[0] if schedule.num_running == 1 and is_small else None
         schedule.max_running = max(1, schedule.num_running // 2)
-        schedule.max_step_rows = max(MIN_STEP_ROWS, schedule.max_step_rows // 2)
+        schedule.max_step_rows = min(most, max(MIN_STEP_ROWS, schedule.max_step_rows // 2))
         finished: list[Finished] = []
         if culprit is not None:
             finished.append(schedule.fail(culprit, failure))
-            schedule.max_running, schedule.max_step_rows = self._engine.batch_size, self._engine.max_step_rows
+            schedule.max_running, schedule.max_step_rows = self._engine.batch_size, most
         for node in schedule.preempt_all():
             node.memory = None
         self._cache = self._engine.new_cache()
@@ -301,6 +331,12 @@ class _Run:
 def _drain(refused: list[Finished]) -> Iterator[Finished]:
     while refused:
         yield refused.pop(0)
+
+
+def _probes(num_prompts: int, vocab_size: int) -> Iterator[Prompt]:
+    """Prompts of one token each, for a few steps of many rows."""
+    for i in range(min(num_prompts, vocab_size)):
+        yield Prompt(str(i), np.array([i], dtype=np.int32), NUM_PROBED_TOKENS, Sampling(NUM_PROBED_TOKENS))
 
 
 def _draw_of(running: Running) -> Draw:
@@ -332,8 +368,3 @@ def _dtype_of(name: str, configured: object) -> torch.dtype:
     if name not in _DTYPES:
         raise EngineLoadError(f"expected a dtype of auto, {', '.join(sorted(_DTYPES))}, found {name!r}")
     return _DTYPES[name]
-
-
-def token_array(token_ids: Iterable[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    """Token ids as prompts hold them."""
-    return np.fromiter(token_ids, dtype=np.int32)

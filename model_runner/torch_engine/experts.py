@@ -97,14 +97,13 @@ class Experts:
     def _make(self, gathered: Tensor, counts: Tensor) -> Tensor:
         if self._grouped is not None:
             return self._grouped(gathered, counts, self._limit)
-        made = torch.empty_like(gathered)
-        first = 0
-        for expert, count in enumerate(counts.tolist()):
-            if count:
-                gated = self._gate_up[expert](gathered[first : first + count])
-                made[first : first + count] = self._down[expert](gate(gated, self._limit))
-                first += count
-        return made
+        num_rows: list[int] = counts.tolist()
+        busy = [expert for expert, num in enumerate(num_rows) if num]
+        sizes = [num_rows[expert] for expert in busy]
+        parts = gathered.split(sizes)
+        gated = torch.cat([self._gate_up[expert](part) for expert, part in zip(busy, parts, strict=True)])
+        parts = gate(gated, self._limit).split(sizes)
+        return torch.cat([self._down[expert](part) for expert, part in zip(busy, parts, strict=True)])
 
 
 class _GroupedWeights:

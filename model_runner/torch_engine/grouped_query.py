@@ -92,7 +92,7 @@ class _Attention:
         out = weights.get(f"{name}.o_proj.weight", (hidden_size, self._num_heads * width))
         self._out = make_linear([out], placement)
         self._query_norm = self._key_norm = None
-        if weights.has(f"{name}.q_norm.weight"):
+        if config.model_type == "qwen3_moe":
             eps = float(config.rms_norm_eps)
             self._query_norm = RmsNorm(weights.get(f"{name}.q_norm.weight", (width,)).to(placement.device), eps)
             self._key_norm = RmsNorm(weights.get(f"{name}.k_norm.weight", (width,)).to(placement.device), eps)

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 class RmsNorm:
@@ -19,6 +18,11 @@ class RmsNorm:
     def __call__(self, rows: Tensor) -> Tensor:
         """Shape (..., width) to the same."""
         if rows.dtype == torch.float32:
-            return functional.rms_norm(rows, (rows.shape[-1],), self._weight.float(), self._eps)
-        normed = functional.rms_norm(rows.float(), (rows.shape[-1],), None, self._eps)
-        return (self._weight * normed.to(self._weight.dtype)).to(rows.dtype)
+            return unit_rows(rows, self._eps).mul_(self._weight)
+        return (self._weight * unit_rows(rows.float(), self._eps).to(self._weight.dtype)).to(rows.dtype)
+
+
+def unit_rows(rows: Tensor, eps: float) -> Tensor:
+    """Rows of mean square 1; float32, shape (..., width). Fewer passes than `torch.nn.functional.rms_norm`'s."""
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows * norm.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()

@@ -4,7 +4,7 @@ Stands between the schedule's step and an architecture's layers. Index tensors l
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,11 @@ class WideRead:
     limits: Ints | None
     _bias: dict[tuple[int, int, int], Tensor] = field(default_factory=dict[tuple[int, int, int], Tensor])
 
+    def among(self, compact: Ints) -> "WideRead":
+        """The same read, where row `i` is now row `compact[i]`."""
+        first_row = int(compact[self.first_row])
+        return replace(self, first_row=first_row, end_row=first_row + self.end_row - self.first_row, _bias={})
+
     def tiles(self, num_heads: int) -> "list[tuple[int, int, int]]":
         """(first key, end key, first row) of products that hold at most `MAX_SCORES` scores, about."""
         num_rows = self.end_row - self.first_row
@@ -80,10 +85,11 @@ class BatchRead:
 
     Attributes:
         slots: a range of slots, or their numbers where they lie too far apart.
-        rows: int64, shape (num_slots, num_rows), or None where slot i is read by row `first_row + i` alone.
+        rows: int64, shape (num_slots, num_rows), or None where these are neighbours, in order, from `first_row` on.
         first_entries: path entry of each slot's first key; int64, shape (num_slots,).
         bias: float32, shape (num_slots, num_rows, num_keys), or None.
         merged_rows, places: the distinct rows that get a result, and where in the flattened `rows` it is.
+        row_numbers: the distinct rows, on the host.
     """
 
     block: Block | None
@@ -91,11 +97,28 @@ class BatchRead:
     rows: Tensor | None
     first_row: int
     num_slots: int
+    num_rows: int
     num_keys: int
     first_entries: Tensor
     bias: Tensor | None
     merged_rows: Tensor | None
     places: Tensor | None
+    row_numbers: Ints
+
+    @property
+    def _end_row(self) -> int:
+        return self.first_row + self.num_slots * self.num_rows
+
+    def among(self, compact: Ints) -> "BatchRead":
+        """The same read, where row `i` is now row `compact[i]`."""
+        rows = self.rows
+        index = torch.from_numpy(compact).to(rows.device) if rows is not None else None
+        return replace(
+            self,
+            rows=None if rows is None or index is None else index[rows].clamp_(min=0),
+            first_row=int(compact[self.first_row]),
+            merged_rows=None if self.merged_rows is None or index is None else index[self.merged_rows],
+        )
 
     def pick(self, slots: Tensor) -> Tensor:
         """The keys read, of all slots (num_all_slots, capacity, width): shape (num_slots, num_keys, width).
@@ -108,13 +131,13 @@ class BatchRead:
     def gather(self, rows: Tensor) -> Tensor:
         """The rows that read, of a tensor of rows: shape (num_slots, num_rows, ...)."""
         if self.rows is None:
-            return rows[self.first_row : self.first_row + self.num_slots].unsqueeze(1)
+            return rows[self.first_row : self._end_row].unflatten(0, (self.num_slots, self.num_rows))
         return rows[self.rows]
 
     def merge(self, merged: Merged, found: Partials) -> None:
         """Bring results back to their rows."""
         if self.rows is None:
-            merged.merge(self.first_row, self.first_row + self.num_slots, found)
+            merged.merge(self.first_row, self._end_row, found)
         elif self.merged_rows is not None:
             merged.merge_at(self.merged_rows, found, self.places)
 
@@ -136,6 +159,22 @@ class Columns:
         return self.field == other.field and self.first == other.first and self.width <= other.width
 
 
+@dataclass(frozen=True, slots=True)
+class FreshRead:
+    """Rows that begin nodes and read each other, each those of its node up to itself.
+
+    Attributes:
+        rows: int64, shape (num_nodes, num_rows); places without a row repeat the node's first.
+        bias: float32, shape (num_nodes, num_rows, num_rows).
+        merged_rows, places: rows that get a result, and where in the flattened `rows` it is.
+    """
+
+    rows: Tensor
+    bias: Tensor
+    merged_rows: Tensor
+    places: Tensor
+
+
 @dataclass(slots=True, eq=False)
 class ReadPlan:
     """What a step writes and reads of one kind."""
@@ -143,6 +182,7 @@ class ReadPlan:
     writes: list[Write]
     wide: list[WideRead]
     batches: list[BatchRead]
+    fresh: list[FreshRead] = field(default_factory=list[FreshRead])
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +209,7 @@ def plan_reads(spans: Sequence[Span], kind_index: int, kind: SegmentKind, device
     readers: dict[Node, list[int]] = {}
     writes: dict[Block, tuple[list[Ints], list[Ints]]] = {}
     wide: list[WideRead] = []
+    fresh: list[Span] = []
     narrow: dict[Block, list[SlotRead]] = {}
     num_entries = 0
     for span in spans:
@@ -187,7 +228,9 @@ def plan_reads(spans: Sequence[Span], kind_index: int, kind: SegmentKind, device
             sources.append(np.arange(num_entries, num_entries + end - first))
             num_entries += end - first
         num_keys = end - extent.first_entry
-        if num_keys > 0 and extent.block is not None:
+        if kind.has_fresh_reads and 1 < span.num_rows < MIN_WIDE_ROWS and span.position == span.node.start:
+            fresh.append(span)
+        elif num_keys > 0 and extent.block is not None:
             limits = None
             if span.num_rows > 1:
                 after = np.arange(span.position + 1, span.position + span.num_rows + 1)
@@ -198,7 +241,12 @@ def plan_reads(spans: Sequence[Span], kind_index: int, kind: SegmentKind, device
         if extent.num_entries:
             _add(wide, narrow, node, extent, first_row, end_row, extent.num_entries, None)
     batches = [batch for block, reads in narrow.items() for batch in plan_slot_reads(reads, device, block)]
-    return ReadPlan([_write(block, *pieces, num_entries, device) for block, pieces in writes.items()], wide, batches)
+    return ReadPlan(
+        [_write(block, *pieces, num_entries, device) for block, pieces in writes.items()],
+        wide,
+        batches,
+        [_fresh_read(group, device) for group in _by_num_rows(fresh)],
+    )
 
 
 def plan_slot_reads(reads: Sequence[SlotRead], device: torch.device, block: Block | None = None) -> list[BatchRead]:
@@ -340,9 +388,7 @@ def _batch(block: Block | None, group: list[SlotRead], device: torch.device) -> 
     has_bias = bool((limits[is_used] < num_keys).any())
     bias = _bias_of(np.arange(num_keys), limits[..., None], device) if has_bias else None
     first_row = int(rows[0, 0])
-    is_straight = (
-        num_rows == 1 and is_used.all() and np.array_equal(rows[:, 0], np.arange(first_row, first_row + num_slots))
-    )
+    is_straight = is_used.all() and np.array_equal(rows.reshape(-1), np.arange(first_row, first_row + rows.size))
     used = np.flatnonzero(is_used)
     return BatchRead(
         block,
@@ -350,11 +396,13 @@ def _batch(block: Block | None, group: list[SlotRead], device: torch.device) -> 
         None if is_straight else torch.from_numpy(rows).to(device),
         first_row,
         num_slots,
+        num_rows,
         num_keys,
         torch.from_numpy(first_entries).to(device),
         bias,
         None if is_straight else torch.from_numpy(rows.reshape(-1)[used]).to(device),
         None if is_straight else torch.from_numpy(used).to(device),
+        rows.reshape(-1)[used],
     )
 
 
@@ -369,6 +417,30 @@ def _selected(batch: BatchRead, selection: Tensor) -> Tensor:
     entries = (batch.first_entries.unsqueeze(1) + offsets).clamp_(max=selection.shape[1] - 1)
     picked = selection[rows.unsqueeze(2), entries.unsqueeze(1)]
     return picked if batch.bias is None else torch.minimum(picked, batch.bias)
+
+
+def _by_num_rows(spans: Sequence[Span]) -> list[list[Span]]:
+    """Spans with about as many rows each."""
+    groups: dict[int, list[Span]] = {}
+    for span in spans:
+        groups.setdefault(next(n for n in _ROW_CLASSES if span.num_rows <= n), []).append(span)
+    return list(groups.values())
+
+
+def _fresh_read(spans: Sequence[Span], device: torch.device) -> FreshRead:
+    num_rows = max(span.num_rows for span in spans)
+    offsets = np.arange(num_rows)
+    first_rows = np.array([span.first_row for span in spans])[:, None]
+    is_used = offsets < np.array([span.num_rows for span in spans])[:, None]  # (num_nodes, num_rows)
+    rows = np.where(is_used, first_rows + offsets, first_rows)
+    is_seen = (offsets[None, :] <= offsets[:, None]) & is_used[:, None, :]
+    used = np.flatnonzero(is_used)
+    return FreshRead(
+        torch.from_numpy(rows).to(device),
+        torch.from_numpy(np.where(is_seen, np.float32(0), np.float32(MASKED))).to(device),
+        torch.from_numpy(rows.reshape(-1)[used]).to(device),
+        torch.from_numpy(used).to(device),
+    )
 
 
 def _write(block: Block, targets: list[Ints], sources: list[Ints], num_entries: int, device: torch.device) -> Write:

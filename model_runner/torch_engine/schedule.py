@@ -221,7 +221,10 @@ class Schedule:
             if reason is not None:
                 return self._finish(running, reason)
             if constraint is not None:
-                constraint.accept(running.answer[-1])
+                try:
+                    constraint.accept(running.answer[-1])
+                except RowError as error:
+                    return self.fail(running, error)
                 if constraint.is_over:
                     return self._finish(running, "stop")
                 if not token_ids:
@@ -231,6 +234,8 @@ class Schedule:
 
     def fail(self, running: Running, error: RowError) -> Finished:
         """End an answer that cannot go on."""
+        for node in running.node.path():
+            node.is_suspect = True
         return self._finish(running, "error", error)
 
     def preempt_all(self) -> list[Node]:
@@ -256,13 +261,12 @@ class Schedule:
         return node.parent is None or node.parent.is_computed
 
     def _to_prefill(self) -> Iterator[tuple[Node, Running | None]]:
-        """What of prompts can be computed now: shared nodes first, because others wait for them."""
-        for node in sorted(self._shared, key=lambda node: node.order):
-            if self._is_ready(node):
-                yield node, None
+        """What of prompts can be computed now, depth-first: what a node's readers need is fresh when they come."""
+        ready: list[tuple[Node, Running | None]] = [(node, None) for node in self._shared if self._is_ready(node)]
         for running in self.running:
             if not running.is_decoding and running.num_left > 0 and self._is_ready(running.node):
-                yield running.node, running
+                ready.append((running.node, running))
+        yield from sorted(ready, key=lambda item: (item[0].order, item[0].is_private))
 
     def _plan_window(self) -> None:
         """Pull and plan the next prompts."""
@@ -338,12 +342,17 @@ class Schedule:
             i += 1
 
     def _preempt(self, running: Running) -> None:
-        """Take a running prompt's memory; it waits again with its answer so far, first in line."""
+        """Take a running prompt's memory, and that of what no other needs now; it waits again, first in line."""
         self.running.remove(running)
         self._drop_private(running)
         running.num_preemptions += 1
         self.num_preemptions += 1
         self._waiting.appendleft(running)
+        needed = {node for other in self.running for node in other.node.path()}
+        parent = running.node.parent
+        for node in parent.path() if parent is not None else ():
+            if node.is_live and node not in needed:
+                self._drop(node)
 
     def _end_of(self, running: Running) -> StopReason | None:
         prompt = running.prompt

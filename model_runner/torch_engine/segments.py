@@ -26,12 +26,14 @@ class SegmentKind:
         num_layers: how many layers keep it.
         rate: tokens an entry; entry `i` stands for the positions `[i * rate, (i + 1) * rate)` of a path.
         widths: elements an entry and field.
+        has_fresh_reads: whether few rows that begin a node read each other in a way of the architecture's own.
     """
 
     name: str
     num_layers: int
     rate: int
     widths: tuple[tuple[str, int], ...]
+    has_fresh_reads: bool = False
 
     def num_entries(self, start: int, end: int) -> int:
         """Entries that belong to a node of the positions `[start, end)`: those whose last token is one of its own."""

@@ -26,6 +26,7 @@ class Node:
         num_computed: how many of its tokens have gone through the model.
         is_live: memory is held for it.
         memory: what the cache keeps for it.
+        is_suspect: an answer below it failed; what is kept for it may not be numbers.
     """
 
     parent: "Node | None"
@@ -39,7 +40,7 @@ class Node:
     wants_logits: bool = False
     last_logits: Any = None
     memory: Any = None
-    num_waiting_tokens: int = 0
+    is_suspect: bool = False
 
     @property
     def num_tokens(self) -> int:
