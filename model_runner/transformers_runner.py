@@ -7,7 +7,6 @@ In float32 a greedy answer is the same alone and in a batch; in bfloat16 the bat
 change a token. A `batch_size` of 1 is plain `generate`.
 """
 
-import hashlib
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from model_runner.answer_text import cut_at_stop, seed_of
 from model_runner.checkpoint import read_tokenizer
 from model_runner.protocol import EngineConfig
 from schemas import storage
@@ -171,7 +171,7 @@ class TransformersRunner:
         sampling = batch[0].sampling
         if not sampling.is_greedy:
             settings.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
-        with torch.inference_mode(), _quiet(), _seeded(self._device, None if sampling.is_greedy else _seed(batch[0])):
+        with torch.inference_mode(), _quiet(), _seeded(self._device, None if sampling.is_greedy else seed_of(batch[0])):
             self._model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -204,9 +204,8 @@ class _Answer:
             self.finish_reason = "length"
         if self.sampling.stop or self.finish_reason is not None:
             self.text = self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
-        starts = [start for stop in self.sampling.stop if (start := self.text.find(stop)) >= 0]
-        if starts:
-            self.text = self.text[: min(starts)]
+        self.text, is_stopped = cut_at_stop(self.text, self.sampling.stop)
+        if is_stopped:
             self.finish_reason = "stop"
 
 
@@ -323,15 +322,6 @@ def _eos_token_ids(model: Any) -> list[int]:
         if found is not None:
             return [int(found)] if isinstance(found, int) else [int(token_id) for token_id in found]
     return []
-
-
-def _seed(request: Request) -> int:
-    """The request's own seed, or one that its tokens and attempt give, so that neighbours and order do not matter."""
-    if request.sampling.seed is not None:
-        return request.sampling.seed % 2**63
-    digest = hashlib.sha256(request.prompt_token_ids.astype("<i4").tobytes())
-    digest.update(request.attempt.to_bytes(8, "little"))
-    return int.from_bytes(digest.digest()[:8], "little") % 2**63
 
 
 @contextmanager

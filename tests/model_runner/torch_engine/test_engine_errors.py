@@ -129,14 +129,14 @@ def test_prompts_with_a_poisoned_token_fail_and_no_others(
 def test_memory_of_poisoned_prompts_serves_others(
     open_layout: OpenLayout, poisoned: dict[str, Path], name: str
 ) -> None:
-    # Bad prompts come first; the shorter ones of the good that follow get slots of which they fill only a part, and
-    # read them together with longer ones.
+    # Bad prompts, and the node that they share, come first. What follows gets their slots, fills only a part of them,
+    # and reads them together with longer ones.
     layout = open_layout(name)
-    good = [[i + 1, *random_tokens(i, 27 + i % 4)] for i in range(12)]
-    bad = [[0, UNSAID_TOKEN, *random_tokens(i, 31)] for i in range(3)]
+    good = [[i + 1, *random_tokens(i, 1 + i % 4 // 2 if i % 2 else 27 + i % 8 // 2)] for i in range(20)]
+    bad = [[0, UNSAID_TOKEN, *random_tokens(0, 10), i, *random_tokens(i, 30)] for i in range(3)]
     prompts = prompts_of(good, 9) + [prompt_of(token_ids, 9, f"bad {i}") for i, token_ids in enumerate(bad)]
     expected = answers(run_all(layout.engine(), prompts_of(good, 9)))
-    found = run_all(load_engine(poisoned[name], batch_size=4), prompts)
+    found = run_all(load_engine(poisoned[name], batch_size=5), prompts)
     assert_all_poisoned(found, len(bad))
     assert answers(found) == expected
 
