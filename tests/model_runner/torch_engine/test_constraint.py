@@ -73,7 +73,7 @@ SCHEMAS: dict[str, tuple[Json, st.SearchStrategy[Json]]] = {
             "type": "array",
             "items": {
                 "anyOf": [
-                    {"type": "number", "minimum": -500, "maximum": 0.25},
+                    {"type": "number", "minimum": -500, "maximum": 0.5},
                     {"enum": ["<think>", "<think", "é€😀"]},
                     {"$ref": "#/$defs/pair"},
                 ]
@@ -83,7 +83,7 @@ SCHEMAS: dict[str, tuple[Json, st.SearchStrategy[Json]]] = {
         },
         st.lists(
             st.integers(-500, 0)
-            | st.floats(-500, 0.25).map(lambda number: round(number, 3) + 0.0)
+            | st.floats(-500, 0.5).map(lambda number: round(number, 3) + 0.0)
             | st.sampled_from(["<think>", "<think", "é€😀", [None]]),
             max_size=3,
         ),
