@@ -46,7 +46,8 @@ def json_schema_grammar(schema: Json, *, is_lenient: bool = False, max_whitespac
     It is narrower than the schema: properties come in the schema's order, no white space stands before or after the
     value, characters that need no escape are not escaped, and numbers with bounds are written without exponent. It is
     wider in two places: properties that only `additionalProperties` or `patternProperties` allow may come twice, and
-    an unbounded `number` may be one that no double holds, such as 1e999, which validation refuses.
+    an unbounded `number` may be one that no double holds, such as 1e999, which validation refuses. A number that begins
+    the digits of its bound is left out: 0.2 under a `maximum` of 0.25 (llguidance 1.9.1).
 
     llguidance cannot enforce some keywords (`not`, `contains`, `uniqueItems`, `if`, `propertyNames`, most `oneOf`, some
     formats) and refuses a schema that has them. With `is_lenient` it ignores them, takes `oneOf` for `anyOf`, and
