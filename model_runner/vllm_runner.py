@@ -51,8 +51,11 @@ WORKER_SCRIPT = Path(__file__).with_name("vllm_worker.py")
 NUM_WINDOW_REQUESTS = 512
 """Most requests that are pulled ahead of the answers, or twice what vLLM has in flight where that is more."""
 
-MAX_DEATHS = 3
+MAX_DEATHS = 5
 """After so many deaths of vLLM without one answer in between the engine counts as broken."""
+
+SUSPECT_SHARE = 16
+"""What was in flight at a death is asked again in groups of so small a part of the usual, then one by one."""
 
 SHUTDOWN_TIMEOUT_S = 30.0
 _DTYPES = frozenset({"auto", "float32", "bfloat16"})
@@ -290,7 +293,8 @@ class VllmRunner:
         """Answer requests, pulling a window of them ahead of the answers and sending it in token order.
 
         vLLM gets twice as many as it runs together, so that it never waits for the next. When it dies, another is
-        started and what was in flight is asked once more; what was in flight at two deaths fails.
+        started and what was in flight is asked again, fewer at once after each death, so that only what it dies over
+        fails.
 
         Raises:
             EngineLoadError: vLLM died `MAX_DEATHS` times without an answer in between, or could not be started again.
@@ -335,11 +339,15 @@ class VllmRunner:
 
     def _send(self, call: "_Call") -> None:
         """Give vLLM as many requests as it may have."""
-        while call.waiting and len(call.in_flight) < self.max_in_flight:
+        while call.waiting and len(call.in_flight) < self._most_in_flight(call):
             request, num_deaths = call.waiting.popleft()
             ask_id = str(next(self._ask_ids))
             call.in_flight[ask_id] = self._answer_to(request, num_deaths)
             call.process.ask(ask_id, _ask_message(request, self._end_token_ids), call.replies)
+
+    def _most_in_flight(self, call: "_Call") -> int:
+        num_deaths = max([call.waiting[0][1], *(answer.num_deaths for answer in call.in_flight.values())])
+        return (self.max_in_flight, max(1, self.max_in_flight // SUSPECT_SHARE), 1)[min(num_deaths, 2)]
 
     def _receive(self, call: "_Call") -> Iterator[Completion]:
         """Wait for the next news, unless nothing is in flight."""
@@ -359,16 +367,15 @@ class VllmRunner:
                 yield self._completion(answer, error)
 
     def _recover(self, call: "_Call", cause: str) -> Iterator[Completion]:
-        """Start another process; what was in flight waits again, or fails if that had happened before."""
+        """Start another process; what was in flight waits again, but what was alone at its second death fails."""
         call.num_deaths += 1
         if call.num_deaths >= MAX_DEATHS:
             raise EngineLoadError(f"vLLM died {call.num_deaths} times without an answer: {cause}")
         lost = list(call.in_flight.values())
         call.in_flight.clear()
-        call.waiting.extendleft((answer.request, 1) for answer in reversed(lost) if answer.num_deaths == 0)
-        for answer in lost:
-            if answer.num_deaths > 0:
-                yield self._completion(answer, EngineFailed(f"vLLM died twice over this request: {cause}"))
+        if len(lost) == 1 and lost[0].num_deaths > 0:
+            yield self._completion(lost.pop(), EngineFailed(f"vLLM dies over this request: {cause}"))
+        call.waiting.extendleft((answer.request, answer.num_deaths + 1) for answer in reversed(lost))
         call.process = self._process()
 
     def _answer_to(self, request: Request, num_deaths: int = 0) -> "_Answer":

@@ -145,6 +145,7 @@ class Schedule:
         self._waiting: deque[Running] = deque()
         self.running: list[Running] = []
         self._shared: list[Node] = []  # live, shared, not yet computed
+        self._live: dict[Node, None] = {}  # shared nodes, in the order in which they came
         self._released: list[Node] = []
         self.num_planned = 0
         self._num_finished = 0
@@ -298,8 +299,10 @@ class Schedule:
             reserved_end = private.start + num_own + self._num_expected(running)
             num_bytes = sum(self._node_bytes(node) for node in new_nodes if not node.is_private)
             num_bytes += self.costs.state_bytes + self.costs.span_bytes(private.start, reserved_end)
-            if self.running and self.live_bytes + num_bytes > self.max_cache_bytes:
-                return
+            if self.live_bytes + num_bytes > self.max_cache_bytes:
+                if self.running:
+                    return
+                self._drop_idle(running)
             self._waiting.popleft()
             running.reserved_end = reserved_end
             if running.num_cached_tokens < 0:
@@ -311,6 +314,7 @@ class Schedule:
                 node.is_live = True
                 if not node.is_private:
                     self._shared.append(node)
+                    self._live[node] = None
             self.running.append(running)
 
     def _num_expected(self, running: Running) -> int:
@@ -333,6 +337,8 @@ class Schedule:
                 num_bytes = self.costs.span_bytes(start, new_end) - self.costs.span_bytes(start, running.reserved_end)
                 while self.live_bytes + num_bytes > self.max_cache_bytes and len(self.running) > i + 1:
                     self._preempt(self.running[-1])
+                if self.live_bytes + num_bytes > self.max_cache_bytes:
+                    self._drop_idle()
                 if self.live_bytes + num_bytes > self.max_cache_bytes and len(self.running) > 1:
                     self._preempt(running)
                     continue
@@ -342,17 +348,19 @@ class Schedule:
             i += 1
 
     def _preempt(self, running: Running) -> None:
-        """Take a running prompt's memory, and that of what no other needs now; it waits again, first in line."""
+        """Take a running prompt's memory; it waits again with its answer so far, first in line."""
         self.running.remove(running)
         self._drop_private(running)
         running.num_preemptions += 1
         self.num_preemptions += 1
         self._waiting.appendleft(running)
-        needed = {node for other in self.running for node in other.node.path()}
-        parent = running.node.parent
-        for node in parent.path() if parent is not None else ():
-            if node.is_live and node not in needed:
-                self._drop(node)
+
+    def _drop_idle(self, next_one: Running | None = None) -> None:
+        """Give back the shared nodes that only waiting prompts need, but for `next_one`; they are computed again."""
+        owners = self.running if next_one is None else [*self.running, next_one]
+        needed = {node for owner in owners for node in owner.node.path()}
+        for node in [node for node in self._live if node not in needed]:
+            self._drop(node)
 
     def _end_of(self, running: Running) -> StopReason | None:
         prompt = running.prompt
@@ -402,6 +410,7 @@ class Schedule:
         node.num_computed = 0
         node.last_logits = None
         if not node.is_private:
+            self._live.pop(node, None)
             self._shared = [other for other in self._shared if other is not node]
         self._released.append(node)
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from tests.checkpoints import save_tiny_tokenizer
 
 BOS_ID, EOS_ID = 0, 1
 DIE, DIE_ONCE, REFUSE, ABORT, GARBAGE, ENDLESS = 255, 254, 253, 252, 251, 250
-"""What the scripted worker does over a prompt whose second token is this; else it answers with the prompt's tokens."""
+"""What the scripted worker does over a prompt whose last token is this; else it answers with the prompt's tokens."""
 
 FAKE_WORKER = """
     import json, os, select, signal, sys
@@ -50,7 +51,7 @@ FAKE_WORKER = """
             finish_reason=finish_reason)
 
     def answer(ask):
-        id, sampling, kind = ask["id"], ask["sampling"], ask["prompt_token_ids"][1]
+        id, sampling, kind = ask["id"], ask["sampling"], ask["prompt_token_ids"][-1]
         if kind == 255 or (kind == 254 and number == 0):
             os.kill(os.getpid(), signal.SIGKILL)
         if kind == 253:
@@ -294,22 +295,37 @@ def test_death_of_vllm_costs_no_answer_when_it_does_not_repeat(runner: VllmRunne
     assert fake.num_processes == (3 if cause == GARBAGE else 2)
 
 
-def test_request_that_vllm_dies_over_twice_fails_with_the_cause(runner: VllmRunner, fake: Fake) -> None:
-    found = by_id(runner.generate([request(str(i), [70 + i]) for i in range(20)] + [request("x", [DIE])]))
-    assert len(found) == 21
+@pytest.mark.parametrize(("batch_size", "num_deaths"), [(4, 2), (32, 3)])
+def test_only_the_request_that_vllm_dies_over_fails(
+    fake: Fake, tiny_checkpoint: Path, batch_size: int, num_deaths: int
+) -> None:
+    runner = load_vllm_runner(config_of(tiny_checkpoint, batch_size=batch_size))
+    found = by_id(runner.generate([request("x", [69, DIE]), *(request(str(i), [70 + i]) for i in range(12))]))
+    assert len(found) == 13
     assert isinstance(found["x"].error, EngineFailed)
     assert "exit status -9" in str(found["x"].error)
-    assert all(found[str(i)].error is None for i in range(20))
-    # The next call finds a process that is alive.
+    assert all(found[str(i)].error is None for i in range(12))
+    assert fake.num_processes == num_deaths + 1
+    # What was in flight is asked again before anything else, in token order and fewer at once.
+    assert [ask["prompt_token_ids"][1] for ask in fake.asks(1)][:3] == [69, 70, 71][: batch_size * 2 // 16 or 1]
+    assert max(ask["num_unanswered"] for ask in fake.asks(num_deaths - 1)) == 1
     assert by_id(runner.generate([request("y", [70])]))["y"].error is None
-    assert fake.num_processes == 3
+    runner.close()
+
+
+def test_deaths_with_answers_in_between_do_not_add_up(runner: VllmRunner, fake: Fake) -> None:
+    fatal = [request(str(token), [token, DIE]) for token in (69, 85, 99)]
+    found = by_id(runner.generate([*fatal, *(request(f"good {i}", [70 + i]) for i in range(28))]))
+    assert {name for name, completion in found.items() if completion.error} == {"69", "85", "99"}
+    assert len(found) == 31
+    assert fake.num_processes == 7
 
 
 def test_vllm_that_only_dies_is_an_error_of_the_engine(runner: VllmRunner, fake: Fake) -> None:
     completions = runner.generate([request(str(i), [DIE]) for i in range(40)])
-    with pytest.raises(EngineLoadError, match=r"died 3 times without an answer.*exit status -9"):
+    with pytest.raises(EngineLoadError, match=r"died 5 times without an answer.*exit status -9"):
         list(completions)
-    assert fake.num_processes == 3
+    assert fake.num_processes == 5
 
 
 def test_process_killed_from_outside_is_replaced(runner: VllmRunner, fake: Fake) -> None:
@@ -320,6 +336,15 @@ def test_process_killed_from_outside_is_replaced(runner: VllmRunner, fake: Fake)
     assert found["a"].error is None
     assert found["a"].usage.completion_tokens == 40
     assert fake.num_processes == 2
+
+
+def test_request_to_a_dead_process_is_told_so(runner: VllmRunner) -> None:
+    process = runner._processes[0]
+    os.kill(process._popen.pid, signal.SIGKILL)
+    process._reader.join()
+    replies: Any = SimpleQueue()
+    process.ask("0", {}, replies)
+    assert isinstance(replies.get(timeout=10), vllm_runner._Death)
 
 
 def test_two_calls_at_once_get_their_own_answers(runner: VllmRunner) -> None:

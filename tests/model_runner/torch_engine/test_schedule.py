@@ -240,9 +240,6 @@ def test_memory_stays_within_a_budget_that_holds_each_prompt_alone(
     assert model.schedule.peak_bytes <= budget
 
 
-@pytest.mark.xfail(
-    reason="a node whose prompts all wait keeps its memory while the only running prompt outgrows the budget"
-)
 def test_node_of_prompts_that_only_wait_makes_room_for_those_that_run() -> None:
     # The second prompt is over, and its node waits for the third, which does not fit beside the first as that grows.
     prompts = [prompt_of(0, [0] * 6, 150), prompt_of(1, [1] * 81, 1), prompt_of(2, [*[1] * 80, 2], 75)]
