@@ -211,20 +211,22 @@ def test_every_prompt_gets_the_answer_that_it_gets_alone(prompts: list[Prompt], 
 
 
 @given(prompt_lists, options)
-def test_each_token_of_the_tree_is_paid_for_once(prompts: list[Prompt], options: Options) -> None:
+def test_prompts_pay_for_what_they_found_missing(prompts: list[Prompt], options: Options) -> None:
     found, model = run_all(prompts, options)
     num_paid = sum(prompt.num_tokens - found[prompt.prompt_id].num_cached_tokens for prompt in prompts)
-    assert num_paid == model.schedule.num_tree_tokens
+    # More than the tree where a shared node was given back before its next prompt came.
+    assert model.schedule.num_tree_tokens <= num_paid <= model.num_computed_prompt_tokens
     assert all(0 <= found[prompt.prompt_id].num_cached_tokens <= prompt.num_tokens for prompt in prompts)
     assert model.schedule.num_prompt_tokens == sum(prompt.num_tokens for prompt in prompts)
-    assert model.num_computed_prompt_tokens >= model.schedule.num_tree_tokens
 
 
 @given(prompt_lists, st.integers(1, 10), st.sampled_from([2048, 1, 3]))
 def test_with_memory_to_spare_each_token_of_the_tree_is_computed_once(
     prompts: list[Prompt], max_running: int, max_step_rows: int
 ) -> None:
-    _, model = run_all(prompts, Options(max_running=max_running, max_step_rows=max_step_rows))
+    found, model = run_all(prompts, Options(max_running=max_running, max_step_rows=max_step_rows))
+    num_paid = sum(prompt.num_tokens - found[prompt.prompt_id].num_cached_tokens for prompt in prompts)
+    assert num_paid == model.schedule.num_tree_tokens
     assert model.num_computed_prompt_tokens == model.schedule.num_tree_tokens
     assert model.schedule.num_preemptions == 0
 
