@@ -14,10 +14,11 @@
         ├── read      UnreadableFile, UnreadableRowGroup, RowCountMismatch, InvalidLine,
         │             UnsupportedRequest, InvalidId, InvalidValue
         ├── render    TemplateFailed, TemplateBudgetExceeded, NullValue, InvalidMessages,
-        │             InvalidSampling, ContextOverflow
+        │             InvalidSampling, InvalidTools, InvalidResponseFormat, ContextOverflow
         ├── plan      DuplicateId
         ├── run       EngineFailed, EngineOverloaded, EngineTimeout, ContentRefused
-        └── validate  EmptyAnswer, TruncatedAnswer, NotJson, SchemaViolation, ModelRejected
+        └── validate  EmptyAnswer, TruncatedAnswer, NotJson, SchemaViolation, ModelRejected,
+                      MalformedToolCall, MissingToolCall, ToolArgumentsInvalid
 
 Third-party errors are mapped onto this tree where they are caught, by type.
 """
@@ -177,6 +178,20 @@ class InvalidSampling(RowError):
     error_stage = "render"
 
 
+class InvalidTools(RowError):
+    """The tools of a request, or its choice among them, do not have the documented shape."""
+
+    error_type = "invalid_tools"
+    error_stage = "render"
+
+
+class InvalidResponseFormat(RowError):
+    """The response format of a request does not have the documented shape, or its schema is none."""
+
+    error_type = "invalid_response_format"
+    error_stage = "render"
+
+
 class ContextOverflow(RowError):
     """Prompt and requested output together exceed the model's context."""
 
@@ -252,6 +267,30 @@ class ModelRejected(RowError):
     """The user's pydantic model refused the answer."""
 
     error_type = "model_rejected"
+    error_stage = "validate"
+    retryable = True
+
+
+class MalformedToolCall(RowError):
+    """The answer begins to call a tool, but its markup cannot be read; says at which character."""
+
+    error_type = "tool_call_malformed"
+    error_stage = "validate"
+    retryable = True
+
+
+class MissingToolCall(RowError):
+    """The answer calls no tool where one had to be called, or more than one where only one may be."""
+
+    error_type = "tool_call_missing"
+    error_stage = "validate"
+    retryable = True
+
+
+class ToolArgumentsInvalid(RowError):
+    """A call names a tool that was not offered, or its arguments break the tool's schema."""
+
+    error_type = "tool_arguments_invalid"
     error_stage = "validate"
     retryable = True
 

@@ -1,0 +1,235 @@
+"""What a request asks of the model beside its messages: tools, the form of the answer, thinking.
+
+Names and shapes are those of OpenAI's chat completions, with DeepSeek's `thinking`. Job files and rows bring them as
+JSON, which is checked here; encoders, grammars and validation read the records.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias, cast
+
+from schemas.canonical import Json
+from schemas.errors import InvalidResponseFormat, InvalidTools, abbreviated
+
+MAX_TOOLS = 128
+"""Most tools of one request, as DeepSeek's API documents it."""
+
+ToolChoiceMode: TypeAlias = Literal["auto", "none", "required", "named"]
+ResponseType: TypeAlias = Literal["text", "json_object", "json_schema"]
+
+_RESPONSE_TYPES: tuple[ResponseType, ...] = ("text", "json_object", "json_schema")
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call.
+
+    Attributes:
+        document: the function object as it was declared (`name`, `description`, `parameters`, `strict`), in the order
+            of its keys, because that is the order in which the model reads it.
+    """
+
+    name: str
+    document: Mapping[str, Json]
+
+    @property
+    def parameters(self) -> Json:
+        """The JSON Schema of the arguments; a function declared without one takes an empty object."""
+        found = self.document.get("parameters")
+        return {"type": "object", "properties": {}, "additionalProperties": False} if found is None else found
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether the arguments must keep their schema while they are generated, not only when they are checked."""
+        return self.document.get("strict") is True
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether the model may, must or must not call a tool; `name` is set where it must call that one."""
+
+    mode: ToolChoiceMode = "auto"
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """The form of the answer; `schema` is a JSON Schema where the type is `json_schema`."""
+
+    type: ResponseType = "text"
+    schema: Json = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """All that a request asks beside its messages and its sampling.
+
+    Attributes:
+        thinking: None leaves it to the model's own encoding.
+        reasoning_effort: as the job or the row names it; the encoder maps it to what the model knows.
+        max_reasoning_tokens: after so many tokens of reasoning an engine in process closes it.
+    """
+
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat = field(default_factory=ResponseFormat)
+    thinking: bool | None = None
+    reasoning_effort: str | None = None
+    max_reasoning_tokens: int | None = None
+
+    @property
+    def callable_tools(self) -> tuple[Tool, ...]:
+        """The tools that the model may call, by `tool_choice`."""
+        match self.tool_choice.mode:
+            case "none":
+                return ()
+            case "named":
+                return tuple(tool for tool in self.tools if tool.name == self.tool_choice.name)
+            case "auto" | "required":
+                return self.tools
+
+
+DEFAULT_OPTIONS = ChatOptions()
+
+
+def parse_tools(value: object, where: str = "tools") -> tuple[Tool, ...]:
+    """Tools in OpenAI's form: a list of `{"type": "function", "function": {...}}`, or of bare function objects.
+
+    Raises:
+        InvalidTools: names the tool and the field, expected and found.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise InvalidTools(f"{where}: expected a list of tools, found {abbreviated(value)}")
+    items = cast("Sequence[object]", value)
+    if len(items) > MAX_TOOLS:
+        raise InvalidTools(f"{where}: expected at most {MAX_TOOLS} tools, found {len(items)}")
+    tools = tuple(_parse_tool(item, f"{where}[{index}]") for index, item in enumerate(items))
+    names = [tool.name for tool in tools]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise InvalidTools(f"{where}[{index}].name: expected every name once, found {name!r} again")
+    return tools
+
+
+def parse_tool_choice(value: object, tools: Sequence[Tool], where: str = "tool_choice") -> ToolChoice:
+    """`auto`, `none`, `required`, or one tool: its name, or OpenAI's `{"type": "function", "function": {"name": ...}}`.
+
+    Raises:
+        InvalidTools: another value, a tool that is not declared, or tools demanded where there are none.
+    """
+    if value is None:
+        return ToolChoice()
+    name: object = value
+    if isinstance(value, Mapping):
+        fields_ = cast("Mapping[str, object]", value)
+        function = fields_.get("function", fields_)
+        name = cast("Mapping[str, object]", function).get("name") if isinstance(function, Mapping) else None
+    if name in ("auto", "none"):
+        return ToolChoice(cast("ToolChoiceMode", name))
+    if name == "required":
+        if not tools:
+            raise InvalidTools(f"{where}: expected tools to choose from, found 'required' without any")
+        return ToolChoice("required")
+    if not isinstance(name, str):
+        raise InvalidTools(f"{where}: expected auto, none, required or a tool's name, found {abbreviated(value)}")
+    if name not in [tool.name for tool in tools]:
+        known = ", ".join(tool.name for tool in tools) or "none is declared"
+        raise InvalidTools(f"{where}: expected auto, none, required or a declared tool ({known}), found {name!r}")
+    return ToolChoice("named", name)
+
+
+def parse_response_format(value: object, where: str = "response_format") -> ResponseFormat:
+    """`text`, `json_object`, or a JSON Schema: nested as OpenAI has it, or flat.
+
+    Nested is `{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}`, flat
+    `{"type": "json_schema", "schema": {...}}`.
+
+    Raises:
+        InvalidResponseFormat: names the field, expected and found.
+    """
+    if value is None:
+        return ResponseFormat()
+    if isinstance(value, str):
+        value = {"type": value}
+    if not isinstance(value, Mapping):
+        raise InvalidResponseFormat(f"{where}: expected an object with `type`, found {abbreviated(value)}")
+    document = cast("Mapping[str, Json]", value)
+    kind = document.get("type")
+    if kind not in _RESPONSE_TYPES:
+        raise InvalidResponseFormat(
+            f"{where}.type: expected one of {', '.join(_RESPONSE_TYPES)}, found {abbreviated(kind)}"
+        )
+    if kind != "json_schema":
+        return ResponseFormat(kind)
+    nested = document.get("json_schema")
+    holder, at = (nested, f"{where}.json_schema") if isinstance(nested, Mapping) else (document, where)
+    schema = cast("Mapping[str, Json]", holder).get("schema")
+    if not isinstance(schema, Mapping | bool):
+        raise InvalidResponseFormat(f"{at}.schema: expected a JSON Schema, found {abbreviated(schema)}")
+    return ResponseFormat("json_schema", schema)
+
+
+def options_json(options: ChatOptions) -> str:
+    """Options as JSON: equal text, equal options. The keys of tools and schemas keep their order."""
+    values: dict[str, Any] = {
+        name: value
+        for name in ("parallel_tool_calls", "thinking", "reasoning_effort", "max_reasoning_tokens")
+        if (value := getattr(options, name)) != getattr(DEFAULT_OPTIONS, name)
+    }
+    if options.tools:
+        values["tools"] = [tool.document for tool in options.tools]
+    if options.tool_choice.mode != "auto":
+        choice = options.tool_choice
+        values["tool_choice"] = {"function": {"name": choice.name}} if choice.mode == "named" else choice.mode
+    if options.response_format.type != "text":
+        values["response_format"] = {"type": options.response_format.type}
+        if options.response_format.type == "json_schema":
+            values["response_format"]["schema"] = options.response_format.schema
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+
+
+@lru_cache(maxsize=1024)
+def options_of(text: str) -> ChatOptions:
+    """The inverse of `options_json`."""
+    values: dict[str, Any] = json.loads(text)
+    tools = parse_tools(values.pop("tools", None))
+    choice = values.pop("tool_choice", None)
+    response_format = parse_response_format(values.pop("response_format", None))
+    assert values.keys() <= {option.name for option in fields(ChatOptions)}, f"unknown options in {text[:200]}"
+    return ChatOptions(
+        tools=tools, tool_choice=parse_tool_choice(choice, tools), response_format=response_format, **values
+    )
+
+
+def _parse_tool(item: object, where: str) -> Tool:
+    if not isinstance(item, Mapping):
+        raise InvalidTools(f"{where}: expected an object, found {abbreviated(item)}")
+    document = cast("Mapping[str, Json]", item)
+    if "function" in document:
+        kind = document.get("type", "function")
+        if kind != "function":
+            raise InvalidTools(f"{where}.type: expected 'function', found {abbreviated(kind)}")
+        function = document["function"]
+        if not isinstance(function, Mapping):
+            raise InvalidTools(f"{where}.function: expected an object, found {abbreviated(function)}")
+        document, where = function, f"{where}.function"
+    name = document.get("name")
+    if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
+        raise InvalidTools(
+            f"{where}.name: expected 1 to 128 letters, digits, or any of _ . : -, found {abbreviated(name)}"
+        )
+    for key, expected in (("description", str), ("strict", bool)):
+        found = document.get(key)
+        if found is not None and not isinstance(found, expected):
+            raise InvalidTools(f"{where}.{key}: expected {expected.__name__}, found {abbreviated(found)}")
+    parameters = document.get("parameters")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise InvalidTools(f"{where}.parameters: expected a JSON Schema object, found {abbreviated(parameters)}")
+    return Tool(name, document)
