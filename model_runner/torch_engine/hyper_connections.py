@@ -57,8 +57,11 @@ class HyperConnection:
 
 def expand(streams: Tensor, output: Tensor, after: Tensor, comb: Tensor) -> Tensor:
     """New streams from the old ones and a block's output, shape (num_rows, hidden_size)."""
-    # `baddbmm` would be a product for each row on a CPU.
-    return torch.bmm(comb, streams).addcmul_(after, output.unsqueeze(1))
+    # Sums of scaled rows: on a CPU a product of (4, 4) with (4, hidden_size) for each row takes 4 times as long.
+    made = after * output.unsqueeze(1)
+    for i in range(streams.shape[1]):
+        made.addcmul_(comb[:, :, i : i + 1], streams[:, i : i + 1])
+    return made
 
 
 class HyperHead:
