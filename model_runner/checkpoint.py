@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from typing import Any, BinaryIO, cast
 
 import tokenizers
@@ -27,6 +28,9 @@ _PINNED_NAMES = frozenset(
         "tokenizer_config.json",
     }
 )
+
+ENCODER_FOLDER = "encoding"
+_ENCODER = re.compile(rf"({ENCODER_FOLDER}/)?encoding_\w+\.py")
 
 
 def read_checkpoint_file(path: str, name: str) -> bytes:
@@ -81,8 +85,8 @@ def read_tokenizer(path: str) -> tokenizers.Tokenizer:
 def checkpoint_revision(path: str) -> str:
     """The digest that pins a checkpoint: SHA-256 (hexadecimal) over names, sizes and contents of its files.
 
-    Counted are the files that shape answers: configuration, tokenizer, chat template and every `*.safetensors` with
-    its index. They are hashed whole, except that of a `*.safetensors` above 64 MiB only its size, its header (names,
+    Counted are the files that shape answers: configuration, tokenizer, chat template, the authors' encoder and every
+    `*.safetensors` with its index. They are hashed whole, except that of a `*.safetensors` above 64 MiB only its size, its header (names,
     types and shapes of the tensors) and 64 blocks of 64 KiB, evenly spread from the first byte of data to the last,
     are hashed. Another training step changes nearly every weight and is seen; a few bytes changed by hand between
     two blocks are not.
@@ -97,8 +101,11 @@ def checkpoint_revision(path: str) -> str:
     if "config.json" not in found:
         raise EngineLoadError(f"{path}: expected a checkpoint folder with a config.json, found none")
     total = hashlib.sha256()
-    for name in found:
-        if name in _PINNED_NAMES or name.endswith((".safetensors", ".safetensors.index.json")):
+    folder = storage.join(path, ENCODER_FOLDER)
+    names = [*found, *(f"{ENCODER_FOLDER}/{name}" for name in storage.list_names(folder))]
+    for name in names:
+        is_encoder = _ENCODER.fullmatch(name) is not None
+        if name in _PINNED_NAMES or is_encoder or name.endswith((".safetensors", ".safetensors.index.json")):
             size, digest = _file_digest(storage.join(path, name))
             total.update(f"{name}\0{size}\0{digest}\n".encode())
     return total.hexdigest()

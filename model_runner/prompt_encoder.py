@@ -1,36 +1,37 @@
 """Chat messages into a model's own prompt, and prompts into token ids.
 
-Stands in the *render* stage, after the row's own template. Needs a checkpoint's tokenizer and chat template, neither
-its weights nor torch, so that planning and quoting run on machines without an accelerator.
+Stands in the *render* stage, after the row's own template. Needs a checkpoint's tokenizer and how its chats are laid
+out (`encoding/`), neither its weights nor torch, so that planning and quoting run on machines without an accelerator.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any, Self, cast
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import numpy as np
 import tokenizers
 
-from model_runner.checkpoint import checkpoint_revision, read_checkpoint_file, read_json_object, read_tokenizer
+from model_runner.answer_text import tail_of
+from model_runner.checkpoint import checkpoint_revision, read_json_object, read_tokenizer
+from model_runner.encoding.chat_encoding import ChatEncoding, encoding_of
+from model_runner.encoding.token_marks import MARK, TokenMarks
 from schemas import storage
+from schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
 from schemas.errors import EngineLoadError, InvalidMessages
 from schemas.records import Message, TokenIds
 
 __all__ = ["PromptEncoder", "checkpoint_revision"]
 
-_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
 
 class PromptEncoder:
-    """A checkpoint's chat template and tokenizer.
+    """A checkpoint's tokenizer and how its chats are laid out.
 
     Pickles as its path: a worker reads the files again, so they must be reachable from there.
+
+    Attributes:
+        encoding: prompts and answers of the model's family.
+        context_length: most tokens of prompt and answer together.
     """
 
     def __init__(
@@ -38,27 +39,29 @@ class PromptEncoder:
         path: str,
         *,
         tokenizer: tokenizers.Tokenizer,
-        template: jinja2.Template,
-        special_tokens: Mapping[str, str],
+        encoding: ChatEncoding,
+        marks: TokenMarks,
         context_length: int,
+        encoding_name: str = "auto",
     ) -> None:
         self.path = path
+        self.encoding = encoding
         self.context_length = context_length
         self._tokenizer = tokenizer
-        self._template = template
-        self._special_tokens = dict(special_tokens)
+        self._marks = marks
+        self._encoding_name = encoding_name
 
     @classmethod
-    def load(cls, path: str) -> Self:
-        """Read `config.json`, `tokenizer.json`, `tokenizer_config.json` and the chat template of a checkpoint.
+    def load(cls, path: str, encoding: str = "auto") -> Self:
+        """Read `config.json`, `tokenizer.json`, `tokenizer_config.json` and what lays out the chats of a checkpoint.
 
         Args:
             path: folder of a Hugging Face checkpoint, local or on an object store.
+            encoding: see `encoding_of`.
         Raises:
             EngineLoadError: a file is missing or not what it should be; names the file, the expected and the found.
         """
         config = read_json_object(path, "config.json")
-        settings = read_json_object(path, "tokenizer_config.json")
         tokenizer = read_tokenizer(path)
         text_config = config.get("text_config")
         sizes = cast("Mapping[str, Any]", text_config) if isinstance(text_config, dict) else config
@@ -75,111 +78,110 @@ class PromptEncoder:
                 f"{storage.join(path, 'tokenizer.json')}: has {num_tokens} tokens, but config.json's `vocab_size` "
                 f"is {num_embeddings}: tokenizer and model do not belong together"
             )
+        token_texts = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
         return cls(
             path,
             tokenizer=tokenizer,
-            template=_load_template(path, settings),
-            special_tokens=_special_tokens(path, settings),
+            encoding=encoding_of(path, encoding, token_texts=token_texts),
+            marks=TokenMarks(token_texts),
             context_length=context_length,
+            encoding_name=encoding,
         )
 
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return type(self).load, (self.path,)
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return type(self).load, (self.path, self._encoding_name)
 
     @property
     def vocab_size(self) -> int:
         """How many tokens the tokenizer knows, added ones included; every id is below it or an added token's."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def token_id(self, text: str) -> int | None:
+        """The id of the token with this text, or None."""
+        return self._tokenizer.token_to_id(text)
+
+    def render(self, messages: Sequence[Message], options: ChatOptions = DEFAULT_OPTIONS) -> str:
         """The prompt of a chat, ready for the model to answer, special tokens included.
 
+        Where data spells one of the tokenizer's tokens there is a mark in it, by which `encode_batch` tells it from the
+        token itself; `plain` takes the marks away.
+
         Raises:
-            InvalidMessages: there is no message, one lacks a role or text, the template refuses the chat, or the
+            InvalidMessages: there is no message, one lacks a role or text, the encoding refuses the chat, or the
                 text holds a lone surrogate, which UTF-8 cannot spell.
+            InvalidTools: a message brings tools without the documented shape.
         """
-        if not messages:
-            raise InvalidMessages("expected at least one message, found none")
-        chat = [_template_message(position, message) for position, message in enumerate(messages)]
-        try:
-            prompt = self._template.render(messages=chat, add_generation_prompt=True, **self._special_tokens)
-        except jinja2.TemplateError as error:
-            raise InvalidMessages(f"the chat template refused the messages: {error}") from error
-        except Exception as error:
-            # A template is a program of others, and what it does to a chat it did not expect can raise anything.
-            raise InvalidMessages(f"the chat template failed: {type(error).__name__}: {error}") from error
+        prompt = self.encoding.render(messages, options)
         _check_utf8(prompt, "prompt")
         return prompt
+
+    def plain(self, prompt: str) -> str:
+        """A rendered prompt as people read it, without the marks of `render`."""
+        return self._marks.plain(prompt)
+
+    def starts_in_reasoning(self, prompt_token_ids: TokenIds) -> bool:
+        """Whether an encoded prompt leaves the model inside its thinking."""
+        encoding = self.encoding
+        return encoding.has_reasoning and encoding.starts_in_reasoning(tail_of(self._tokenizer, prompt_token_ids))
 
     def encode_batch(self, prompts: Sequence[str]) -> list[TokenIds]:
         """Token ids of rendered prompts: int32, shape (num_prompt_tokens,) each, in order.
 
-        No special token is added, because the chat template writes them; those spelled out in a text are recognised.
+        No special token is added, because the encoding writes them; those that data spells and `render` marked become
+        text like any other.
 
         Raises:
             InvalidMessages: a prompt holds a lone surrogate (`render` never returns one); names the first such.
         """
         try:
             encodings = self._tokenizer.encode_batch_fast(list(prompts), add_special_tokens=False)
+            return [
+                self._encode_marked(prompt) if MARK in prompt else np.array(encoding.ids, dtype=np.int32)
+                for prompt, encoding in zip(prompts, encodings, strict=True)
+            ]
         except TypeError:
             for position, prompt in enumerate(prompts):
                 _check_utf8(prompt, f"prompt {position}")
             raise
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | TokenIds) -> str:
         """The text of generated token ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
 
+    def _encode_marked(self, prompt: str) -> TokenIds:
+        ids: list[int] = []
+        for text, is_data in self._marks.sections(prompt):
+            ids += self._encode_data(text) if is_data else self._ids_of(self._tokenizer, text)
+        return np.array(ids, dtype=np.int32)
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: marks answers for training; a prompt keeps the body as it is."""
+    def _encode_data(self, text: str) -> list[int]:
+        """Token ids of text whose tokens are only spelled: as the tokenizer would encode it if it had no added ones."""
+        ids = self._ids_of(self._text_tokenizer, text)
+        if self._token_ids.isdisjoint(ids):
+            return ids
+        # Some vocabularies hold their control tokens as pieces of text too: cut each where it was marked.
+        pieces = self._marks.mark(text).split(MARK)
+        return [token_id for piece in pieces for token_id in self._ids_of(self._text_tokenizer, piece)]
 
-    tags = {"generation"}  # noqa: RUF012 - Jinja declares it as a plain set
+    @staticmethod
+    def _ids_of(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    @cached_property
+    def _token_ids(self) -> frozenset[int]:
+        """The ids that data must not have."""
+        tokens = self._tokenizer.get_added_tokens_decoder().items()
+        return frozenset(token_id for token_id, token in tokens if token.content in self._marks.texts)
 
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """The environment that Hugging Face documents for chat templates."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    functions = cast("dict[str, Any]", environment.globals)
-    functions["raise_exception"] = _raise_exception
-    functions["strftime_now"] = _strftime_now
-    return environment
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> str:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    # UTC, because the workers of one job may stand in several time zones.
-    return datetime.now(UTC).strftime(pattern)
-
-
-def _template_message(position: int, message: Message) -> dict[str, Any]:
-    for name, value in (("role", message.role), ("content", message.content)):
-        if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidMessages(f"message {position}: expected text as {name}, found {type(value).__name__}")
-    if not message.role:
-        raise InvalidMessages(f"message {position}: expected a role, found an empty one")
-    return {**message.extra, "role": message.role, "content": message.content}
+    @cached_property
+    def _text_tokenizer(self) -> tokenizers.Tokenizer:
+        """The tokenizer without its added tokens; built when the first data spells one."""
+        document = json.loads(self._tokenizer.to_str())
+        document |= {
+            "added_tokens": [token for token in document["added_tokens"] if token["content"] not in self._marks.texts],
+            "post_processor": None,
+        }
+        return tokenizers.Tokenizer.from_str(json.dumps(document))
 
 
 def _check_utf8(text: str, what: str) -> None:
@@ -189,58 +191,3 @@ def _check_utf8(text: str, what: str) -> None:
         raise InvalidMessages(
             f"{what}: expected Unicode text, found a lone surrogate {text[error.start]!a} at character {error.start}"
         ) from error
-
-
-def _load_template(path: str, settings: Mapping[str, Any]) -> jinja2.Template:
-    """Compile `chat_template.jinja`, or else `chat_template` of `tokenizer_config.json`."""
-    file = "chat_template.jinja"
-    if storage.exists(storage.join(path, file)):
-        try:
-            source = read_checkpoint_file(path, file).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise EngineLoadError(f"{storage.join(path, file)}: expected UTF-8 text, found: {error}") from error
-    else:
-        file = "tokenizer_config.json"
-        source = _default_template(path, settings.get("chat_template"))
-    try:
-        return _environment().from_string(source)
-    except jinja2.TemplateError as error:
-        raise EngineLoadError(f"{storage.join(path, file)}: expected a Jinja chat template, found: {error}") from error
-
-
-def _default_template(path: str, found: object) -> str:
-    if isinstance(found, list):
-        named = {
-            str(entry.get("name")): entry.get("template")
-            for entry in cast("list[Any]", found)
-            if isinstance(entry, dict)
-        }
-        found = named.get("default")
-        if found is None:
-            raise EngineLoadError(
-                f"{storage.join(path, 'tokenizer_config.json')}: expected a chat template named `default`, "
-                f"found only: {', '.join(sorted(named)) or 'none'}"
-            )
-    if not isinstance(found, str):
-        raise EngineLoadError(
-            f"{path}: expected a chat template in chat_template.jinja or as `chat_template` in tokenizer_config.json, "
-            f"found {'none' if found is None else type(found).__name__}. How this model wants its chats laid out is "
-            "not guessed: put the template that its authors describe into chat_template.jinja"
-        )
-    return found
-
-
-def _special_tokens(path: str, settings: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token` and its kin as text; `tokenizer_config.json` wins over `special_tokens_map.json`."""
-    sources = [settings]
-    if storage.exists(storage.join(path, "special_tokens_map.json")):
-        sources.append(read_json_object(path, "special_tokens_map.json"))
-    tokens: dict[str, str] = {}
-    for source in sources:
-        for name in _TOKEN_NAMES:
-            value: Any = source.get(name)
-            if isinstance(value, dict):
-                value = cast("dict[str, Any]", value).get("content")
-            if isinstance(value, str):
-                tokens.setdefault(name, value)
-    return tokens

@@ -1,0 +1,168 @@
+"""How chats are laid out for a model and how its answers are read: a `ChatEncoding` a family, picked by name or files.
+
+Stands between *render*, which asks for a prompt, and the engines, which hand the text of an answer back. A checkpoint
+that brings a chat template speaks by that; one of DeepSeek's without a template brings the encoder of its authors as a
+Python file, by whose name the family is known. The file is not run: `effort.py` reads a few literals of it.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias, cast, get_args
+
+from model_runner.checkpoint import read_json_object
+from model_runner.encoding.answers import ParsedAnswer
+from model_runner.encoding.call_formats import CallFormat
+from model_runner.encoding.chat_template import SETTINGS_FILE, TEMPLATE_FILE, ChatTemplate
+from model_runner.encoding.deepseek_v3_2 import DeepSeekV32
+from model_runner.encoding.deepseek_v4 import DeepSeekV4
+from model_runner.encoding.deepseek_v4_1 import DeepSeekV41
+from model_runner.encoding.effort import V4_1_RELEASE, V4_RELEASE, read_v4_1_efforts, read_v4_efforts
+from model_runner.encoding.token_marks import TokenMarks
+from schemas import storage
+from schemas.chat_options import ChatOptions
+from schemas.errors import EngineLoadError
+from schemas.records import Message, ToolCall
+
+__all__ = ["ChatEncoding", "EncodingName", "ParsedAnswer", "encoding_of"]
+
+EncodingName: TypeAlias = Literal["auto", "chat_template", "deepseek_v3_2", "deepseek_v4", "deepseek_v4_1"]
+
+ENCODING_NAMES: tuple[EncodingName, ...] = get_args(EncodingName)
+
+
+class ChatEncoding(Protocol):
+    """A family's prompts and answers; pure text, immutable.
+
+    Attributes:
+        name: of the family.
+        markup: texts of tokenizer tokens that a decoder of answers must keep, although the tokenizer may call them
+            special: `parse` looks for them.
+        has_reasoning: whether the model knows `<think>`.
+        call_format: how the model writes calls, for parsers and grammars; None if it writes none.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def markup(self) -> frozenset[str]: ...
+    @property
+    def has_reasoning(self) -> bool: ...
+    @property
+    def call_format(self) -> CallFormat | None: ...
+
+    def thinking_of(self, options: ChatOptions) -> bool:
+        """Whether a prompt with these options opens the model's thinking."""
+        ...
+
+    def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
+        """The whole prompt, ready to be answered, its first token included.
+
+        Where data spells one of the tokenizer's tokens the prompt holds `token_marks.MARK`; see there.
+
+        Raises:
+            InvalidMessages: names the message and the field, expected and found.
+            InvalidTools: the same for the tools of a message.
+        """
+        ...
+
+    def render_calls(self, calls: Sequence[ToolCall]) -> str:
+        """Calls as the model writes them after its content.
+
+        Raises:
+            InvalidMessages: a name or arguments that cannot be written.
+        """
+        ...
+
+    def parse(self, text: str, *, starts_in_reasoning: bool, has_tools: bool) -> ParsedAnswer:
+        """Take an answer apart; never raises, never loses a character.
+
+        Args:
+            text: the answer, markup included.
+            starts_in_reasoning: see `starts_in_reasoning`.
+            has_tools: False leaves the markup of calls in the content.
+        """
+        ...
+
+    def starts_in_reasoning(self, prompt_tail: str) -> bool:
+        """Whether a prompt that ends so leaves the model inside `<think>`."""
+        ...
+
+
+def encoding_of(path: str, name: str = "auto", *, token_texts: Iterable[str] = ()) -> ChatEncoding:
+    """The encoding of a checkpoint.
+
+    Args:
+        path: folder of the checkpoint, local or on an object store.
+        name: a family, or `auto`: the chat template if there is one, else the family of the authors' encoder file.
+        token_texts: the added tokens of the tokenizer, which data must not spell.
+    Raises:
+        EngineLoadError: an unknown name, nothing to go by (says what was looked for), or a damaged file.
+    """
+    marks = TokenMarks(token_texts)
+    if name not in ENCODING_NAMES:
+        raise EngineLoadError(f"encoding: expected one of {', '.join(ENCODING_NAMES)}, found {name!r}")
+    if name == "auto":
+        return _recognised(path, marks)
+    if name == ChatTemplate.name:
+        return ChatTemplate.load(path, read_json_object(path, SETTINGS_FILE), marks)
+    family = _FAMILIES[cast("EncodingName", name)]
+    found = _encoder_files(path, family)
+    return family.load(path, found[0] if found else None, marks)
+
+
+def _recognised(path: str, marks: TokenMarks) -> ChatEncoding:
+    settings = read_json_object(path, SETTINGS_FILE)
+    if settings.get("chat_template") is not None or storage.exists(storage.join(path, TEMPLATE_FILE)):
+        return ChatTemplate.load(path, settings, marks)
+    found = {name: (family, files[0]) for name, family in _FAMILIES.items() if (files := _encoder_files(path, family))}
+    if len(found) > 1:
+        files = ", ".join(file for _, file in found.values())
+        raise EngineLoadError(f"{path}: expected the encoder of one model, found {files}: name the encoding in the job")
+    for family, file in found.values():
+        return family.load(path, file, marks)
+    wanted = ", ".join(family.places[0] for family in _FAMILIES.values())
+    raise EngineLoadError(
+        f"{path}: expected a chat template ({TEMPLATE_FILE}, or `chat_template` in {SETTINGS_FILE}) or the encoder of "
+        f"its authors ({wanted}), found none. How this model wants its chats laid out is not guessed: put the template "
+        f"that its authors describe into {TEMPLATE_FILE}, or name the encoding in the job"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """A family with an encoder of its own.
+
+    Attributes:
+        file: the name that its authors give their encoder.
+        load: from the folder, the place of the encoder file if there is one, and the tokens that data must not spell.
+    """
+
+    file: str
+    load: Callable[[str, str | None, TokenMarks], ChatEncoding]
+
+    @property
+    def places(self) -> tuple[str, str]:
+        return f"encoding/{self.file}", self.file
+
+
+def _encoder_files(path: str, family: _Family) -> list[str]:
+    return [file for file in family.places if storage.exists(storage.join(path, file))]
+
+
+def _load_v3_2(path: str, file: str | None, marks: TokenMarks) -> ChatEncoding:
+    return DeepSeekV32(marks)
+
+
+def _load_v4(path: str, file: str | None, marks: TokenMarks) -> ChatEncoding:
+    return DeepSeekV4(V4_RELEASE if file is None else read_v4_efforts(path, file), marks)
+
+
+def _load_v4_1(path: str, file: str | None, marks: TokenMarks) -> ChatEncoding:
+    return DeepSeekV41(V4_1_RELEASE if file is None else read_v4_1_efforts(path, file), marks)
+
+
+_FAMILIES: dict[EncodingName, _Family] = {
+    "deepseek_v3_2": _Family("encoding_dsv32.py", _load_v3_2),
+    "deepseek_v4": _Family("encoding_dsv4.py", _load_v4),
+    "deepseek_v4_1": _Family("encoding_dsv41.py", _load_v4_1),
+}

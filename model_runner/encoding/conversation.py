@@ -1,0 +1,245 @@
+"""Chat messages as turns: what DeepSeek's encoders read out of them, checked once, with errors that name the place.
+
+The keys beside role and content are OpenAI's and those of DeepSeek's encoders: `tool_calls`, `tool_call_id`,
+`reasoning_content` (or `reasoning`), `tools`, `response_format`, `task`, `wo_eos` and `prefix`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from model_runner.encoding.strict_arguments import arguments_text
+from schemas.canonical import Json
+from schemas.chat_options import ChatOptions, Tool, parse_tools
+from schemas.errors import InvalidMessages, abbreviated
+from schemas.records import Message, ToolCall
+
+TASKS = frozenset({"action", "query", "authority", "domain", "title", "read_url"})
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a user's turn: text, or the result of a call."""
+
+    text: str
+    is_result: bool = False
+    call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message, or several that a model reads as one.
+
+    Attributes:
+        index: of the first message that it came from.
+        role: as in the message; a result of a tool is a user's turn once it is merged.
+        parts: what a user's turn is made of; content is empty then.
+        response_format: as the message has it; None if it has none.
+        task: DeepSeek's quick instruction, or None.
+        is_open: no end-of-sentence token is written: the model goes on where the text ends.
+        is_prefix: open because the request completes a prefix, so reasoning without content is gone on with too.
+    """
+
+    index: int
+    role: str
+    content: str = ""
+    parts: tuple[Part, ...] = ()
+    reasoning: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    tools: tuple[Tool, ...] = ()
+    response_format: Json = None
+    task: str | None = None
+    is_open: bool = False
+    is_prefix: bool = False
+    call_id: str = ""
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Every chat has a message, and every message a role and text.
+
+    Raises:
+        InvalidMessages: names the message, expected and found.
+    """
+    if not messages:
+        raise InvalidMessages("expected at least one message, found none")
+    for index, message in enumerate(messages):
+        for name, value in (("role", message.role), ("content", message.content)):
+            if not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InvalidMessages(f"message {index}: expected text as {name}, found {type(value).__name__}")
+        if not message.role:
+            raise InvalidMessages(f"message {index}: expected a role, found an empty one")
+
+
+def is_prefix(messages: Sequence[Message]) -> bool:
+    """Whether the model is to go on with the last message, an assistant's with `prefix: true`.
+
+    Raises:
+        InvalidMessages: another message has it.
+    """
+    for index, message in enumerate(messages):
+        where = f"messages[{index}].prefix"
+        if not _flag(message.extra.get("prefix"), where):
+            continue
+        if message.role != "assistant" or index != len(messages) - 1:
+            raise InvalidMessages(f"{where}: expected it on the last message only, an assistant's, found it here")
+        return True
+    return False
+
+
+def read_turns(messages: Sequence[Message], roles: frozenset[str]) -> list[Turn]:
+    """One turn a message, with its fields checked.
+
+    Raises:
+        InvalidMessages: names the message and the field, expected and found.
+        InvalidTools: the same for the tools of a message.
+    """
+    check_messages(messages)
+    is_prefix(messages)
+    turns = [_read_turn(index, message, roles) for index, message in enumerate(messages)]
+    return turns
+
+
+def attach_options(turns: Sequence[Turn], options: ChatOptions) -> list[Turn]:
+    """The tools and the schema of a request hang on the first system turn; an empty one is put first if there is none.
+
+    Tools that must not be called (`tool_choice: none`) are not shown. `json_object` has no text of its own.
+
+    Raises:
+        InvalidMessages: that turn has tools or a response format of its own already.
+    """
+    tools = options.tools if options.tool_choice.mode != "none" else ()
+    schema = options.response_format.schema if options.response_format.type == "json_schema" else None
+    if not tools and schema is None:
+        return list(turns)
+    with_system = list(turns)
+    position = next((at for at, turn in enumerate(turns) if turn.role == "system"), None)
+    if position is None:
+        with_system.insert(0, Turn(0, "system"))
+        position = 0
+    turn = with_system[position]
+    for name, given, own in (("tools", tools, turn.tools), ("response_format", schema, turn.response_format)):
+        if given and own:
+            raise InvalidMessages(
+                f"messages[{turn.index}].{name}: expected them in one place, found them here and in the request"
+            )
+    with_system[position] = replace(
+        turn,
+        tools=tools or turn.tools,
+        response_format=schema if schema is not None else turn.response_format,
+    )
+    return with_system
+
+
+def merge_results(turns: Sequence[Turn]) -> list[Turn]:
+    """Results of tools and texts of users that follow each other are one user's turn, results in the order of calls.
+
+    A user's text with a task ends the turn that it is merged into; the one that follows is a turn of its own.
+    """
+    merged: list[Turn] = []
+    order: Mapping[str, int] = {}
+    for turn in turns:
+        if turn.role not in ("user", "tool"):
+            merged.append(turn)
+            continue
+        is_result = turn.role == "tool"
+        part = Part(turn.content, is_result, turn.call_id)
+        last = merged[-1] if merged else None
+        if last is not None and last.role == "user" and (is_result or last.task is None):
+            merged[-1] = replace(last, parts=(*last.parts, part), task=last.task or turn.task)
+        else:
+            merged.append(replace(turn, role="user", content="", parts=(part,)))
+    for at, turn in enumerate(merged):
+        if turn.calls:
+            order = {call.id: position for position, call in enumerate(turn.calls) if call.id}
+        elif turn.role == "user" and order:
+            merged[at] = replace(turn, parts=_in_call_order(turn.parts, order))
+    return merged
+
+
+def _in_call_order(parts: tuple[Part, ...], order: Mapping[str, int]) -> tuple[Part, ...]:
+    results = iter(sorted((part for part in parts if part.is_result), key=lambda part: order.get(part.call_id, 0)))
+    return tuple(next(results) if part.is_result else part for part in parts)
+
+
+def drop_old_thinking(turns: Sequence[Turn], last_user: int) -> list[Turn]:
+    """Turns as a model that thinks anew reads them: nothing reasoned or said by developers before the last user."""
+    return [
+        replace(turn, reasoning="") if turn.role == "assistant" and at < last_user else turn
+        for at, turn in enumerate(turns)
+        if turn.role != "developer" or at >= last_user
+    ]
+
+
+def json_line(value: Json) -> str:
+    """JSON as DeepSeek's encoders write it into a prompt: one line, keys in their order, not ASCII-escaped."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _read_turn(index: int, message: Message, roles: frozenset[str]) -> Turn:
+    where = f"messages[{index}]"
+    extra = message.extra
+    if message.role not in roles:
+        raise InvalidMessages(
+            f"{where}.role: expected one of {', '.join(sorted(roles))}, found {abbreviated(message.role)}"
+        )
+    task = extra.get("task")
+    if task is not None and not (isinstance(task, str) and task in TASKS):
+        raise InvalidMessages(f"{where}.task: expected one of {', '.join(sorted(TASKS))}, found {abbreviated(task)}")
+    if message.role == "developer" and not message.content:
+        raise InvalidMessages(f"{where}.content: expected text of the developer, found none")
+    is_prefixed = _flag(extra.get("prefix"), f"{where}.prefix")
+    return Turn(
+        index,
+        message.role,
+        message.content,
+        reasoning=_text(extra.get("reasoning_content", extra.get("reasoning")), f"{where}.reasoning_content"),
+        calls=_calls(extra.get("tool_calls"), f"{where}.tool_calls") if message.role == "assistant" else (),
+        tools=parse_tools(extra.get("tools"), f"{where}.tools"),
+        response_format=extra.get("response_format") or None,
+        task=task,
+        is_open=is_prefixed or _flag(extra.get("wo_eos"), f"{where}.wo_eos"),
+        is_prefix=is_prefixed,
+        call_id=_text(extra.get("tool_call_id"), f"{where}.tool_call_id"),
+    )
+
+
+def _calls(value: Json, where: str) -> tuple[ToolCall, ...]:
+    """OpenAI's tool calls, or bare `{"name": ..., "arguments": ...}`; arguments as JSON text or as an object."""
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise InvalidMessages(f"{where}: expected a list of calls, found {abbreviated(value)}")
+    return tuple(_call(item, f"{where}[{index}]") for index, item in enumerate(value))
+
+
+def _call(value: Json, where: str) -> ToolCall:
+    if not isinstance(value, Mapping):
+        raise InvalidMessages(f"{where}: expected an object, found {abbreviated(value)}")
+    function = value.get("function", value)
+    if not isinstance(function, Mapping):
+        raise InvalidMessages(f"{where}.function: expected an object, found {abbreviated(function)}")
+    name, arguments = function.get("name"), function.get("arguments")
+    if not isinstance(name, str):
+        raise InvalidMessages(f"{where}.name: expected text, found {abbreviated(name)}")
+    if isinstance(arguments, Mapping):
+        try:
+            arguments = arguments_text(arguments)
+        except (ValueError, RecursionError) as error:
+            raise InvalidMessages(f"{where}.arguments: expected a JSON object, found: {error}") from error
+    if not isinstance(arguments, str):
+        raise InvalidMessages(f"{where}.arguments: expected a JSON object or its text, found {abbreviated(arguments)}")
+    return ToolCall(_text(value.get("id"), f"{where}.id"), name, arguments)
+
+
+def _text(value: Json, where: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise InvalidMessages(f"{where}: expected text, found {abbreviated(value)}")
+    return value
+
+
+def _flag(value: Json, where: str) -> bool:
+    if value is None or isinstance(value, bool):
+        return value is True
+    raise InvalidMessages(f"{where}: expected true or false, found {abbreviated(value)}")
