@@ -10,23 +10,23 @@ the only resources are the document and the published meta-schemas that the libr
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
+from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias, cast
 
 import pydantic
 from jsonschema_rs import ReferencingError, Registry, ValidationError, ValidationErrorKind, Validator, validator_for
 
 from schemas.canonical import Json
-from schemas.errors import EmptyAnswer, JobFileError, ModelRejected, NotJson, SchemaViolation
+from schemas.errors import EmptyAnswer, JobFileError, ModelRejected, NotJson, SchemaViolation, abbreviated
 from schemas.storage import read_bytes
 from schemas.strict_json import MAX_DEPTH, depth_of, has_lone_surrogate, parse_json
+from schemas.user_module import ModuleSources, ShippedClass, import_user_module
+from schemas.wording import MAX_EXCERPT, describe_violation, excerpt, pointer_of, shorten, tell
 
 Formats: TypeAlias = Literal["assert", "annotate"]
 Retriever: TypeAlias = Callable[[str], Json]
-
-MAX_EXCERPT = 100
-"""Most characters that an error message quotes of a value."""
 
 MAX_COUNTED_VIOLATIONS = 20
 
@@ -53,7 +53,7 @@ class AnswerSchema:
         model: the pydantic model that validates too, if there is one.
     """
 
-    __slots__ = ("_retriever", "_validator", "document", "formats", "model", "source")
+    __slots__ = ("_retriever", "_shipped", "_validator", "document", "formats", "model", "source")
 
     def __init__(
         self,
@@ -63,13 +63,15 @@ class AnswerSchema:
         source: str,
         model: type[pydantic.BaseModel] | None = None,
         retriever: Retriever | None = None,
+        shipped: ShippedClass | None = None,
     ) -> None:
-        """Compile a schema; see `from_json` and `load`."""
+        """Compile a schema; see `from_json` and `load`. `shipped` is pickled in the place of `model`."""
         self.document = _own_copy(document, source)
         self.formats: Formats = formats
         self.source = source
         self.model = model
         self._retriever = retriever
+        self._shipped = shipped
         self._validator = _compile(self.document, formats, source, retriever)
 
     @classmethod
@@ -77,6 +79,9 @@ class AnswerSchema:
         cls, document: Json, *, formats: Formats, source: str, retriever: Retriever | None = None
     ) -> "AnswerSchema":
         """Compile a JSON Schema document (an object or a boolean).
+
+        Equal documents of one source are compiled once in a process and shared, so that the same tools may be asked
+        for with every request. Finding one again takes microseconds.
 
         Args:
             document: `$schema` selects draft 4, 6, 7, 2019-09 or 2020-12; the default is 2020-12.
@@ -86,22 +91,40 @@ class AnswerSchema:
         Raises:
             JobFileError: not a schema, an unknown `$schema`, or a `$ref` that leads nowhere or out of the document.
         """
-        return cls(document, formats=formats, source=source, retriever=retriever)
+        if retriever is not None:
+            return cls(document, formats=formats, source=source, retriever=retriever)
+        try:
+            return _compile_once(json.dumps(document, ensure_ascii=False, allow_nan=False), formats, source)
+        except (TypeError, ValueError, RecursionError):
+            return cls(document, formats=formats, source=source)  # Raises, and says what is wrong.
 
     @classmethod
-    def load(cls, reference: str, formats: Formats = "assert") -> "AnswerSchema":
+    def load(cls, reference: str, formats: Formats = "assert", folder: str | Path | None = None) -> "AnswerSchema":
         """Compile the schema that a job names: a JSON file, or a pydantic model as `package.module:Class`.
 
+        Pickled, the schema brings the source of the model's module along (see `schemas.user_module`).
+
+        Args:
+            folder: the job file's, where modules are looked for first; the path of a JSON file is taken as it is.
         Raises:
-            JobFileError: the file or class cannot be read or imported, or is not a schema.
+            JobFileError: the file or class cannot be read, imported or shipped, or is not a schema.
         """
         if _MODEL_REFERENCE.fullmatch(reference):
-            model = _import_model(reference)
-            return cls(_json_schema_of(model, reference), formats=formats, source=reference, model=model)
+            model, shipped = _import_model(reference, folder)
+            document = _json_schema_of(model, reference)
+            return cls(document, formats=formats, source=reference, model=model, shipped=shipped)
         return cls(_read_schema(reference), formats=formats, source=reference)
 
+    @property
+    def code_digest(self) -> str | None:
+        """Names the source of the model's module and what it ships with; None without a model, or for installed ones.
+
+        Validators may change while the JSON Schema stays the same.
+        """
+        return None if self._shipped is None else self._shipped.sources.digest
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.document, self.formats, self.source, self.model, self._retriever)
+        return _restore, (self.document, self.formats, self.source, self._shipped or self.model, self._retriever)
 
     def __repr__(self) -> str:
         return f"AnswerSchema(source={self.source!r}, formats={self.formats!r})"
@@ -130,7 +153,7 @@ class AnswerSchema:
     def _describe_violations(self, value: Json) -> str:
         found = list(islice(self._validator.iter_errors(value), MAX_COUNTED_VIOLATIONS + 1))
         more = len(found) - 1
-        message = _describe(found[0])
+        message = describe_violation(found[0])
         if more == MAX_COUNTED_VIOLATIONS:
             return f"{message} (and at least {more} more violations)"
         return f"{message} (and {more} more violation{'s' * (more > 1)})" if more else message
@@ -142,24 +165,32 @@ class AnswerSchema:
             first = error.errors(include_url=False, include_context=False)[0]
             more = error.error_count() - 1
             raise ModelRejected(
-                f"at {_pointer(first['loc'])}: {model.__name__} expected: {_abbreviate(first['msg'])}, "
-                f"found {_excerpt(first['input'])}" + (f" (and {more} more)" if more else "")
+                f"at {pointer_of(first['loc'])}: {model.__name__} expected: {shorten(first['msg'])}, "
+                f"found {excerpt(first['input'])}" + (f" (and {more} more)" if more else "")
             ) from error
         except Exception as error:
             # A validator of the user's own may raise anything; that is this answer's problem, not the job's.
-            raise ModelRejected(
-                f"{model.__name__} raised {type(error).__name__}: {_abbreviate(str(error))}; found {_abbreviate(text)}"
-            ) from error
+            raise ModelRejected(f"{model.__name__} raised {tell(error)}; found {shorten(text)}") from error
 
 
 def _restore(
     document: Json,
     formats: Formats,
     source: str,
-    model: type[pydantic.BaseModel] | None,
+    model: type[pydantic.BaseModel] | ShippedClass | None,
     retriever: Retriever | None,
 ) -> AnswerSchema:
-    return AnswerSchema(document, formats=formats, source=source, model=model, retriever=retriever)
+    if model is None:
+        return AnswerSchema.from_json(document, formats=formats, source=source, retriever=retriever)
+    shipped = model if isinstance(model, ShippedClass) else None
+    found = cast("type[pydantic.BaseModel]", model if shipped is None else shipped.restore())
+    return AnswerSchema(document, formats=formats, source=source, model=found, retriever=retriever, shipped=shipped)
+
+
+@lru_cache(maxsize=512)
+def _compile_once(text: str, formats: Formats, source: str) -> AnswerSchema:
+    """Compile a document from its JSON text, which unlike the document cannot change."""
+    return AnswerSchema(cast("Json", json.loads(text)), formats=formats, source=source)
 
 
 def _read_schema(path: str) -> Json:
@@ -193,27 +224,26 @@ def _refuse_duplicates(pairs: list[tuple[str, Json]]) -> None:
     seen: set[str] = set()
     for key, _ in pairs:
         if key in seen:
-            raise _DuplicateKey(repr(key))
+            raise _DuplicateKey(abbreviated(key, MAX_EXCERPT))
         seen.add(key)
 
 
-def _import_model(reference: str) -> type[pydantic.BaseModel]:
+def _import_model(reference: str, folder: str | Path | None) -> tuple[type[pydantic.BaseModel], ShippedClass | None]:
     module_name, _, class_path = reference.partition(":")
     try:
-        found: object = import_module(module_name)
-    except Exception as error:
-        # Importing runs the user's code, which may raise anything.
-        raise JobFileError(
-            f"{reference}: module {module_name!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+        module = import_user_module(module_name, folder)
+        sources = ModuleSources.collect(module)
+    except JobFileError as error:
+        raise JobFileError(f"{reference}: {error}") from error
+    found: object = module
     for name in class_path.split("."):
         try:
             found = getattr(found, name)
         except AttributeError as error:
             raise JobFileError(f"{reference}: {module_name!r} has no {class_path!r}") from error
     if not (isinstance(found, type) and issubclass(found, pydantic.BaseModel)):
-        raise JobFileError(f"{reference}: expected a pydantic BaseModel class, found {_excerpt(repr(found))}")
-    return found
+        raise JobFileError(f"{reference}: expected a pydantic BaseModel class, found {excerpt(repr(found))}")
+    return found, None if sources is None else ShippedClass(sources, class_path)
 
 
 def _json_schema_of(model: type[pydantic.BaseModel], reference: str) -> Json:
@@ -221,16 +251,16 @@ def _json_schema_of(model: type[pydantic.BaseModel], reference: str) -> Json:
         return cast("Json", model.model_json_schema())
     except Exception as error:
         # Fields may bring their own schema code, which may raise anything.
-        raise JobFileError(
-            f"{reference}: expected a model with a JSON Schema, found {type(error).__name__}: {_abbreviate(str(error))}"
-        ) from error
+        raise JobFileError(f"{reference}: expected a model with a JSON Schema, found {tell(error)}") from error
 
 
 def _own_copy(document: Json, source: str) -> Json:
     try:
         copy = cast("Json", json.loads(json.dumps(document, allow_nan=False)))
     except (TypeError, ValueError, RecursionError) as error:
-        raise JobFileError(f"{source}: expected a JSON Schema, found a value that is not JSON: {error}") from error
+        raise JobFileError(
+            f"{source}: expected a JSON Schema, found a value that is not JSON: {tell(error)}"
+        ) from error
     if depth_of(copy) > MAX_DEPTH:
         raise JobFileError(f"{source}: expected a schema of at most {MAX_DEPTH} levels, found more")
     if has_lone_surrogate(copy):
@@ -241,7 +271,7 @@ def _own_copy(document: Json, source: str) -> Json:
 def _compile(document: Json, formats: Formats, source: str, retriever: Retriever | None) -> Validator:
     if not isinstance(document, Mapping | bool):
         raise JobFileError(
-            f"{source}: at {_pointer(())}: expected a JSON Schema (an object or a boolean), found {_excerpt(document)}"
+            f"{source}: at {pointer_of(())}: expected a JSON Schema (an object or a boolean), found {excerpt(document)}"
         )
     refused: list[str] = []
 
@@ -258,9 +288,9 @@ def _compile(document: Json, formats: Formats, source: str, retriever: Retriever
     except ValidationError as error:
         if isinstance(error.kind, ValidationErrorKind.Referencing):
             raise _reference_error(document, source, refused, error.message) from error
-        raise JobFileError(f"{source}: not a JSON Schema: {_describe(error)}") from error
+        raise JobFileError(f"{source}: not a JSON Schema: {describe_violation(error)}") from error
     except ValueError as error:
-        raise JobFileError(f"{source}: this JSON Schema cannot be compiled: {_abbreviate(str(error))}") from error
+        raise JobFileError(f"{source}: this JSON Schema cannot be compiled: {shorten(str(error))}") from error
 
 
 def _check_drafts(document: Json, source: str) -> None:
@@ -271,8 +301,8 @@ def _check_drafts(document: Json, source: str) -> None:
         name = declared.removesuffix("#").removeprefix("https://").removeprefix("http://")
         if name not in DRAFTS or "://" not in declared:
             raise JobFileError(
-                f"{source}: at {_pointer((*path, '$schema'))}: expected draft 4, 6, 7, 2019-09 or 2020-12 "
-                f"(such as https://{DRAFTS[-1]}), found {_excerpt(declared)}"
+                f"{source}: at {pointer_of((*path, '$schema'))}: expected draft 4, 6, 7, 2019-09 or 2020-12 "
+                f"(such as https://{DRAFTS[-1]}), found {excerpt(declared)}"
             )
 
 
@@ -295,19 +325,19 @@ def _reference_error(document: Json, source: str, refused: Sequence[str], reason
             reference = schema.get(keyword)
             if not isinstance(reference, str):
                 continue
-            at = f"{source}: at {_pointer((*path, keyword))}"
+            at = f"{source}: at {pointer_of((*path, keyword))}"
             target = reference.partition("#")[0]
             if target and any(uri.endswith(target) for uri in refused):
                 return JobFileError(
                     f"{at}: expected a reference inside the document (nothing is ever fetched for a $ref), "
-                    f"found {_excerpt(reference)}; copy what it names into $defs"
+                    f"found {excerpt(reference)}; copy what it names into $defs"
                 )
             if not target and not _can_resolve(document, reference):
                 return JobFileError(
                     f"{at}: expected a reference to something in the document, "
-                    f"found {_excerpt(reference)}, which does not exist"
+                    f"found {excerpt(reference)}, which does not exist"
                 )
-    return JobFileError(f"{source}: a reference cannot be followed: {_abbreviate(reason)}")
+    return JobFileError(f"{source}: a reference cannot be followed: {shorten(reason)}")
 
 
 def _can_resolve(document: Json, reference: str) -> bool:
@@ -319,69 +349,3 @@ def _can_resolve(document: Json, reference: str) -> bool:
         # The document refers outside itself as well, so that no registry can be built; another reference is named.
         return True
     return True
-
-
-def _describe(error: ValidationError) -> str:
-    """One violation as pointer, keyword, expected and found; never longer than a few excerpts."""
-    return f"at {_pointer(error.instance_path)}: {_complaint(error)}, found {_found(error)}"
-
-
-def _complaint(error: ValidationError) -> str:
-    return f"{error.kind.name}: expected {_expected(error.kind)}"
-
-
-def _expected(kind: ValidationErrorKind) -> str:
-    match kind:
-        case ValidationErrorKind.Type(types=types):
-            return " or ".join(types)
-        case ValidationErrorKind.Required(property=name):
-            return f"a property {_excerpt(name)}"
-        case ValidationErrorKind.AnyOf(context=context) | ValidationErrorKind.OneOfNotValid(context=context):
-            return _abbreviate("one of: " + "; ".join(_complaint(branch[0]) for branch in context if branch))
-        case ValidationErrorKind.OneOfMultipleValid():
-            return "exactly one alternative to match, not several"
-        case ValidationErrorKind.AdditionalProperties() | ValidationErrorKind.UnevaluatedProperties():
-            return "no properties beyond those of the schema"
-        case ValidationErrorKind.PropertyNames(error=inner):
-            return f"names that keep {_complaint(inner)}"
-        case ValidationErrorKind.FalseSchema():
-            return "nothing here"
-        case ValidationErrorKind.UniqueItems():
-            return "items that differ"
-        case ValidationErrorKind.Contains():
-            return "an item that matches"
-        case ValidationErrorKind.Not(schema=schema):
-            return f"anything but {_excerpt(schema)}"
-        case _:
-            return _excerpt(kind.value)
-
-
-def _found(error: ValidationError) -> str:
-    match error.kind:
-        case ValidationErrorKind.AdditionalProperties(unexpected=names):
-            return _excerpt(names)
-        case ValidationErrorKind.UnevaluatedProperties(unexpected=names):
-            return _excerpt(names)
-        case _:
-            return _excerpt(error.instance)
-
-
-def _pointer(path: Sequence[str | int]) -> str:
-    """A JSON pointer (RFC 6901); `the root` for the empty one, which would not be seen."""
-    steps = (str(step).replace("~", "~0").replace("/", "~1") for step in path)
-    return _abbreviate("".join(f"/{step}" for step in steps)) or "the root"
-
-
-def _excerpt(value: object) -> str:
-    pieces: list[str] = []
-    length = 0
-    for piece in json.JSONEncoder(ensure_ascii=False, default=repr).iterencode(value):
-        pieces.append(piece)
-        length += len(piece)
-        if length > MAX_EXCERPT:
-            break
-    return _abbreviate("".join(pieces))
-
-
-def _abbreviate(text: str) -> str:
-    return text if len(text) <= MAX_EXCERPT else f"{text[: MAX_EXCERPT - 1]}…"

@@ -387,6 +387,59 @@ def test_what_is_no_pydantic_model_is_refused_by_name(name: str, message: str) -
     assert message in str(caught.value)
 
 
+def test_equal_documents_are_compiled_once() -> None:
+    document = {"properties": {"a": {"const": "tool argument"}}}
+    first = schema_of(document)
+    assert schema_of(json.loads(json.dumps(document))) is first
+    assert schema_of(document, "annotate") is not first
+    assert pickle.loads(pickle.dumps(first)) is first
+    document["properties"]["a"]["const"] = "another"
+    assert schema_of(document).check('{"a": "another"}')
+    assert schema_of({"const": 1}) is not schema_of({"const": 1.0})
+
+
+class Unprintable(ValueError):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+class UnprintableLookup(LookupError):
+    __str__ = Unprintable.__str__
+
+
+class Loud(pydantic.BaseModel):
+    text: str
+
+    @pydantic.field_validator("text")
+    @classmethod
+    def check_text(cls, text: str) -> str:
+        if text == "key":
+            raise KeyError("k" * 5000)
+        if text == "unprintable":
+            raise Unprintable
+        if text == "lookup":
+            raise UnprintableLookup
+        raise ValueError(text)
+
+
+@pytest.mark.parametrize("text", ["key", "unprintable", "lookup", "v" * 5000])
+def test_whatever_the_users_code_raises_is_told_in_a_few_words(text: str) -> None:
+    answer = json.dumps({"text": text, **{f"more{i}": i for i in range(1000)}})
+    with pytest.raises(ModelRejected) as caught:
+        AnswerSchema.load(f"{__name__}:Loud").check(answer)
+    assert len(str(caught.value)) < 6 * MAX_EXCERPT
+
+
+def test_no_refusal_of_a_schema_quotes_it_whole(tmp_path: Path) -> None:
+    name = "n" * 5000
+    (tmp_path / "twice.json").write_text(f'{{"{name}": 1, "{name}": 2}}')
+    with pytest.raises(JobFileError) as caught:
+        AnswerSchema.load(str(tmp_path / "twice.json"))
+    assert len(str(caught.value)) < 6 * MAX_EXCERPT
+    for document in ({name: {"const": math.nan}}, {"properties": {name: 5}}, {"$ref": f"#/{name}"}, [name]):
+        assert len(refusal(document)) < 6 * MAX_EXCERPT
+
+
 @pytest.mark.parametrize("source", ["raise RuntimeError('at import')", "import no_such_module_here", "def"])
 def test_module_that_cannot_be_imported_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str

@@ -1,13 +1,18 @@
 """Storage: whole files, exclusive creation, listings; on disk and on another fsspec store."""
 
+import errno
+import io
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
 from schemas import storage
 from schemas.errors import CommitError
+from schemas.object_store import StoreAccessDenied, StoreError
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -83,6 +88,124 @@ def test_a_store_that_cannot_create_exclusively_is_refused(monkeypatch: pytest.M
     monkeypatch.setattr(type(memory), "open", refuse)
     with pytest.raises(CommitError, match="cannot create a file exclusively"):
         storage.create_exclusive("memory://bucket/a", b"x")
+
+
+class _Refusal(Exception):
+    """What botocore raises when a store refuses, as far as it is looked at."""
+
+    def __init__(self, code: str, status: int) -> None:
+        super().__init__(code)
+        self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+
+def _failing(*failures: Exception) -> Any:
+    """A method of a file system that raises these, one a call, and then does what it should."""
+    memory = type(fsspec.filesystem("memory"))
+    real, left = memory.open, list(failures)
+
+    def opened(self: object, path: str, mode: str = "rb", **options: object) -> Any:
+        if mode == "xb" and left:
+            raise left.pop(0)
+        return real(self, path, mode, **options)
+
+    return opened
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[type]:
+    """The class of the file system in memory, empty."""
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    yield type(fs)
+    fs.store.clear()
+
+
+def _refused(code: str, status: int) -> OSError:
+    """As s3fs raises what it has no type for."""
+    error = OSError(errno.EIO, code)
+    error.__cause__ = _Refusal(code, status)
+    return error
+
+
+def test_a_creation_that_the_store_carried_out_before_it_failed_has_won(
+    memory: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_whole("memory://b/mine", b"attempt a")
+    storage.write_whole("memory://b/theirs", b"attempt b")
+    for path, is_ours in (("memory://b/mine", True), ("memory://b/theirs", False)):
+        for failure in (FileExistsError(), _refused("PreconditionFailed", 412)):
+            monkeypatch.setattr(memory, "open", _failing(failure))
+            assert storage.create_exclusive(path, b"attempt a") is is_ours
+            monkeypatch.undo()
+
+
+def test_a_creation_in_conflict_is_repeated_a_few_times(memory: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    conflict = _refused("ConditionalRequestConflict", 409)
+    monkeypatch.setattr(memory, "open", _failing(conflict, conflict))
+    assert storage.create_exclusive("memory://b/a", b"x")
+    monkeypatch.undo()
+    monkeypatch.setattr(memory, "open", _failing(*[conflict] * 100))
+    with pytest.raises(StoreError, match="conflict"):
+        storage.create_exclusive("memory://b/c", b"x")
+    assert not storage.exists("memory://b/c")
+
+
+def test_a_store_that_overwrites_is_found_out(memory: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.check_exclusive("memory://b")
+    real = memory.open  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        memory, "open", lambda self, path, mode="rb", **o: real(self, path, mode.replace("x", "w"), **o)
+    )
+    with pytest.raises(CommitError, match="refuses to create a file twice"):
+        storage.check_exclusive("memory://b")
+    assert storage.list_files("memory://b") == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (FileNotFoundError("NoSuchKey"), FileNotFoundError),
+        (PermissionError("Forbidden"), StoreAccessDenied),
+        (_refused("ThatUserIsUnknown", 403), StoreAccessDenied),
+        (_refused("SlowDown", 503), StoreError),
+        (TimeoutError(), StoreError),
+        (RuntimeError("a library's own tree"), StoreError),
+    ],
+)
+def test_errors_of_a_store_are_os_errors_that_name_the_path(
+    memory: type, monkeypatch: pytest.MonkeyPatch, failure: Exception, kind: type[OSError]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(memory, "open", fail)
+    with pytest.raises(kind, match="memory://b/a") as caught:
+        storage.read_bytes("memory://b/a")
+    assert type(caught.value) is kind
+    assert caught.value.filename == "memory://b/a"
+
+
+def test_fewer_bytes_than_the_store_promised_are_an_error(memory: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    class _Short(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            return super().read(size)[:-1]
+
+    monkeypatch.setattr(memory, "open", lambda *_, **__: _Short(b"x" * 100))
+    with pytest.raises(StoreError, match="short read: expected 100 bytes at byte 0, found 99"):
+        storage.read_bytes("memory://b/a")
+
+
+def test_files_that_a_store_did_not_remove_are_an_error(memory: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_whole("memory://b/folder/a", b"x")
+    monkeypatch.setattr(memory, "rm", lambda *_, **__: None)
+    with pytest.raises(StoreError, match="found files left in it"):
+        storage.remove_tree("memory://b/folder")
+
+
+@pytest.mark.parametrize("path", ["nothing://b/a", "s4://b/a"])
+def test_a_protocol_that_nothing_reads_is_told(path: str) -> None:
+    with pytest.raises(StoreError, match=path):
+        storage.read_bytes(path)
 
 
 @pytest.mark.parametrize(
