@@ -5,6 +5,9 @@ answers wrongly for DeepSeek V4 with left padding. Prompts of nearly one length 
 the end of the shortest, then one token a step, which is a longer prompt's next token until that prompt is through.
 In float32 a greedy answer is the same alone and in a batch; in bfloat16 the batch's shape changes rounding and may
 change a token. A `batch_size` of 1 is plain `generate`.
+
+A request's grammar narrows its row's logits before each token, as in the `torch` engine; tokens that it forces are
+drawn like others, there being no other to draw.
 """
 
 import time
@@ -12,6 +15,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,9 +31,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from model_runner.answer_text import cut_at_stop, seed_of
+from model_runner.answer_text import AnswerReader, cut_at_stop, seed_of
 from model_runner.checkpoint import read_tokenizer
+from model_runner.encoding.chat_encoding import encoding_of
 from model_runner.protocol import EngineConfig
+from model_runner.torch_engine.constraint import Constraint, ConstraintCompiler, MaskFiller
 from schemas import storage
 from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError, RowError
 from schemas.records import Completion, FinishReason, Request, Sampling, TokenIds, Usage
@@ -59,6 +65,7 @@ class TransformersRunner:
         self.config = config
         self._model = model
         self._tokenizer = tokenizer
+        self._reader = AnswerReader(tokenizer, encoding_of(config.path, config.encoding))
         self._eos_token_ids = frozenset(eos_token_ids)
         text_config = model.config.get_text_config()
         self._context_length: int | None = getattr(text_config, "max_position_embeddings", None)
@@ -93,6 +100,23 @@ class TransformersRunner:
             del waiting[first:end]
             yield from self._complete(batch)
 
+    @cached_property
+    def _compiler(self) -> ConstraintCompiler:
+        """Made for the first request with a grammar: reading a vocabulary takes a second."""
+        return ConstraintCompiler(self._tokenizer, self._num_embeddings, sorted(self._eos_token_ids))
+
+    @cached_property
+    def _masks(self) -> MaskFiller:
+        return MaskFiller(self._num_embeddings, num_threads=1)
+
+    def _constraint(self, request: Request) -> Constraint | None:
+        """The constraint of a new answer.
+
+        Raises:
+            InvalidGrammar: the request's grammar cannot be compiled.
+        """
+        return None if request.grammar is None else self._compiler.compile(request.grammar)
+
     def _refusal(self, request: Request) -> RowError | None:
         """Why a request cannot run at all; found before it could break a batch."""
         token_ids = request.prompt_token_ids
@@ -111,6 +135,10 @@ class TransformersRunner:
                 f"{token_ids.size} prompt tokens and max_tokens {max_tokens} exceed the context of "
                 f"{self._context_length} tokens"
             )
+        try:
+            self._constraint(request)
+        except RowError as error:
+            return error
         return None
 
     def _complete(self, batch: Sequence[Request]) -> Iterator[Completion]:
@@ -130,17 +158,22 @@ class TransformersRunner:
         latency_ms = (time.perf_counter() - start) * 1000
         if failure is not None:
             yield self._failure(batch[0], failure, started_at, latency_ms)
-        for request, answer in zip(batch, answers, strict=failure is None):
+        for request, growing in zip(batch, answers, strict=failure is None):
+            answer = self._reader.read(request, growing.token_ids, growing.finish_reason or "length")
+            usage = Usage(request.num_prompt_tokens, len(growing.token_ids), 0, answer.num_reasoning_tokens)
             yield Completion(
                 request_id=request.request_id,
                 text=answer.text,
-                finish_reason=answer.finish_reason or "length",
-                usage=Usage(request.num_prompt_tokens, len(answer.token_ids), cached_tokens=0),
+                finish_reason=answer.finish_reason,
+                usage=usage,
                 started_at=started_at,
                 latency_ms=latency_ms,
                 provider=PROVIDER,
                 model=self.config.name,
                 model_revision=self.config.revision,
+                reasoning_content=answer.reasoning_content,
+                tool_calls=answer.tool_calls,
+                error=growing.error or answer.error,
             )
 
     def _failure(
@@ -165,18 +198,24 @@ class TransformersRunner:
         num_common = min(prompt.shape[0] for prompt in prompts)
         shortened = np.stack([prompt[:num_common] for prompt in prompts])
         input_ids = torch.from_numpy(shortened).to(self._device, torch.long)  # (num_requests, num_common)
-        answers = [_Answer(request.sampling, self._tokenizer, self._eos_token_ids) for request in batch]
+        answers = [
+            _Answer(request.sampling, self._tokenizer, self._eos_token_ids, self._constraint(request))
+            for request in batch
+        ]
         num_steps = max(request.num_prompt_tokens + request.sampling.max_tokens for request in batch) - num_common
         settings = GenerationConfig(max_new_tokens=num_steps, do_sample=False)
         sampling = batch[0].sampling
         if not sampling.is_greedy:
             settings.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
+        processors: list[LogitsProcessor] = [_RestOfPrompts(prompts)]
+        if any(answer.constraint is not None for answer in answers):
+            processors.append(_Constraints(prompts, answers, self._masks))
         with torch.inference_mode(), _quiet(), _seeded(self._device, None if sampling.is_greedy else seed_of(batch[0])):
             self._model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=settings,
-                logits_processor=LogitsProcessorList([_RestOfPrompts(prompts)]),
+                logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList([_Answers(prompts, answers)]),
             )
         return answers
@@ -184,14 +223,21 @@ class TransformersRunner:
 
 @dataclass(slots=True)
 class _Answer:
-    """An answer as it grows; `token_ids` end with the end token or the stop string, where there is one."""
+    """An answer as it grows; `token_ids` end with the end token or the stop string, where there is one.
+
+    Attributes:
+        constraint: has taken all tokens so far, but for one that ended the answer.
+        error: why its grammar allows nothing more, where it broke.
+    """
 
     sampling: Sampling
     tokenizer: tokenizers.Tokenizer
     eos_token_ids: frozenset[int]
+    constraint: Constraint | None = None
     token_ids: list[int] = field(default_factory=list[int])
     text: str = ""
     finish_reason: FinishReason | None = None
+    error: RowError | None = None
 
     def append(self, token_id: int) -> None:
         """Take one more token, unless the answer is over."""
@@ -206,6 +252,17 @@ class _Answer:
             self.text = self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
         self.text, is_stopped = cut_at_stop(self.text, self.sampling.stop)
         if is_stopped:
+            self.finish_reason = "stop"
+        if self.finish_reason is None and self.constraint is not None:
+            self._follow(self.constraint, token_id)
+
+    def _follow(self, constraint: Constraint, token_id: int) -> None:
+        try:
+            constraint.accept(token_id)
+        except RowError as error:
+            self.finish_reason, self.error = "error", error
+            return
+        if constraint.is_over:
             self.finish_reason = "stop"
 
 
@@ -222,6 +279,30 @@ class _RestOfPrompts(LogitsProcessor):
                 scores[row] = -torch.inf
                 scores[row, int(prompt[position])] = 0.0
         return scores
+
+
+class _Constraints(LogitsProcessor):
+    """Leaves each row that is past its prompt the tokens that its grammar allows."""
+
+    def __init__(self, prompts: Sequence[TokenIds], answers: Sequence[_Answer], masks: MaskFiller) -> None:
+        self._prompts = prompts
+        self._answers = answers
+        self._masks = masks
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        position = input_ids.shape[1]
+        rows = [
+            answer.constraint if answer.finish_reason is None and position >= prompt.shape[0] else None
+            for prompt, answer in zip(self._prompts, self._answers, strict=True)
+        ]
+        masks = self._masks.start(rows).result()  # (num_rows, num_words)
+        if masks is None:
+            return scores
+        bits = np.unpackbits(masks.numpy().view(np.uint8), axis=1, bitorder="little")
+        is_allowed = torch.from_numpy(bits[:, : scores.shape[1]]).to(scores.device, torch.bool)
+        # A row whose constraint failed is allowed nothing; what is drawn then ends it with the reason.
+        is_allowed |= ~is_allowed.any(dim=1, keepdim=True)
+        return scores.masked_fill(~is_allowed, -torch.inf)
 
 
 class _Answers(StoppingCriteria):

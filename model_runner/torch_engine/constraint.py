@@ -1,9 +1,8 @@
 """Constrained decoding: which tokens a grammar lets a sequence take next, by llguidance, on CPU threads.
 
-Stands beside the engine's step. A request's grammar is compiled once and copied for each sequence; while the forward
+Stands beside the engine's step. A request's grammar (`model_runner.json_grammar`, `model_runner.answer_grammar`) is compiled once and copied for each sequence; while the forward
 pass of a step runs, `MaskFiller` fills the masks that `sampler.sample` takes; the drawn token goes to `accept`.
 
-    grammar = json_schema_grammar(schema)
     constraint = ConstraintCompiler(tokenizer, vocab_size, eos_token_ids).compile(grammar)
     pending = filler.start([constraint, None])
     logits = ...  # the forward pass
@@ -16,7 +15,7 @@ letters spells them with ordinary tokens.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
@@ -27,71 +26,14 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
 from torch import Tensor
 
-from schemas.canonical import Json
-from schemas.errors import EngineFailed, EngineLoadError, InvalidGrammar, abbreviated
+from model_runner.json_grammar import invalid_grammar
+from schemas.errors import EngineFailed, EngineLoadError, abbreviated
 
 MAX_CACHED_GRAMMARS = 256
 """Compiled grammars that are kept; compiling again costs a few milliseconds."""
 
-DEFAULT_MAX_WHITESPACE = 16
-"""Characters of white space at one place of a JSON text: enough to indent it, too few to spend an answer on."""
-
 # Verbose errors quote what was generated, which belongs to the row and not to a log.
 _LIMITS = LLParserLimits(verbose_errors=False)
-
-
-def json_schema_grammar(schema: Json, *, is_lenient: bool = False, max_whitespace: int = DEFAULT_MAX_WHITESPACE) -> str:
-    """The grammar of the JSON texts that are valid for a schema.
-
-    It is narrower than the schema: properties come in the schema's order, no white space stands before or after the
-    value, characters that need no escape are not escaped, and numbers with bounds are written without exponent. It is
-    wider in two places: properties that only `additionalProperties` or `patternProperties` allow may come twice, and
-    an unbounded `number` may be one that no double holds, such as 1e999, which validation refuses. A number that begins
-    the digits of its bound is left out: 0.2 under a `maximum` of 0.25 (llguidance 1.9.1).
-
-    llguidance cannot enforce some keywords (`not`, `contains`, `uniqueItems`, `if`, `propertyNames`, most `oneOf`, some
-    formats) and refuses a schema that has them. With `is_lenient` it ignores them, takes `oneOf` for `anyOf`, and
-    `grammar_warnings` names what is not enforced; validation, which comes later, still does. Nothing is ever fetched
-    for a `$ref`, and look-around in a `pattern` is always refused.
-
-    Args:
-        schema: an object or a boolean; `x-guidance`, llguidance's own keyword, does not count.
-        is_lenient: whether keywords that cannot be enforced are ignored instead of refused.
-        max_whitespace: most characters of white space at one place; 0 asks for compact JSON.
-    Raises:
-        InvalidGrammar: not a schema, no value can be valid, or a keyword that cannot be enforced.
-    """
-    if schema is True:
-        schema = {}
-    if not isinstance(schema, Mapping):
-        raise InvalidGrammar(f"expected a JSON Schema that some value keeps, found {abbreviated(schema)}")
-    try:
-        document = json.dumps({key: value for key, value in schema.items() if key != "x-guidance"}, allow_nan=False)
-        grammar = LLMatcher.grammar_from_json_schema(
-            document,
-            overrides={
-                "whitespace_flexible": max_whitespace > 0,
-                "whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{max_whitespace}}}" if max_whitespace > 0 else None,
-                "coerce_one_of": is_lenient,
-                "lenient": is_lenient,
-            },
-        )
-    except (TypeError, ValueError) as error:
-        raise InvalidGrammar(f"expected a JSON Schema, found a value that is not JSON: {error}") from error
-    grammar_warnings(grammar)
-    return grammar
-
-
-def grammar_warnings(grammar: str) -> list[str]:
-    """What a grammar of a lenient schema does not enforce, in llguidance's words; empty where it enforces everything.
-
-    Raises:
-        InvalidGrammar: the grammar cannot be compiled.
-    """
-    is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=_LIMITS)
-    if is_error:
-        raise _invalid(messages[0])
-    return messages
 
 
 def num_mask_words(vocab_size: int) -> int:
@@ -138,7 +80,7 @@ class ConstraintCompiler:
     def _compile(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            raise _invalid(matcher.get_error())
+            raise invalid_grammar(matcher.get_error())
         return matcher
 
 
@@ -293,10 +235,3 @@ def _with_unspellable_specials(tokenizer: tokenizers.Tokenizer) -> str:
     if model.get("unk_token") is not None:
         model["unk_token"] = new_names.get(model["unk_token"], model["unk_token"])
     return json.dumps(document, ensure_ascii=False)
-
-
-def _invalid(reason: str) -> InvalidGrammar:
-    return InvalidGrammar(
-        f"expected a grammar that can be enforced, found: {abbreviated(reason, 300)}; of a JSON Schema, a lenient "
-        "grammar leaves most keywords that cannot be enforced to validation"
-    )

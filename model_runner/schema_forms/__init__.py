@@ -1,0 +1,9 @@
+"""A JSON Schema taken apart and put together again, so that a grammar can enforce it; see `model_runner.json_grammar`.
+
+references.py   which draft a schema is of, and what a reference in it names
+negation.py     what must hold where another schema must not
+choices.py      in-place keywords (allOf, anyOf, oneOf, not, if, $ref ...) become alternatives of plain keywords
+values.py       plain keywords of one alternative become one form for each type of value
+patterns.py     regular expressions and formats, in the spelling that llguidance knows
+document.py     forms become a schema without in-place keywords, and a list of what it leaves to validation
+"""
