@@ -19,7 +19,9 @@ NUM_FOREIGN_TOKENS = 4
 
 Layout: TypeAlias = Literal["v3", "v4"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-PromptSet: TypeAlias = Literal["shared", "unshared", "short_cache", "random_tree", "ten_times"]
+PromptSet: TypeAlias = Literal[
+    "shared", "unshared", "short_cache", "random_tree", "ten_times", "decode_512", "decode_8192"
+]
 PROMPT_SETS: tuple[PromptSet, ...] = get_args(PromptSet)
 
 Prompts: TypeAlias = list[list[int]]
@@ -133,6 +135,7 @@ def make_prompts(prompt_set: PromptSet, *, seed: int = 0) -> Prompts:
 
     `shared`: 128 of 720 tokens, 512 of them shared by all and 192 by four. `unshared`: 32 of 720. `short_cache`: 64
     documents of 768 with 4 questions of 16 each. `random_tree`: trees of 2 to 9 levels. `ten_times`: 10 of `shared`.
+    `decode_512`, `decode_8192`: 128 that share so many tokens before 16 of their own.
     """
     makers: dict[PromptSet, Callable[[random.Random], Prompts]] = {
         "shared": lambda draw: list(_even_tree(draw, [(1, 512), (32, 192), (4, 16)])),
@@ -140,6 +143,8 @@ def make_prompts(prompt_set: PromptSet, *, seed: int = 0) -> Prompts:
         "short_cache": lambda draw: list(_even_tree(draw, [(64, 768), (4, 16)])),
         "random_tree": random_tree,
         "ten_times": lambda draw: list(_even_tree(draw, [(10, 512), (32, 192), (4, 16)])),
+        "decode_512": lambda draw: list(_even_tree(draw, [(1, 512), (128, 16)])),
+        "decode_8192": lambda draw: list(_even_tree(draw, [(1, 8192), (128, 16)])),
     }
     # A generator seeded by text is the same everywhere, unlike one seeded by `hash`.
     draw = random.Random(f"{prompt_set} {seed}")

@@ -17,9 +17,8 @@ import pyarrow as pa
 from benchmarks.contenders.whole_way import benchmark_job
 from benchmarks.prompts import BenchmarkFiles
 from jobs.preflight import check_job
-from model_runner.protocol import load_runner
 from pipelines.main_job import MainJob
-from transforms.answer import answer_shard
+from transforms.answer import LoadedEngine, answer_shard
 from transforms.plan import PlannedShard, build_shard, cut_shards, write_plan
 from transforms.publish import publish_shard, write_manifest
 from transforms.read import read_unit
@@ -64,12 +63,12 @@ def walk_stages(files: BenchmarkFiles, output: Path, checkpoint: str) -> dict[st
     runs = list(_write_runs(job, clock))
     shards = _build_shards(job, runs, clock)
     with clock.timed("answer"):
-        runner = load_runner(job.answer.engine)
+        engine = LoadedEngine.load(job.answer.engine)
     commits = []
     for shard in shards:
         with clock.timed("answer"):
             table = read_rows(job.plan.layout.shard_plan(shard.shard))
-            commits.append(answer_shard(shard.shard, table, runner, job.answer))
+            commits.append(answer_shard(shard.shard, table, engine, job.answer))
         with clock.timed("publish"):
             publish_shard(commits[-1], job.plan.layout)
     with clock.timed("publish"):

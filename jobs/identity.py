@@ -11,6 +11,7 @@ from model_runner.protocol import EngineConfig
 from schemas import storage
 from schemas.answer_schema import AnswerSchema
 from schemas.canonical import Json, fingerprint
+from schemas.chat_options import ChatOptions, options_json
 from schemas.errors import OutputError
 from schemas.job import Job
 from schemas.layout import RunLayout
@@ -83,6 +84,7 @@ def identify(
     schema: AnswerSchema | None,
     engine: EngineConfig,
     prices: PriceBook | None,
+    options: ChatOptions,
 ) -> JobIdentity:
     """The identity of a checked job."""
     columns = {**job.input.model_dump(mode="json", exclude={"path"}), "format": scan.format}
@@ -91,6 +93,7 @@ def identify(
         "name": engine.name,
         "revision": engine.revision,
         "dtype": engine.dtype,
+        "encoding": engine.encoding,
         "script": fingerprint(storage.read_bytes(engine.script).hex()) if engine.script is not None else None,
     }
     accounting: dict[str, Json] = {
@@ -107,10 +110,16 @@ def identify(
             "document": schema.document,
             "formats": schema.formats,
             "source": schema.source if schema.model else None,
+            "code": schema.code_digest,
         }
         if schema
         else None,
         "[model]": model,
+        "[output] form": job.output.model_dump(
+            mode="json", include={"response_format", "schema_in_prompt", "constrain"}
+        ),
+        "[thinking] and [tools]": {"options": options_json(options), "column": job.tools.column},
+        "[repair]": job.repair.model_dump(mode="json"),
         "[sampling]": job.sampling.model_dump(mode="json"),
         "[plan]": job.plan.model_dump(mode="json"),
         "[accounting]": accounting,

@@ -29,6 +29,7 @@ _PATH_KEYS = {
     ("model", "path"),
     ("model", "script"),
     ("accounting", "price_book"),
+    ("tools", "path"),
 }
 _CLASS_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -84,7 +85,7 @@ def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
     job = _validated(draft)
     if draft.problems or job is None:
         raise JobFileError(_one_message(draft.problems))
-    return job
+    return job.located(_folder_of(path))
 
 
 def _read_toml(path: str) -> dict[str, Any]:

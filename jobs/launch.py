@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from transforms.plan import PlanRecord, read_plan
 from transforms.publish import cost_of
 
 POLL_S = 0.25
+_LOGGER = logging.getLogger(__name__)
 
 OnProgress = Callable[[ProgressSnapshot], None]
 
@@ -52,6 +54,8 @@ def launch(
     options = beam_options(beam_args)
     checked = check_job(job, limit=limit)
     layout = checked.layout
+    for warning in checked.warnings:
+        _LOGGER.warning("%s", warning)
     manifest = _read_manifest(layout)
     if manifest is not None and manifest["status"] == "complete":
         return _summary(manifest, checked, "already_done", started)

@@ -21,17 +21,24 @@ from jobs.demo.checkpoint_path import CHECKPOINT_PATH
 from jobs.identity import JobIdentity, identify
 from jobs.summary import CheckReport
 from model_runner.prompt_encoder import PromptEncoder, checkpoint_revision
-from model_runner.protocol import ENGINES, EngineConfig, load_runner
+from model_runner.protocol import CONSTRAINED_ENGINES, ENGINES, EngineConfig, load_runner
 from pipelines.main_job import MainJob
 from schemas import storage
 from schemas.answer_schema import AnswerSchema
 from schemas.canonical import Json
-from schemas.errors import JobError, JobFileError, OutputError
+from schemas.chat_options import ChatOptions, ResponseFormat, Tool, ToolChoice, parse_tool_choice, parse_tools
+from schemas.errors import JobError, JobFileError, OutputError, RowError
 from schemas.job import Job
 from schemas.layout import RunLayout
+from schemas.model_limits import parameter_warnings, strict_tool_problems
+from schemas.output_type import OutputType, describe_output_type, output_type
 from schemas.prices import PriceLine
-from schemas.tables import RESULT_SCHEMA, result_schema
+from schemas.records import Sampling
+from schemas.strict_json import parse_json
+from schemas.tables import OUTPUT, RESULT_SCHEMA, result_schema
 from transforms.answer import AnswerSpec
+from transforms.answer_terms import TermsBook
+from transforms.grammar_book import GrammarBook
 from transforms.input_scan import InputScan, scan_input
 from transforms.plan import PlanRecord, PlanSpec
 from transforms.price_book import PriceBook
@@ -56,9 +63,11 @@ class CheckedJob:
     scan: InputScan
     columns: ReadColumns
     engine: EngineConfig
-    schema: AnswerSchema | None
+    terms: TermsBook
+    output_type: OutputType | None
     prices: PriceBook | None
     price_line: PriceLine | None
+    warnings: tuple[str, ...] = ()
 
     def main_job(self, planned: PlanRecord | None) -> MainJob:
         """What the pipeline is built from; `planned` is the plan of an earlier attempt."""
@@ -75,6 +84,11 @@ class CheckedJob:
                 passthrough=passthrough,
                 messages_column="messages" if is_jsonl else self.job.prompt.messages_column,
                 sampling_column="sampling" if is_jsonl else None,
+                encoding=self.engine.encoding,
+                terms=self.terms,
+                options_column="options" if is_jsonl else None,
+                tools_column=self.job.tools.column,
+                schema_in_prompt=self.job.output.schema_in_prompt,
             ),
             plan=PlanSpec(
                 self.job.plan,
@@ -86,19 +100,25 @@ class CheckedJob:
                 run_id=run_id,
                 layout=self.layout,
                 engine=self.engine,
-                schema=self.schema,
+                terms=self.terms,
                 prices=self.prices,
+                repair=self.job.repair,
+                schema_in_prompt=self.job.output.schema_in_prompt,
+                is_constrained=self.job.output.constrain == "auto",
+                output_type=self.output_type,
                 provider=self.job.accounting.provider,
                 model=self.job.accounting.model,
             ),
-            publish=PublishSpec(run_id, self.layout, passthrough, self.scan.num_rows, self._described()),
+            publish=PublishSpec(
+                run_id, self.layout, passthrough, self.scan.num_rows, self._described(), self.output_type
+            ),
             has_ids=is_jsonl or self.job.input.id_column is not None,
             planned=planned,
         )
 
     def report(self) -> CheckReport:
         """What `moebeam validate` prints."""
-        warnings: list[str] = []
+        warnings = list(self.warnings)
         if self.scan.num_unreadable_files:
             warnings.append(f"{self.scan.num_unreadable_files} of {self.scan.num_files} files cannot be read")
         if self.job.accounting.price_book is None:
@@ -113,6 +133,7 @@ class CheckedJob:
             engine=self.engine.engine,
             model=self.engine.name,
             schema=self.job.output.schema_,
+            output_type=self.output_type and describe_output_type(self.output_type),
             price=line
             and f"{line.provider} {line.model}: hit {line.cache_hit}, miss {line.cache_miss}, output {line.output} "
             f"{line.currency} per 1,000,000 tokens",
@@ -133,6 +154,7 @@ class CheckedJob:
             },
             "model": {"engine": self.engine.engine, "name": self.engine.name, "revision": self.engine.revision},
             "price_book": self.prices.version if self.prices else None,
+            "warnings": list(self.warnings),
         }
 
 
@@ -149,6 +171,9 @@ def check_job(job: Job, *, limit: int | None = None) -> CheckedJob:
     template = _try(problems, lambda: PromptTemplate(job.prompt))
     scan = _try(problems, lambda: scan_input(job.input, limit=limit, needed=_needed(job, template)))
     schema = _try(problems, lambda: _load_schema(job))
+    options = _try(problems, lambda: _options_of(job, schema))
+    terms = _try(problems, lambda: _terms_of(job, options, schema)) if options is not None else None
+    output_type = _try(problems, lambda: _output_type(schema))
     engine = _try(problems, lambda: _engine_config(job))
     prices = _try(problems, lambda: _load_prices(job))
     line = None
@@ -157,20 +182,27 @@ def check_job(job: Job, *, limit: int | None = None) -> CheckedJob:
     if scan is not None and template is not None:
         problems += _column_problems(job, scan, template)
     problems += _output_problems(job)
-    if problems or scan is None or template is None or engine is None:
+    if problems or scan is None or template is None or engine is None or terms is None:
         raise _one_error(problems)
     columns = _columns(job, scan, template)
     _check_writable(columns)
-    identity = identify(job, scan=scan, limit=limit, schema=schema, engine=engine, prices=prices)
+    identity = identify(job, scan=scan, limit=limit, schema=schema, engine=engine, prices=prices, options=terms.options)
     identity.check_output(layout)
-    return CheckedJob(job, limit, layout, identity, scan, columns, engine, schema, prices, line)
+    warnings = tuple(_terms_warnings(job, engine, terms))
+    return CheckedJob(job, limit, layout, identity, scan, columns, engine, terms, output_type, prices, line, warnings)
 
 
 def _needed(job: Job, template: PromptTemplate | None) -> frozenset[str] | None:
     """Columns that the job reads; None for all of them."""
     if job.input.passthrough == "all" or template is None:
         return None
-    single = (job.input.id_column, job.input.tenant_column, job.input.cost_center_column, job.prompt.messages_column)
+    single = (
+        job.input.id_column,
+        job.input.tenant_column,
+        job.input.cost_center_column,
+        job.prompt.messages_column,
+        job.tools.column,
+    )
     return template.variables | {*job.input.passthrough} | {name for name in single if name is not None} | {"line"}
 
 
@@ -189,7 +221,91 @@ def _one_error(problems: list[JobError]) -> JobError:
 
 
 def _load_schema(job: Job) -> AnswerSchema | None:
-    return AnswerSchema.load(job.output.schema_, job.output.formats) if job.output.schema_ is not None else None
+    section = job.output
+    if section.schema_ is None:
+        return None
+    if section.response_format != "auto":
+        raise JobFileError(
+            f"[output] response_format: expected `auto` beside `schema`, found {section.response_format!r}"
+        )
+    return AnswerSchema.load(section.schema_, section.formats, job.folder)
+
+
+def _options_of(job: Job, schema: AnswerSchema | None) -> ChatOptions:
+    """What the job asks of every row that does not say otherwise."""
+    section = job.tools
+    tools: tuple[Tool, ...] = ()
+    if section.path is not None:
+        if section.column is not None:
+            raise JobFileError("[tools]: expected `path` or `column`, found both")
+        tools = _read_tools(section.path)
+    response_format = ResponseFormat()
+    if schema is not None:
+        response_format = ResponseFormat("json_schema", schema.document)
+    elif job.output.response_format == "json_object":
+        response_format = ResponseFormat("json_object")
+    try:
+        # A column's tools are not known yet: a name is held against them row by row.
+        choice = (
+            ToolChoice("named", section.choice)
+            if section.column is not None and section.choice not in ("auto", "none", "required")
+            else ToolChoice("required")
+            if section.column is not None and section.choice == "required"
+            else parse_tool_choice(section.choice, tools, "[tools] choice")
+        )
+    except RowError as error:
+        raise JobFileError(str(error)) from error
+    return ChatOptions(
+        tools=tools,
+        tool_choice=choice,
+        parallel_tool_calls=section.parallel,
+        response_format=response_format,
+        thinking={"auto": None, "enabled": True, "disabled": False}[job.thinking.mode],
+        reasoning_effort=job.thinking.reasoning_effort,
+        max_reasoning_tokens=job.thinking.max_reasoning_tokens,
+    )
+
+
+def _read_tools(path: str) -> tuple[Tool, ...]:
+    try:
+        tools = parse_tools(parse_json(storage.read_bytes(path).decode("utf-8-sig")), path)
+    except FileNotFoundError as error:
+        raise JobFileError(f"{path}: expected a JSON file of tools, found no such file") from error
+    except (RowError, OSError, ValueError) as error:
+        raise JobFileError(f"[tools] path: {path}: {error}") from error
+    return tools
+
+
+def _terms_of(job: Job, options: ChatOptions, schema: AnswerSchema | None) -> TermsBook:
+    terms = TermsBook(options, schema, job.output.formats)
+    try:
+        terms.of(None)
+    except RowError as error:
+        raise JobFileError(f"[tools]: {error}") from error
+    return terms
+
+
+def _output_type(schema: AnswerSchema | None) -> OutputType | None:
+    return output_type(schema.document, schema.formats) if schema is not None else None
+
+
+def _terms_warnings(job: Job, engine: EngineConfig, terms: TermsBook) -> Iterable[str]:
+    """What a person should know of the answers' terms before the run."""
+    encoder = PromptEncoder.load(engine.path, engine.encoding)
+    thinking = encoder.encoding.thinking_of(terms.options)
+    sampling = Sampling(**job.sampling.model_dump())
+    today = datetime.now(UTC).date()
+    yield from parameter_warnings(engine.name, today, thinking=thinking, sampling=sampling, options=terms.options)
+    for tool in terms.options.tools:
+        if tool.is_strict and (problems := strict_tool_problems(tool)):
+            yield f"tool {tool.name!r} is strict, and DeepSeek's API would refuse it: {'; '.join(problems)}"
+    if engine.engine in CONSTRAINED_ENGINES and job.output.constrain == "auto":
+        built = GrammarBook(encoder).build(terms.of(None), starts_in_reasoning=thinking)
+        for relaxed in built.relaxed if built is not None else ():
+            yield (
+                f"{job.output.schema_ or '[tools]'}: {relaxed.keyword} at {relaxed.pointer or '/'} is not enforced "
+                f"while answers are decoded ({relaxed.reason}); validation still checks it"
+            )
 
 
 def _load_prices(job: Job) -> PriceBook | None:
@@ -203,7 +319,7 @@ def _engine_config(job: Job) -> EngineConfig:
         raise JobFileError(f"[model] engine: expected one of {', '.join(sorted(ENGINES))}, found {section.engine!r}")
     path = section.path if section.path is not None else str(CHECKPOINT_PATH)
     default_name = EMBEDDED_NAME if section.path is None else path.rstrip("/").rpartition("/")[2]
-    encoder = PromptEncoder.load(path)
+    encoder = PromptEncoder.load(path, section.encoding)
     if job.sampling.max_tokens >= encoder.context_length:
         raise JobFileError(
             f"[sampling] max_tokens: expected less than the model's context of {encoder.context_length} tokens, "
@@ -219,6 +335,7 @@ def _engine_config(job: Job) -> EngineConfig:
         batch_size=section.batch_size,
         script=section.script,
         max_cache_bytes=section.max_cache_bytes,
+        encoding=section.encoding,
     )
     if section.engine == "fake":
         load_runner(config)
@@ -250,6 +367,7 @@ def _column_problems(job: Job, scan: InputScan, template: PromptTemplate) -> Ite
             ("[input] tenant_column", section.tenant_column),
             ("[input] cost_center_column", section.cost_center_column),
             ("[input] passthrough", section.passthrough or None),
+            ("[tools] column", job.tools.column),
         ):
             if value is not None:
                 yield JobFileError(f"{key}: not for JSONL input, whose lines bring their own ids and messages")
@@ -268,6 +386,8 @@ def _column_problems(job: Job, scan: InputScan, template: PromptTemplate) -> Ite
         )
         if name is not None
     ]
+    if job.tools.column is not None:
+        named.append(("[tools] column", job.tools.column))
     if prompt.messages_column is not None:
         named.append(("[prompt] messages_column", prompt.messages_column))
     if section.passthrough != "all":
@@ -282,7 +402,7 @@ def _column_problems(job: Job, scan: InputScan, template: PromptTemplate) -> Ite
             found = scan.schema.field(name).type
             if not _can_be_label(found):
                 yield JobFileError(f"{key}: expected a column of text or whole numbers, found {name!r} of type {found}")
-    taken = {field.lower() for field in RESULT_SCHEMA.names}
+    taken = {field.lower() for field in RESULT_SCHEMA.names} | ({OUTPUT} if job.output.schema_ is not None else set())
     passed = scan.schema.names if section.passthrough == "all" else section.passthrough
     for name in passed:
         if name.lower() in taken:
@@ -329,6 +449,8 @@ def _columns(job: Job, scan: InputScan, template: PromptTemplate) -> ReadColumns
         return ReadColumns(input_fields=JSONL_INPUT_FIELDS, passthrough=())
     column = job.prompt.messages_column
     names = sorted(template.variables) if column is None else [column]
+    if job.tools.column is not None and job.tools.column not in names:
+        names.append(job.tools.column)
     passed = scan.schema.names if job.input.passthrough == "all" else job.input.passthrough
     fields: Mapping[str, pa.Field[Any]] = {name: scan.schema.field(name) for name in scan.schema.names}
     return ReadColumns(

@@ -252,8 +252,10 @@ def _report_lines(report: CheckReport) -> Iterator[tuple[str, str]]:
     yield "columns", ", ".join(report.columns[:_NUM_SHOWN_COLUMNS]) + (f" and {more} more" if more > 0 else "")
     yield "engine", f"{report.engine}, {report.model}"
     yield "schema", report.schema or "none: answers are kept as text"
+    if report.output_type is not None:
+        yield "output", report.output_type
     yield "price", report.price or "none: costs will be null"
-    yield "output", report.output
+    yield "tables", report.output
 
 
 def spell_money(amount: Decimal, currency: str | None) -> str:

@@ -95,6 +95,7 @@ class CheckReport:
         limit: the trial's `--limit`, if any.
         columns: the input's columns, in order.
         price: the price line that will be used, in words; None without a price book.
+        output_type: of the typed column of answers; None without a schema.
         warnings: what is allowed but probably not meant.
     """
 
@@ -107,6 +108,7 @@ class CheckReport:
     model: str
     schema: str | None
     price: str | None
+    output_type: str | None = None
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:

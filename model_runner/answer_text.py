@@ -1,17 +1,95 @@
-"""From tokens to text: where an answer ends, and what it says. Shared by the engines in process."""
+"""From tokens to an answer: where it ends, what it says, thinks and calls. Shared by the engines in process."""
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import tokenizers
 
 from model_runner.checkpoint import read_json_object
+from model_runner.encoding.chat_encoding import ChatEncoding
 from schemas import storage
-from schemas.errors import EngineLoadError
-from schemas.records import Request
+from schemas.errors import EngineLoadError, RowError
+from schemas.records import FinishReason, Request, ToolCall, TokenIds
 
 _NUM_SPARE_TOKENS = 8
+_NUM_TAIL_TOKENS = 64
+_THINK_END = "</think>"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model's tokens say.
+
+    Attributes:
+        text: what is meant for the user, up to a stop string.
+        num_reasoning_tokens: tokens of the reasoning, the one that closes it included.
+        error: why markup in the answer cannot be read; the text then holds all of it.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    reasoning_content: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    num_reasoning_tokens: int = 0
+    error: RowError | None = None
+
+
+class AnswerReader:
+    """Reads answers of one model: by its tokenizer, and by the encoding that its prompts were written in."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, encoding: ChatEncoding) -> None:
+        self._tokenizer = tokenizer
+        self._encoding = encoding
+        markup = {token_id for text in encoding.markup if (token_id := tokenizer.token_to_id(text)) is not None}
+        special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._silent = special - markup
+        self._think_end_id = tokenizer.token_to_id(_THINK_END)
+
+    def read(self, request: Request, token_ids: Sequence[int], finish_reason: FinishReason) -> Answer:
+        """Take an answer apart.
+
+        Args:
+            token_ids: as generated; tokens that end an answer may be among them.
+            finish_reason: why the engine stopped; an answer that stops after calling tools has `tool_calls`.
+        """
+        spoken = [token_id for token_id in token_ids if token_id not in self._silent]
+        text, _ = cut_at_stop(self._tokenizer.decode(spoken, skip_special_tokens=False), request.sampling.stop)
+        has_tools = bool(request.options.callable_tools)
+        if not self._encoding.has_reasoning and not has_tools:
+            return Answer(text, finish_reason)
+        starts_in_reasoning = self._encoding.has_reasoning and self._encoding.starts_in_reasoning(
+            tail_of(self._tokenizer, request.prompt_token_ids)
+        )
+        parsed = self._encoding.parse(text, starts_in_reasoning=starts_in_reasoning, has_tools=has_tools)
+        num_reasoning = 0
+        if parsed.reasoning_content is not None:
+            num_reasoning = self._num_reasoning_tokens(token_ids, parsed.reasoning_content)
+        is_calling = bool(parsed.tool_calls) and finish_reason == "stop"
+        return Answer(
+            parsed.content,
+            "tool_calls" if is_calling else finish_reason,
+            parsed.reasoning_content,
+            parsed.tool_calls,
+            num_reasoning,
+            parsed.error,
+        )
+
+    def _num_reasoning_tokens(self, token_ids: Sequence[int], reasoning: str) -> int:
+        if self._think_end_id is not None and self._think_end_id in token_ids:
+            return list(token_ids).index(self._think_end_id) + 1
+        if _THINK_END in self._tokenizer.decode(list(token_ids), skip_special_tokens=False):
+            # The tokenizer spells the end mark in pieces, so the reasoning is counted by itself.
+            num_tokens = len(self._tokenizer.encode(reasoning + _THINK_END, add_special_tokens=False).ids)
+            return min(num_tokens, len(token_ids))
+        return len(token_ids)
+
+
+def tail_of(tokenizer: tokenizers.Tokenizer, prompt_token_ids: TokenIds) -> str:
+    """The last characters of a prompt, special tokens included; enough to see whether the model is to think first."""
+    tail = [int(token_id) for token_id in prompt_token_ids[-_NUM_TAIL_TOKENS:]]
+    return tokenizer.decode(tail, skip_special_tokens=False)
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:

@@ -11,13 +11,14 @@ The first rule that matches the last user message (and the attempt, where it nam
 """
 
 import hashlib
+import json
 import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -28,7 +29,7 @@ from model_runner.protocol import EngineConfig
 from schemas import storage
 from schemas.canonical import canonical_json
 from schemas.errors import EngineLoadError, RowError
-from schemas.records import Completion, FinishReason, Request, TokenIds, Usage
+from schemas.records import Completion, FinishReason, Request, TokenIds, ToolCall, Usage
 
 PROVIDER = "fake"
 FAILURES: dict[str, type[RowError]] = {
@@ -37,6 +38,21 @@ FAILURES: dict[str, type[RowError]] = {
 """What a reply's `failure` may name."""
 
 _CHARACTERS_PER_TOKEN = 4
+
+
+class Call(BaseModel):
+    """A scripted function call; `arguments` is JSON text, or the object itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    arguments: str | dict[str, Any]
+
+    @property
+    def arguments_text(self) -> str:
+        if isinstance(self.arguments, str):
+            return self.arguments
+        return json.dumps(self.arguments, ensure_ascii=False)
 
 
 class Reply(BaseModel):
@@ -53,6 +69,7 @@ class Reply(BaseModel):
     failure: str | None = None
     message: str | None = None
     reasoning_content: str | None = None
+    tool_calls: tuple[Call, ...] = ()
     cached_tokens: int | None = Field(default=None, ge=0)
     completion_tokens: int | None = Field(default=None, ge=0)
 
@@ -141,6 +158,7 @@ class FakeRunner:
             time.sleep(self.script.latency_ms / 1000)
         reply = self._reply_to(request)
         error: RowError | None = None
+        calls: tuple[ToolCall, ...] = ()
         finish_reason: FinishReason = reply.finish_reason or "stop"
         if reply.failure is not None:
             error = FAILURES[reply.failure](reply.message or f"scripted failure: {reply.failure}")
@@ -149,11 +167,16 @@ class FakeRunner:
         else:
             _, num_reasoning = self._cut(reply.reasoning_content or "", None)
             max_tokens = max(0, request.sampling.max_tokens - num_reasoning)
-            whole = _echo(request.prompt_token_ids) if reply.text is None else reply.text
+            echo = "" if reply.tool_calls else _echo(request.prompt_token_ids)
+            whole = echo if reply.text is None else reply.text
             text, num_visible = self._cut(whole, max_tokens)
             num_completion = num_reasoning + num_visible
+            calls, num_called = self._calls(reply)
+            num_completion += num_called
             if text != whole:
                 finish_reason = "length"
+            elif calls and reply.finish_reason is None:
+                finish_reason = "tool_calls"
         if reply.completion_tokens is not None:
             num_completion = reply.completion_tokens
             num_reasoning = min(num_reasoning, num_completion)
@@ -173,8 +196,16 @@ class FakeRunner:
             model=self.config.name,
             model_revision=self.config.revision,
             reasoning_content=reply.reasoning_content,
+            tool_calls=calls,
             error=error,
         )
+
+    def _calls(self, reply: Reply) -> tuple[tuple[ToolCall, ...], int]:
+        """The scripted calls, and how many tokens they are."""
+        calls = tuple(
+            ToolCall(f"call_{index}", call.name, call.arguments_text) for index, call in enumerate(reply.tool_calls)
+        )
+        return calls, sum(self._cut(call.name + call.arguments, None)[1] for call in calls)
 
     def _reply_to(self, request: Request) -> Reply:
         if not self.script.rules:

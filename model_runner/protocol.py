@@ -37,6 +37,7 @@ class EngineConfig:
     batch_size: int = 0
     script: str | None = None
     max_cache_bytes: int = 0
+    encoding: str = "auto"
 
 
 class ModelRunner(Protocol):
@@ -68,6 +69,9 @@ ENGINES: dict[str, str] = {
     "vllm": "model_runner.vllm_runner:load_vllm_runner",
 }
 """Engine names and where their loaders live; imported on first use, so a job pays only for its own engine."""
+
+CONSTRAINED_ENGINES = frozenset({"torch", "transformers", "vllm"})
+"""Engines that hold answers to `Request.grammar`."""
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:

@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 
 import tokenizers
 
-from model_runner.answer_text import StopStrings, read_end_token_ids, seed_of, text_of
+from model_runner.answer_text import AnswerReader, StopStrings, read_end_token_ids, seed_of
 from model_runner.checkpoint import read_tokenizer
+from model_runner.encoding.chat_encoding import encoding_of
 from model_runner.protocol import EngineConfig
 from model_runner.torch_engine.constraint import ConstraintCompiler
 from model_runner.torch_engine.engine import TorchEngine
@@ -26,11 +27,16 @@ class TorchRunner:
     """A loaded model behind `ModelRunner`."""
 
     def __init__(
-        self, config: EngineConfig, engine: TorchEngine, tokenizer: tokenizers.Tokenizer, end_token_ids: Iterable[int]
+        self,
+        config: EngineConfig,
+        engine: TorchEngine,
+        tokenizer: tokenizers.Tokenizer,
+        end_token_ids: Iterable[int],
     ) -> None:
         self.config = config
         self.engine = engine
         self._tokenizer = tokenizer
+        self._reader = AnswerReader(tokenizer, encoding_of(config.path, config.encoding))
         self._end_token_ids = frozenset(end_token_ids)
         self._compiler = ConstraintCompiler(tokenizer, engine.model.vocab_size, sorted(self._end_token_ids))
 
@@ -78,21 +84,23 @@ class TorchRunner:
             yield self._completion(request, Finished(request.request_id, [], "error", error=error))
 
     def _completion(self, request: Request, finished: Finished) -> Completion:
-        text, _ = text_of(finished.token_ids, self._tokenizer, request.sampling.stop)
+        answer = self._reader.read(request, finished.token_ids, finished.finish_reason)
         started_at = datetime.fromtimestamp(finished.admitted_s, UTC) if finished.admitted_s else datetime.now(UTC)
         num_cached = finished.num_cached_tokens
         return Completion(
             request_id=request.request_id,
-            text=text,
-            finish_reason=finished.finish_reason,
-            usage=Usage(request.num_prompt_tokens, len(finished.token_ids), cached_tokens=num_cached),
+            text=answer.text,
+            finish_reason=answer.finish_reason,
+            usage=Usage(request.num_prompt_tokens, len(finished.token_ids), num_cached, answer.num_reasoning_tokens),
             started_at=started_at,
             latency_ms=max(0.0, finished.finished_s - finished.admitted_s) * 1000,
             provider=PROVIDER,
             model=self.config.name,
             model_revision=self.config.revision,
             logprobs=tuple(finished.logprobs) if request.sampling.logprobs and not finished.error else None,
-            error=finished.error,
+            reasoning_content=answer.reasoning_content,
+            tool_calls=answer.tool_calls,
+            error=finished.error or answer.error,
         )
 
 

@@ -34,8 +34,9 @@ from typing import IO, Any, TypeAlias, cast
 
 import tokenizers
 
-from model_runner.answer_text import StopStrings, read_end_token_ids, seed_of, text_of
+from model_runner.answer_text import AnswerReader, StopStrings, read_end_token_ids, seed_of
 from model_runner.checkpoint import read_json_object, read_tokenizer
+from model_runner.encoding.chat_encoding import encoding_of
 from model_runner.prefix_tree import prefix_key
 from model_runner.protocol import EngineConfig
 from schemas import storage
@@ -276,6 +277,7 @@ class VllmRunner:
         self.config = config
         self._tokenizer = tokenizer
         self._end_token_ids = frozenset(end_token_ids)
+        self._reader = AnswerReader(tokenizer, encoding_of(config.path, config.encoding))
         self._ask_ids = count()
         self._start = lambda: _Process(python, engine_arguments)
         self._start_lock = threading.Lock()
@@ -405,15 +407,18 @@ class VllmRunner:
 
     def _completion(self, answer: "_Answer", error: RowError | None) -> Completion:
         request = answer.request
+        finish_reason = "error" if error is not None else answer.finish_reason or "length"
+        said = self._reader.read(request, answer.token_ids, finish_reason)
         return Completion(
             request_id=request.request_id,
-            text=text_of(answer.token_ids, self._tokenizer, request.sampling.stop)[0],
-            finish_reason="error" if error is not None else answer.finish_reason or "length",
+            text=said.text,
+            finish_reason=said.finish_reason,
             usage=Usage(
                 request.num_prompt_tokens,
                 len(answer.token_ids),
                 # Nothing was computed for a request that vLLM never ran.
                 cached_tokens=answer.cached_tokens if answer.token_ids else 0,
+                reasoning_tokens=said.num_reasoning_tokens,
             ),
             started_at=answer.started_at,
             latency_ms=(time.perf_counter() - answer.start) * 1000,
@@ -421,7 +426,9 @@ class VllmRunner:
             model=self.config.name,
             model_revision=self.config.revision,
             logprobs=tuple(answer.logprobs) if request.sampling.logprobs and error is None else None,
-            error=error,
+            reasoning_content=said.reasoning_content,
+            tool_calls=said.tool_calls,
+            error=error or said.error,
         )
 
 

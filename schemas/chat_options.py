@@ -6,13 +6,13 @@ JSON, which is checked here; encoders, grammars and validation read the records.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias, cast
 
 from schemas.canonical import Json
-from schemas.errors import InvalidResponseFormat, InvalidTools, abbreviated
+from schemas.errors import InvalidResponseFormat, InvalidSampling, InvalidTools, abbreviated
 
 MAX_TOOLS = 128
 """Most tools of one request, as DeepSeek's API documents it."""
@@ -95,6 +95,7 @@ class ChatOptions:
 
 
 DEFAULT_OPTIONS = ChatOptions()
+OPTION_NAMES = tuple(option.name for option in fields(ChatOptions))
 
 
 def parse_tools(value: object, where: str = "tools") -> tuple[Tool, ...]:
@@ -176,6 +177,63 @@ def parse_response_format(value: object, where: str = "response_format") -> Resp
     return ResponseFormat("json_schema", schema)
 
 
+def parse_thinking(value: object, where: str = "thinking") -> bool | None:
+    """DeepSeek's `{"type": "enabled" | "disabled"}`, or the bare word, or a boolean; null leaves it to the model.
+
+    Raises:
+        InvalidSampling: another value.
+    """
+    found = cast("Mapping[str, object]", value).get("type") if isinstance(value, Mapping) else value
+    if found is None and value is None:
+        return None
+    if found in ("enabled", True):
+        return True
+    if found in ("disabled", False):
+        return False
+    raise InvalidSampling(f"{where}: expected enabled or disabled, found {abbreviated(value)}")
+
+
+_PLAIN_VALUES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("parallel_tool_calls", "true or false", lambda found: isinstance(found, bool)),
+    ("reasoning_effort", "a word", lambda found: isinstance(found, str) and bool(found)),
+    ("max_reasoning_tokens", "a positive integer", lambda found: type(found) is int and found > 0),
+)
+
+
+def with_own_values(options: ChatOptions, own: Mapping[str, object]) -> ChatOptions:
+    """The job's options, with what a row says itself in place of them.
+
+    Args:
+        own: any of `OPTION_NAMES`, in the shapes of the chat completion interface; null counts as not said.
+    Raises:
+        InvalidTools, InvalidResponseFormat, InvalidSampling: a value of another shape; names field, expected, found.
+    """
+    said = {name: value for name, value in own.items() if value is not None}
+    values: dict[str, Any] = {}
+    tools = options.tools
+    if "tools" in said:
+        tools = values["tools"] = parse_tools(said["tools"])
+    if "tool_choice" in said:
+        values["tool_choice"] = parse_tool_choice(said["tool_choice"], tools)
+    elif "tools" in said:
+        values["tool_choice"] = _checked_choice(options.tool_choice, tools)
+    if "response_format" in said:
+        values["response_format"] = parse_response_format(said["response_format"])
+    if "thinking" in said:
+        values["thinking"] = parse_thinking(said["thinking"])
+    for name, expected, is_right in _PLAIN_VALUES:
+        if name in said:
+            if not is_right(said[name]):
+                raise InvalidSampling(f"{name}: expected {expected}, found {abbreviated(said[name])}")
+            values[name] = said[name]
+    return replace(options, **values)
+
+
+def _checked_choice(choice: ToolChoice, tools: Sequence[Tool]) -> ToolChoice:
+    """The job's choice, held against a row's own tools."""
+    return parse_tool_choice(choice.name if choice.mode == "named" else choice.mode, tools)
+
+
 def options_json(options: ChatOptions) -> str:
     """Options as JSON: equal text, equal options. The keys of tools and schemas keep their order."""
     values: dict[str, Any] = {
@@ -189,9 +247,9 @@ def options_json(options: ChatOptions) -> str:
         choice = options.tool_choice
         values["tool_choice"] = {"function": {"name": choice.name}} if choice.mode == "named" else choice.mode
     if options.response_format.type != "text":
-        values["response_format"] = {"type": options.response_format.type}
-        if options.response_format.type == "json_schema":
-            values["response_format"]["schema"] = options.response_format.schema
+        response_format = options.response_format
+        schema = {"schema": response_format.schema} if response_format.type == "json_schema" else {}
+        values["response_format"] = {"type": response_format.type, **schema}
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -202,7 +260,7 @@ def options_of(text: str) -> ChatOptions:
     tools = parse_tools(values.pop("tools", None))
     choice = values.pop("tool_choice", None)
     response_format = parse_response_format(values.pop("response_format", None))
-    assert values.keys() <= {option.name for option in fields(ChatOptions)}, f"unknown options in {text[:200]}"
+    assert values.keys() <= set(OPTION_NAMES), f"unknown options in {text[:200]}"
     return ChatOptions(
         tools=tools, tool_choice=parse_tool_choice(choice, tools), response_format=response_format, **values
     )

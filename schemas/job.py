@@ -6,7 +6,7 @@ Frozen and picklable; every stage receives the section it needs. Reading TOML, `
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 
 class Section(BaseModel):
@@ -57,6 +57,16 @@ class OutputSection(Section):
     formats: Literal["assert", "annotate"] = Field(
         default="assert", description="Whether JSON Schema `format` is checked"
     )
+    response_format: Literal["auto", "text", "json_object"] = Field(
+        default="auto", description="Form of the answer: `auto` is JSON by the schema where there is one, else text"
+    )
+    schema_in_prompt: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether the model reads the schema; `auto` where its own encoding has a place for it",
+    )
+    constrain: Literal["auto", "never"] = Field(
+        default="auto", description="Whether engines in process can only write answers that keep the form asked for"
+    )
     max_reject_share: float = Field(
         default=0.0, ge=0, le=1, description="Share of rejected rows that still exits with 0"
     )
@@ -77,6 +87,11 @@ class ModelSection(Section):
         description="Type of weights and arithmetic; `float32` gives the same answers at any batch size",
     )
     device: str = Field(default="auto", description="`auto` or a torch device")
+    encoding: str = Field(
+        default="auto",
+        description="How chats become prompts: `chat_template`, `deepseek_v4`, `deepseek_v4_1`, `deepseek_v3_2`; "
+        "`auto` is what the checkpoint brings",
+    )
     batch_size: int = Field(default=0, ge=0, description="Most sequences that run together; 0 lets the engine decide")
     max_cache_bytes: int = Field(
         default=0, ge=0, description="`torch` only: most memory for live keys and states; 0 lets the device decide"
@@ -96,6 +111,40 @@ class SamplingSection(Section):
     )
     logprobs: bool = Field(default=False, description="Whether answers carry the log probability of each token")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Makes sampled answers repeatable")
+
+
+class ThinkingSection(Section):
+    """`[thinking]`: whether and how long the model reasons before it answers; a request's own values win."""
+
+    mode: Literal["auto", "enabled", "disabled"] = Field(
+        default="auto", description="`auto` leaves it to the model's encoding"
+    )
+    reasoning_effort: str | None = Field(
+        default=None, description="Such as `low`, `high` or `max`; what a model knows depends on its date"
+    )
+    max_reasoning_tokens: int | None = Field(
+        default=None, gt=0, description="Reasoning is closed after so many tokens; engines in process only"
+    )
+
+
+class ToolsSection(Section):
+    """`[tools]`: functions that the model may call; a request's own values win."""
+
+    path: str | None = Field(default=None, description="JSON file: a list of tools in OpenAI's form")
+    column: str | None = Field(default=None, description="Column that holds each row's tools, as JSON or as structs")
+    choice: str = Field(default="auto", description="`auto`, `none`, `required` or the name of a tool")
+    parallel: bool = Field(default=True, description="Whether one answer may call several tools")
+
+
+class RepairSection(Section):
+    """`[repair]`: what happens to an answer that breaks its contract."""
+
+    max_attempts: int = Field(
+        default=2, ge=1, le=10, description="Times that a row is asked, the first included; 1 never asks again"
+    )
+    temperature: float | None = Field(
+        default=None, ge=0, le=2, description="Temperature of later attempts; default the row's own"
+    )
 
 
 class PlanSection(Section):
@@ -128,5 +177,20 @@ class Job(Section):
     output: OutputSection
     model: ModelSection = Field(default_factory=ModelSection)
     sampling: SamplingSection = Field(default_factory=SamplingSection)
+    thinking: ThinkingSection = Field(default_factory=ThinkingSection)
+    tools: ToolsSection = Field(default_factory=ToolsSection)
+    repair: RepairSection = Field(default_factory=RepairSection)
     plan: PlanSection = Field(default_factory=PlanSection)
     accounting: AccountingSection = Field(default_factory=AccountingSection)
+    _folder: str | None = PrivateAttr(default=None)
+
+    @property
+    def folder(self) -> str | None:
+        """Where the job file lies, beside which a pydantic model's module may lie; None for a job made in Python."""
+        return self._folder
+
+    def located(self, folder: str) -> "Job":
+        """The same job, of a file in `folder`."""
+        job = self.model_copy()
+        job._folder = folder
+        return job

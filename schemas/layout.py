@@ -6,6 +6,7 @@ _moebeam/job.json           whose output this is
 _moebeam/plan/              runs/ (while planning), one Arrow file a shard, plan.json when complete
 _moebeam/progress/          heartbeats, for people only
 _moebeam/staging/           a shard's tables before commit, under names no `*.parquet` glob matches
+_moebeam/leases/            who answers which shard right now, see `transforms/lease.py`
 _moebeam/commits/           one record a committed shard; the first one wins
 """
 
@@ -65,6 +66,10 @@ class RunLayout:
         return storage.join(self.state, "staging")
 
     @property
+    def leases(self) -> str:
+        return storage.join(self.state, "leases")
+
+    @property
     def progress(self) -> str:
         return storage.join(self.state, "progress")
 
@@ -79,6 +84,9 @@ class RunLayout:
 
     def shard_commit(self, shard: str) -> str:
         return storage.join(self.commits, f"{shard}.json")
+
+    def lease(self, shard: str, generation: int) -> str:
+        return storage.join(self.leases, f"{shard}.{generation}.json")
 
     def staged(self, shard: str, attempt: str, table: Table) -> str:
         return storage.join(self.staging, f"{shard}.{attempt}.{table}.parquet-staged")

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from schemas.canonical import Json
+from schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
 from schemas.errors import RowError
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
@@ -61,6 +62,7 @@ class Request:
         prompt_token_ids: the encoded prompt; int32, shape (num_prompt_tokens,).
         messages: the chat that was encoded; what remote engines send.
         tenant: rows of different tenants never share cached prefixes.
+        options: tools, form of the answer and thinking, as they were rendered; what remote engines send.
         grammar: an llguidance grammar (JSON text) that the answer must follow; only engines in process hold to it.
     """
 
@@ -71,6 +73,7 @@ class Request:
     tenant: str = ""
     attempt: int = 1
     grammar: str | None = None
+    options: ChatOptions = DEFAULT_OPTIONS
 
     @property
     def num_prompt_tokens(self) -> int:

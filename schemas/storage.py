@@ -1,9 +1,14 @@
 """A thin typed adapter over fsspec: the only place that touches a file system by path.
 
-Local paths and object-store URLs are treated alike. Durable state is written whole or not at all.
+Local paths and object-store URLs are treated alike. Durable state is written whole or not at all. A store's errors are
+OSErrors that name the path, whatever its library raises; retries and time-outs are that library's own, set as it says
+(for S3 by `AWS_MAX_ATTEMPTS`, `AWS_ENDPOINT_URL`, `AWS_PROFILE` and the like). Credentials come from the environment
+alone and are never seen here.
 """
 
 import contextlib
+import errno
+import io
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +19,11 @@ import fsspec
 import fsspec.core
 
 from schemas.errors import CommitError
+from schemas.object_store import READ_BYTES, StoredFile, StoreError, is_local, named_errors, store_code
 
-
-def is_local(path: str) -> bool:
-    """Whether a path is on a local disk: no protocol, or `file://`."""
-    return "://" not in path or path.startswith(("file://", "local://"))
+_MAX_CONFLICTS = 5
+_MIN_BLOCK_BYTES = 5 * 1024 * 1024
+_MAX_REMOVALS = 3
 
 
 def join(folder: str, *parts: str) -> str:
@@ -27,8 +32,18 @@ def join(folder: str, *parts: str) -> str:
 
 
 def file_system(path: str) -> tuple[Any, str]:
-    """The fsspec file system of a path, and the path in that file system's own spelling."""
-    found: tuple[Any, str] = fsspec.core.url_to_fs(path)
+    """The fsspec file system of a path, and the path in that file system's own spelling.
+
+    Nothing is remembered of listings: other processes write to the same folders.
+
+    Raises:
+        StoreError: nothing that is installed reads such paths.
+    """
+    try:
+        found: tuple[Any, str] = fsspec.core.url_to_fs(path, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        reason = f"no reader for such a path ({error}); for s3:// install moebeam[s3]"
+        raise StoreError(errno.EPROTONOSUPPORT, reason, path) from error
     return found
 
 
@@ -36,12 +51,17 @@ def open_input(path: str) -> BinaryIO:
     """Open a file for random-access reading.
 
     Raises:
-        OSError: as the store says it; FileNotFoundError where the file is missing.
+        OSError: as the store says it; FileNotFoundError where the file is missing, `StoreError` where a store failed,
+            here or while reading.
     """
     if is_local(path):
         return Path(_local(path)).open("rb")
-    fs, inner = file_system(path)
-    return cast("BinaryIO", fs.open(inner, "rb"))
+    with named_errors(path):
+        fs, inner = file_system(path)
+        source = fs.open(inner, "rb", cache_type="none")
+        if (getattr(source, "details", None) or {}).get("type") == "directory":
+            raise IsADirectoryError
+        return io.BufferedReader(StoredFile(path, source), READ_BYTES)
 
 
 def read_bytes(path: str) -> bytes:
@@ -50,36 +70,41 @@ def read_bytes(path: str) -> bytes:
 
 
 def exists(path: str) -> bool:
-    fs, inner = file_system(path)
-    return bool(fs.exists(inner))
+    with named_errors(path):
+        fs, inner = file_system(path)
+        return bool(fs.exists(inner)) if is_local(path) else _kind(fs, inner) is not None
 
 
 def is_folder(path: str) -> bool:
-    fs, inner = file_system(path)
-    return bool(fs.isdir(inner))
+    with named_errors(path):
+        fs, inner = file_system(path)
+        return bool(fs.isdir(inner)) if is_local(path) else _kind(fs, inner) == "directory"
+
+
+def _kind(fs: Any, inner: str) -> str | None:
+    """`file`, `directory` or None, in a store; fsspec's own `exists`, `isfile` and `isdir` take its failures for no."""
+    with contextlib.suppress(FileNotFoundError):
+        return str(fs.info(inner)["type"])
+    return None
 
 
 def holds_anything(folder: str) -> bool:
     """Whether a folder holds any file or folder."""
-    fs, inner = file_system(folder)
-    fs.invalidate_cache(inner)
-    return bool(fs.ls(inner, detail=False))
-
-
-def make_folder(path: str) -> None:
-    fs, inner = file_system(path)
-    fs.makedirs(inner, exist_ok=True)
+    with named_errors(folder):
+        fs, inner = file_system(folder)
+        # An S3 console makes a folder by an empty object whose name ends in a slash.
+        return any(name.rstrip("/") != inner.rstrip("/") for name in cast("list[str]", fs.ls(inner, detail=False)))
 
 
 def list_names(folder: str, suffix: str = "") -> list[str]:
     """Names of the files right below a folder that end in `suffix`, sorted; empty if there is no such folder."""
-    fs, inner = file_system(folder)
-    with contextlib.suppress(FileNotFoundError):
-        fs.invalidate_cache(inner)
-        found = cast("list[Mapping[str, Any]]", fs.ls(inner, detail=True))
-        names = (str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "file")
-        return sorted(name for name in names if name.endswith(suffix))
-    return []
+    found: list[Mapping[str, Any]] = []
+    with named_errors(folder), contextlib.suppress(FileNotFoundError):
+        fs, inner = file_system(folder)
+        found = fs.ls(inner, detail=True)
+    paths = (str(entry["name"]) for entry in found if entry["type"] == "file")
+    names = (path.rpartition("/")[2] for path in paths if not path.endswith("/"))
+    return sorted(name for name in names if name.endswith(suffix))
 
 
 def spelled(path: str) -> str:
@@ -93,8 +118,12 @@ def list_files(pattern: str) -> list[tuple[str, Mapping[str, Any]]]:
 
     Links on disk are followed; a broken one is listed, so that whoever opens it says so.
     """
-    fs, inner = file_system(pattern)
-    files = dict(_found(fs, inner, {os.path.realpath(inner)}))
+    with named_errors(pattern):
+        fs, inner = file_system(pattern)
+        if is_local(pattern):
+            files = dict(_found(fs, inner, {os.path.realpath(inner)}))
+        else:
+            files = dict(_found_in_store(fs, inner))
     return [(name if is_local(pattern) else str(fs.unstrip_protocol(name)), files[name]) for name in sorted(files)]
 
 
@@ -117,6 +146,21 @@ def _found(fs: Any, inner: str, folders: set[str]) -> Iterator[tuple[str, Mappin
             yield from _found(fs, name, folders)
 
 
+def _found_in_store(fs: Any, inner: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    entries: Mapping[str, Mapping[str, Any]] = {}
+    kind = _kind(fs, inner)
+    if kind == "file":
+        entries = {inner: fs.info(inner)}
+    elif kind == "directory":
+        entries = fs.find(inner, detail=True)
+    elif any(mark in inner for mark in "*?["):
+        entries = fs.glob(inner, detail=True)
+    for name, info in entries.items():
+        # See `holds_anything`: a name that ends in a slash stands for a folder.
+        if info["type"] == "file" and not name.endswith("/"):
+            yield name, info
+
+
 def _followed(name: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
     """What is known of a link's file; of a broken link, the link itself."""
     with contextlib.suppress(OSError):
@@ -132,8 +176,9 @@ def write_whole(path: str, content: bytes) -> None:
         OSError: nothing was written.
     """
     if not is_local(path):
-        fs, inner = file_system(path)
-        fs.pipe_file(inner, content)
+        with named_errors(path):
+            fs, inner = file_system(path)
+            fs.pipe_file(inner, content)
         return
     target = Path(_local(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -169,13 +214,17 @@ def write_note(path: str, content: bytes) -> None:
 def create_exclusive(path: str, content: bytes) -> bool:
     """Create a file whole, unless it exists: of any number of racing writers exactly one gets True.
 
+    Writers are told apart by their content, so it must not be empty: a request that a store carried out before its
+    answer was lost is sent again and finds its own file. Those that write the same content all get True.
+
     On local disk by a temporary file, fsync and `os.link` (mode `xb` there leaves an empty winner behind when the
     process is killed); elsewhere by fsspec's mode `xb`, which S3 and GCS map onto a precondition.
 
     Raises:
         CommitError: the store cannot create exclusively.
-        OSError: the store failed; nothing was created.
+        OSError: the store failed; on disk nothing was created, elsewhere it may have been.
     """
+    assert content, f"{path}: an exclusive file without content names no winner"
     if is_local(path):
         target = Path(_local(path))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -183,26 +232,68 @@ def create_exclusive(path: str, content: bytes) -> bool:
         try:
             os.link(temporary, target)
         except FileExistsError:
-            return False
+            return _holds(path, content)
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
         return True
+    with named_errors(path):
+        return _create_in_store(path, content)
+
+
+def _create_in_store(path: str, content: bytes) -> bool:
     fs, inner = file_system(path)
+    # In one request: of a file in several parts, s3fs leaves a loser's parts behind, unseen and paid for.
+    block_size = (len(content) // _MIN_BLOCK_BYTES + 1) * _MIN_BLOCK_BYTES
+    for _ in range(_MAX_CONFLICTS):
+        try:
+            with fs.open(inner, "xb", block_size=block_size) as sink:
+                sink.write(content)
+            return True
+        except FileExistsError:
+            return _holds(path, content)
+        except (NotImplementedError, ValueError) as error:
+            raise CommitError(
+                f"{path}: this store cannot create a file exclusively ({error}); use S3, GCS or a disk"
+            ) from error
+        except OSError as error:
+            code = store_code(error)
+            if code == "PreconditionFailed":
+                return _holds(path, content)
+            if code != "ConditionalRequestConflict":
+                raise
+    raise StoreError(errno.EBUSY, f"the store reported a conflict {_MAX_CONFLICTS} times", path)
+
+
+def _holds(path: str, content: bytes) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return read_bytes(path) == content
+    return False
+
+
+def check_exclusive(folder: str) -> None:
+    """Make sure that a store refuses to create a file twice; some S3 look-alikes ignore the precondition.
+
+    Raises:
+        CommitError: it does not.
+        OSError: the store failed.
+    """
+    if is_local(folder):
+        return
+    probe = join(folder, f"probe-{uuid.uuid4().hex}")
     try:
-        with fs.open(inner, "xb") as sink:
-            sink.write(content)
-    except FileExistsError:
-        return False
-    except (NotImplementedError, ValueError) as error:
+        is_first, is_second = create_exclusive(probe, b"first"), create_exclusive(probe, b"second")
+    finally:
+        remove_files([probe])
+    if not is_first or is_second:
         raise CommitError(
-            f"{path}: this store cannot create a file exclusively ({error}); use S3, GCS or a disk"
-        ) from error
-    return True
+            f"{folder}: expected a store that refuses to create a file twice, found one that overwrites it; "
+            "use S3, GCS or a disk"
+        )
 
 
 def copy_whole(source: str, target: str) -> None:
-    """Copy within a store so that readers see the target whole or not at all; can be repeated.
+    """Copy within one store so that readers see the target whole or not at all; can be repeated.
 
     On disk the copy is a link to what is durable already; its name is after `sync_folder`.
     """
@@ -216,9 +307,10 @@ def copy_whole(source: str, target: str) -> None:
         finally:
             link.unlink(missing_ok=True)
         return
-    fs, inner = file_system(source)
-    _, inner_target = file_system(target)
-    fs.cp_file(inner, inner_target)
+    with named_errors(source):
+        fs, inner = file_system(source)
+        _, inner_target = file_system(target)
+        fs.cp_file(inner, inner_target)
 
 
 def sync_folder(folder: str) -> None:
@@ -228,17 +320,26 @@ def sync_folder(folder: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a folder and all below it; no error if it is not there."""
-    fs, inner = file_system(path)
-    with contextlib.suppress(FileNotFoundError):
-        fs.rm(inner, recursive=True)
+    """Remove a folder and all below it; no error if it is not there.
+
+    Raises:
+        OSError: something is left.
+    """
+    with named_errors(path), contextlib.suppress(FileNotFoundError):
+        fs, inner = file_system(path)
+        for _ in range(_MAX_REMOVALS):
+            fs.rm(inner, recursive=True)
+            # s3fs does not look at which of many objects S3 refused to delete.
+            if is_local(path) or not fs.find(inner):
+                return
+        raise StoreError(errno.EACCES, "expected the folder to be removed, found files left in it", path)
 
 
 def remove_files(paths: Sequence[str]) -> None:
     """Remove files; those already gone are no error."""
     for path in paths:
-        fs, inner = file_system(path)
-        with contextlib.suppress(FileNotFoundError):
+        with named_errors(path), contextlib.suppress(FileNotFoundError):
+            fs, inner = file_system(path)
             fs.rm_file(inner)
 
 

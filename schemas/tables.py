@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-TABLES_VERSION = 1
+TABLES_VERSION = 2
 
 MONEY = pa.decimal128(38, 12)
 """Type of every price, cost and sum of costs."""
@@ -16,6 +16,20 @@ MONEY = pa.decimal128(38, 12)
 TOOL_CALLS = pa.list_(
     pa.struct([pa.field("id", pa.string()), pa.field("name", pa.string()), pa.field("arguments", pa.string())])
 )
+
+FAILED_ATTEMPTS = pa.list_(
+    pa.struct(
+        [
+            pa.field("attempt", pa.int32()),
+            pa.field("error_type", pa.string()),
+            pa.field("error_message", pa.string()),
+            pa.field("finish_reason", pa.string()),
+            pa.field("output_text", pa.string()),
+            pa.field("reasoning_content", pa.string()),
+        ]
+    )
+)
+"""What each attempt that was not accepted said, and why not."""
 
 RESULT_SCHEMA = pa.schema(
     [
@@ -30,6 +44,8 @@ RESULT_SCHEMA = pa.schema(
         pa.field("error_message", pa.string()),
         pa.field("error_stage", pa.string()),
         pa.field("attempts", pa.int32()),
+        pa.field("failed_attempts", FAILED_ATTEMPTS),
+        pa.field("logprobs", pa.list_(pa.float64())),
         pa.field("provider", pa.string()),
         pa.field("model", pa.string()),
         pa.field("model_revision", pa.string()),
@@ -55,7 +71,8 @@ RESULT_SCHEMA = pa.schema(
 """Columns shared by `results/` and `rejects/`, before the input's passthrough columns.
 
 `status` is `ok` or `rejected`; `scope` is `row`, `row_group` or `file`, and `num_rows` says for how many input rows
-a reject stands (null when an unreadable file does not tell).
+a reject stands (null when an unreadable file does not tell). `attempts` counts how often the model was asked;
+`failed_attempts` keeps what it said each time that was not accepted.
 """
 
 LEDGER_SCHEMA = pa.schema(
@@ -107,6 +124,7 @@ PLAN_SCHEMA = pa.schema(
         pa.field("num_prompt_tokens", pa.int32()),
         pa.field("messages", pa.large_string()),
         pa.field("sampling", pa.string()),
+        pa.field("options", pa.string()),
         pa.field("tenant", pa.string()),
         pa.field("cost_center", pa.string()),
         pa.field("error_stage", pa.string()),
@@ -116,10 +134,13 @@ PLAN_SCHEMA = pa.schema(
     ]
 )
 """A planned row, before its `passthrough` struct: a request in `prefix_key` (see `model_runner.prefix_tree`),
-`messages` and `sampling` (canonical JSON), or a reject in the `error_*` columns, never both. `unit` is the ordinal
-of the input unit (file, row group), `source_row` the row's index in its file."""
+`messages` and `sampling` (canonical JSON) and `options` (`schemas.chat_options`; null means the job's own), or a reject
+in the `error_*` columns, never both. `unit` is the ordinal of the input unit (file, row group), `source_row` the row's
+index in its file."""
 
 PASSTHROUGH = "passthrough"
+OUTPUT = "output"
+"""Name of the typed column that a job with a schema has between `RESULT_SCHEMA` and the passthrough columns."""
 INPUT = "input"
 
 READ_SCHEMA = pa.schema(
@@ -143,9 +164,10 @@ READ_SCHEMA = pa.schema(
 """A row as it was read, before its `input` struct (what the prompt is made of) and its `passthrough` struct."""
 
 
-def result_schema(passthrough: "Iterable[pa.Field[Any]]") -> pa.Schema:
-    """`RESULT_SCHEMA` followed by the input's passthrough columns."""
-    return pa.schema([*RESULT_SCHEMA, *passthrough])
+def result_schema(passthrough: "Iterable[pa.Field[Any]]", output: pa.DataType | None = None) -> pa.Schema:
+    """`RESULT_SCHEMA`, the typed answers where the job has a schema, and the input's passthrough columns."""
+    typed = [] if output is None else [pa.field(OUTPUT, output)]
+    return pa.schema([*RESULT_SCHEMA, *typed, *passthrough])
 
 
 def plan_schema(passthrough: "Iterable[pa.Field[Any]]") -> pa.Schema:

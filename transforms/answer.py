@@ -1,15 +1,17 @@
 """*answer*: a planned shard becomes committed tables, in one step without a shuffle between payment and durability.
 
-Before it: *plan*. After it: *publish*. The step composes pure iterator functions, run -> validate -> account, and ends
-in one commit; its output is the commit record. A shard that is committed already is not run again.
+Before it: *plan*. After it: *publish*. The step composes pure iterator functions, run -> validate (which may ask
+again) -> account, and ends in one commit; its output is the commit record. A shard that is committed already is not run
+again.
 """
 
 import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
@@ -18,20 +20,25 @@ import pyarrow as pa
 from apache_beam.utils.shared import Shared
 
 from model_runner.prefix_tree import token_ids_of
-from model_runner.protocol import CountingRunner, EngineConfig, ModelRunner, load_runner
+from model_runner.prompt_encoder import PromptEncoder
+from model_runner.protocol import CONSTRAINED_ENGINES, CountingRunner, EngineConfig, ModelRunner, load_runner
 from schemas import storage
-from schemas.answer_schema import AnswerSchema
+from schemas.job import RepairSection
 from schemas.layout import RunLayout
+from schemas.output_type import OutputType
 from schemas.records import Request
 from transforms.account import AccountedAnswer, account
+from transforms.answer_terms import TermsBook
 from transforms.chat_messages import parse_messages
 from transforms.commit import ShardCommit, commit_shard, read_commit
 from transforms.failure import recorded_failure
+from transforms.grammar_book import GrammarBook
 from transforms.heartbeat import Beat, Heartbeat
+from transforms.lease import POLL_S, ShardLease
 from transforms.plan import PlannedShard
 from transforms.price_book import PriceBook
-from transforms.render import sampling_of
-from transforms.run import run
+from transforms.render import SchemaInPrompt, sampling_of
+from transforms.repair import Repair
 from transforms.shard_tables import PlannedRows, ShardNames, shard_tables
 from transforms.sorted_runs import read_rows
 from transforms.validate import validate
@@ -42,14 +49,21 @@ class AnswerSpec:
     """How a job's shards are answered; picklable, without a loaded model.
 
     Attributes:
+        terms: what answers must keep.
+        is_constrained: whether engines in process are held to the terms while they decode.
+        output_type: of the typed column of answers, where the job has a schema.
         provider, model: whose prices apply; None means what each completion names.
     """
 
     run_id: str
     layout: RunLayout
     engine: EngineConfig
-    schema: AnswerSchema | None
+    terms: TermsBook
     prices: PriceBook | None
+    repair: RepairSection = field(default_factory=RepairSection)
+    schema_in_prompt: SchemaInPrompt = "auto"
+    is_constrained: bool = True
+    output_type: OutputType | None = None
     provider: str | None = None
     model: str | None = None
 
@@ -66,6 +80,23 @@ class AnswerShards(beam.PTransform[Any, Any]):
             pcoll | "SpreadShards" >> beam.Reshuffle() | "AnswerShard" >> beam.ParDo(_AnswerShard(self._spec, Shared()))
         )
         return committed
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class LoadedEngine:
+    """What the threads of a worker process share: the engine, and the encoding of its prompts."""
+
+    runner: ModelRunner
+    encoder: PromptEncoder
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> "LoadedEngine":
+        """Load both.
+
+        Raises:
+            EngineLoadError: the engine or its tokenizer cannot be loaded.
+        """
+        return cls(load_runner(config), PromptEncoder.load(config.path, config.encoding))
 
 
 class _AnswerShard(beam.DoFn):
@@ -90,42 +121,61 @@ class _AnswerShard(beam.DoFn):
             yield commit
 
     def _commit_of(self, planned: PlannedShard) -> ShardCommit | None:
-        """The shard's commit, made now or before; None if the run was asked to stop."""
+        """The shard's commit, made now, before or by a copy at work; None if the run was asked to stop."""
+        layout, shard = self._spec.layout, planned.shard
+        commit = read_commit(layout, shard)
+        lease = ShardLease(layout, shard)
+        while commit is None and not storage.exists(layout.stop):
+            with lease.claimed() as is_ours:
+                # Looked at again under the lease: its last holder may have committed just before it let go.
+                commit = read_commit(layout, shard)
+                if commit is None and is_ours:
+                    return self._answered(planned)
+            if commit is None:
+                time.sleep(POLL_S)
+        return commit
+
+    def _answered(self, planned: PlannedShard) -> ShardCommit:
         spec = self._spec
-        commit = read_commit(spec.layout, planned.shard)
-        if commit is not None or storage.exists(spec.layout.stop):
-            return commit
         table = read_rows(spec.layout.shard_plan(planned.shard))
         # Loaded only once there is a shard to answer: a finished or empty run needs no model.
-        runner = self._shared.acquire(self._load) if planned.num_requests else None
+        engine = self._shared.acquire(self._load) if planned.num_requests else None
         self._num_rows.inc(planned.num_rows)
-        return answer_shard(planned.shard, table, runner, spec)
+        return answer_shard(planned.shard, table, engine, spec)
 
-    def _load(self) -> ModelRunner:
-        return load_runner(self._spec.engine)
+    def _load(self) -> LoadedEngine:
+        return LoadedEngine.load(self._spec.engine)
 
 
-def answer_shard(shard: str, table: pa.Table, runner: ModelRunner | None, spec: AnswerSpec) -> ShardCommit:
+def answer_shard(shard: str, table: pa.Table, engine: LoadedEngine | None, spec: AnswerSpec) -> ShardCommit:
     """Run, validate and account one shard, and commit its tables.
 
     Args:
         table: the shard's plan, rows of `schemas.tables.plan_schema`.
-        runner: may be None for a shard without requests.
+        engine: may be None for a shard without requests.
     """
     rows = PlannedRows.of(table)
+    runner = engine and engine.runner
     before = counters_of(runner)
-    answers: dict[int, AccountedAnswer] = {}
+    answers: dict[int, list[AccountedAnswer]] = {}
     if rows.asked:
-        assert runner is not None, f"shard {shard} has requests but no engine"
-        completions = run(requests_of(rows), runner)
-        validated = validate(completions, spec.schema)
+        assert engine is not None, f"shard {shard} has requests but no engine"
+        options = rows.text("options")
+        validated = validate(
+            requests_of(rows, spec, engine.encoder),
+            engine.runner,
+            lambda request_id: spec.terms.of(options[int(request_id)]),
+            Repair(spec.repair, engine.encoder, spec.schema_in_prompt),
+        )
         accounted = account(validated, spec.prices, spec.provider, spec.model)
-        answers = {int(a.answer.completion.request_id): a for a in _with_heartbeat(shard, rows, accounted, spec.layout)}
+        for answer in _with_heartbeat(shard, rows, accounted, spec.layout):
+            answers.setdefault(int(answer.answer.completion.request_id), []).append(answer)
     names = ShardNames(spec.run_id, shard, spec.prices.version if spec.prices else None)
     counted = {
         name: value if name.startswith("peak_") else value - before[name] for name, value in counters_of(runner).items()
     }
-    return commit_shard(spec.layout, spec.run_id, shard, shard_tables(rows, answers, names), counted)
+    tables = shard_tables(rows, answers, names, spec.output_type)
+    return commit_shard(spec.layout, spec.run_id, shard, tables, counted)
 
 
 def counters_of(runner: ModelRunner | None) -> Mapping[str, float]:
@@ -133,17 +183,22 @@ def counters_of(runner: ModelRunner | None) -> Mapping[str, float]:
     return dict(runner.counters()) if isinstance(runner, CountingRunner) else {}
 
 
-def requests_of(rows: PlannedRows) -> Iterator[Request]:
+def requests_of(rows: PlannedRows, spec: AnswerSpec, encoder: PromptEncoder) -> Iterator[Request]:
     """The requests of a shard in token order, each made when it is pulled; `request_id` is the row's index."""
-    columns = [rows.table.column(name) for name in ("prefix_key", "messages", "sampling", "tenant")]
+    columns = [rows.table.column(name) for name in ("prefix_key", "messages", "sampling", "options", "tenant")]
+    grammars = GrammarBook(encoder) if spec.is_constrained and spec.engine.engine in CONSTRAINED_ENGINES else None
     for row in rows.asked:
-        key, messages, sampling, tenant = (column[row].as_py() for column in columns)
+        key, messages, sampling, options, tenant = (column[row].as_py() for column in columns)
+        token_ids = token_ids_of(key)
+        terms = spec.terms.of(options)
         yield Request(
             request_id=str(row),
-            prompt_token_ids=token_ids_of(key),
+            prompt_token_ids=token_ids,
             messages=parse_messages(json.loads(messages)),
             sampling=sampling_of(sampling),
             tenant=tenant,
+            grammar=grammars.grammar_of(options, terms, token_ids) if grammars is not None else None,
+            options=terms.options,
         )
 
 
@@ -154,7 +209,8 @@ def _with_heartbeat(
     beat, cost = Beat(), Decimal(0)
     for answer in accounted:
         completion = answer.answer.completion
-        group = 1 + len(rows.followers.get(int(completion.request_id), ()))
+        # A row is done at its last attempt.
+        group = 1 + len(rows.followers.get(int(completion.request_id), ())) if answer.answer.is_last else 0
         usage = completion.usage
         cost += answer.charge.cost if answer.charge else 0
         beat = replace(

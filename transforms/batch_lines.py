@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from schemas.canonical import Json, canonical_json
+from schemas.chat_options import OPTION_NAMES
 from schemas.errors import InvalidId, InvalidLine, UnsupportedRequest, abbreviated
 
 CHAT_URLS = ("/v1/chat/completions", "/chat/completions")
@@ -19,13 +20,8 @@ _NEUTRAL: dict[str, tuple[Json, ...]] = {
     "stream": (False,),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
-    "logprobs": (False,),
     "top_logprobs": (0,),
     "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "parallel_tool_calls": (True, False),
 }
 """Fields that are accepted only with a value that changes nothing; null does so for every field."""
 
@@ -42,6 +38,7 @@ class _Sampling(BaseModel):
     top_p: float | None = Field(default=None, gt=0, le=1)
     stop: str | list[str] | None = None
     seed: int | None = None
+    logprobs: bool | None = None
 
 
 class _Line(BaseModel):
@@ -54,11 +51,15 @@ class _Line(BaseModel):
 
 
 class BatchRequest(BaseModel):
-    """What a line asks: the chat and the row's own sampling values, both as canonical JSON."""
+    """What a line asks: the chat and the row's own sampling values, both as canonical JSON.
+
+    `options` is a JSON object of the other things it asks (`schemas.chat_options.OPTION_NAMES`), keys as written.
+    """
 
     custom_id: str
     messages: str
     sampling: str
+    options: str
 
 
 SamplingValues: TypeAlias = dict[str, Json]
@@ -111,7 +112,19 @@ def parse_batch_line(line: bytes) -> BatchRequest:
         custom_id=parsed.custom_id,
         messages=messages,
         sampling=canonical_json(_sampling_of(parsed.body)),
+        options=_options_of(parsed.body),
     )
+
+
+def _options_of(body: dict[str, Any]) -> str:
+    own = {name: body[name] for name in OPTION_NAMES if body.get(name) is not None}
+    try:
+        text = json.dumps(own, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError as error:
+        raise InvalidLine(f"body: expected JSON numbers in tools and schemas, found: {error}") from error
+    if not _is_unicode(text):
+        raise InvalidLine("body: expected Unicode text in tools and schemas, found a lone surrogate escape")
+    return text
 
 
 def _messages_of(body: dict[str, Any]) -> Json:
@@ -124,7 +137,7 @@ def _messages_of(body: dict[str, Any]) -> Json:
 def _sampling_of(body: dict[str, Any]) -> SamplingValues:
     known = set(_Sampling.model_fields)
     for name, value in body.items():
-        if name in known or name in _IGNORED or name == "messages" or value is None:
+        if name in known or name in _IGNORED or name in OPTION_NAMES or name == "messages" or value is None:
             continue
         if name not in _NEUTRAL or value not in _NEUTRAL[name]:
             raise UnsupportedRequest(f"body.{name}: {abbreviated(value)} is not supported")

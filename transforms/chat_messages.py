@@ -11,7 +11,7 @@ from schemas.canonical import Json, canonical_json
 from schemas.errors import InvalidMessages, UnsupportedRequest, abbreviated
 from schemas.records import Message
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "latest_reminder"})
 
 
 def parse_messages(value: object) -> tuple[Message, ...]:

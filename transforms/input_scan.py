@@ -116,9 +116,8 @@ def scan_input(section: InputSection, *, limit: int | None = None, needed: Colle
     """
     files = _list_input_files(section.path)
     input_format = _format_of(section, [path for path, _ in files])
-    scan_file = _scan_parquet_file if input_format == "parquet" else _scan_jsonl_file
     with ThreadPoolExecutor(max_workers=16) as pool:
-        scans = list(pool.map(scan_file, (path for path, _ in files)))
+        scans = list(pool.map(lambda path: _scan_file(path, input_format), (path for path, _ in files)))
     root = _shared_folder([path for path, _ in files])
     units = (unit for scan in scans for unit in scan.units)
     numbered = tuple(
@@ -188,43 +187,47 @@ def _file_identity(path: str, info: Mapping[str, Any]) -> Json:
     return {"path": path, "size": int(info.get("size") or 0), **marks}
 
 
-def _scan_parquet_file(path: str) -> _FileScan:
+def _scan_file(path: str, input_format: InputFormat) -> _FileScan:
+    scan = _scan_parquet_file if input_format == "parquet" else _scan_jsonl_file
     try:
-        with storage.open_input(path) as source, pq.ParquetFile(source) as parquet:
-            schema = pa.schema([_decoded(field) for field in parquet.schema_arrow])
-            metadata = parquet.metadata
-            units: list[InputUnit] = []
-            first_row = 0
-            for index in range(metadata.num_row_groups):
-                group = metadata.row_group(index)
-                unit = InputUnit(0, path, "", "parquet", index, first_row, group.num_rows, group.total_byte_size)
-                units.append(unit)
-                first_row += group.num_rows
-            if first_row != metadata.num_rows:
-                message = f"footer promises {metadata.num_rows} rows, its row groups hold {first_row}"
-                return _FileScan((_unreadable(path, "parquet", message),), None)
+        return patiently(lambda: scan(path))
     except (pa.ArrowException, OSError, ValueError) as error:
-        return _FileScan((_unreadable(path, "parquet", _one_line(error)),), None)
+        if not is_of_the_file(error):
+            raise InputPatternError(f"[input] path: {path}: cannot be read now: {_one_line(error)}") from error
+        return _FileScan((_unreadable(path, input_format, _one_line(error)),), None)
+
+
+def _scan_parquet_file(path: str) -> _FileScan:
+    with storage.open_input(path) as source, pq.ParquetFile(source) as parquet:
+        schema = pa.schema([_decoded(field) for field in parquet.schema_arrow])
+        metadata = parquet.metadata
+        units: list[InputUnit] = []
+        first_row = 0
+        for index in range(metadata.num_row_groups):
+            group = metadata.row_group(index)
+            unit = InputUnit(0, path, "", "parquet", index, first_row, group.num_rows, group.total_byte_size)
+            units.append(unit)
+            first_row += group.num_rows
+        if first_row != metadata.num_rows:
+            message = f"footer promises {metadata.num_rows} rows, its row groups hold {first_row}"
+            return _FileScan((_unreadable(path, "parquet", message),), None)
     return _FileScan(tuple(units), schema)
 
 
 def _scan_jsonl_file(path: str) -> _FileScan:
     units: list[InputUnit] = []
-    try:
-        with storage.open_input(path) as source:
-            offset = start = first_row = num_rows = 0
-            for line in source:
-                offset += len(line)
-                num_rows += bool(line.strip())
-                if offset - start >= JSONL_UNIT_BYTES:
-                    units.append(
-                        InputUnit(0, path, "", "jsonl", len(units), first_row, num_rows, offset - start, start)
-                    )
-                    first_row, num_rows, start = first_row + num_rows, 0, offset
-            if num_rows:
-                units.append(InputUnit(0, path, "", "jsonl", len(units), first_row, num_rows, offset - start, start))
-    except OSError as error:
-        return _FileScan((_unreadable(path, "jsonl", _one_line(error)),), None)
+    with storage.open_input(path) as source:
+        offset = start = first_row = num_rows = 0
+        for line in source:
+            offset += len(line)
+            num_rows += bool(line.strip())
+            if offset - start >= JSONL_UNIT_BYTES:
+                units.append(
+                    InputUnit(0, path, "", "jsonl", len(units), first_row, num_rows, offset - start, start)
+                )
+                first_row, num_rows, start = first_row + num_rows, 0, offset
+        if num_rows:
+            units.append(InputUnit(0, path, "", "jsonl", len(units), first_row, num_rows, offset - start, start))
     return _FileScan(tuple(units), JSONL_SCHEMA)
 
 

@@ -5,6 +5,7 @@ Sorted runs go to the store; their key samples give the borders; each shard then
 marks duplicates of ids and of requests, and is written to `_moebeam/plan/<shard>.arrow`.
 """
 
+import contextlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 from model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens
 from schemas import storage
 from schemas.arrow import values_of, with_column
-from schemas.errors import DuplicateId
+from schemas.errors import CommitError, DuplicateId
 from schemas.job import PlanSection
 from schemas.layout import RunLayout
 from schemas.tables import plan_schema
@@ -158,8 +159,15 @@ class _WriteRuns(beam.DoFn):
                 yield WindowedValue(run, GlobalWindow().max_timestamp(), (GlobalWindow(),))
 
     def _flush(self) -> list[RunFile]:
-        with recorded_failure(self._spec.layout, "plan"):
-            runs = list(write_runs(self._batches, self._spec.layout, self._spec.section))
+        layout = self._spec.layout
+        with recorded_failure(layout, "plan"):
+            try:
+                runs = list(write_runs(self._batches, layout, self._spec.section))
+            except FileNotFoundError:
+                # Another launcher has finished this plan and removed the folder of its runs; `cut_shards` takes it.
+                if read_plan(layout) is None:
+                    raise
+                runs = []
         self._beat()
         self._batches, self._num_bytes = [], 0
         return runs
@@ -185,15 +193,40 @@ class _BuildShard(beam.DoFn):
             by_unit.setdefault(unit, set()).update(rows)
         self._num_shards.inc()
         with recorded_failure(self._spec.layout, "plan"):
-            planned = build_shard(element, self._spec, by_unit)
+            planned = self._built(element, by_unit)
         yield planned
+
+    def _built(self, shard: ShardRange, duplicates: Mapping[int, set[int]]) -> PlannedShard:
+        try:
+            if shard.runs:
+                return build_shard(shard, self._spec, duplicates)
+        except FileNotFoundError:
+            if read_plan(self._spec.layout) is None:
+                raise
+        plan = read_plan(self._spec.layout)
+        assert plan is not None, f"shard {shard.shard} has no runs and no plan"
+        return next(planned for planned in plan.shards if planned.shard == shard.shard)
 
 
 def cut_shards(runs: Sequence[RunFile], layout: RunLayout) -> Iterator[ShardRange]:
     """Cut all requests into contiguous ranges of about equal weight; rejects into shards of their own.
 
-    Equal keys are never cut apart. The result does not depend on the order of `runs`.
+    Equal keys are never cut apart. The result does not depend on the order of `runs`. If another launcher has finished
+    the same plan meanwhile, and dropped the runs that both wrote, its shards come out, with ranges of no run.
     """
+    with recorded_failure(layout, "plan"):
+        try:
+            ranges = list(_ranges(runs, layout))
+        except FileNotFoundError:
+            ranges = None
+        if (plan := read_plan(layout)) is not None:
+            ranges = [ShardRange(shard.shard, "", "", ()) for shard in plan.shards]
+        if ranges is None:
+            raise CommitError(f"{layout.runs}: expected the runs that were written for the plan, found some missing")
+    yield from ranges
+
+
+def _ranges(runs: Sequence[RunFile], layout: RunLayout) -> Iterator[ShardRange]:
     ordered = sorted(runs, key=lambda run: run.run_id)
     requests = [run for run in ordered if run.kind == "requests"]
     names = tuple(run.run_id for run in requests)
@@ -291,15 +324,17 @@ def _merge_requests(table: pa.Table, section: PlanSection) -> pa.Table:
     """Let each request that repeats the one before it, in a table in `RUN_ORDER`, name that one's first copy."""
     if section.merge == "never":
         return table
-    names = ("prefix_key", "sampling", "cost_center", "custom_id", "error_type")
+    names = ("prefix_key", "sampling", "options", "cost_center", "custom_id", "error_type")
     merged: list[str | None] = []
     first: tuple[Any, ...] = ()
     first_id = ""
     can_merge: dict[str, bool] = {}
-    for key, sampling, cost_center, custom_id, error in zip(*(values_of(table, name) for name in names), strict=True):
+    for key, sampling, options, cost_center, custom_id, error in zip(
+        *(values_of(table, name) for name in names), strict=True
+    ):
         if sampling not in can_merge:
             can_merge[sampling] = section.merge == "always" or sampling_of(sampling).is_greedy
-        request = (key, sampling, cost_center)
+        request = (key, sampling, options, cost_center)
         if error is not None:
             merged.append(None)
         elif request == first and can_merge[sampling]:
@@ -313,8 +348,11 @@ def _merge_requests(table: pa.Table, section: PlanSection) -> pa.Table:
 def write_plan(shards: Iterable[PlannedShard], layout: RunLayout) -> tuple[PlannedShard, ...]:
     """Declare the plan complete, then drop the runs that it was made of."""
     record = PlanRecord(tuple(sorted(shards, key=lambda shard: shard.shard)))
-    storage.write_whole(layout.plan_record, RecordCoder(PlanRecord).encode(record))
-    storage.remove_tree(layout.runs)
+    with recorded_failure(layout, "plan"):
+        storage.write_whole(layout.plan_record, RecordCoder(PlanRecord).encode(record))
+        with contextlib.suppress(OSError):
+            # Another launcher may be writing the same runs; *publish* removes whatever is left.
+            storage.remove_tree(layout.runs)
     return record.shards
 
 

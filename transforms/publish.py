@@ -3,6 +3,7 @@
 Before it: *answer*. Everything here can be repeated: names follow from shards, and a file appears whole or not at all.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from schemas.arrow import parquet_bytes
 from schemas.canonical import Json
 from schemas.errors import CommitError
 from schemas.layout import TABLES, RunLayout, Table
+from schemas.output_type import OutputType
 from schemas.tables import LEDGER_SCHEMA, TABLES_VERSION, result_schema
 from transforms.commit import ShardCommit, StagedFile, Totals, add_engine_counters
 from transforms.failure import recorded_failure
@@ -34,6 +36,7 @@ class PublishSpec:
 
     Attributes:
         num_input_rows: rows that the input's footers promise; unreadable files do not tell theirs.
+        output_type: of the typed column of answers, where the job has a schema.
         described: what the manifest says of the job, its model and its input, as it was checked before the run.
     """
 
@@ -42,6 +45,7 @@ class PublishSpec:
     passthrough: tuple["pa.Field[Any]", ...]
     num_input_rows: int
     described: Mapping[str, Json]
+    output_type: OutputType | None = None
 
 
 class PublishRun(beam.PTransform[Any, Any]):
@@ -84,13 +88,16 @@ def publish_shard(commit: ShardCommit, layout: RunLayout) -> None:
     for file in commit.files:
         target = layout.published(file.table, commit.shard)
         staged = storage.join(layout.output, file.path)
-        if storage.exists(staged):
+        try:
             _check_file(staged, file)
             storage.copy_whole(staged, target)
-        elif storage.exists(target):
+        except FileNotFoundError:
+            # An earlier attempt, or another launcher beside this one, has published it and dropped what was staged.
+            if not storage.exists(target):
+                raise CommitError(
+                    f"{staged}: expected the {file.table} of shard {commit.shard}, found no file"
+                ) from None
             _check_file(target, file)
-        else:
-            raise CommitError(f"{staged}: expected the {file.table} of shard {commit.shard}, found no file")
 
 
 def _check_file(path: str, file: StagedFile) -> None:
@@ -102,7 +109,9 @@ def _check_file(path: str, file: StagedFile) -> None:
 def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec) -> str:
     """Check the run as a whole and write `manifest.json`; returns its text.
 
-    A run with shards left to answer gets `status = "incomplete"`. Staged files are removed once a run is complete.
+    A run with shards left to answer gets `status = "incomplete"`, unless another launcher has completed it meanwhile.
+    What a complete run needs no more is removed before the manifest appears: whoever sees it finds nothing left over,
+    and a launcher that is killed on the way is followed by one that begins here again.
 
     Raises:
         CommitError: rows were lost or doubled.
@@ -113,6 +122,8 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec) -> str:
     if plan is None:
         raise CommitError(f"{layout.plan_record}: expected the run's plan, found none")
     is_complete = [commit.shard for commit in ordered] == [shard.shard for shard in plan.shards]
+    if not is_complete and (complete := _complete_manifest(layout)) is not None:
+        return complete
     totals = sum((commit.totals for commit in ordered), Totals(costs={}, rejects_by_type={}))
     if is_complete:
         _check_rows(totals, spec)
@@ -131,15 +142,30 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec) -> str:
         "engine": reduce(add_engine_counters, (commit.engine or {} for commit in ordered), {}),
         "files": files,
     }
-    for table in TABLES:
-        storage.sync_folder(layout.table(table))
+    for folder in (*map(layout.table, TABLES), layout.output):
+        storage.sync_folder(folder)
+    if is_complete:
+        _remove_leftovers(layout)
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     storage.write_whole(layout.manifest, text.encode())
-    if is_complete:
-        storage.remove_tree(layout.staging)
-        storage.remove_tree(layout.runs)
-        storage.remove_tree(layout.progress)
     return text
+
+
+def _complete_manifest(layout: RunLayout) -> str | None:
+    """The manifest of a run that is complete, or None."""
+    with contextlib.suppress(FileNotFoundError):
+        text = storage.read_bytes(layout.manifest).decode()
+        return text if json.loads(text)["status"] == "complete" else None
+    return None
+
+
+def _remove_leftovers(layout: RunLayout) -> None:
+    """Remove what only an unfinished run needs, and the temporary files of writers that were killed."""
+    for folder in (layout.staging, layout.runs, layout.progress, layout.leases):
+        storage.remove_tree(folder)
+    for folder in (*map(layout.table, TABLES), layout.plan, layout.commits, layout.state, layout.output):
+        temporaries = [name for name in storage.list_names(folder, ".tmp") if name.startswith(".")]
+        storage.remove_files([storage.join(folder, name) for name in temporaries])
 
 
 def _check_rows(totals: Totals, spec: PublishSpec) -> None:
@@ -170,7 +196,11 @@ def _published_files(table: Table, commits: Sequence[ShardCommit], spec: Publish
     if files:
         storage.remove_files([empty])
         return files
-    schema = LEDGER_SCHEMA if table == "ledger" else result_schema(spec.passthrough)
+    schema = (
+        LEDGER_SCHEMA
+        if table == "ledger"
+        else result_schema(spec.passthrough, spec.output_type and spec.output_type.arrow)
+    )
     storage.write_whole(empty, parquet_bytes(schema.empty_table()))
     return []
 

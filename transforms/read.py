@@ -17,14 +17,18 @@ import pyarrow.parquet as pq
 from schemas import storage
 from schemas.errors import InvalidId, InvalidValue, RowCountMismatch, RowError, UnreadableFile, UnreadableRowGroup
 from schemas.tables import read_schema
-from transforms.batch_lines import custom_id_of, parse_batch_line
+from transforms.batch_lines import BatchRequest, custom_id_of, parse_batch_line
 from transforms.input_scan import InputScan, InputUnit, UnitGroup
 
 MAX_BATCH_ROWS = 1024
 MAX_BATCH_BYTES = 8 << 20
 _PROBE_ROWS = 16
 
-JSONL_INPUT_FIELDS = (pa.field("messages", pa.large_string()), pa.field("sampling", pa.string()))
+JSONL_INPUT_FIELDS = (
+    pa.field("messages", pa.large_string()),
+    pa.field("sampling", pa.string()),
+    pa.field("options", pa.large_string()),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,23 +96,39 @@ def read_unit(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]
     if unit.error is not None or unit.num_rows is None:
         yield _unit_reject(unit, columns, "file", UnreadableFile(f"{unit.path}: {unit.error}"), 0, None)
         return
-    read = _read_row_group if unit.format == "parquet" else _read_lines
     num_read = 0
-    try:
-        for batch in read(unit, columns):
-            wanted = batch.slice(0, unit.num_rows - num_read)
-            num_read += wanted.num_rows
-            if wanted.num_rows:
-                yield wanted
-    except (pa.ArrowException, OSError, ValueError) as error:
-        message = f"{unit.path}: row group {unit.row_group}: {' '.join(str(error).split())}"
-        missing = unit.num_rows - num_read
-        yield _unit_reject(unit, columns, "row_group", UnreadableRowGroup(message), num_read, missing)
-        return
+    pauses_s = iter(PAUSES_S)
+    while True:
+        try:
+            for batch in _rows_from(num_read, unit, columns):
+                wanted = batch.slice(0, unit.num_rows - num_read)
+                num_read += wanted.num_rows
+                if wanted.num_rows:
+                    yield wanted
+            break
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if may_pass(error) and (pause_s := next(pauses_s, None)) is not None:
+                time.sleep(pause_s)
+                continue
+            if not is_of_the_file(error):
+                raise
+            message = f"{unit.path}: row group {unit.row_group}: {' '.join(str(error).split())}"
+            missing = unit.num_rows - num_read
+            yield _unit_reject(unit, columns, "row_group", UnreadableRowGroup(message), num_read, missing)
+            return
     if num_read < unit.num_rows:
         message = f"{unit.path}: row group {unit.row_group}: expected {unit.num_rows} rows, found {num_read}"
         missing = unit.num_rows - num_read
         yield _unit_reject(unit, columns, "row_group", RowCountMismatch(message), num_read, missing)
+
+
+def _rows_from(num_read: int, unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
+    """A unit's batches without its first rows, which an earlier look has read."""
+    read = _read_row_group if unit.format == "parquet" else _read_lines
+    for batch in read(unit, columns):
+        num_skipped = min(num_read, batch.num_rows)
+        num_read -= num_skipped
+        yield batch.slice(num_skipped)
 
 
 def _read_row_group(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
@@ -232,8 +252,7 @@ def _read_lines(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatc
 def _parse_lines(lines: list[bytes], first_row: int, unit: InputUnit, columns: ReadColumns) -> pa.RecordBatch:
     errors: dict[int, RowError] = {}
     custom_ids: list[str] = []
-    messages: list[str | None] = []
-    sampling: list[str | None] = []
+    requests: list[BatchRequest | None] = []
     for row, line in enumerate(lines):
         derived = f"{unit.label}:{first_row + row}"
         try:
@@ -242,12 +261,10 @@ def _parse_lines(lines: list[bytes], first_row: int, unit: InputUnit, columns: R
             found_id = custom_id_of(line)
             errors[row] = error if found_id is not None else InvalidId(f"custom_id: expected a string, found {error}")
             custom_ids.append(found_id or derived)
-            messages.append(None)
-            sampling.append(None)
+            requests.append(None)
         else:
             custom_ids.append(request.custom_id)
-            messages.append(request.messages)
-            sampling.append(request.sampling)
+            requests.append(request)
     return _assemble(
         columns,
         unit,
@@ -256,7 +273,10 @@ def _parse_lines(lines: list[bytes], first_row: int, unit: InputUnit, columns: R
         tenants=_labels({}, None, len(lines)),
         cost_centers=_labels({}, None, len(lines)),
         errors=errors,
-        inputs=[pa.array(messages, pa.large_string()), pa.array(sampling, pa.string())],
+        inputs=[
+            pa.array([request and getattr(request, field.name) for request in requests], field.type)
+            for field in JSONL_INPUT_FIELDS
+        ],
         passthrough=[],
     )
 

@@ -5,9 +5,9 @@ it known how a shared prefix's cost spreads over its users.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +15,14 @@ import pyarrow.compute as pc
 
 from model_runner.prefix_tree import common_prefix_lengths
 from schemas.arrow import rows_at, struct_columns, values_of
+from schemas.canonical import Json
 from schemas.layout import Table
+from schemas.output_column import output_column
+from schemas.output_type import OutputType
 from schemas.tables import LEDGER_SCHEMA, PASSTHROUGH, RESULT_SCHEMA, result_schema
 from transforms.account import AccountedAnswer
-from transforms.allocate import Allocation, allocate, bill_of
+from transforms.allocate import Allocation, Bill, allocate, bill_of, to_units
+from transforms.validate import ValidatedAnswer
 
 _ZERO = Decimal(0)
 
@@ -63,18 +67,26 @@ class PlannedRows:
         return values_of(self.table, name)
 
 
-def shard_tables(rows: PlannedRows, answers: Mapping[int, AccountedAnswer], names: ShardNames) -> dict[Table, pa.Table]:
+Attempts: TypeAlias = Sequence[AccountedAnswer]
+"""What became of one request, attempt by attempt; the last decides."""
+
+
+def shard_tables(
+    rows: PlannedRows, answers: Mapping[int, Attempts], names: ShardNames, output_type: OutputType | None = None
+) -> dict[Table, pa.Table]:
     """Build the tables of a shard; results and rejects in input order, the ledger in token order.
 
     Args:
-        answers: one for each of `rows.asked`.
+        answers: the attempts of each of `rows.asked`, at least one.
+        output_type: of the typed column of answers; None where the job has no schema.
     """
     allocations = _allocate(rows, answers)
     columns = _result_columns(rows, answers, allocations, names)
     fields, passthrough = struct_columns(rows.table, PASSTHROUGH)
+    typed = [] if output_type is None else [output_column(_values(rows, answers), output_type).array]
     table = pa.table(
-        [*(pa.array(columns[field.name], field.type) for field in RESULT_SCHEMA), *passthrough],
-        schema=result_schema(fields),
+        [*(pa.array(columns[field.name], field.type) for field in RESULT_SCHEMA), *typed, *passthrough],
+        schema=result_schema(fields, output_type and output_type.arrow),
     )
     input_order = np.lexsort([rows.table.column("source_row").to_numpy(), rows.table.column("unit").to_numpy()])
     table = rows_at(table, input_order)
@@ -86,21 +98,55 @@ def shard_tables(rows: PlannedRows, answers: Mapping[int, AccountedAnswer], name
     }
 
 
-def _allocate(rows: PlannedRows, answers: Mapping[int, AccountedAnswer]) -> dict[int, Allocation | None]:
+def _values(rows: PlannedRows, answers: Mapping[int, Attempts]) -> list[Json]:
+    """The parsed answer of each row of the plan; None where there is none."""
+    values: list[Json] = [None] * rows.table.num_rows
+    for row in rows.asked:
+        for member in (row, *rows.followers.get(row, ())):
+            values[member] = answers[row][-1].answer.value
+    return values
+
+
+def _allocate(rows: PlannedRows, answers: Mapping[int, Attempts]) -> dict[int, Allocation | None]:
+    """Shares of what first attempts cost; a later attempt's prompt is its row's own affair, see `_later_cost`."""
     keys = rows.text("prefix_key")
     lengths = rows.text("num_prompt_tokens")
-    charges = [answers[row].charge for row in rows.asked]
-    bills = [
-        bill_of(charge, num_rows=1 + len(rows.followers.get(row, ()))) if charge is not None else None
-        for row, charge in zip(rows.asked, charges, strict=True)
-    ]
+    bills = [_bill(answers[row], num_rows=1 + len(rows.followers.get(row, ()))) for row in rows.asked]
     lcps = common_prefix_lengths([keys[row] for row in rows.asked])
     return dict(zip(rows.asked, allocate([lengths[row] for row in rows.asked], lcps, bills), strict=True))
 
 
+def _bill(attempts: Attempts, num_rows: int) -> Bill | None:
+    """What a request was billed: its first attempt by the tree, later ones as its own."""
+    first, later = attempts[0].charge, _later_cost(attempts)
+    if first is not None:
+        bill = bill_of(first, num_rows)
+        return replace(bill, own_units=bill.own_units + to_units(later))
+    charges = [attempt.charge for attempt in attempts if attempt.charge is not None]
+    return Bill(charges[0].line.currency, 0, 0, 0, 0, to_units(later), num_rows) if charges else None
+
+
+def _later_cost(attempts: Attempts) -> Decimal:
+    """What the attempts after the first cost."""
+    return sum((attempt.charge.cost for attempt in attempts[1:] if attempt.charge is not None), _ZERO)
+
+
+def _total_cost(attempts: Attempts) -> Decimal | None:
+    """What a request cost in all; None where no attempt has a price."""
+    costs = [attempt.charge.cost for attempt in attempts if attempt.charge is not None]
+    return sum(costs, _ZERO) if costs else None
+
+
+def _basis(attempts: Attempts) -> str | None:
+    """How sure the cost is: `partial` where some attempt has no price, and one upper bound makes the sum one."""
+    bases = [attempt.charge and attempt.charge.basis for attempt in attempts]
+    known = [basis for basis in bases if basis is not None]
+    return "partial" if known and len(known) < len(bases) else max(known, default=None)
+
+
 def _result_columns(
     rows: PlannedRows,
-    answers: Mapping[int, AccountedAnswer],
+    answers: Mapping[int, Attempts],
     allocations: Mapping[int, Allocation | None],
     names: ShardNames,
 ) -> dict[str, list[Any]]:
@@ -126,20 +172,22 @@ def _result_columns(
         columns["cost_allocated"] = [_ZERO] * num_rows
         columns["price_book"] = [names.price_book] * num_rows
     for row in rows.asked:
-        accounted, allocation = answers[row], allocations[row]
+        attempts, allocation = answers[row], allocations[row]
         group = (row, *rows.followers.get(row, ()))
-        shares = allocation.rows if allocation is not None else [None] * len(group)
+        cost = _total_cost(attempts)
+        shares = allocation.rows if allocation is not None and cost is not None else [None] * len(group)
         for member, share in zip(group, shares, strict=True):
-            _fill_answer(columns, member, accounted)
+            _fill_answer(columns, member, attempts)
             columns["cost_allocated"][member] = share
-            columns["cost"][member] = _ZERO if accounted.charge is not None else None
-        _fill_usage(columns, row, accounted)
+            columns["cost"][member] = _ZERO if cost is not None else None
+        columns["cost"][row] = cost
+        _fill_usage(columns, row, attempts)
     return columns
 
 
-def _fill_answer(columns: dict[str, list[Any]], row: int, accounted: AccountedAnswer) -> None:
+def _fill_answer(columns: dict[str, list[Any]], row: int, attempts: Attempts) -> None:
     """What a merged row shares with the one that was asked for it."""
-    answer, charge = accounted.answer, accounted.charge
+    answer = attempts[-1].answer
     completion, error = answer.completion, answer.error
     values: dict[str, Any] = {
         "status": "ok" if error is None else "rejected",
@@ -154,8 +202,11 @@ def _fill_answer(columns: dict[str, list[Any]], row: int, accounted: AccountedAn
         "provider": completion.provider,
         "model": completion.model,
         "model_revision": completion.model_revision,
-        "currency": charge and charge.line.currency,
-        "cost_basis": charge and charge.basis,
+        "currency": next((a.charge.line.currency for a in attempts if a.charge is not None), None),
+        "cost_basis": _basis(attempts),
+        "failed_attempts": [_failed(attempt.answer) for attempt in attempts if attempt.answer.error is not None]
+        or None,
+        "logprobs": completion.logprobs,
     }
     if error is not None:
         values["error_type"], values["error_stage"] = error.error_type, error.error_stage
@@ -164,24 +215,34 @@ def _fill_answer(columns: dict[str, list[Any]], row: int, accounted: AccountedAn
         columns[name][row] = value
 
 
-def _fill_usage(columns: dict[str, list[Any]], row: int, accounted: AccountedAnswer) -> None:
-    """What was paid for: only the row that was asked carries it."""
-    completion = accounted.answer.completion
-    usage = completion.usage
-    columns["attempts"][row] = 1
-    columns["prompt_tokens"][row] = usage.prompt_tokens
-    columns["cached_tokens"][row] = usage.cached_tokens
-    columns["computed_tokens"][row] = usage.computed_tokens
-    columns["completion_tokens"][row] = usage.completion_tokens
-    columns["reasoning_tokens"][row] = usage.reasoning_tokens
-    columns["latency_ms"][row] = completion.latency_ms
-    if accounted.charge is not None:
-        columns["cost"][row] = accounted.charge.cost
+def _failed(answer: ValidatedAnswer) -> dict[str, Any]:
+    completion, error = answer.completion, answer.error
+    assert error is not None
+    return {
+        "attempt": answer.attempt,
+        "error_type": error.error_type,
+        "error_message": str(error),
+        "finish_reason": completion.finish_reason,
+        "output_text": completion.text,
+        "reasoning_content": completion.reasoning_content,
+    }
+
+
+def _fill_usage(columns: dict[str, list[Any]], row: int, attempts: Attempts) -> None:
+    """What was paid for, the sum of all attempts: only the row that was asked carries it."""
+    completions = [attempt.answer.completion for attempt in attempts]
+    usages = [completion.usage for completion in completions]
+    columns["attempts"][row] = len(attempts)
+    for name in ("prompt_tokens", "cached_tokens", "computed_tokens", "completion_tokens", "reasoning_tokens"):
+        counts: list[int | None] = [getattr(usage, name) for usage in usages]
+        known = [count for count in counts if count is not None]
+        columns[name][row] = sum(known) if len(known) == len(counts) else None
+    columns["latency_ms"][row] = sum(completion.latency_ms for completion in completions)
 
 
 def _ledger(
     rows: PlannedRows,
-    answers: Mapping[int, AccountedAnswer],
+    answers: Mapping[int, Attempts],
     allocations: Mapping[int, Allocation | None],
     names: ShardNames,
 ) -> pa.Table:
@@ -189,29 +250,37 @@ def _ledger(
     repeated = {name: rows.text(name) for name in ("custom_id", "source_file", "source_row", "tenant", "cost_center")}
     lines: list[dict[str, Any]] = []
     for row in rows.asked:
-        accounted, allocation = answers[row], allocations[row]
-        completion = accounted.answer.completion
-        lines.append(
-            {
-                **{name: values[row] for name, values in repeated.items()},
-                "run_id": names.run_id,
-                "shard": names.shard,
-                "attempt": 1,
-                "outcome": "answered" if accounted.answer.error is None else "rejected",
-                "provider": completion.provider,
-                "model": completion.model,
-                "model_revision": completion.model_revision,
-                "started_at": completion.started_at,
-                "latency_ms": completion.latency_ms,
-                "cost_allocated": allocation and allocation.total,
-                "price_book": names.price_book,
-                **_charged(accounted),
-            }
-        )
+        for accounted, share in zip(answers[row], _shares(answers[row], allocations[row]), strict=True):
+            completion = accounted.answer.completion
+            lines.append(
+                {
+                    **{name: values[row] for name, values in repeated.items()},
+                    "run_id": names.run_id,
+                    "shard": names.shard,
+                    "attempt": accounted.answer.attempt,
+                    "outcome": "answered" if accounted.answer.error is None else "rejected",
+                    "provider": completion.provider,
+                    "model": completion.model,
+                    "model_revision": completion.model_revision,
+                    "started_at": completion.started_at,
+                    "latency_ms": completion.latency_ms,
+                    "cost_allocated": share,
+                    "price_book": names.price_book,
+                    **_charged(accounted),
+                }
+            )
     arrays: Sequence[pa.Array[Any]] = [
         pa.array([line.get(field.name) for line in lines], field.type) for field in LEDGER_SCHEMA
     ]
     return pa.table(list(arrays), schema=LEDGER_SCHEMA)
+
+
+def _shares(attempts: Attempts, allocation: Allocation | None) -> list[Decimal | None]:
+    """The allocated cost of each attempt: a later one carries its own, the first what is left of the request's."""
+    later = [attempt.charge and attempt.charge.cost for attempt in attempts[1:]]
+    if allocation is None or attempts[0].charge is None:
+        return [None, *later]
+    return [allocation.total - _later_cost(attempts), *later]
 
 
 def _charged(accounted: AccountedAnswer) -> dict[str, Any]:

@@ -37,7 +37,7 @@ EXPECTED_OUTPUT_TOKENS = 256
 SAMPLE_SCHEMA = pa.schema(
     [pa.field("key", pa.large_binary()), pa.field("weight", pa.int64()), pa.field("row", pa.int64())]
 )
-RUN_ORDER = ("prefix_key", "sampling", "cost_center", "unit", "source_row")
+RUN_ORDER = ("prefix_key", "sampling", "options", "cost_center", "unit", "source_row")
 """Token order first; equal requests of one cost centre stand together, the first of the input ahead."""
 
 _BATCH_ROWS = 512

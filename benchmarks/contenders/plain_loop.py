@@ -14,7 +14,9 @@ from benchmarks.prompts import ANSWER, NUM_ANSWER_TOKENS, SYSTEM, TEMPLATE, Benc
 from model_runner.prompt_encoder import PromptEncoder
 from schemas.answer_schema import AnswerSchema
 from schemas.job import PromptSection
-from schemas.tables import RESULT_SCHEMA
+from schemas.output_column import output_column
+from schemas.output_type import output_type
+from schemas.tables import OUTPUT, RESULT_SCHEMA, result_schema
 from transforms.prompt_template import PromptTemplate
 from transforms.read import MAX_BATCH_ROWS
 
@@ -24,25 +26,27 @@ def run(files: BenchmarkFiles, output: Path, checkpoint: str) -> int:
     template = PromptTemplate(PromptSection(system=SYSTEM, template=TEMPLATE))
     encoder = PromptEncoder.load(checkpoint)
     schema = AnswerSchema.load(str(files.answer_schema))
+    typed = output_type(schema.document)
+    assert typed is not None
     output.mkdir(parents=True)
     num_rows = 0
     with (
         pq.ParquetFile(files.prompts) as source,
-        pq.ParquetWriter(output / "results.parquet", RESULT_SCHEMA, compression="zstd") as sink,
+        pq.ParquetWriter(output / "results.parquet", result_schema([], typed.arrow), compression="zstd") as sink,
     ):
         for batch in source.iter_batches(MAX_BATCH_ROWS, use_threads=False):
             prompts = [encoder.render(template.render(row)) for row in batch.to_pylist()]
             lengths = [int(token_ids.shape[0]) for token_ids in encoder.encode_batch(prompts)]
             answers = [ANSWER] * len(prompts)
-            for answer in answers:
-                schema.check(answer)
-            sink.write_table(results_table(answers, lengths, num_rows, str(files.prompts)))
+            values = output_column([schema.check(answer) for answer in answers], typed).array
+            table = results_table(answers, lengths, num_rows, str(files.prompts))
+            sink.write_table(table.append_column(OUTPUT, values))
             num_rows += len(answers)
     return num_rows
 
 
 def results_table(answers: list[str], num_prompt_tokens: list[int], first_row: int, source_file: str) -> pa.Table:
-    """A batch of results with every column of moebeam's own; what only accounting knows is null."""
+    """A batch of results with every column of `RESULT_SCHEMA`; what only accounting knows is null."""
     size = len(answers)
     repeated: dict[str, Any] = {
         "status": "ok",

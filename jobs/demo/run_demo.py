@@ -24,9 +24,9 @@ NUM_SHOWN = 5
 _HERE = Path(__file__).parent
 
 ANALYST_QUERY = """\
-SELECT output_json->>'$.category'              AS category,
+SELECT output.category                         AS category,
        count(*)                                AS tickets,
-       count(*) FILTER (output_json->>'$.priority' = 'urgent') AS urgent,
+       count(*) FILTER (output.priority = 'urgent') AS urgent,
        sum(cost_allocated)                     AS cost,
        round(sum(cached_tokens) / sum(prompt_tokens), 3) AS cache_share
 FROM '{output}/results/*.parquet'

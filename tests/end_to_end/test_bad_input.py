@@ -175,7 +175,10 @@ def test_an_answer_cut_by_max_tokens_is_truncated_under_a_schema_and_visible_wit
     assert plain.num_results == 1
     assert column(read_table(tmp_path / "plain", "results"), "finish_reason") == ["length"]
     output = {"schema": str(tmp_path / "schema.json")}
-    checked = run_fake_job(source, tmp_path / "out", tiny_checkpoint, model=model, sampling=sampling, output=output)
+    once = {"max_attempts": 1}
+    checked = run_fake_job(
+        source, tmp_path / "out", tiny_checkpoint, model=model, sampling=sampling, output=output, repair=once
+    )
     assert checked.exit_code == 3
     (reject,) = read_table(tmp_path / "out", "rejects")
     assert (reject["error_type"], reject["completion_tokens"]) == ("truncated", 20)
@@ -209,7 +212,14 @@ def test_a_recursive_schema_validates_recursive_answers(tmp_path: Path, tiny_che
         tmp_path / "script.json", {"default": {"text": '{"child": {"child": {"n": 1}}}'}, "rules": rules}
     )
     output = {"schema": str(tmp_path / "schema.json")}
-    summary = run_fake_job(source, tmp_path / "out", tiny_checkpoint, model={"script": str(script)}, output=output)
+    summary = run_fake_job(
+        source,
+        tmp_path / "out",
+        tiny_checkpoint,
+        model={"script": str(script)},
+        output=output,
+        repair={"max_attempts": 1},
+    )
     assert (summary.num_results, summary.rejects_by_type) == (1, {"schema_violation": 1})
     assert "/child/child/n" in rejected(tmp_path / "out")["in.parquet:1"][1]
 

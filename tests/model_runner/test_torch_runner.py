@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from model_runner.json_grammar import json_schema_grammar
 from model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens, prefix_key
 from model_runner.protocol import EngineConfig
-from model_runner.torch_engine.constraint import Constraint, json_schema_grammar
+from model_runner.torch_engine.constraint import Constraint
 from model_runner.torch_engine.engine import TorchEngine
 from model_runner.torch_runner import TorchRunner, load_torch_runner
 from model_runner.transformers_runner import load_transformers_runner

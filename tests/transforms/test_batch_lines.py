@@ -38,8 +38,6 @@ def test_own_sampling_values_are_kept_and_spelled_one_way() -> None:
         (line(url="/v1/embeddings"), UnsupportedRequest, "/v1/embeddings"),
         (line(body={"messages": []}), InvalidLine, "body.messages"),
         (line(body={"n": 3}), UnsupportedRequest, r"body\.n: 3"),
-        (line(body={"tools": [{"type": "function"}]}), UnsupportedRequest, r"body\.tools"),
-        (line(body={"response_format": {"type": "json_object"}}), UnsupportedRequest, "response_format"),
         (line(body={"invented": True}), UnsupportedRequest, r"body\.invented"),
         (line(body={"temperature": 3}), InvalidLine, r"body\.temperature"),
         (line(body={"max_tokens": "9"}), InvalidLine, r"body\.max_tokens"),
@@ -61,7 +59,18 @@ def test_any_bytes_are_parsed_or_refused_by_type(raw: bytes) -> None:
 
 def test_neutral_values_change_nothing() -> None:
     plain = parse_batch_line(line())
-    assert (
-        parse_batch_line(line(body={"n": 1, "stream": False, "tools": None, "response_format": {"type": "text"}}))
-        == plain
-    )
+    assert parse_batch_line(line(body={"n": 1, "stream": False, "tools": None, "logit_bias": {}})) == plain
+
+
+def test_tools_and_formats_keep_the_order_of_their_keys() -> None:
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    own = {"response_format": {"type": "json_schema", "schema": schema}, "reasoning_effort": "max"}
+    assert json.loads(parse_batch_line(line(body=own)).options) == own
+    assert parse_batch_line(line(body=own)).options.index('"b"') < parse_batch_line(line(body=own)).options.index('"a"')
+    assert parse_batch_line(line()).options == "{}"
+
+
+def test_a_lone_surrogate_in_a_tool_is_refused() -> None:
+    raw = line(body={"tools": [{"type": "function", "function": {"name": "f", "description": "\ud800"}}]})
+    with pytest.raises(InvalidLine, match="tools and schemas"):
+        parse_batch_line(raw)

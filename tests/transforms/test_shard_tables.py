@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from model_runner.prefix_tree import prefix_key
-from schemas.errors import EngineFailed
+from schemas.errors import EngineFailed, NotJson, RowError
 from schemas.prices import PriceLine
 from schemas.records import Completion, Sampling, Usage
 from schemas.tables import plan_schema
@@ -56,15 +56,19 @@ def planned(prompts: list[list[int] | None], merged_into: list[str | None]) -> P
     return PlannedRows.of(pa.Table.from_pylist(rows, schema=plan_schema([pa.field("extra", pa.int64())])))
 
 
-def accounted(row: int, usage: Usage, *, error: EngineFailed | None = None, priced: bool = True) -> AccountedAnswer:
+def accounted(
+    row: int, usage: Usage, *, error: RowError | None = None, priced: bool = True, attempt: int = 1
+) -> AccountedAnswer:
     started = datetime(2026, 5, 1, tzinfo=UTC)
     completion = Completion(str(row), f"answer {row}", "stop", usage, started, 5.0, "p", "m", "rev", error=error)
-    return AccountedAnswer(ValidatedAnswer(completion, None, error), charge(usage, LINE) if priced else None)
+    return AccountedAnswer(
+        ValidatedAnswer(completion, None, error, attempt=attempt), charge(usage, LINE) if priced else None
+    )
 
 
 def test_the_row_that_was_asked_pays_and_the_cost_is_allocated_to_all_who_used_it() -> None:
     rows = planned([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 9]], [None, "r0", None])
-    answers = {0: accounted(0, Usage(4, 2, 0)), 2: accounted(2, Usage(3, 1, 2))}
+    answers = {0: [accounted(0, Usage(4, 2, 0))], 2: [accounted(2, Usage(3, 1, 2))]}
     tables = shard_tables(rows, answers, NAMES)
     results = {row["custom_id"]: row for row in tables["results"].to_pylist()}
     assert [results[name]["output_text"] for name in ("r0", "r1", "r2")] == ["answer 0", "answer 0", "answer 2"]
@@ -86,7 +90,7 @@ def test_the_row_that_was_asked_pays_and_the_cost_is_allocated_to_all_who_used_i
 
 def test_a_failed_request_rejects_its_merged_rows_and_is_still_paid() -> None:
     rows = planned([[1], [1]], [None, "r0"])
-    tables = shard_tables(rows, {0: accounted(0, Usage(1, 0, 0), error=EngineFailed("broke"))}, NAMES)
+    tables = shard_tables(rows, {0: [accounted(0, Usage(1, 0, 0), error=EngineFailed("broke"))]}, NAMES)
     assert tables["results"].num_rows == 0
     rejects = tables["rejects"].to_pylist()
     assert [row["error_type"] for row in rejects] == ["engine_failed"] * 2
@@ -97,7 +101,7 @@ def test_a_failed_request_rejects_its_merged_rows_and_is_still_paid() -> None:
 
 def test_rows_come_out_in_input_order_with_their_passthrough_columns() -> None:
     rows = planned([[1], [2], None], [None, None, None])
-    tables = shard_tables(rows, {0: accounted(0, Usage(1, 1, 0)), 1: accounted(1, Usage(1, 1, 0))}, NAMES)
+    tables = shard_tables(rows, {0: [accounted(0, Usage(1, 1, 0))], 1: [accounted(1, Usage(1, 1, 0))]}, NAMES)
     assert tables["results"].column("custom_id").to_pylist() == ["r1", "r0"]
     assert tables["results"].column("extra").to_pylist() == [1, 0]
     (reject,) = tables["rejects"].to_pylist()
@@ -109,10 +113,48 @@ def test_rows_come_out_in_input_order_with_their_passthrough_columns() -> None:
     )
 
 
+def test_every_attempt_is_in_the_ledger_and_the_row_pays_for_all_of_them() -> None:
+    rows = planned([[1, 2], [1, 2], [1, 9]], [None, "r0", None])
+    first = accounted(0, Usage(2, 1, 0), error=NotJson("no"))
+    second = accounted(0, Usage(5, 2, 2), attempt=2)
+    tables = shard_tables(rows, {0: [first, second], 2: [accounted(2, Usage(2, 1, 1))]}, NAMES)
+    results = {row["custom_id"]: row for row in tables["results"].to_pylist()}
+    paid = results["r0"]
+    assert (paid["attempts"], paid["prompt_tokens"], paid["cached_tokens"], paid["computed_tokens"]) == (2, 7, 2, 5)
+    assert (paid["completion_tokens"], paid["latency_ms"], paid["status"]) == (3, 10.0, "ok")
+    for row in (results["r0"], results["r1"]):
+        (failed,) = row["failed_attempts"]
+        assert (failed["attempt"], failed["error_type"], failed["output_text"]) == (1, "not_json", "answer 0")
+    assert results["r2"]["failed_attempts"] is None
+    ledger = tables["ledger"].to_pylist()
+    assert [(line["custom_id"], line["attempt"], line["outcome"]) for line in ledger] == [
+        ("r0", 1, "rejected"),
+        ("r0", 2, "answered"),
+        ("r2", 1, "answered"),
+    ]
+    assert paid["cost"] == ledger[0]["cost"] + ledger[1]["cost"]
+    # A later attempt is its row's own affair; the first shares its prefix with the third row.
+    assert ledger[1]["cost_allocated"] == ledger[1]["cost"]
+    for name in ("cost", "cost_allocated"):
+        assert sum(row[name] for row in results.values()) == sum(line[name] for line in ledger)
+    assert sum(line["cost_allocated"] for line in ledger) == sum(line["cost"] for line in ledger)
+
+
+def test_attempts_without_a_price_are_named_and_never_zero() -> None:
+    rows = planned([[1], [2]], [None, None])
+    priced, unpriced = accounted(0, Usage(1, 1, 0)), accounted(0, Usage(1, 1, 0), priced=False, error=NotJson("no"))
+    tables = shard_tables(rows, {0: [unpriced, priced], 1: [unpriced, unpriced]}, NAMES)
+    rows_found = {row["custom_id"]: row for name in ("results", "rejects") for row in tables[name].to_pylist()}
+    known = rows_found["r0"]
+    assert (known["cost"], known["cost_allocated"], known["cost_basis"]) == (*[priced.charge.cost] * 2, "partial")
+    assert (rows_found["r1"]["cost"], rows_found["r1"]["cost_basis"]) == (None, None)
+    assert [line["cost"] for line in tables["ledger"].to_pylist()] == [None, priced.charge.cost, None, None]
+
+
 def test_without_a_price_nothing_is_zero() -> None:
     rows = planned([[1]], [None])
     names = ShardNames("run", "s0", None)
-    (row,) = shard_tables(rows, {0: accounted(0, Usage(1, 1), priced=False)}, names)["results"].to_pylist()
+    (row,) = shard_tables(rows, {0: [accounted(0, Usage(1, 1), priced=False)]}, names)["results"].to_pylist()
     assert (row["cost"], row["cost_allocated"], row["currency"], row["cost_basis"]) == (None,) * 4
     assert (row["cached_tokens"], row["computed_tokens"]) == (None, None)
 

@@ -12,20 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLParserLimits
 
+from model_runner.json_grammar import grammar_warnings, json_schema_grammar
 from model_runner.torch_engine import constraint as constraint_module
 from model_runner.torch_engine.constraint import (
     Constraint,
     ConstraintCompiler,
-    InvalidGrammar,
     MaskFiller,
-    grammar_warnings,
-    json_schema_grammar,
     num_mask_words,
 )
 from model_runner.torch_engine.sampler import Draw, sample
 from schemas.answer_schema import AnswerSchema
 from schemas.canonical import Json
-from schemas.errors import EngineFailed, EngineLoadError, RowError
+from schemas.errors import EngineFailed, EngineLoadError, InvalidGrammar, RowError
 from tests.checkpoints import save_tiny_tokenizer
 
 END = "<\uff5cend\u2581of\u2581sentence\uff5c>"
