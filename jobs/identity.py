@@ -41,17 +41,19 @@ class JobIdentity:
         Raises:
             OutputError: another job's, with what differs; or a folder that holds something else.
         """
-        if not storage.exists(layout.job):
-            if storage.is_folder(layout.output) and storage.holds_anything(layout.output):
-                raise OutputError(
-                    f"[output] path {layout.output!r}: expected an empty folder or one of this job, "
-                    "found files that are not a moebeam run"
-                )
-            return
         try:
+            if not storage.exists(layout.job):
+                if storage.is_folder(layout.output) and storage.holds_anything(layout.output):
+                    raise OutputError(
+                        f"[output] path {layout.output!r}: expected an empty folder or one of this job, "
+                        "found files that are not a moebeam run"
+                    )
+                return
             found = json.loads(storage.read_bytes(layout.job))["parts"]
         except (ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{layout.job}: expected the identity of a run, found: {error}") from error
+        except OSError as error:
+            raise OutputError(f"[output] path {layout.output!r}: cannot be looked at: {error}") from error
         changed = sorted(name for name in {*found, *self.parts} if found.get(name) != self.parts.get(name))
         if changed:
             advice = "Choose another output path, or restore what changed"
@@ -69,6 +71,7 @@ class JobIdentity:
         """
         content = json.dumps({"fingerprint": self.fingerprint, "parts": dict(self.parts)}, indent=2)
         try:
+            storage.check_exclusive(layout.state)
             is_ours = storage.create_exclusive(layout.job, content.encode())
         except OSError as error:
             raise OutputError(f"[output] path {layout.output!r}: cannot be written: {error}") from error
