@@ -20,6 +20,7 @@ from model_runner.encoding.dsml import DSML, V3_2_CALLS, V4_1_CALLS, V4_CALLS, D
 from model_runner.json_grammar import Relaxation, enforceable_schema, json_schema_grammar
 from model_runner.lark_writer import LarkWriter
 from model_runner.parameter_grammar import ParameterWriter
+from schemas.answer_schema import Formats
 from schemas.canonical import Json
 from schemas.chat_options import ChatOptions, Tool
 from schemas.errors import InvalidGrammar
@@ -52,6 +53,7 @@ def build_answer_grammar(
     call_format: str | None,
     starts_in_reasoning: bool,
     token_id: Callable[[str], int | None],
+    formats: Formats = "assert",
 ) -> BuiltGrammar | None:
     """The grammar of a request's answer; None where any text is one.
 
@@ -64,6 +66,7 @@ def build_answer_grammar(
         schema: of the content; None takes what `options.response_format` says.
         call_format: name of the encoding's way to write calls; None where it has none.
         token_id: the tokenizer's id of a token's text, or None.
+        formats: whether validation asserts `format` of the content.
     Raises:
         InvalidGrammar: no text is an answer, because the schema refuses every value.
     """
@@ -77,7 +80,7 @@ def build_answer_grammar(
     has_limits = bool(tools) and (must_call or not options.parallel_tool_calls or any(tool.is_strict for tool in tools))
     if schema is None and not has_limits and not has_budget:
         return None
-    content = None if schema is None or must_call else enforceable_schema(schema)
+    content = None if schema is None or must_call else enforceable_schema(schema, formats=formats)
     if content is not None and not tools and not starts_in_reasoning:
         return BuiltGrammar(json_schema_grammar(content.document), content.relaxed)
     writer = LarkWriter(token_id, {END_OF_THINKING} | (style.markup if style is not None else frozenset()))

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from schemas import storage
 from schemas.arrow import parquet_bytes, values_of
-from schemas.errors import CommitError
+from schemas.errors import CommitError, abbreviated
 from schemas.layout import TABLES, RunLayout, Table
 from transforms.account import EXACT
 from transforms.coders import RecordCoder, register_record
@@ -111,7 +111,7 @@ def read_commit(layout: RunLayout, shard: str) -> ShardCommit | None:
     try:
         return RecordCoder(ShardCommit).decode(storage.read_bytes(path))
     except ValueError as error:
-        raise CommitError(f"{path}: expected a commit record, found: {error}") from error
+        raise CommitError(f"{path}: expected a commit record, found {abbreviated(str(error))}") from error
 
 
 def commit_shard(

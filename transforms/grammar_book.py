@@ -46,4 +46,5 @@ class GrammarBook:
             call_format=call_format.name if call_format is not None else None,
             starts_in_reasoning=starts_in_reasoning,
             token_id=self.encoder.token_id,
+            formats="assert" if terms.schema is None else terms.schema.formats,
         )

@@ -7,6 +7,7 @@ The result fingerprints the input, gives every unit its place in the input order
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, takewhile
 from typing import Any, Literal, TypeAlias
 
@@ -18,6 +19,7 @@ from schemas.canonical import Json, fingerprint
 from schemas.errors import InputPatternError
 from schemas.job import InputSection
 from transforms.coders import register_record
+from transforms.patience import is_of_the_file, patiently
 
 InputFormat: TypeAlias = Literal["parquet", "jsonl"]
 
@@ -117,7 +119,7 @@ def scan_input(section: InputSection, *, limit: int | None = None, needed: Colle
     files = _list_input_files(section.path)
     input_format = _format_of(section, [path for path, _ in files])
     with ThreadPoolExecutor(max_workers=16) as pool:
-        scans = list(pool.map(lambda path: _scan_file(path, input_format), (path for path, _ in files)))
+        scans = list(pool.map(partial(_scan_file, input_format), (path for path, _ in files)))
     root = _shared_folder([path for path, _ in files])
     units = (unit for scan in scans for unit in scan.units)
     numbered = tuple(
@@ -187,7 +189,7 @@ def _file_identity(path: str, info: Mapping[str, Any]) -> Json:
     return {"path": path, "size": int(info.get("size") or 0), **marks}
 
 
-def _scan_file(path: str, input_format: InputFormat) -> _FileScan:
+def _scan_file(input_format: InputFormat, path: str) -> _FileScan:
     scan = _scan_parquet_file if input_format == "parquet" else _scan_jsonl_file
     try:
         return patiently(lambda: scan(path))
@@ -222,9 +224,7 @@ def _scan_jsonl_file(path: str) -> _FileScan:
             offset += len(line)
             num_rows += bool(line.strip())
             if offset - start >= JSONL_UNIT_BYTES:
-                units.append(
-                    InputUnit(0, path, "", "jsonl", len(units), first_row, num_rows, offset - start, start)
-                )
+                units.append(InputUnit(0, path, "", "jsonl", len(units), first_row, num_rows, offset - start, start))
                 first_row, num_rows, start = first_row + num_rows, 0, offset
         if num_rows:
             units.append(InputUnit(0, path, "", "jsonl", len(units), first_row, num_rows, offset - start, start))

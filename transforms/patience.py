@@ -45,7 +45,9 @@ def may_pass(error: Exception) -> bool:
     """
     if isinstance(error, (StoreError, FileNotFoundError, PermissionError)):
         return False
-    return isinstance(error, (TimeoutError, ConnectionError)) or (isinstance(error, OSError) and error.errno is not None)
+    return isinstance(error, (TimeoutError, ConnectionError)) or (
+        isinstance(error, OSError) and error.errno is not None
+    )
 
 
 def patiently(read: Callable[[], Read]) -> Read:

@@ -22,7 +22,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 from model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens
 from schemas import storage
 from schemas.arrow import values_of, with_column
-from schemas.errors import CommitError, DuplicateId
+from schemas.errors import CommitError, DuplicateId, abbreviated
 from schemas.job import PlanSection
 from schemas.layout import RunLayout
 from schemas.tables import plan_schema
@@ -357,7 +357,15 @@ def write_plan(shards: Iterable[PlannedShard], layout: RunLayout) -> tuple[Plann
 
 
 def read_plan(layout: RunLayout) -> PlanRecord | None:
-    """The complete plan of a run, or None if planning did not end."""
-    if not storage.exists(layout.plan_record):
+    """The complete plan of a run, or None if planning did not end.
+
+    Raises:
+        CommitError: the record is there but cannot be read.
+    """
+    path = layout.plan_record
+    if not storage.exists(path):
         return None
-    return RecordCoder(PlanRecord).decode(storage.read_bytes(layout.plan_record))
+    try:
+        return RecordCoder(PlanRecord).decode(storage.read_bytes(path))
+    except ValueError as error:
+        raise CommitError(f"{path}: expected the record of a plan, found {abbreviated(str(error))}") from error

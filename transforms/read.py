@@ -4,6 +4,7 @@ Before it: units from `input_scan`. After it: *render*. Every row that a footer 
 a reject; a unit that cannot be read is one reject with its `scope` and `num_rows`.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from schemas.errors import InvalidId, InvalidValue, RowCountMismatch, RowError, 
 from schemas.tables import read_schema
 from transforms.batch_lines import BatchRequest, custom_id_of, parse_batch_line
 from transforms.input_scan import InputScan, InputUnit, UnitGroup
+from transforms.patience import PAUSES_S, is_of_the_file, may_pass
 
 MAX_BATCH_ROWS = 1024
 MAX_BATCH_BYTES = 8 << 20

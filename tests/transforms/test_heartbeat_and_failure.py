@@ -1,12 +1,13 @@
 """What workers leave for the launcher: progress that may be lost, and the reason of a failure."""
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from schemas.errors import CommitError
 from schemas.layout import RunLayout
-from transforms.failure import read_failure, recorded_failure
+from transforms.failure import WorkerWatch, read_failure, recorded_failure
 from transforms.heartbeat import Beat, Heartbeat, read_beats
 
 
@@ -50,3 +51,27 @@ def test_a_failure_that_cannot_be_kept_still_goes_on(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="first"), recorded_failure(RunLayout(str(tmp_path / "file")), "plan"):
         raise ValueError("first")
+
+
+def raise_in_a_thread(name: str, error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    thread = threading.Thread(target=fail, name=name)
+    thread.start()
+    thread.join()
+
+
+def test_a_worker_process_that_dies_is_noticed_and_other_threads_errors_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed_on: list[type[BaseException]] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: passed_on.append(args.exc_type))
+    before = threading.excepthook
+    with WorkerWatch() as watch:
+        raise_in_a_thread("another", RuntimeError("not a worker"))
+        assert not watch.has_lost_a_worker_for(0)
+        raise_in_a_thread("run_worker", RuntimeError("Worker subprocess exited with return code 137"))
+        assert watch.has_lost_a_worker_for(0)
+        assert not watch.has_lost_a_worker_for(3600)
+        assert "137" in watch.reason
+    assert passed_on == [RuntimeError]
+    assert threading.excepthook is before
