@@ -11,7 +11,7 @@ from model_runner.checkpoint import read_json_object
 from model_runner.encoding.chat_encoding import ChatEncoding
 from schemas import storage
 from schemas.errors import EngineLoadError, RowError
-from schemas.records import FinishReason, Request, ToolCall, TokenIds
+from schemas.records import FinishReason, Request, TokenIds, ToolCall
 
 _NUM_SPARE_TOKENS = 8
 _NUM_TAIL_TOKENS = 64

@@ -86,10 +86,10 @@ def checkpoint_revision(path: str) -> str:
     """The digest that pins a checkpoint: SHA-256 (hexadecimal) over names, sizes and contents of its files.
 
     Counted are the files that shape answers: configuration, tokenizer, chat template, the authors' encoder and every
-    `*.safetensors` with its index. They are hashed whole, except that of a `*.safetensors` above 64 MiB only its size, its header (names,
-    types and shapes of the tensors) and 64 blocks of 64 KiB, evenly spread from the first byte of data to the last,
-    are hashed. Another training step changes nearly every weight and is seen; a few bytes changed by hand between
-    two blocks are not.
+    `*.safetensors` with its index. They are hashed whole, except that of a `*.safetensors` above 64 MiB only its size,
+    its header (names, types and shapes of the tensors) and 64 blocks of 64 KiB, evenly spread from the first byte of
+    data to the last, are hashed. Another training step changes nearly every weight and is seen; a few bytes changed by
+    hand between two blocks are not.
 
     Raises:
         EngineLoadError: there is no `config.json`, or a file cannot be read or is damaged.
