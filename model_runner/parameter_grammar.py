@@ -16,14 +16,14 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 from model_runner.encoding.dsml import DSML, DsmlFormat
-from model_runner.json_grammar import DEFAULT_MAX_STRING_LENGTH, enforceable_schema
+from model_runner.json_grammar import enforceable_schema
 from model_runner.lark_writer import LarkWriter
 from schemas.canonical import Json
 
 MAX_ALTERNATIVES = 16
 """Most forms of the arguments that are written out; beyond, any parameters may come."""
 
-_PLAIN_STRING: Mapping[str, Json] = {"type": "string", "maxLength": DEFAULT_MAX_STRING_LENGTH}
+_PLAIN_STRING = enforceable_schema({"type": "string"}).document
 _ANYTHING: Mapping[str, Json] = {"$ref": "#/$defs/any"}
 _MARKUP = re.compile(rf"{DSML}|<｜|</?think>")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")

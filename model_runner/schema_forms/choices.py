@@ -285,8 +285,9 @@ class Chooser:
         options, is_exact = negations(
             place, known, pointer, references=self.references, values_of=self._values_of, children=property_places
         )
+        # What a schema says that must not match is looked at by none.
         return [
-            tuple(made(schema, pointer) if not isinstance(schema, Place) else schema for schema in option)
+            tuple(part.unseen() if isinstance(part, Place) else made(part, pointer) for part in option)
             for option in options
         ], is_exact
 

@@ -4,7 +4,6 @@ Last of `model_runner.schema_forms`. The schema has no in-place keyword but `any
 its own `$defs`, so that nothing rests on how llguidance joins schemas; whatever a schema leaves open is spelled out.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -12,6 +11,7 @@ from typing import TypeAlias
 from model_runner.schema_forms.choices import Places
 from model_runner.schema_forms.forms import Forms, State
 from model_runner.schema_forms.relaxation import Relaxation
+from model_runner.schema_forms.spelling import can_be_spelled, has_control, spelled_value
 from model_runner.schema_forms.values import Anything, Array, Form, Number, Object, Simple, String, Values
 from schemas.canonical import Json
 
@@ -22,7 +22,6 @@ MAX_INLINE_DEPTH = 12
 """Levels of a schema before a part gets a name: readers of JSON stop at some depth."""
 
 _FRACTION_LIMIT = 9e18
-_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +42,15 @@ def build_document(
     document: Json,
     *,
     are_formats_asserted: bool,
-    max_string_length: int,
+    max_string_length: int | None,
     left_out: Sequence[tuple[str, str]] = (),
 ) -> BuiltDocument:
     """Rewrite a schema.
 
     Args:
         document: an object or a boolean.
-        max_string_length: most characters of a string for which the schema has no maximum and no expression.
+        max_string_length: most characters of a string for which the schema has no maximum and no expression; None
+            sets no bound.
         left_out: pointer and keyword of what is left to validation beside what must be.
     """
     forms = Forms(document, are_formats_asserted=are_formats_asserted, left_out=left_out)
@@ -58,7 +58,7 @@ def build_document(
 
 
 class _Writer:
-    def __init__(self, forms: Forms, max_string_length: int) -> None:
+    def __init__(self, forms: Forms, max_string_length: int | None) -> None:
         self._forms = forms
         self._max_string_length = max_string_length
         self._states: dict[Key, State] = {}
@@ -192,14 +192,13 @@ class _Writer:
         spelled: list[Json] = []
         options: list[Schema] = []
         for value in values:
-            spelling = _spelling(value)
-            self._has_controls = self._has_controls or _has_control(value)
-            if spelling is _UNSPELLABLE:
+            self._has_controls = self._has_controls or has_control(value)
+            if not can_be_spelled(value):
                 keyword = "const" if places[0].get("const") is not None else "enum"
                 self._relaxed[Relaxation(places[0].pointer, keyword, "a value that llguidance cannot spell")] = None
                 options.append(self._any_like(value))
             else:
-                spelled.append(spelling)
+                spelled.append(spelled_value(value))
         return [*([{"enum": spelled}] if spelled else []), *options]
 
     def _any_like(self, value: Json) -> Schema:
@@ -234,7 +233,7 @@ class _Writer:
             schema["minLength"] = form.min_length
         if form.max_length is not None:
             schema["maxLength"] = form.max_length
-        elif not form.patterns:
+        elif not form.patterns and self._max_string_length is not None:
             schema["maxLength"] = max(form.min_length, self._max_string_length)
         if len(form.patterns) < 2:
             return schema | ({"pattern": form.patterns[0]} if form.patterns else {})
@@ -261,7 +260,7 @@ class _Writer:
                 )
                 for name, child in form.properties
             }
-            self._has_controls = self._has_controls or any(_CONTROL.search(name) for name, _ in form.properties)
+            self._has_controls = self._has_controls or any(has_control(name) for name, _ in form.properties)
         if form.required:
             schema["required"] = [name for name, _ in form.properties if name in form.required]
         if form.patterns:
@@ -285,7 +284,7 @@ class _Writer:
                     {"type": "boolean"},
                     number,
                     {"type": "integer"},
-                    {"type": "string", "maxLength": self._max_string_length},
+                    self._string(String()),
                     {"type": "array", "items": itself},
                     {"type": "object", "additionalProperties": itself},
                 ]
@@ -300,55 +299,6 @@ class _Writer:
                     pointer = self._places[key][0].pointer if self._places[key] else ""
                     reason = "a declared name may be spelled with escapes"
                     self._relaxed[Relaxation(pointer, "additionalProperties", reason)] = None
-
-
-class _Unspellable:
-    pass
-
-
-_UNSPELLABLE = _Unspellable()
-
-
-def _spelling(value: Json) -> Json | _Unspellable:
-    """A value as llguidance spells it; numbers that are integers without fraction."""
-    match value:
-        case bool() | None:
-            return value
-        case str():
-            return _UNSPELLABLE if "\x7f" in value or _has_surrogate(value) else value
-        case int() | float():
-            if float(value).is_integer():
-                return int(value) if abs(value) < 2**53 else _UNSPELLABLE
-            return value
-        case Mapping():
-            spelled = {name: _spelling(item) for name, item in value.items()}
-            names = [_spelling(name) for name in value]
-            if any(item is _UNSPELLABLE for item in (*spelled.values(), *names)):
-                return _UNSPELLABLE
-            return {name: item for name, item in spelled.items() if not isinstance(item, _Unspellable)}
-        case _:
-            items = [_spelling(item) for item in value]
-            return (
-                _UNSPELLABLE
-                if any(item is _UNSPELLABLE for item in items)
-                else [item for item in items if not isinstance(item, _Unspellable)]
-            )
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= char <= "\udfff" for char in text)
-
-
-def _has_control(value: Json) -> bool:
-    match value:
-        case str():
-            return _CONTROL.search(value) is not None
-        case Mapping():
-            return any(_has_control(item) or _has_control(name) for name, item in value.items())
-        case Sequence():
-            return any(map(_has_control, value))
-        case _:
-            return False
 
 
 def _children(form: Form) -> list[Places]:

@@ -3,7 +3,6 @@
 Part of `model_runner.schema_forms`: brings `choices`, `values` and `objects` together for `document`.
 """
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -225,22 +224,33 @@ class Forms:
 
     def _compiled_plain(self, place: Place, draft: str) -> Validator:
         """A place without its in-place keywords, where it stands: its parts may refer to the rest of the document."""
-        kept = {keyword: value for keyword, value in _members(place.schema) if keyword not in _IN_PLACE}
-        document: Any = {"$schema": draft, **kept}
-        if not place.key.startswith("+="):
-            root = copy.deepcopy(self.references.document)
-            holder: Any = {"": root}
-            *steps, last = ["", *(unescaped(step) for step in place.pointer.split("/")[1:])]
-            for step in steps:
-                holder = holder[int(step)] if isinstance(holder, list) else holder[step]
-            holder[int(last) if isinstance(holder, list) else last] = kept
-            schema = holder[last] if not place.pointer else root
-            registry = Registry([(_ROOT_URI, {**schema, "$schema": draft})])
-            reference = _ROOT_URI + "#" + quote(place.pointer)
-            return validator_for(
-                {"$schema": draft, "$ref": reference}, validate_formats=self._are_formats_asserted, registry=registry
-            )
-        return validator_for(document, validate_formats=self._are_formats_asserted)
+        schema = cast("Mapping[str, Json]", place.schema)
+        kept = {keyword: value for keyword, value in schema.items() if keyword not in _IN_PLACE}
+        formats = self._are_formats_asserted
+        if place.key.startswith("+="):
+            return validator_for({**kept, "$schema": draft}, validate_formats=formats)
+        steps = [unescaped(step) for step in place.pointer.split("/")[1:]]
+        root: Any = _replaced(self.references.document, steps, kept)
+        registry = Registry([(_ROOT_URI, {**root, "$schema": draft})])
+        reference = f"{_ROOT_URI}#{quote(place.pointer)}"
+        return validator_for({"$schema": draft, "$ref": reference}, validate_formats=formats, registry=registry)
+
+
+_IN_PLACE = frozenset(
+    {"$ref", "$dynamicRef", "$recursiveRef", "allOf", "anyOf", "oneOf", "not", "if", "then", "else"}
+    | {"dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"}
+)
+
+
+def _replaced(document: Any, steps: Sequence[str], value: Json) -> Any:
+    """A document with another value at one place; all else is shared."""
+    if not steps:
+        return value
+    if isinstance(document, list):
+        items = list(cast("list[Any]", document))
+        items[int(steps[0])] = _replaced(items[int(steps[0])], steps[1:], value)
+        return items
+    return {**document, steps[0]: _replaced(document[steps[0]], steps[1:], value)}
 
 
 _ANYTHING: set[Form] = {
@@ -251,15 +261,6 @@ _ANYTHING: set[Form] = {
     Array(),
     Object(),
 }
-
-_IN_PLACE = frozenset(
-    {"$ref", "$dynamicRef", "$recursiveRef", "allOf", "anyOf", "oneOf", "not", "if", "then", "else"}
-    | {"dependencies", "dependentRequired", "dependentSchemas"}
-)
-
-
-def _members(schema: Json) -> Sequence[tuple[str, Json]]:
-    return list(schema.items()) if isinstance(schema, Mapping) else []
 
 
 def _listed(parts: Sequence[Part]) -> list[Json] | None:

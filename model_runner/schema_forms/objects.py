@@ -58,7 +58,7 @@ def object_forms(
     rules += [
         _unevaluated(part, parts, choices, notes)
         for part in parts
-        if draft >= 2019 and part.place.get("unevaluatedProperties") is not None
+        if draft >= 2019 and not part.place.is_plain and part.place.get("unevaluatedProperties") is not None
     ]
     required: dict[str, None] = {}
     min_properties, max_properties = 0, None
@@ -146,8 +146,8 @@ def _patterns(
     for pattern in patterns:
         holders = [rule for rule in rules if pattern in rule.patterns]
         try:
-            translated = translate(pattern)
-            if len(translated) > 1:
+            expression, *more = translate(pattern)
+            if more:
                 raise UnsupportedPattern("look-ahead")
         except UnsupportedPattern as error:
             for rule in holders:
@@ -162,7 +162,7 @@ def _patterns(
                     notes.relax(rule.place, "patternProperties", "other patterns may match the same names")
                 elif not rule.patterns:
                     children.append(rule.additional)
-        found[translated[0]] = (*found.get(translated[0], ()), *children)
+        found[expression] = (*found.get(expression, ()), *children)
     known = list(found)
     for index, first in enumerate(known):
         for second in known[index + 1 :]:
@@ -202,11 +202,11 @@ def _restricted(
         properties += [(name, form.additional) for name in listed if name not in known]
         return replace(form, properties=tuple(properties), patterns=(), additional=(_NOTHING,))
     expressions: list[str] = []
-    if len(strings) == 1 and not listed:
-        expressions += strings[0].patterns
-        if strings[0].min_length or strings[0].max_length is not None:
-            longest = "" if strings[0].max_length is None else strings[0].max_length
-            expressions.append(rf"^[\s\S]{{{strings[0].min_length},{longest}}}$")
+    for name in strings if len(strings) == 1 and not listed else ():
+        expressions += name.patterns
+        if name.min_length or name.max_length is not None:
+            longest = "" if name.max_length is None else name.max_length
+            expressions.append(rf"^[\s\S]{{{name.min_length},{longest}}}$")
     if len(names) == 1 and not expressions:
         return form
     if len(expressions) == 1 and not form.patterns:

@@ -33,7 +33,8 @@ class Place:
         pointer: JSON pointer in the root document; of a schema that was made, the place that it was made for.
         base: URI against which its references resolve.
         key: equal for equal places; `=` begins the key of a schema that was made, `+` that of a place of which only
-            what it says of the value itself counts, not its in-place keywords.
+            what it says of the value itself counts, not its in-place keywords and what looks at them, and `!` that of one that holds because
+            another must not.
     """
 
     schema: Json = field(compare=False)
@@ -54,6 +55,10 @@ class Place:
     def plain(self) -> "Place":
         """The place without its in-place keywords."""
         return Place(self.schema, self.pointer, self.base, f"+{self.key}")
+
+    def unseen(self) -> "Place":
+        """The place, such that `unevaluatedProperties` and `unevaluatedItems` do not look at it."""
+        return Place(self.schema, self.pointer, self.base, f"!{self.key}")
 
     def get(self, keyword: str) -> Json:
         return self.schema.get(keyword) if isinstance(self.schema, Mapping) else None

@@ -234,7 +234,35 @@ def _fractions(
     minimum = -_MAX_FLOAT_BOUND if low is None else _inward(low[0], is_exclusive=low[1], rounding=ROUND_CEILING)
     maximum = _MAX_FLOAT_BOUND if high is None else _inward(high[0], is_exclusive=not high[1], rounding=ROUND_FLOOR)
     minimum, maximum = max(minimum, -_MAX_FLOAT_BOUND), min(maximum, _MAX_FLOAT_BOUND)
-    return [] if minimum > maximum else [Number(False, minimum, maximum, multiple)]
+    if minimum > maximum:
+        return []
+    # llguidance 1.9.1 leaves out numbers that begin the digits of a bound: 0.2 under a maximum of 0.25.
+    beginnings = tuple(
+        number
+        for number in dict.fromkeys([*_beginnings(minimum), *_beginnings(maximum)])
+        if minimum <= number <= maximum and (multiple is None or (Fraction(repr(number)) / multiple).denominator == 1)
+    )
+    forms: list[Form] = [Number(False, minimum, maximum, divisor) for divisor in _divisors(multiple)]
+    return [*forms, Values(beginnings)] if beginnings else forms
+
+
+def _divisors(multiple: Fraction | None) -> list[Fraction | None]:
+    """The divisor, and larger ones for numbers of fewer decimals: llguidance 1.9.1 asks for 0.50 under 0.25."""
+    divisors = [multiple]
+    decimals = 1
+    while multiple is not None and (multiple * 10**decimals).denominator != 1:
+        shorter = _least_common(multiple, Fraction(1, 10**decimals))
+        if shorter not in divisors:
+            divisors.append(shorter)
+        decimals += 1
+    return divisors
+
+
+def _beginnings(bound: float) -> list[float]:
+    """A bound, and what is left of it with fewer decimals; nothing for integers."""
+    digits = format(Decimal(repr(bound)), "f").removesuffix(".0")
+    whole, _, decimals = digits.partition(".")
+    return [float(f"{whole}.{decimals[: length + 1]}") for length in range(len(decimals))]
 
 
 def _inward(bound: Fraction, *, is_exclusive: bool, rounding: str) -> float:
@@ -327,7 +355,7 @@ def array_forms(parts: Sequence[Part], choices: Choices, notes: Notes, *, draft:
         if place.get("contains") is not None and draft >= 6:
             min_items = max(min_items, _contained(place, draft, notes))
     for part in parts:
-        if part.place.get("unevaluatedItems") is not None and draft >= 2019:
+        if draft >= 2019 and not part.place.is_plain and part.place.get("unevaluatedItems") is not None:
             tuples.append(_unevaluated(part, parts, choices, notes, draft))
     num_prefix = max((len(prefix) for prefix, _, _ in tuples), default=0)
     children: list[Places] = []
@@ -408,9 +436,9 @@ def evaluated_below(part: Part, parts: Sequence[Part], choices: Choices) -> list
     candidates = list(parts)
     if key in choices.open_choices:
         candidates = [other for alternative in choices.alternatives for other in alternative]
-    found = {
-        other.place.key: other
-        for other in candidates
-        if other is part or (key in other.ancestors and not other.place.is_made)
-    }
+    found = {part.place.key: part}
+    for other in candidates:
+        is_seen = not any(ancestor.startswith("!") for ancestor in (other.place.key, *other.ancestors))
+        if key in other.ancestors and is_seen and not other.place.is_made:
+            found[other.place.key] = other
     return list(found.values())

@@ -1,7 +1,8 @@
 """Constrained decoding: which tokens a grammar lets a sequence take next, by llguidance, on CPU threads.
 
-Stands beside the engine's step. A request's grammar (`model_runner.json_grammar`, `model_runner.answer_grammar`) is compiled once and copied for each sequence; while the forward
-pass of a step runs, `MaskFiller` fills the masks that `sampler.sample` takes; the drawn token goes to `accept`.
+Stands beside the engine's step. A request's grammar (see `model_runner.answer_grammar`) is compiled once and copied for
+each sequence; while the forward pass of a step runs, `MaskFiller` fills the masks that `sampler.sample` takes; the
+drawn token goes to `accept`.
 
     constraint = ConstraintCompiler(tokenizer, vocab_size, eos_token_ids).compile(grammar)
     pending = filler.start([constraint, None])

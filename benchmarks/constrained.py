@@ -1,0 +1,289 @@
+"""Whether constrained answers keep their schemas: `python -m benchmarks.constrained --schemas DIR --json OUT.json`.
+
+DIR holds `*.json`, each `{"schema": ...}`, other keys ignored. Each schema becomes a grammar as a job's would
+(`enforceable_schema`), and answers are drawn under it: logits are random, as of a model with random weights, and the
+masks are those of the engines, over a synthetic vocabulary of 129,280 tokens or the demo's. Complete answers are
+validated by jsonschema-rs with formats asserted. Random logits would ramble on, so tokens that begin with a closing
+quote or bracket, and the end, are preferred, the more the longer an answer is; white space between JSON's tokens is
+avoided. Nothing outside a mask is ever drawn.
+
+OUT has for each schema `status` (`compiled`, `relaxed`: `keywords` names what is left to validation, `unsupported`:
+`reason`), `valid` of `attempts`, and `completed`, the answers that ended before `--max-tokens`; then totals, compile
+time and mask time. Exit code 0, or 2 where no schema could be read.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from llguidance.numpy import fill_next_token_bitmask
+
+from benchmarks.report import machine_facts
+from benchmarks.synthetic_tokenizer import DEEPSEEK_VOCAB_SIZE, END_TOKEN_ID, synthetic_tokenizer
+from jobs.demo.checkpoint_path import CHECKPOINT_PATH
+from model_runner.json_grammar import Relaxation, enforceable_schema, json_schema_grammar
+from model_runner.torch_engine.constraint import Constraint, ConstraintCompiler
+from schemas.answer_schema import AnswerSchema
+from schemas.canonical import Json
+from schemas.errors import InvalidGrammar, JobFileError, RowError
+
+TOKENIZERS = ("synthetic", "demo")
+
+_CLOSING = ('"', "}", "]")
+_MIN_CLOSING_SHARE = 0.1
+
+
+@dataclass(slots=True)
+class SchemaResult:
+    """What became of one schema.
+
+    Attributes:
+        keyword: the first of `keywords`, which hold pointer, keyword and reason of all that is left to validation.
+        reason: why it is unsupported.
+        failures: the first answers that completed and are not valid, with the reason.
+        rewrite_ms, compile_ms: making the grammar's text, and its automata for the tokenizer.
+    """
+
+    file: str
+    status: str
+    attempts: int = 0
+    completed: int = 0
+    valid: int = 0
+    keyword: str | None = None
+    keywords: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+    reason: str | None = None
+    failures: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
+    rewrite_ms: float | None = None
+    compile_ms: float | None = None
+
+
+class RandomModel:
+    """Random logits under a mask, over one tokenizer."""
+
+    def __init__(self, name: str, vocab_size: int) -> None:
+        """Read the vocabulary.
+
+        Raises:
+            ValueError: the vocabulary is too small.
+        """
+        if name == "demo":
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(CHECKPOINT_PATH / "tokenizer.json"))
+        else:
+            self.tokenizer = synthetic_tokenizer(vocab_size)
+        self.vocab_size = self.tokenizer.get_vocab_size()
+        self._compiler = ConstraintCompiler(self.tokenizer, self.vocab_size, [END_TOKEN_ID])
+        texts = self.tokenizer.decode_batch([[token_id] for token_id in range(self.vocab_size)])
+        self._is_closing = np.array([text.startswith(_CLOSING) for text in texts])
+        self._is_closing[END_TOKEN_ID] = True
+        self._is_space = np.array([bool(text) and text.isspace() for text in texts])
+        self._mask = np.zeros((1, (self.vocab_size + 31) // 32), dtype=np.int32)
+        self.mask_ms: list[float] = []
+        # The first compilation of a tokenizer also prepares its slices, once.
+        self.draw(self.compile(json_schema_grammar({"type": "string"})), np.random.default_rng(0), 16)
+        self.mask_ms.clear()
+
+    def compile(self, grammar: str) -> Constraint:
+        """The constraint of a new answer."""
+        return self._compiler.compile(grammar)
+
+    def draw(self, constraint: Constraint, rng: np.random.Generator, max_tokens: int) -> tuple[str, bool]:
+        """An answer, and whether it came to its end."""
+        token_ids: list[int] = []
+        while len(token_ids) < max_tokens:
+            forced = constraint.forced_token_ids()
+            token_id = forced[0] if forced else self._pick(self._allowed(constraint), rng, len(token_ids) / max_tokens)
+            if token_id == END_TOKEN_ID:
+                return self._text(token_ids), True
+            constraint.accept(token_id)
+            token_ids.append(token_id)
+            if constraint.is_over:
+                return self._text(token_ids), True
+        return self._text(token_ids), False
+
+    def _text(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _allowed(self, constraint: Constraint) -> npt.NDArray[np.int64]:
+        start = time.perf_counter()
+        fill_next_token_bitmask(constraint.matcher, self._mask, 0)
+        self.mask_ms.append((time.perf_counter() - start) * 1000)
+        if constraint.failure is not None:
+            raise constraint.failure
+        return np.flatnonzero(np.unpackbits(self._mask[0].view(np.uint8), bitorder="little"))
+
+    def _pick(self, allowed: npt.NDArray[np.int64], rng: np.random.Generator, progress: float) -> int:
+        words = allowed[~self._is_space[allowed]]
+        candidates = words if words.size else allowed
+        closing = candidates[self._is_closing[candidates]]
+        if closing.size and rng.random() < _MIN_CLOSING_SHARE + 4 * progress:
+            # The end wins over other closing tokens, and a bare one over those that go on.
+            candidates = closing[closing == END_TOKEN_ID] if END_TOKEN_ID in closing and progress > 0.1 else closing
+        return int(candidates[rng.integers(candidates.size)])
+
+
+def check_schema(
+    file: str, schema: Json, model: RandomModel, *, attempts: int, max_tokens: int, seed: int
+) -> SchemaResult:
+    """Draw answers under one schema and validate them."""
+    try:
+        contract = AnswerSchema.from_json(schema, formats="assert", source=file)
+        start = time.perf_counter()
+        enforceable = enforceable_schema(schema)
+        grammar = json_schema_grammar(enforceable.document)
+        rewrite_ms = (time.perf_counter() - start) * 1000
+        start = time.perf_counter()
+        constraint = model.compile(grammar)
+        compile_ms = (time.perf_counter() - start) * 1000
+    except (InvalidGrammar, JobFileError) as error:
+        return SchemaResult(file, "unsupported", reason=str(error))
+    found = SchemaResult(
+        file,
+        "relaxed" if enforceable.relaxed else "compiled",
+        attempts,
+        keyword=enforceable.relaxed[0].keyword if enforceable.relaxed else None,
+        keywords=[_described(relaxation) for relaxation in enforceable.relaxed],
+        rewrite_ms=rewrite_ms,
+        compile_ms=compile_ms,
+    )
+    for attempt in range(attempts):
+        rng = np.random.default_rng([seed, attempt])
+        try:
+            text, is_complete = model.draw(constraint if attempt == 0 else model.compile(grammar), rng, max_tokens)
+        except RowError as error:
+            found.failures.append({"text": "", "reason": str(error)})
+            continue
+        if not is_complete:
+            continue
+        found.completed += 1
+        try:
+            contract.check(text)
+            found.valid += 1
+        except RowError as error:
+            found.failures.append({"text": text[:500], "reason": str(error)})
+    return found
+
+
+def _described(relaxation: Relaxation) -> dict[str, str]:
+    return {"pointer": relaxation.pointer, "keyword": relaxation.keyword, "reason": relaxation.reason}
+
+
+def read_schemas(folder: Path) -> tuple[dict[str, Json], dict[str, str]]:
+    """The schemas of a folder by file name, in order, and why other files cannot be read."""
+    schemas: dict[str, Json] = {}
+    problems: dict[str, str] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            document: object = json.loads(path.read_text(encoding="utf-8-sig"))
+            if not isinstance(document, dict) or "schema" not in document:
+                raise ValueError('expected {"schema": ...}, found no key `schema`')
+            schemas[path.name] = document["schema"]
+        except (OSError, ValueError, RecursionError) as error:
+            problems[path.name] = f"{type(error).__name__}: {error}"
+    return schemas, problems
+
+
+def totals_of(results: Sequence[SchemaResult], mask_ms: Sequence[float]) -> dict[str, Any]:
+    """Sums and percentiles over all schemas."""
+    exact = [found for found in results if found.status == "compiled"]
+    completed = sum(found.completed for found in exact)
+    return {
+        "num_schemas": len(results),
+        **{status: sum(found.status == status for found in results) for status in STATUSES},
+        "attempts": sum(found.attempts for found in results),
+        "completed": sum(found.completed for found in results),
+        "valid": sum(found.valid for found in results),
+        "compiled_completed": completed,
+        "compiled_valid": sum(found.valid for found in exact),
+        "compiled_valid_share": sum(found.valid for found in exact) / completed if completed else None,
+        "rewrite_ms": _percentiles([found.rewrite_ms for found in results if found.rewrite_ms is not None]),
+        "compile_ms": _percentiles([found.compile_ms for found in results if found.compile_ms is not None]),
+        "mask_ms": _percentiles(mask_ms),
+        "num_masks": len(mask_ms),
+    }
+
+
+STATUSES = ("compiled", "relaxed", "unsupported")
+
+
+def _percentiles(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    p50, p99 = np.percentile(np.array(values), [50, 99])
+    return {"p50": round(float(p50), 4), "p99": round(float(p99), 4), "max": round(max(values), 4)}
+
+
+def result_lines(totals: dict[str, Any], results: Sequence[SchemaResult]) -> list[str]:
+    """The figures to read, and every schema that falls short."""
+    lines = [
+        f"{totals['num_schemas']} schemas: "
+        + ", ".join(f"{totals[status]} {status}" for status in STATUSES)
+        + f"; {totals['completed']} of {totals['attempts']} answers complete, {totals['valid']} of them valid",
+        f"not relaxed: {totals['compiled_valid']} of {totals['compiled_completed']} complete answers valid",
+    ]
+    for name in ("rewrite_ms", "compile_ms", "mask_ms"):
+        if totals[name] is not None:
+            lines.append(f"{name}: p50 {totals[name]['p50']:.3f}, p99 {totals[name]['p99']:.3f}")
+    for found in results:
+        if found.status == "unsupported":
+            lines.append(f"{found.file}: unsupported: {found.reason}")
+        elif found.status == "compiled" and found.failures:
+            lines.append(f"{found.file}: {found.failures[0]['reason']}")
+    return lines
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.constrained", description="Schemas under grammars.")
+    parser.add_argument("--schemas", type=Path, required=True, help='folder of *.json, each {"schema": ...}')
+    parser.add_argument("--json", type=Path, required=True, help="file to write the result to")
+    parser.add_argument("--attempts", type=int, default=10, help="answers for each schema")
+    parser.add_argument("--max-tokens", type=int, default=2_000, help="of each answer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", choices=TOKENIZERS, default="synthetic")
+    parser.add_argument("--vocab-size", type=int, default=DEEPSEEK_VOCAB_SIZE, help="of the synthetic tokenizer")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check all schemas of a folder; 2 if there is none that can be read."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.attempts < 1 or args.max_tokens < 1 or args.seed < 0:
+        parser.error("--attempts and --max-tokens: expected at least 1; --seed: expected at least 0")
+    schemas, problems = read_schemas(args.schemas)
+    for file, problem in problems.items():
+        print(f"{file}: cannot be read: {problem}", file=sys.stderr)
+    if not schemas:
+        print(f"{args.schemas}: expected *.json files with schemas, found none", file=sys.stderr)
+        return 2
+    try:
+        model = RandomModel(args.tokenizer, args.vocab_size)
+    except ValueError as error:
+        parser.error(f"--vocab-size: {error}")
+    options = {"attempts": args.attempts, "max_tokens": args.max_tokens, "seed": args.seed}
+    results = [check_schema(file, schema, model, **options) for file, schema in schemas.items()]
+    totals = totals_of(results, model.mask_ms)
+    print("\n".join(result_lines(totals, results)))
+    found = {
+        "benchmark": "constrained",
+        "totals": totals,
+        "schemas": [asdict(result) for result in results],
+        "unreadable": [{"file": file, "reason": problem} for file, problem in problems.items()],
+        "options": {**options, "tokenizer": args.tokenizer, "vocab_size": model.vocab_size},
+        "machine": machine_facts(),
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
