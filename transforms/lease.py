@@ -144,7 +144,7 @@ class ShardLease:
             attempt=uuid.uuid4().hex,
             host=host_identity(),
             pid=os.getpid(),
-            process_started=_process_started(os.getpid()),
+            process_started=process_started(os.getpid()),
             num_renewals=0,
             expires_at=time.time() + LEASE_S,
         )
@@ -196,7 +196,8 @@ def _keep(path: str, lease: Lease, stop: threading.Event) -> None:
 
 
 @cache
-def _process_started(pid: int) -> float:
+def process_started(pid: int) -> float:
+    """When a process started, in seconds since the epoch: with its id it names the process for good."""
     return psutil.Process(pid).create_time()
 
 

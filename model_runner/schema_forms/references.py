@@ -32,9 +32,9 @@ class Place:
         schema: an object or a boolean.
         pointer: JSON pointer in the root document; of a schema that was made, the place that it was made for.
         base: URI against which its references resolve.
-        key: equal for equal places; `=` begins the key of a schema that was made, `+` that of a place of which only
-            what it says of the value itself counts, not its in-place keywords and what looks at them, and `!` that of one that holds because
-            another must not.
+        key: equal for equal places. `=` begins the key of a schema that was made; `+` that of a place of which only
+            what it says of the value itself counts, not its in-place keywords and what looks at them; `!` that of one
+            that holds because another must not.
     """
 
     schema: Json = field(compare=False)

@@ -11,13 +11,28 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.demo.checkpoint_path import CHECKPOINT_PATH
 from model_runner import transformers_runner
+from model_runner.json_grammar import json_schema_grammar
 from model_runner.protocol import EngineConfig
+from model_runner.torch_runner import load_torch_runner
 from model_runner.transformers_runner import TransformersRunner, _Answer, load_transformers_runner, next_batch
-from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError
+from schemas.answer_schema import AnswerSchema
+from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError, InvalidGrammar
 from schemas.records import Completion, Message, Request, Sampling
 
 BOS_ID, EOS_ID = 0, 1
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 6},
+        "priority": {"enum": ["low", "high", None]},
+        "is_open": {"type": "boolean"},
+    },
+    "required": ["name", "priority", "is_open"],
+    "additionalProperties": False,
+}
+GRAMMAR = json_schema_grammar(SCHEMA, max_whitespace=0)
 
 
 def config_of(path: Path | str, **values: Any) -> EngineConfig:
@@ -314,3 +329,87 @@ def test_loading_and_answering_writes_nothing_to_the_terminal(
 ) -> None:
     answers(load_transformers_runner(config_of(tiny_checkpoint)), random_requests(2, 5, max_tokens=2))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_constrained_answers_are_valid_and_neighbours_unchanged(runner: TransformersRunner, temperature: float) -> None:
+    free = [replace(one, request_id=f"free{one.request_id}") for one in random_requests(4, 9)]
+    bound = [
+        replace(one, grammar=GRAMMAR)
+        for length in (9, 12)
+        for one in random_requests(3, length, seed=length, max_tokens=90, temperature=temperature)
+    ]
+    bound = [replace(one, request_id=f"bound{index}") for index, one in enumerate(bound)]
+    found = {one.request_id: one for one in runner.generate([*free, *bound])}
+    alone = answers(runner, free)
+    contract = AnswerSchema.from_json(SCHEMA, formats="assert", source="tickets")
+    for request in free:
+        one = found[request.request_id]
+        assert (one.text, one.finish_reason, one.usage.completion_tokens) == alone[request.request_id]
+    for request in bound:
+        one = found[request.request_id]
+        assert (one.error, one.finish_reason) == (None, "stop")
+        assert contract.check(one.text) == json.loads(one.text)
+    assert len({found[request.request_id].text for request in bound}) > 1
+
+
+def test_a_grammar_that_ends_ends_the_answer_without_an_end_token(runner: TransformersRunner) -> None:
+    grammar = json.dumps({"grammars": [{"lark_grammar": 'start: "ab"'}]})
+    (found,) = runner.generate([replace(request("0", [70]), grammar=grammar)])
+    assert (found.text, found.finish_reason, found.usage.completion_tokens) == ("ab", "stop", 2)
+
+
+def test_a_constrained_answer_can_be_cut(runner: TransformersRunner) -> None:
+    (found,) = runner.generate([replace(request("0", [70], max_tokens=5), grammar=GRAMMAR)])
+    assert (found.text, found.finish_reason) == ('{"nam', "length")
+
+
+@pytest.mark.parametrize("grammar", ["", "{}", '{"grammars":[]}', 'start: <unknown> "x"'])
+def test_an_invalid_grammar_fails_its_request_alone(runner: TransformersRunner, grammar: str) -> None:
+    good, bad = random_requests(2, 9)
+    found = {one.request_id: one for one in runner.generate([replace(bad, grammar=grammar), good])}
+    assert type(found[bad.request_id].error) is InvalidGrammar
+    assert found[bad.request_id].finish_reason == "error"
+    assert found[bad.request_id].usage.completion_tokens == 0
+    assert found[good.request_id].error is None
+
+
+def test_a_constraint_that_breaks_fails_its_answer_alone(
+    runner: TransformersRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = (replace(one, grammar=GRAMMAR) for one in random_requests(2, 9, max_tokens=90))
+    compile_grammar = runner._constraint
+    num_compiled = 0
+
+    def compile_or_break(one: Request) -> Any:
+        nonlocal num_compiled
+        constraint = compile_grammar(one)
+        num_compiled += 1
+        if one.request_id == bad.request_id and num_compiled > 2 and constraint is not None:
+            constraint.matcher.consume_token(EOS_ID)
+        return constraint
+
+    monkeypatch.setattr(runner, "_constraint", compile_or_break)
+    found = {one.request_id: one for one in runner.generate([good, bad])}
+    assert isinstance(found[bad.request_id].error, EngineFailed)
+    assert found[bad.request_id].finish_reason == "error"
+    assert found[good.request_id].error is None
+    assert json.loads(found[good.request_id].text)
+
+
+def test_constrained_greedy_answers_are_those_of_the_torch_engine() -> None:
+    """On the demo's checkpoint, whose tokens are longer than a byte, so that forced text has many spellings."""
+    path = str(CHECKPOINT_PATH)
+    oracle = load_transformers_runner(config_of(path, dtype="float32", device="cpu"))
+    engine = load_torch_runner(config_of(path, engine="torch", dtype="float32", device="cpu"))
+    rng = np.random.default_rng(0)
+    requests = [
+        replace(
+            request(str(i), rng.integers(7, 1_700, 6 + i).tolist(), max_tokens=60), grammar=GRAMMAR if i % 3 else None
+        )
+        for i in range(9)
+    ]
+    expected = answers(oracle, requests)
+    found = {one.request_id: one for one in engine.generate(requests)}
+    assert {name: (one.text, one.finish_reason, one.usage.completion_tokens) for name, one in found.items()} == expected
+    assert {expected[str(i)][1] for i in range(9) if i % 3} == {"stop"}

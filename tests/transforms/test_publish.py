@@ -1,0 +1,94 @@
+"""Publishing can be repeated, by launchers one after another or side by side, and leaves nothing behind."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.launch import launch
+from schemas import storage
+from schemas.errors import CommitError
+from schemas.layout import RunLayout
+from tests.disturbed_runs import Work, problems_of, tables_of
+from transforms.commit import read_commit
+from transforms.plan import ShardRange, cut_shards, read_plan
+from transforms.publish import publish_shard
+
+
+@pytest.fixture
+def work(tmp_path: Path, tiny_checkpoint: Path) -> Work:
+    return Work(tmp_path, tiny_checkpoint, 40, max_shard_rows=20).write()
+
+
+def test_what_was_published_may_be_published_again_after_staging_is_gone(work: Work) -> None:
+    output = work.folder / "out"
+    launch(work.job(output))
+    layout = RunLayout(str(output))
+    commit = read_commit(layout, "s000000")
+    assert commit is not None
+    assert not Path(layout.staging).exists()
+    publish_shard(commit, layout)
+    Path(layout.published(commit.files[0].table, commit.shard)).unlink()
+    with pytest.raises(CommitError, match="found no file"):
+        publish_shard(commit, layout)
+
+
+def test_nothing_is_left_when_the_manifest_appears(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = work.folder / "out"
+    layout = RunLayout(str(output))
+    there: list[str] = []
+    real = storage.write_whole
+
+    def look(path: str, content: bytes) -> None:
+        if path == layout.manifest:
+            there.extend(name for name in ("staging", "leases", "progress", "plan/runs") if (state / name).exists())
+            there.extend(str(path) for path in output.rglob(".*.tmp"))
+        real(path, content)
+
+    state = output / "_moebeam"
+    (output / "results").mkdir(parents=True)
+    (state / "commits").mkdir(parents=True)
+    job = work.job(output)
+    # As a process that was killed in the middle of a write leaves them.
+    monkeypatch.setattr(storage, "holds_anything", lambda folder: False)
+    (output / "results" / ".part-s000000.parquet.0123.tmp").write_bytes(b"half")
+    (state / "commits" / ".s000000.json.0123.tmp").write_bytes(b"half")
+    monkeypatch.setattr(storage, "write_whole", look)
+    launch(job)
+    assert there == []
+
+
+def test_a_run_that_another_launcher_completed_meanwhile_stays_complete(
+    work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = work.folder / "out"
+    launch(work.job(output))
+    layout = RunLayout(str(output))
+    undisturbed = tables_of(output)
+    from transforms.publish import PublishSpec, write_manifest
+
+    before = Path(layout.manifest).read_text()
+    found: dict[str, Any] = json.loads(before)
+    commit = read_commit(layout, "s000000")
+    assert commit is not None
+    spec = PublishSpec(found["run_id"], layout, (), work.num_rows, {})
+    assert write_manifest([commit], spec) == before
+    assert problems_of(output, work, undisturbed) == []
+
+
+def test_a_plan_that_another_launcher_finished_meanwhile_is_taken(work: Work) -> None:
+    output = work.folder / "out"
+    launch(work.job(output))
+    layout = RunLayout(str(output))
+    plan = read_plan(layout)
+    assert plan is not None
+    # Its runs are gone, and so are those that this launcher wrote into the same folder.
+    assert list(cut_shards([], layout)) == [ShardRange(shard.shard, "", "", ()) for shard in plan.shards]
+
+
+def test_a_damaged_plan_is_named(work: Work) -> None:
+    layout = RunLayout(str(work.folder / "out"))
+    storage.write_whole(layout.plan_record, b'{"shards": [')
+    with pytest.raises(CommitError, match=r"plan/plan\.json: expected the record of a plan"):
+        read_plan(layout)
