@@ -1,4 +1,4 @@
-"""The benchmark of constrained answers: what it reports, that it would see a wrong answer, and its synthetic tokenizer."""
+"""The benchmark of constrained answers: its report, that it would see a wrong answer, its synthetic tokenizer."""
 
 import json
 from pathlib import Path
