@@ -30,6 +30,9 @@ CALL_FORMATS: Mapping[str, CallFormat] = {
 }
 """The formats for which there are grammars, by `CallFormat.name`."""
 
+CHARACTERS_PER_TOKEN = 4
+"""By which `max_reasoning_tokens` is counted for a tokenizer that spells `</think>` in pieces."""
+
 _BLANK = r"/\n{1,2}/"
 
 
@@ -106,12 +109,17 @@ def build_answer_grammar(
 
 
 def _reasoning(writer: LarkWriter, max_tokens: int | None) -> str:
-    """Text up to `</think>`, which must come when the tokens are used up."""
-    thought = writer.text_without("THOUGHT", END_OF_THINKING)
-    if max_tokens is None:
-        return writer.until("reasoning", thought, END_OF_THINKING)
-    limited = writer.rule("thought", thought, options=f"[max_tokens={max_tokens}]")
-    return writer.rule("reasoning", f"{limited} {writer.literal(END_OF_THINKING)}")
+    """Text up to `</think>`, which must come when the tokens are used up.
+
+    llguidance counts tokens up to a token, not up to a text: where the tokenizer has no `</think>`, characters count.
+    """
+    if max_tokens is not None and writer.is_token(END_OF_THINKING):
+        thought = writer.text_without("THOUGHT", END_OF_THINKING)
+        limited = writer.rule("thought", thought, options=f"[max_tokens={max_tokens}]")
+        return writer.rule("reasoning", f"{limited} {writer.literal(END_OF_THINKING)}")
+    max_characters = None if max_tokens is None else max_tokens * CHARACTERS_PER_TOKEN
+    thought = writer.text_without("THOUGHT", END_OF_THINKING, max_characters=max_characters)
+    return writer.until("reasoning", thought, END_OF_THINKING)
 
 
 def _calls(

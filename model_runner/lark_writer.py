@@ -36,10 +36,15 @@ class LarkWriter:
         """Add a terminal, whose name is in upper case; returns the name."""
         return self.rule(name, expression)
 
-    def text_without(self, name: str, excluded: str) -> str:
+    def is_token(self, text: str) -> bool:
+        """Whether a text of the markup is one token."""
+        return text in self._ids
+
+    def text_without(self, name: str, excluded: str, *, max_characters: int | None = None) -> str:
         """A terminal of any text that does not hold another."""
         pattern = re.escape(excluded).replace("/", r"\/").replace("\n", "n")
-        return self.terminal(name, rf"/(?s:.*)/ & ~/(?s:.*){pattern}(?s:.*)/")
+        count = "*" if max_characters is None else f"{{0,{max_characters}}}"
+        return self.terminal(name, rf"/(?s:.{count})/ & ~/(?s:.*){pattern}(?s:.*)/")
 
     def literal(self, text: str) -> str:
         """A fixed text."""
