@@ -96,14 +96,13 @@ def checkpoint_revision(path: str) -> str:
     """
     try:
         found = storage.list_names(path)
+        encoders = storage.list_names(storage.join(path, ENCODER_FOLDER))
     except OSError as error:
         raise EngineLoadError(f"{path}: expected a checkpoint folder, found: {error}") from error
     if "config.json" not in found:
         raise EngineLoadError(f"{path}: expected a checkpoint folder with a config.json, found none")
     total = hashlib.sha256()
-    folder = storage.join(path, ENCODER_FOLDER)
-    names = [*found, *(f"{ENCODER_FOLDER}/{name}" for name in storage.list_names(folder))]
-    for name in names:
+    for name in (*found, *(f"{ENCODER_FOLDER}/{name}" for name in encoders)):
         is_encoder = _ENCODER.fullmatch(name) is not None
         if name in _PINNED_NAMES or is_encoder or name.endswith((".safetensors", ".safetensors.index.json")):
             size, digest = _file_digest(storage.join(path, name))
