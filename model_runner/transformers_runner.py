@@ -13,7 +13,6 @@ drawn like others, there being no other to draw.
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
@@ -26,19 +25,19 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.utils import logging as transformers_logging
 
-from model_runner.answer_text import AnswerReader, cut_at_stop, seed_of
+from model_runner.answer_text import AnswerReader, seed_of
 from model_runner.checkpoint import read_tokenizer
 from model_runner.encoding.chat_encoding import encoding_of
+from model_runner.lockstep import AllowedTokens, AnswersEnd, GrowingAnswer, RestOfPrompts
 from model_runner.protocol import EngineConfig
 from model_runner.torch_engine.constraint import Constraint, ConstraintCompiler, MaskFiller
 from schemas import storage
 from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError, RowError
-from schemas.records import Completion, FinishReason, Request, Sampling, TokenIds, Usage
+from schemas.records import Completion, Request, Usage
 
 PROVIDER = "local"
 NUM_WINDOW_REQUESTS = 512
@@ -145,7 +144,7 @@ class TransformersRunner:
         """Run a batch; if it fails, each request alone, so that only the one at fault fails."""
         started_at, start = datetime.now(UTC), time.perf_counter()
         failure: EngineFailed | None = None
-        answers: list[_Answer] = []
+        answers: list[GrowingAnswer] = []
         try:
             answers = self._run(batch)
         except RuntimeError as error:  # out of memory is one, too
@@ -192,14 +191,14 @@ class TransformersRunner:
             error=error,
         )
 
-    def _run(self, batch: Sequence[Request]) -> "list[_Answer]":
+    def _run(self, batch: Sequence[Request]) -> list[GrowingAnswer]:
         """Generate for greedy requests of nearly one length, or for one sampled request."""
         prompts = [request.prompt_token_ids for request in batch]
         num_common = min(prompt.shape[0] for prompt in prompts)
         shortened = np.stack([prompt[:num_common] for prompt in prompts])
         input_ids = torch.from_numpy(shortened).to(self._device, torch.long)  # (num_requests, num_common)
         answers = [
-            _Answer(request.sampling, self._tokenizer, self._eos_token_ids, self._constraint(request))
+            GrowingAnswer(request.sampling, self._tokenizer, self._eos_token_ids, self._constraint(request))
             for request in batch
         ]
         num_steps = max(request.num_prompt_tokens + request.sampling.max_tokens for request in batch) - num_common
@@ -207,117 +206,18 @@ class TransformersRunner:
         sampling = batch[0].sampling
         if not sampling.is_greedy:
             settings.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
-        processors: list[LogitsProcessor] = [_RestOfPrompts(prompts)]
+        processors: list[LogitsProcessor] = [RestOfPrompts(prompts)]
         if any(answer.constraint is not None for answer in answers):
-            processors.append(_Constraints(prompts, answers, self._masks))
+            processors.append(AllowedTokens(prompts, answers, self._masks))
         with torch.inference_mode(), _quiet(), _seeded(self._device, None if sampling.is_greedy else seed_of(batch[0])):
             self._model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=settings,
                 logits_processor=LogitsProcessorList(processors),
-                stopping_criteria=StoppingCriteriaList([_Answers(prompts, answers)]),
+                stopping_criteria=StoppingCriteriaList([AnswersEnd(prompts, answers)]),
             )
         return answers
-
-
-@dataclass(slots=True)
-class _Answer:
-    """An answer as it grows; `token_ids` end with the end token or the stop string, where there is one.
-
-    Attributes:
-        constraint: has taken all tokens so far, but for one that ended the answer.
-        error: why its grammar allows nothing more, where it broke.
-    """
-
-    sampling: Sampling
-    tokenizer: tokenizers.Tokenizer
-    eos_token_ids: frozenset[int]
-    constraint: Constraint | None = None
-    token_ids: list[int] = field(default_factory=list[int])
-    text: str = ""
-    finish_reason: FinishReason | None = None
-    error: RowError | None = None
-
-    def append(self, token_id: int) -> None:
-        """Take one more token, unless the answer is over."""
-        if self.finish_reason is not None:
-            return
-        self.token_ids.append(token_id)
-        if token_id in self.eos_token_ids:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) >= self.sampling.max_tokens:
-            self.finish_reason = "length"
-        if self.sampling.stop or self.finish_reason is not None:
-            self.text = self.tokenizer.decode(self.token_ids, skip_special_tokens=True)
-        self.text, is_stopped = cut_at_stop(self.text, self.sampling.stop)
-        if is_stopped:
-            self.finish_reason = "stop"
-        if self.finish_reason is None and self.constraint is not None:
-            self._follow(self.constraint, token_id)
-
-    def _follow(self, constraint: Constraint, token_id: int) -> None:
-        try:
-            constraint.accept(token_id)
-        except RowError as error:
-            self.finish_reason, self.error = "error", error
-            return
-        if constraint.is_over:
-            self.finish_reason = "stop"
-
-
-class _RestOfPrompts(LogitsProcessor):
-    """Makes each row's next token its prompt's own, as long as the prompt has one."""
-
-    def __init__(self, prompts: Sequence[TokenIds]) -> None:
-        self._prompts = prompts
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        position = input_ids.shape[1]
-        for row, prompt in enumerate(self._prompts):
-            if position < prompt.shape[0]:
-                scores[row] = -torch.inf
-                scores[row, int(prompt[position])] = 0.0
-        return scores
-
-
-class _Constraints(LogitsProcessor):
-    """Leaves each row that is past its prompt the tokens that its grammar allows."""
-
-    def __init__(self, prompts: Sequence[TokenIds], answers: Sequence[_Answer], masks: MaskFiller) -> None:
-        self._prompts = prompts
-        self._answers = answers
-        self._masks = masks
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        position = input_ids.shape[1]
-        rows = [
-            answer.constraint if answer.finish_reason is None and position >= prompt.shape[0] else None
-            for prompt, answer in zip(self._prompts, self._answers, strict=True)
-        ]
-        masks = self._masks.start(rows).result()  # (num_rows, num_words)
-        if masks is None:
-            return scores
-        bits = np.unpackbits(masks.numpy().view(np.uint8), axis=1, bitorder="little")
-        is_allowed = torch.from_numpy(bits[:, : scores.shape[1]]).to(scores.device, torch.bool)
-        # A row whose constraint failed is allowed nothing; what is drawn then ends it with the reason.
-        is_allowed |= ~is_allowed.any(dim=1, keepdim=True)
-        return scores.masked_fill(~is_allowed, -torch.inf)
-
-
-class _Answers(StoppingCriteria):
-    """Collects what rows say after their prompts, and tells which are over."""
-
-    def __init__(self, prompts: Sequence[TokenIds], answers: Sequence[_Answer]) -> None:
-        self._prompts = prompts
-        self._answers = answers
-
-    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
-        last_token_ids: list[int] = input_ids[:, -1].tolist()
-        for prompt, answer, token_id in zip(self._prompts, self._answers, last_token_ids, strict=True):
-            if input_ids.shape[1] > prompt.shape[0]:
-                answer.append(token_id)
-        return torch.tensor([answer.finish_reason is not None for answer in self._answers], device=input_ids.device)
 
 
 def next_batch(lengths: Sequence[int], batch_size: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from jsonschema_rs import Registry, ValidationError, Validator, validator_for
 
 from model_runner.schema_forms.choices import Choices, Chooser, Part, Places
+from model_runner.schema_forms.numeric import number_forms
 from model_runner.schema_forms.objects import object_forms
 from model_runner.schema_forms.references import Place, References, json_key, unescaped
 from model_runner.schema_forms.relaxation import Relaxation
@@ -25,7 +26,6 @@ from model_runner.schema_forms.values import (
     String,
     Values,
     array_forms,
-    number_forms,
     string_forms,
     types_of,
     without,

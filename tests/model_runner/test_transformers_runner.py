@@ -14,9 +14,10 @@ import torch
 from jobs.demo.checkpoint_path import CHECKPOINT_PATH
 from model_runner import transformers_runner
 from model_runner.json_grammar import json_schema_grammar
+from model_runner.lockstep import GrowingAnswer
 from model_runner.protocol import EngineConfig
 from model_runner.torch_runner import load_torch_runner
-from model_runner.transformers_runner import TransformersRunner, _Answer, load_transformers_runner, next_batch
+from model_runner.transformers_runner import TransformersRunner, load_transformers_runner, next_batch
 from schemas.answer_schema import AnswerSchema
 from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError, InvalidGrammar
 from schemas.records import Completion, Message, Request, Sampling
@@ -237,7 +238,7 @@ def test_answer_ends_at_end_token_stop_string_or_max_tokens(
     runner: TransformersRunner, tokens: str, text: str, finish_reason: str | None, num_tokens: int
 ) -> None:
     """In `tokens`, a bar stands for the end token; `yz` stops, and four tokens are the most."""
-    growing = _Answer(Sampling(4, stop=("yz", "never")), runner._tokenizer, frozenset({EOS_ID}))
+    growing = GrowingAnswer(Sampling(4, stop=("yz", "never")), runner._tokenizer, frozenset({EOS_ID}))
     for token in tokens:
         growing.append(EOS_ID if token == "|" else runner._tokenizer.token_to_id(token))
     assert (growing.text, growing.finish_reason, len(growing.token_ids)) == (text, finish_reason, num_tokens)
