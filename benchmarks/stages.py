@@ -58,7 +58,7 @@ def walk_stages(files: BenchmarkFiles, output: Path, checkpoint: str) -> dict[st
     clock = StageClock()
     with clock.timed("check"):
         checked = check_job(benchmark_job(files, output, checkpoint))
-        checked.identity.claim_output(checked.layout)
+        checked.identity.claim_output(checked.layout, checked.kept)
         job = checked.main_job(None)
     runs = list(_write_runs(job, clock))
     shards = _build_shards(job, runs, clock)

@@ -4,7 +4,7 @@ Kept in `_moebeam/job.json`. An output folder belongs to one job; running the sa
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from model_runner.protocol import EngineConfig
@@ -18,6 +18,18 @@ from schemas.layout import RunLayout
 from schemas.tables import TABLES_VERSION
 from transforms.input_scan import InputScan
 from transforms.price_book import PriceBook
+
+INPUT_FILES = "input files"
+"""The part that names the input's files and what changes when they do."""
+
+_FREE_SECTIONS = ("limits", "failures")
+_FREE_KEYS = (
+    ("output", "max_reject_share"),
+    ("model", "device"),
+    ("model", "batch_size"),
+    ("model", "max_cache_bytes"),
+)
+"""Keys of a job that are no part of its identity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +47,11 @@ class JobIdentity:
         """The run's name in every table: the same for every attempt, runner and output folder."""
         return self.fingerprint[:16]
 
-    def check_output(self, layout: RunLayout) -> None:
+    def check_output(self, layout: RunLayout, changed_files: Callable[[], str] = str) -> None:
         """Make sure that the output folder is free, or this job's.
 
+        Args:
+            changed_files: says which input files changed, where they did.
         Raises:
             OutputError: another job's, with what differs; or a folder that holds something else.
         """
@@ -59,24 +73,37 @@ class JobIdentity:
             advice = "Choose another output path, or restore what changed"
             if changed == ["--limit"]:
                 advice = "A trial needs an output of its own: add --set output.path=…"
+            different = [f"{name}{changed_files()}" if name == INPUT_FILES else name for name in changed]
             raise OutputError(
-                f"[output] path {layout.output!r} belongs to another job; different: {', '.join(changed)}. {advice}"
+                f"[output] path {layout.output!r} belongs to another job; different: {', '.join(different)}. {advice}"
             )
 
-    def claim_output(self, layout: RunLayout) -> None:
+    def claim_output(self, layout: RunLayout, kept: Mapping[str, Json]) -> None:
         """Write the identity into the output folder; of two jobs that start at once only one can.
 
+        Args:
+            kept: what else the folder keeps of the job; the last attempt's stays.
         Raises:
             OutputError: the folder cannot be written, or another job has just claimed it.
         """
-        content = json.dumps({"fingerprint": self.fingerprint, "parts": dict(self.parts)}, indent=2)
+        content = json.dumps({"fingerprint": self.fingerprint, "parts": dict(self.parts), **kept}, indent=2).encode()
         try:
             storage.check_exclusive(layout.state)
-            is_ours = storage.create_exclusive(layout.job, content.encode())
+            is_ours = storage.create_exclusive(layout.job, content)
+            if not is_ours:
+                self.check_output(layout)
+                # Ours by its identity, so nobody but attempts of this job writes it.
+                storage.write_whole(layout.job, content)
         except OSError as error:
             raise OutputError(f"[output] path {layout.output!r}: cannot be written: {error}") from error
-        if not is_ours:
-            self.check_output(layout)
+
+
+def why_not_resumable(place: Sequence[str]) -> str | None:
+    """Why a run that has begun cannot go on with another value of a key; None if it can."""
+    if place[0] in _FREE_SECTIONS or tuple(place) in _FREE_KEYS:
+        return None
+    free = ", ".join([*(f"{name}.*" for name in _FREE_SECTIONS), *(".".join(key) for key in _FREE_KEYS)])
+    return f"shapes answers, so a run that has begun cannot change it; free are {free}"
 
 
 def identify(
@@ -88,8 +115,9 @@ def identify(
     engine: EngineConfig,
     prices: PriceBook | None,
     options: ChatOptions,
+    retry_of: Json = None,
 ) -> JobIdentity:
-    """The identity of a checked job."""
+    """The identity of a checked job; `retry_of` says which rejects of which run it answers again, if so."""
     columns = {**job.input.model_dump(mode="json", exclude={"path"}), "format": scan.format}
     model: dict[str, Json] = {
         "engine": engine.engine,
@@ -105,7 +133,7 @@ def identify(
         "model": job.accounting.model,
     }
     parts: dict[str, Json] = {
-        "input files": scan.fingerprint,
+        INPUT_FILES: scan.fingerprint,
         "[input]": columns,
         "--limit": limit,
         "[prompt]": job.prompt.model_dump(mode="json"),
@@ -128,4 +156,6 @@ def identify(
         "[accounting]": accounting,
         "tables version": TABLES_VERSION,
     }
+    if retry_of is not None:
+        parts["retry of"] = retry_of
     return JobIdentity({name: fingerprint(part) for name, part in parts.items()})

@@ -12,7 +12,7 @@ import os
 import posixpath
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -45,6 +45,8 @@ _EXPECTED = {
     "tuple_type": "an array",
     "model_type": "a section",
     "finite_number": "a finite number",
+    "decimal_type": "a number",
+    "decimal_parsing": "a number",
     "string_too_short": "a path",
 }
 
@@ -86,6 +88,31 @@ def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
     if draft.problems or job is None:
         raise JobFileError(_one_message(draft.problems))
     return job.located(_folder_of(path))
+
+
+def with_overrides(job: Job, overrides: Sequence[str], refusal: Callable[[Place], str | None]) -> Job:
+    """A job that was read before, with `--set` applied to the keys that may still change.
+
+    Args:
+        overrides: as of `load_job`.
+        refusal: why a section and key may not be set; None if it may.
+    Raises:
+        JobFileError: with every problem found, one a line.
+    """
+    if not overrides:
+        return job
+    draft = _Draft(name="the kept job", values=job.model_dump(mode="json", by_alias=True))
+    _apply_overrides(draft, overrides)
+    known = _sections()
+    for place in draft.set_texts:
+        is_known = place[0] in known and (len(place) == 1 or place[1] in known[place[0]])
+        if is_known and (reason := refusal(place)) is not None:
+            draft.refuse(place, reason)
+    _drop_unknown_keys(draft)
+    changed = _validated(draft)
+    if draft.problems or changed is None:
+        raise JobFileError(_one_message(draft.problems))
+    return changed if job.folder is None else changed.located(job.folder)
 
 
 def _read_toml(path: str) -> dict[str, Any]:

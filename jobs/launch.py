@@ -5,28 +5,35 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from decimal import Decimal
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import apache_beam as beam
 
 from jobs.beam_options import beam_options
 from jobs.preflight import CheckedJob, check_job
-from jobs.summary import ProgressSnapshot, RunStatus, RunSummary, exit_code_of
+from jobs.retry import write_retry_plan
+from jobs.run_record import RetryOf, RunRecord, keep_input
+from jobs.run_state import Watch, forget_gone_launchers, present, read_manifest
+from jobs.summary import PIPELINE_THREAD, ProgressSnapshot, RunStatus, RunSummary, exit_code_of
+from model_runner.prompt_encoder import PromptEncoder
 from pipelines.main_job import build
 from schemas import storage
-from schemas.errors import JobInterrupted, PipelineFailed
+from schemas.errors import JobInterrupted, OutputError, PipelineFailed
 from schemas.job import Job
 from schemas.layout import RunLayout
 from transforms.coders import RecordCoder
-from transforms.commit import ShardCommit, Totals, read_commit
-from transforms.failure import read_failure
-from transforms.heartbeat import read_beats
+from transforms.commit import Totals
+from transforms.failure import WorkerWatch, read_failure
+from transforms.input_scan import InputScan
 from transforms.plan import PlanRecord, read_plan
 from transforms.publish import cost_of
+from transforms.stop import BY_SIGNAL, ON_ERROR, StopReason, request_stop
 
 POLL_S = 0.25
+LOST_WORKER_S = 15.0
+"""How long Beam's local runner has to notice that one of its worker processes died."""
+
 _LOGGER = logging.getLogger(__name__)
 
 OnProgress = Callable[[ProgressSnapshot], None]
@@ -39,6 +46,8 @@ def launch(
     beam_args: Sequence[str] = (),
     stop: threading.Event | None = None,
     progress: OnProgress | None = None,
+    retry_of: RetryOf | None = None,
+    retried: InputScan | None = None,
 ) -> RunSummary:
     """Run a job to its end, or to where it is stopped.
 
@@ -47,49 +56,136 @@ def launch(
         beam_args: Beam options in Beam's snake_case.
         stop: when set, shards under way are finished and no further one is started.
         progress: called a few times a second.
+        retry_of: answer these rejects of an earlier run instead of the input.
+        retried: what `jobs.retry.prepare_retry` found of them; not needed once the output keeps it.
     Raises:
         JobError: the job cannot run, or a step of it failed.
     """
     started = time.monotonic()
     options = beam_options(beam_args)
-    checked = check_job(job, limit=limit)
-    layout = checked.layout
-    for warning in checked.warnings:
-        _LOGGER.warning("%s", warning)
-    manifest = _read_manifest(layout)
-    if manifest is not None and manifest["status"] == "complete":
-        return _summary(manifest, checked, "already_done", started)
-    checked.identity.claim_output(layout)
-    storage.remove_files([layout.stop, layout.failure])
+    with _store_errors(job.output.path):
+        checked = check_job(job, limit=limit, retry_of=retry_of, retried=retried)
+        layout = checked.layout
+        for warning in checked.warnings:
+            _LOGGER.warning("%s", warning)
+        manifest = read_manifest(layout)
+        if manifest is not None and manifest["status"] == "complete":
+            # The last launcher may have been killed right after it wrote the manifest.
+            forget_gone_launchers(layout)
+            return summary_of(manifest, job, "already_done", started)
+        checked.identity.claim_output(layout, checked.kept)
+        keep_input(layout, job.input, limit, checked.scan, is_retry=retry_of is not None)
+        storage.remove_files([layout.stop, layout.failure])
+        planned = _plan_of(checked)
     pipeline = beam.Pipeline(options=options)
-    build(pipeline, checked.main_job(read_plan(layout)))
-    watch = _Watch(checked, started)
+    build(pipeline, main_job := checked.main_job(planned))
     run = _PipelineThread(pipeline)
-    run.start()
-    is_draining = False
-    while run.is_alive():
-        run.join(POLL_S)
-        if stop is not None and stop.is_set() and not is_draining:
-            storage.write_note(layout.stop, b"")
-            if read_plan(layout) is None:
-                raise JobInterrupted("stopped while planning; nothing was asked of the model yet")
-            is_draining = True
-        if progress is not None:
-            # A look that fails while files come and go is only a look; the next one is soon.
-            with contextlib.suppress(OSError):
-                progress(watch.snapshot())
+    _wait_for(run, checked, main_job.answer.limits.deadline_at, stop, progress)
     run.raise_failure(layout)
-    storage.remove_files([layout.stop])
-    manifest = _read_manifest(layout)
+    with _store_errors(layout.output):
+        storage.remove_files([layout.stop])
+        manifest = read_manifest(layout)
     assert manifest is not None, "a pipeline that succeeded has written its manifest"
-    return _summary(manifest, checked, "succeeded" if manifest["status"] == "complete" else "incomplete", started)
+    if manifest.get("reason") == ON_ERROR:
+        raise PipelineFailed(f"{manifest['reason_message']}; what is committed is kept, run again to continue")
+    return summary_of(manifest, job, "succeeded" if manifest["status"] == "complete" else "incomplete", started)
+
+
+def resume(
+    record: RunRecord,
+    job: Job,
+    *,
+    beam_args: Sequence[str] = (),
+    stop: threading.Event | None = None,
+    progress: OnProgress | None = None,
+) -> RunSummary:
+    """Go on with a run from what its output folder keeps; one that is finished is summed up, and nothing is looked at.
+
+    Args:
+        job: the record's, with what may change changed.
+    Raises:
+        JobError: as of `launch`.
+    """
+    started = time.monotonic()
+    with _store_errors(record.layout.output):
+        manifest = read_manifest(record.layout)
+    if manifest is not None and manifest["status"] == "complete":
+        return summary_of(manifest, job, "already_done", started)
+    return launch(job, limit=record.limit, beam_args=beam_args, stop=stop, progress=progress, retry_of=record.retry_of)
+
+
+@contextlib.contextmanager
+def _store_errors(output: str) -> Generator[None]:
+    """What the output's store reports before and after the pipeline, as an error of the job."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"[output] path {output!r}: cannot be used: {error}") from error
+
+
+def _plan_of(checked: CheckedJob) -> PlanRecord | None:
+    """The plan of an earlier attempt; of a retry it is made here, from the plan of the run it retries."""
+    planned = read_plan(checked.layout)
+    if planned is not None or checked.retry_of is None:
+        return planned
+    encoder = PromptEncoder.load(checked.engine.path, checked.engine.encoding)
+    return write_retry_plan(
+        checked.layout,
+        checked.retry_of,
+        checked.job,
+        parts=checked.identity.parts,
+        context_length=encoder.context_length,
+    )
+
+
+def _wait_for(
+    run: "_PipelineThread",
+    checked: CheckedJob,
+    deadline_at: float | None,
+    stop: threading.Event | None,
+    progress: OnProgress | None,
+) -> None:
+    """Start the pipeline and watch it until it ends, or until it is not worth waiting for."""
+    layout = checked.layout
+    currency = checked.price_line.currency if checked.price_line is not None else None
+    watch = Watch(layout, rows_total=checked.scan.num_rows, currency=currency)
+    is_draining = False
+    with present(layout) as presence, WorkerWatch() as workers:
+        run.start()
+        while run.is_alive():
+            run.join(POLL_S)
+            presence.renew()
+            reason = _reason_to_stop(stop, deadline_at)
+            if reason is not None and not is_draining:
+                with _store_errors(layout.output):
+                    request_stop(layout, reason)
+                    is_planned = read_plan(layout) is not None
+                if not is_planned:
+                    raise JobInterrupted(f"{reason.message} while planning; nothing was asked of the model yet")
+                is_draining = True
+            if progress is not None:
+                # A look that fails while files come and go is only a look; the next one is soon.
+                with contextlib.suppress(OSError):
+                    progress(watch.snapshot())
+            if workers.has_lost_a_worker_for(LOST_WORKER_S):
+                raise PipelineFailed(
+                    f"a worker process died ({workers.reason}); what is committed is kept, run again to continue"
+                )
+
+
+def _reason_to_stop(stop: threading.Event | None, deadline_at: float | None) -> StopReason | None:
+    if stop is not None and stop.is_set():
+        return BY_SIGNAL
+    if deadline_at is not None and time.time() >= deadline_at:
+        return StopReason("deadline", "[limits] deadline: is past")
+    return None
 
 
 class _PipelineThread(threading.Thread):
     """The pipeline beside the launcher, which shows progress and listens to signals meanwhile."""
 
     def __init__(self, pipeline: beam.Pipeline) -> None:
-        super().__init__(name="pipeline", daemon=True)
+        super().__init__(name=PIPELINE_THREAD, daemon=True)
         self._pipeline = pipeline
         self._failure: Exception | None = None
 
@@ -110,81 +206,22 @@ class _PipelineThread(threading.Thread):
         raise PipelineFailed(f"{message}; what is committed is kept, run again to continue") from self._failure
 
 
-class _Watch:
-    """How far a run is, read from the store."""
+def summary_of(manifest: dict[str, Any], job: Job, status: RunStatus, started: float) -> RunSummary:
+    """What a manifest says of a run, as the end of an attempt.
 
-    def __init__(self, checked: CheckedJob, started: float) -> None:
-        self._checked = checked
-        self._layout = checked.layout
-        self._started = started
-        self._plan: PlanRecord | None = None
-        self._commits: dict[str, ShardCommit] = {}
-
-    def snapshot(self) -> ProgressSnapshot:
-        """One look at the plan, the commits and the heartbeats."""
-        layout = self._layout
-        self._plan = self._plan or read_plan(layout)
-        line = self._checked.price_line
-        if self._plan is None:
-            rows_done = sum(beat.rows_done for beat in read_beats(layout, "plan").values())
-            total = self._checked.scan.num_rows
-            return self._snapshot("plan", rows_done, total, Totals(cached_tokens=0), 0, Decimal(0) if line else None)
-        for name in storage.list_names(layout.commits, ".json"):
-            shard = name.removesuffix(".json")
-            if shard not in self._commits and (commit := read_commit(layout, shard)) is not None:
-                self._commits[shard] = commit
-        totals = sum((commit.totals for commit in self._commits.values()), Totals(costs={}, rejects_by_type={}))
-        beats = [beat for shard, beat in read_beats(layout, "answer").items() if shard not in self._commits]
-        rows_done = totals.num_results + totals.num_rejects + totals.num_unreadable
-        answering = Totals(
-            num_rejects=sum(beat.num_rejects for beat in beats),
-            prompt_tokens=sum(beat.prompt_tokens for beat in beats),
-            cached_tokens=sum(beat.cached_tokens for beat in beats),
-            completion_tokens=sum(beat.completion_tokens for beat in beats),
-        )
-        cost = None
-        if line is not None:
-            cost = (cost_of(totals)[0] or Decimal(0)) + sum((Decimal(beat.cost) for beat in beats), Decimal(0))
-        is_answered = len(self._commits) == len(self._plan.shards)
-        stage = "publish" if is_answered else "answer"
-        done = rows_done + sum(beat.rows_done for beat in beats)
-        return self._snapshot(stage, done, self._plan.num_rows, totals + answering, len(self._commits), cost)
-
-    def _snapshot(
-        self, stage: str, rows_done: int, rows_total: int, totals: Totals, shards_done: int, cost: Decimal | None
-    ) -> ProgressSnapshot:
-        line = self._checked.price_line
-        return ProgressSnapshot(
-            stage=stage,
-            rows_done=rows_done,
-            rows_total=rows_total,
-            shards_done=shards_done,
-            shards_total=len(self._plan.shards) if self._plan is not None else None,
-            prompt_tokens=totals.prompt_tokens,
-            cached_tokens=totals.cached_tokens or 0,
-            completion_tokens=totals.completion_tokens,
-            num_rejects=totals.num_rejects,
-            cost=cost,
-            currency=line.currency if line is not None else None,
-            elapsed_s=time.monotonic() - self._started,
-        )
-
-
-def _read_manifest(layout: RunLayout) -> dict[str, Any] | None:
-    with contextlib.suppress(FileNotFoundError):
-        return json.loads(storage.read_bytes(layout.manifest))
-    return None
-
-
-def _summary(manifest: dict[str, Any], checked: CheckedJob, status: RunStatus, started: float) -> RunSummary:
+    Args:
+        started: of this attempt, by the monotonic clock.
+    """
     totals = RecordCoder(Totals).decode(json.dumps(manifest["totals"]).encode())
+    wasted = RecordCoder(Totals).decode(json.dumps(manifest["wasted"]).encode()) if "wasted" in manifest else Totals()
     cost, currency = cost_of(totals)
     cached = totals.cached_tokens
     is_complete = manifest["status"] == "complete"
     message = None
     if not is_complete:
         left = manifest["num_shards"] - manifest["num_committed_shards"]
-        message = f"stopped with {left} of {manifest['num_shards']} shards left; run the same command to continue"
+        why = manifest.get("reason_message") or "stopped"
+        message = f"{why}; {left} of {manifest['num_shards']} shards left; moebeam resume {job.output.path} goes on"
     return RunSummary(
         status=status,
         exit_code=exit_code_of(
@@ -192,10 +229,10 @@ def _summary(manifest: dict[str, Any], checked: CheckedJob, status: RunStatus, s
             rows_in=manifest["rows_in"],
             num_rejects=totals.num_rejects,
             num_unreadable=totals.num_unreadable,
-            max_reject_share=checked.job.output.max_reject_share,
+            max_reject_share=job.output.max_reject_share,
         ),
         run_id=manifest["run_id"],
-        output=checked.layout.output,
+        output=job.output.path,
         rows_in=manifest["rows_in"],
         num_results=totals.num_results,
         num_rejects=totals.num_rejects,
@@ -210,10 +247,12 @@ def _summary(manifest: dict[str, Any], checked: CheckedJob, status: RunStatus, s
         cost=cost,
         cost_allocated=cost,
         cost_basis=None if cost is None else ("upper_bound" if totals.num_upper_bound else "exact"),
-        currency=currency,
+        currency=currency or cost_of(wasted)[1],
         price_book=manifest["price_book"],
         elapsed_s=time.monotonic() - started,
         message=message,
+        reason=manifest.get("reason"),
+        cost_wasted=cost_of(wasted)[0],
     )
 
 

@@ -7,6 +7,7 @@ once. Nothing is written.
 import difflib
 import io
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.demo.checkpoint_path import CHECKPOINT_PATH
+from jobs.disk import check_disk
 from jobs.identity import JobIdentity, identify
+from jobs.run_record import RetryOf, changed_files, describe_job, kept_scan, refuse_secrets
 from jobs.summary import CheckReport
 from model_runner.prompt_encoder import PromptEncoder, checkpoint_revision
 from model_runner.protocol import CONSTRAINED_ENGINES, ENGINES, EngineConfig, load_runner
@@ -38,6 +41,7 @@ from schemas.strict_json import parse_json
 from schemas.tables import OUTPUT, RESULT_SCHEMA, result_schema
 from transforms.answer import AnswerSpec
 from transforms.answer_terms import TermsBook
+from transforms.budget import Limits
 from transforms.grammar_book import GrammarBook
 from transforms.input_scan import InputScan, scan_input
 from transforms.plan import PlanRecord, PlanSpec
@@ -68,9 +72,16 @@ class CheckedJob:
     prices: PriceBook | None
     price_line: PriceLine | None
     warnings: tuple[str, ...] = ()
+    retry_of: RetryOf | None = None
+
+    @property
+    def kept(self) -> dict[str, Json]:
+        """What the output folder keeps of the job beside its identity."""
+        currency = self.price_line.currency if self.price_line is not None else None
+        return describe_job(self.job, limit=self.limit, currency=currency, retry_of=self.retry_of)
 
     def main_job(self, planned: PlanRecord | None) -> MainJob:
-        """What the pipeline is built from; `planned` is the plan of an earlier attempt."""
+        """What the pipeline of an attempt that starts now is built from; `planned` is the plan of an earlier one."""
         run_id = self.identity.run_id
         is_jsonl = self.scan.format == "jsonl"
         passthrough = self.columns.passthrough
@@ -108,6 +119,8 @@ class CheckedJob:
                 output_type=self.output_type,
                 provider=self.job.accounting.provider,
                 model=self.job.accounting.model,
+                limits=Limits.of(self.job.limits, time.time()),
+                on_error=self.job.failures.on_error,
             ),
             publish=PublishSpec(
                 run_id, self.layout, passthrough, self.scan.num_rows, self._described(), self.output_type
@@ -141,6 +154,7 @@ class CheckedJob:
         )
 
     def _described(self) -> dict[str, Json]:
+        retry = self.retry_of
         return {
             "product_version": version("moebeam"),
             "job_fingerprint": self.identity.fingerprint,
@@ -154,13 +168,20 @@ class CheckedJob:
             },
             "model": {"engine": self.engine.engine, "name": self.engine.name, "revision": self.engine.revision},
             "price_book": self.prices.version if self.prices else None,
+            "retry_of": retry and {"output": retry.output, "run_id": retry.run_id, "kinds": list(retry.kinds)},
             "warnings": list(self.warnings),
         }
 
 
-def check_job(job: Job, *, limit: int | None = None) -> CheckedJob:
+def check_job(
+    job: Job, *, limit: int | None = None, retry_of: RetryOf | None = None, retried: InputScan | None = None
+) -> CheckedJob:
     """Check a job against the world.
 
+    Args:
+        limit: the trial's.
+        retry_of: which rejects of which run are answered again, if so.
+        retried: the input that those are, before the output folder keeps it.
     Raises:
         JobError: what is wrong, all problems in one message; a subclass of its own where only one is found.
     """
@@ -169,7 +190,13 @@ def check_job(job: Job, *, limit: int | None = None) -> CheckedJob:
     problems: list[JobError] = []
     layout = RunLayout(job.output.path)
     template = _try(problems, lambda: PromptTemplate(job.prompt))
-    scan = _try(problems, lambda: scan_input(job.input, limit=limit, needed=_needed(job, template)))
+    scan = retried or _try(
+        problems,
+        lambda: (
+            kept_scan(layout, job.input, limit, retry_of)
+            or scan_input(job.input, limit=limit, needed=_needed(job, template))
+        ),
+    )
     schema = _try(problems, lambda: _load_schema(job))
     options = _try(problems, lambda: _options_of(job, schema))
     terms = _try(problems, lambda: _terms_of(job, options, schema)) if options is not None else None
@@ -179,6 +206,8 @@ def check_job(job: Job, *, limit: int | None = None) -> CheckedJob:
     line = None
     if engine is not None and prices is not None:
         line = _try(problems, lambda: _price_line(job, engine, prices))
+    problems += _limit_problems(job, prices, line)
+    problems += refuse_secrets(job)
     if scan is not None and template is not None:
         problems += _column_problems(job, scan, template)
     problems += _output_problems(job)
@@ -186,10 +215,33 @@ def check_job(job: Job, *, limit: int | None = None) -> CheckedJob:
         raise _one_error(problems)
     columns = _columns(job, scan, template)
     _check_writable(columns)
-    identity = identify(job, scan=scan, limit=limit, schema=schema, engine=engine, prices=prices, options=terms.options)
-    identity.check_output(layout)
-    warnings = tuple(_terms_warnings(job, engine, terms))
-    return CheckedJob(job, limit, layout, identity, scan, columns, engine, terms, output_type, prices, line, warnings)
+    identity = identify(
+        job,
+        scan=scan,
+        limit=limit,
+        schema=schema,
+        engine=engine,
+        prices=prices,
+        options=terms.options,
+        retry_of=retry_of and retry_of.identity,
+    )
+    identity.check_output(layout, lambda: changed_files(layout, job.input))
+    close = check_disk(job, scan, columns)
+    return CheckedJob(
+        job=job,
+        limit=limit,
+        layout=layout,
+        identity=identity,
+        scan=scan,
+        columns=columns,
+        engine=engine,
+        terms=terms,
+        output_type=output_type,
+        prices=prices,
+        price_line=line,
+        warnings=(*_terms_warnings(job, engine, terms), *([close] if close else ())),
+        retry_of=retry_of,
+    )
 
 
 def _needed(job: Job, template: PromptTemplate | None) -> frozenset[str] | None:
@@ -354,6 +406,20 @@ def _price_line(job: Job, engine: EngineConfig, prices: PriceBook) -> PriceLine:
             "found none; name both in [accounting] provider and model"
         )
     return line
+
+
+def _limit_problems(job: Job, prices: PriceBook | None, line: PriceLine | None) -> Iterable[JobError]:
+    if job.limits.max_cost is None:
+        return
+    if job.accounting.price_book is None:
+        yield JobFileError("[limits] max_cost: needs [accounting] price_book; without prices nobody knows the cost")
+    elif prices is not None and line is not None:
+        same = (other for other in prices.lines if (other.provider, other.model) == (line.provider, line.model))
+        if len(currencies := sorted({other.currency for other in same})) > 1:
+            yield JobFileError(
+                f"[limits] max_cost: expected prices of {line.provider} {line.model} in one currency, "
+                f"found {', '.join(currencies)}"
+            )
 
 
 def _column_problems(job: Job, scan: InputScan, template: PromptTemplate) -> Iterable[JobError]:

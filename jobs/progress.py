@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from jobs.summary import EXIT_DONE, EXIT_STOPPED, CheckReport, ProgressSnapshot, RunSummary
+from jobs.summary import EXIT_DONE, EXIT_STOPPED, LIMITS, CheckReport, ProgressSnapshot, RunSummary
 
 ShowSnapshot = Callable[[ProgressSnapshot], None]
 
@@ -179,6 +179,8 @@ def _summary_lines(summary: RunSummary) -> Iterator[tuple[str, str]]:
     yield "tokens", _spell_tokens(summary)
     yield "cache hits", _spell_hits(summary)
     yield "cost", _spell_cost(summary)
+    if summary.cost_wasted:
+        yield "wasted", f"{spell_money(summary.cost_wasted, summary.currency)} beside it, for answers not used"
     if summary.message:
         yield "note", summary.message
 
@@ -215,7 +217,10 @@ def _spell_cost(summary: RunSummary) -> str:
 
 def _next_steps(summary: RunSummary) -> Iterator[str]:
     if summary.exit_code == EXIT_STOPPED:
-        yield "To go on, run the same command again: finished shards are kept."
+        if summary.reason in LIMITS:
+            yield f"To go on: moebeam resume {summary.output} --set limits.{summary.reason}=… with a larger one"
+        else:
+            yield f"To go on: moebeam resume {summary.output}, or the same command again; finished shards are kept."
         return
     yield f"Tables: {summary.output}/results, rejects, ledger"
     results = "SELECT custom_id, output_json, cost FROM '{}' LIMIT 5"

@@ -14,6 +14,12 @@ EXIT_WRONG_JOB = 2
 EXIT_TOO_MANY_REJECTS = 3
 EXIT_STOPPED = 4
 
+LIMITS = frozenset({"max_cost", "max_input_tokens", "max_output_tokens", "max_requests", "deadline"})
+"""Reasons of a stop that are keys of `[limits]`."""
+
+PIPELINE_THREAD = "pipeline"
+"""Name of the launcher's thread in which a pipeline runs."""
+
 RunStatus = Literal["succeeded", "incomplete", "already_done"]
 
 
@@ -55,7 +61,9 @@ class RunSummary:
         cached_tokens: None where the engine does not say, never 0 for unknown.
         max_hit_rate: h* of the plan, the largest share of prompt tokens that sharing can save; 0 to 1.
         cost: what is billed; None without a price.
+        reason: why the run is incomplete: a key of `[limits]`, or `signal`.
         message: what a person should know besides, for example why the run is incomplete.
+        cost_wasted: what was billed beside `cost` for answers that were not used; None without any.
     """
 
     status: RunStatus
@@ -80,10 +88,12 @@ class RunSummary:
     price_book: str | None
     elapsed_s: float
     message: str | None = None
+    reason: str | None = None
+    cost_wasted: Decimal | None = None
 
     def to_json(self) -> dict[str, object]:
         """The record as JSON values: decimals as plain strings, rejects by type in order of name."""
-        return {field.name: _json_value(getattr(self, field.name)) for field in fields(self)}
+        return {field.name: json_value(getattr(self, field.name)) for field in fields(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +123,7 @@ class CheckReport:
 
     def to_json(self) -> dict[str, object]:
         """The record as JSON values."""
-        return {field.name: _json_value(getattr(self, field.name)) for field in fields(self)}
+        return {field.name: json_value(getattr(self, field.name)) for field in fields(self)}
 
 
 def exit_code_of(
@@ -136,11 +146,12 @@ def exit_code_of(
     return EXIT_DONE
 
 
-def _json_value(value: object) -> object:
+def json_value(value: object) -> object:
+    """A record's value for `--json`: decimals as plain strings, mappings in order of their keys."""
     if isinstance(value, Decimal):
         return format(value, "f")
     if isinstance(value, Mapping):
-        return {str(key): _json_value(value[key]) for key in sorted(value)}
+        return {str(key): json_value(value[key]) for key in sorted(value)}
     if isinstance(value, tuple):
-        return [_json_value(item) for item in value]
+        return [json_value(item) for item in value]
     return value

@@ -4,9 +4,11 @@ Frozen and picklable; every stage receives the section it needs. Reading TOML, `
 `jobs/job_file.py`; what can only be known by looking at files is checked by `jobs/preflight.py`.
 """
 
+from datetime import datetime
+from decimal import Decimal
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -169,6 +171,56 @@ class AccountingSection(Section):
     model: str | None = Field(default=None, description="Model to look up; default `[model] name`")
 
 
+class LimitsSection(Section):
+    """`[limits]`: where a run stops, to be resumed with a larger limit; earlier attempts of the run count."""
+
+    max_cost: Annotated[Decimal, Field(gt=0)] | None = Field(
+        default=None, description="Most that is billed, in the price book's currency; a number, or text to be exact"
+    )
+    max_input_tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most prompt tokens")
+    max_output_tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most tokens of answers")
+    max_requests: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="Most requests, those that ask again included"
+    )
+    deadline: Annotated[float, Field(gt=0)] | str | None = Field(
+        default=None,
+        description="No request starts later: minutes from the start of each attempt, or a time such as "
+        "`2026-10-01T06:00:00Z`, in quotes",
+    )
+
+    @field_validator("deadline")
+    @classmethod
+    def _check_instant(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, str):
+            _instant(value)
+        return value
+
+    def deadline_at(self, now: float) -> float | None:
+        """The deadline of an attempt that starts `now`; both in seconds since the epoch."""
+        if self.deadline is None:
+            return None
+        return _instant(self.deadline) if isinstance(self.deadline, str) else now + 60 * self.deadline
+
+
+def _instant(text: str) -> float:
+    """An ISO time with a time zone, in seconds since the epoch."""
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        instant = None
+    if instant is None or instant.tzinfo is None:
+        raise ValueError(f"expected minutes, or a time with its zone such as 2026-10-01T06:00:00Z, found {text!r}")
+    return instant.timestamp()
+
+
+class FailuresSection(Section):
+    """`[failures]`: what happens when the engine cannot answer a row."""
+
+    on_error: Literal["reject", "fail"] = Field(
+        default="reject", description="`reject` writes the row to rejects; `fail` stops the job at the first such row"
+    )
+
+
 class Job(Section):
     """A whole job file."""
 
@@ -182,6 +234,8 @@ class Job(Section):
     repair: RepairSection = Field(default_factory=RepairSection)
     plan: PlanSection = Field(default_factory=PlanSection)
     accounting: AccountingSection = Field(default_factory=AccountingSection)
+    limits: LimitsSection = Field(default_factory=LimitsSection)
+    failures: FailuresSection = Field(default_factory=FailuresSection)
     _folder: str | None = PrivateAttr(default=None)
 
     @property

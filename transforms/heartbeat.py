@@ -20,6 +20,7 @@ class Beat:
     """Progress of one shard (or one run, while planning)."""
 
     rows_done: int = 0
+    num_requests: int = 0
     num_rejects: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0

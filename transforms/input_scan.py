@@ -133,8 +133,22 @@ def scan_input(section: InputSection, *, limit: int | None = None, needed: Colle
         names=tuple(dict.fromkeys(name for _, schema in schemas for name in schema.names)),
         format=input_format,
         num_files=len(files),
-        fingerprint=fingerprint([_file_identity(path, info) for path, info in files]),
+        fingerprint=files_fingerprint({path: _file_identity(path, info) for path, info in files}),
     )
+
+
+def input_files(section: InputSection) -> dict[str, Json]:
+    """What changes when a file changes, for each of the input's files: a listing, nothing is opened.
+
+    Raises:
+        InputPatternError: nothing matches, or the store cannot be listed.
+    """
+    return {path: _file_identity(path, info) for path, info in _list_input_files(section.path)}
+
+
+def files_fingerprint(files: Mapping[str, Json]) -> str:
+    """The input's fingerprint, `InputScan.fingerprint`, from what `input_files` tells."""
+    return fingerprint(list(files.values()))
 
 
 def _grouped(units: Iterable[InputUnit]) -> Iterator[tuple[int, InputUnit]]:

@@ -283,13 +283,18 @@ def build_shard(shard: ShardRange, spec: PlanSpec, duplicates: Mapping[int, set[
         table = sort_rows(pa.concat_tables([part for part in parts if part.num_rows] or parts[:1]))
         table = _reject_duplicate_ids(table, duplicates)
         table = _merge_requests(table, spec.section)
-    write_rows(spec.layout.shard_plan(shard.shard), table.cast(plan_schema(spec.passthrough)))
+    return write_shard(spec.layout, shard.shard, table.cast(plan_schema(spec.passthrough)))
+
+
+def write_shard(layout: RunLayout, shard: str, table: pa.Table) -> PlannedShard:
+    """Write the plan of one shard, rows of `schemas.tables.plan_schema` in token order."""
+    write_rows(layout.shard_plan(shard), table)
     is_request = pc.and_(pc.is_null(table.column("error_type")), pc.is_null(table.column("merged_into")))
     requests = table.filter(is_request)
     keys = values_of(requests, "prefix_key")
     lengths = requests.column("num_prompt_tokens").to_numpy().astype(np.int64)
     return PlannedShard(
-        shard.shard,
+        shard,
         num_rows=table.num_rows,
         num_requests=len(keys),
         num_rejects=table.num_rows - table.column("error_type").null_count,

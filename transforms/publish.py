@@ -25,6 +25,8 @@ from schemas.tables import LEDGER_SCHEMA, TABLES_VERSION, result_schema
 from transforms.commit import ShardCommit, StagedFile, Totals, add_engine_counters
 from transforms.failure import recorded_failure
 from transforms.plan import read_plan
+from transforms.stop import read_stop
+from transforms.waste import Waste, publish_waste
 
 EMPTY_SHARD = "empty"
 MANIFEST_VERSION = 1
@@ -124,14 +126,18 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec) -> str:
     is_complete = [commit.shard for commit in ordered] == [shard.shard for shard in plan.shards]
     if not is_complete and (complete := _complete_manifest(layout)) is not None:
         return complete
-    totals = sum((commit.totals for commit in ordered), Totals(costs={}, rejects_by_type={}))
+    totals = _sum(commit.totals for commit in ordered)
     if is_complete:
         _check_rows(totals, spec)
-    files = {table: _published_files(table, ordered, spec) for table in TABLES}
+    wasted = publish_waste(layout)
+    stop = None if is_complete else read_stop(layout)
+    files = {table: _published_files(table, ordered, wasted, spec) for table in TABLES}
     manifest: dict[str, Json] = {
         "manifest_version": MANIFEST_VERSION,
         "tables_version": TABLES_VERSION,
         "status": "complete" if is_complete else "incomplete",
+        "reason": stop and stop.kind,
+        "reason_message": stop and stop.message,
         "run_id": spec.run_id,
         **spec.described,
         "rows_in": spec.num_input_rows - totals.num_unreadable_rows,
@@ -139,6 +145,7 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec) -> str:
         "num_committed_shards": len(ordered),
         "max_hit_rate": plan.max_hit_rate,
         "totals": asdict(totals),
+        "wasted": asdict(_sum(waste.totals for waste in wasted)),
         "engine": reduce(add_engine_counters, (commit.engine or {} for commit in ordered), {}),
         "files": files,
     }
@@ -149,6 +156,10 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec) -> str:
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     storage.write_whole(layout.manifest, text.encode())
     return text
+
+
+def _sum(totals: Iterable[Totals]) -> Totals:
+    return sum(totals, Totals(costs={}, rejects_by_type={}))
 
 
 def _complete_manifest(layout: RunLayout) -> str | None:
@@ -178,7 +189,9 @@ def _check_rows(totals: Totals, spec: PublishSpec) -> None:
         )
 
 
-def _published_files(table: Table, commits: Sequence[ShardCommit], spec: PublishSpec) -> list[Json]:
+def _published_files(
+    table: Table, commits: Sequence[ShardCommit], wasted: Sequence[Waste], spec: PublishSpec
+) -> list[Json]:
     """The files of a table; one that holds no row at all gets a typed file without rows."""
     layout = spec.layout
     empty = layout.published(table, EMPTY_SHARD)
@@ -193,6 +206,11 @@ def _published_files(table: Table, commits: Sequence[ShardCommit], spec: Publish
         for file in commit.files
         if file.table == table
     ]
+    if table == "ledger":
+        files += [
+            {"path": waste.path, "num_rows": waste.num_rows, "num_bytes": waste.num_bytes, "sha256": waste.sha256}
+            for waste in wasted
+        ]
     if files:
         storage.remove_files([empty])
         return files

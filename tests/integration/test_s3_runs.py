@@ -282,7 +282,7 @@ def test_a_path_that_the_store_refuses_is_named_before_anything_runs(
     job = load_job(str(job_folder / "job.toml"), [elsewhere, f"{key}={url}/{path}"])
     with pytest.raises(JobError) as caught:
         checked = check_job(job)
-        checked.identity.claim_output(checked.layout)
+        checked.identity.claim_output(checked.layout, checked.kept)
     message = str(caught.value)
     assert f"{url}/{path}" in message
     assert words in message

@@ -198,7 +198,7 @@ def test_the_headline_says_how_the_run_ended(changes: dict[str, object], headlin
 
 def test_a_stopped_run_says_how_to_go_on_and_shows_no_query():
     text = shown(replace(SUMMARY, status="incomplete", exit_code=4, message="stopped by SIGTERM"))
-    assert "run the same command again" in text
+    assert "moebeam resume /data/out, or the same command again" in text
     assert "stopped by SIGTERM" in text
     assert "duckdb" not in text
 

@@ -248,13 +248,13 @@ def test_text_ends_before_a_stop_string_and_the_rest_is_withdrawn(runner: VllmRu
 
 def test_answer_is_cut_where_the_oracle_cuts_it(runner: VllmRunner, tiny_checkpoint: Path) -> None:
     """In `tokens` a bar is the end token; `yz` stops, and four tokens are the most."""
-    from model_runner.transformers_runner import _Answer as OracleAnswer
+    from model_runner.lockstep import GrowingAnswer
 
     tokenizer = runner._tokenizer
     for tokens in ("k", "k|k", "klm|", "klmno", "|klm", "kyzl", "kly|", "klyz", "ky|z"):
         token_ids = [EOS_ID if token == "|" else tokenizer.token_to_id(token) for token in tokens]
         asked = request("x", [70], max_tokens=4, stop=("yz", "never"))
-        oracle = OracleAnswer(asked.sampling, tokenizer, frozenset({EOS_ID}))
+        oracle = GrowingAnswer(asked.sampling, tokenizer, frozenset({EOS_ID}))
         for token_id in token_ids:
             oracle.append(token_id)
         answer = runner._answer_to(asked)

@@ -1,0 +1,234 @@
+"""Runs that limits or failing rows stop, and that go on from their output folder alone."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.cli import run_command
+from tests.disturbed_runs import Tables, Work, problems_of, tables_of
+from transforms import input_scan
+
+NUM_ROWS = 120
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Work:
+    return Work(tmp_path_factory.mktemp("stopped"), tiny_checkpoint, NUM_ROWS, max_shard_rows=20).write()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(work: Work) -> Tables:
+    output = work.folder / "undisturbed"
+    assert run_command(["run", str(work.write_job_file(output)), "--quiet"]) == 3
+    return tables_of(output)
+
+
+@pytest.fixture
+def output(work: Work, request: pytest.FixtureRequest) -> Path:
+    name: str = request.node.name.replace("[", "-").strip("]")
+    return work.folder / f"out-{name}"
+
+
+def spoken(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, dict[str, Any]]:
+    """Exit code and JSON line of a command."""
+    capsys.readouterr()
+    options = [] if args[0] in ("status", "clean") else ["--quiet"]
+    exit_code = run_command([*map(str, args), "--json", *options])
+    captured = capsys.readouterr()
+    return exit_code, json.loads(captured.out)
+
+
+def started(capsys: pytest.CaptureFixture[str], work: Work, output: Path, *sets: str) -> tuple[int, dict[str, Any]]:
+    options = [part for value in sets for part in ("--set", value)]
+    return spoken(capsys, "run", work.write_job_file(output), *options)
+
+
+def manifest_of(output: Path) -> dict[str, Any]:
+    return json.loads((output / "manifest.json").read_text())
+
+
+def without_waste(tables: Tables) -> Tables:
+    return {**tables, "ledger": [line for line in tables["ledger"] if line["outcome"] != "wasted"]}
+
+
+def assert_like(output: Path, undisturbed: Tables, undetermined: Sequence[str] = ()) -> None:
+    found = without_waste(tables_of(output))
+    for name, rows in undisturbed.items():
+        expected = [{key: row[key] for key in row if key not in undetermined} for row in rows]
+        assert [{key: row[key] for key in row if key not in undetermined} for row in found[name]] == expected, name
+
+
+def test_a_run_stops_at_its_most_requests_and_goes_on_with_more(
+    work: Work, undisturbed: Tables, output: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, summary = started(capsys, work, output, "limits.max_requests=50")
+    assert (code, summary["status"], summary["reason"]) == (4, "incomplete", "max_requests")
+    manifest = manifest_of(output)
+    assert (manifest["status"], manifest["reason"]) == ("incomplete", "max_requests")
+    assert 0 < manifest["totals"]["num_attempts"] <= 50
+    assert manifest["wasted"]["num_attempts"] == 0, "a shard that cannot be finished is not begun"
+
+    code, status = spoken(capsys, "status", output)
+    assert (code, status["state"], status["reason"], status["is_alive"]) == (0, "incomplete", "max_requests", False)
+    assert status["limits"] == {"max_requests": 50}
+
+    code, summary = spoken(capsys, "resume", output)
+    assert (code, summary["reason"]) == (4, "max_requests"), "the limit counts earlier attempts too"
+
+    def refuse(*unused: object) -> None:
+        raise AssertionError("resume reads the input again")
+
+    monkeypatch.setattr(input_scan, "_scan_parquet_file", refuse)
+    code, summary = spoken(capsys, "resume", output, "--set", "limits.max_requests=1000")
+    assert (code, summary["status"]) == (3, "succeeded")
+    assert problems_of(output, work, undisturbed) == []
+    assert manifest_of(output)["reason"] is None
+    code, summary = spoken(capsys, "resume", output)
+    assert (code, summary["status"]) == (3, "already_done")
+
+
+def test_money_that_was_spent_within_a_shard_is_kept_as_waste(
+    work: Work, undisturbed: Tables, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    total = sum((line["cost"] for line in undisturbed["ledger"]), Decimal(0))
+    most = total * Decimal("0.45")
+    code, summary = started(capsys, work, output, f'limits.max_cost="{most}"')
+    assert (code, summary["reason"]) == (4, "max_cost")
+    manifest = manifest_of(output)
+    spent = Decimal(manifest["totals"]["costs"]["USD"]) + Decimal(manifest["wasted"]["costs"].get("USD", "0"))
+    dearest = max(line["cost"] for line in undisturbed["ledger"])
+    assert most <= spent <= most + dearest, "one engine that answers one by one passes by one answer"
+
+    code, status = spoken(capsys, "status", output)
+    assert Decimal(status["cost"]) == spent
+
+    code, summary = spoken(capsys, "resume", output, "--set", "limits.max_cost=1000")
+    assert (code, summary["status"]) == (3, "succeeded")
+    assert_like(output, undisturbed)
+    manifest = manifest_of(output)
+    assert Decimal(manifest["totals"]["costs"]["USD"]) == total
+    ledger = pq.read_table(output / "ledger").to_pylist()
+    wasted = [line for line in ledger if line["outcome"] == "wasted"]
+    assert sum((line["cost"] for line in wasted), Decimal(0)) == Decimal(manifest["wasted"]["costs"].get("USD", "0"))
+    assert sum((line["cost_allocated"] for line in wasted), Decimal(0)) == sum(line["cost"] for line in wasted)
+    assert len(wasted) == manifest["wasted"]["num_attempts"] > 0
+    assert Decimal(summary["cost_wasted"]) == sum(line["cost"] for line in wasted)
+    named = {file["path"] for files in manifest["files"].values() for file in files}
+    assert {str(path.relative_to(output)) for path in output.rglob("*.parquet")} == named
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [("max_input_tokens=3000", "max_input_tokens"), ("max_output_tokens=900", "max_output_tokens")],
+)
+def test_tokens_are_limited(
+    work: Work, undisturbed: Tables, output: Path, capsys: pytest.CaptureFixture[str], limit: str, reason: str
+) -> None:
+    code, summary = started(capsys, work, output, f"limits.{limit}")
+    assert (code, summary["reason"]) == (4, reason)
+    totals = [manifest_of(output)[name] for name in ("totals", "wasted")]
+    most = int(limit.partition("=")[2])
+    if reason == "max_input_tokens":
+        assert sum(part["prompt_tokens"] for part in totals) <= most
+    else:
+        longest = max(line["visible_output_tokens"] for line in undisturbed["ledger"])
+        assert most <= sum(part["completion_tokens"] for part in totals) <= most + longest
+    code, _ = spoken(capsys, "resume", output, "--set", f"limits.{reason}=1000000")
+    assert code == 3
+    assert_like(output, undisturbed)
+
+
+def test_a_deadline_stops_a_run(work: Work, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    started(capsys, work, output, "limits.max_requests=30")
+    code, summary = spoken(
+        capsys, "resume", output, "--set", "limits.deadline=0.0001", "--set", "limits.max_requests=1000"
+    )
+    assert (code, summary["reason"]) == (4, "deadline")
+    code, summary = spoken(capsys, "resume", output)
+    assert (code, summary["reason"]) == (4, "deadline"), "what one attempt sets, the next one keeps"
+    code, summary = spoken(capsys, "resume", output, "--set", "limits.deadline=60")
+    assert (code, summary["status"]) == (3, "succeeded")
+    code, summary = spoken(capsys, "resume", output, "--set", 'limits.deadline="2020-01-01T00:00:00Z"')
+    assert (code, summary["status"]) == (3, "already_done")
+
+
+def test_a_row_that_must_not_fail_stops_the_run_and_is_asked_again(
+    work: Work, undisturbed: Tables, output: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    script = work.folder / "script.json"
+    before = script.read_text()
+    code, answer = started(capsys, work, output, 'failures.on_error="fail"')
+    assert code == 1
+    assert "engine_failed: scripted" in answer["error"] and "trouble" not in answer["error"]
+    assert manifest_of(output)["reason"] == "on_error"
+    code, status = spoken(capsys, "status", output)
+    assert (status["state"], status["reason"]) == ("failed", "on_error")
+    assert status["message"] in answer["error"]
+    assert script.read_text() == before
+    code, summary = spoken(capsys, "resume", output, "--set", "failures.on_error=reject")
+    assert (code, summary["status"]) == (3, "succeeded")
+    assert_like(output, undisturbed)
+
+
+def test_input_that_changed_is_named_and_the_run_is_left_alone(
+    work: Work, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = work.folder / "in"
+    keep = work.folder / "in-kept"
+    shutil.copytree(folder, keep)
+    started(capsys, work, output, "limits.max_requests=30")
+    before = manifest_of(output)
+    try:
+        (folder / "d.parquet").write_bytes((folder / "a.parquet").read_bytes())
+        (folder / "b.parquet").write_bytes((folder / "a.parquet").read_bytes())
+        code, answer = spoken(capsys, "resume", output)
+        assert code == 2
+        assert "input files (changed: b.parquet; new: d.parquet)" in answer["error"]
+    finally:
+        for path in (folder / "b.parquet", folder / "d.parquet"):
+            path.unlink()
+        shutil.copy2(keep / "b.parquet", folder / "b.parquet")
+    assert manifest_of(output) == before
+
+
+def test_what_else_changed_is_named(work: Work, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    started(capsys, work, output, "limits.max_requests=30")
+    schema = work.folder / "schema.json"
+    before = schema.read_text()
+    try:
+        schema.write_text(json.dumps({"type": "object"}))
+        code, answer = spoken(capsys, "resume", output)
+    finally:
+        schema.write_text(before)
+    assert code == 2
+    assert "different: [output] schema" in answer["error"]
+
+
+def test_a_moved_output_goes_on_where_it_lies(
+    work: Work, undisturbed: Tables, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started(capsys, work, output, "limits.max_requests=50")
+    moved = output.with_name("moved elsewhere")
+    output.rename(moved)
+    code, summary = spoken(capsys, "resume", moved, "--set", "limits.max_requests=1000")
+    assert (code, summary["output"]) == (3, str(moved))
+    assert problems_of(moved, work, undisturbed) == []
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "key", ["sampling.max_tokens=9", "repair.max_attempts=3", "prompt.template=x", "plan.merge=never"]
+)
+def test_a_key_that_shapes_answers_cannot_change(
+    work: Work, capsys: pytest.CaptureFixture[str], key: str, undisturbed: Tables
+) -> None:
+    code, answer = spoken(capsys, "resume", work.folder / "undisturbed", "--set", key)
+    assert code == 2
+    assert f"--set {key.partition('=')[0]}: shapes answers" in answer["error"]
+    assert "limits.*" in answer["error"]

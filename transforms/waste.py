@@ -1,0 +1,128 @@
+"""Waste: what was paid for answers that were not used, kept so that no money is hidden.
+
+Part of *answer*, where an attempt of a shard is given up: a limit was reached, a row must not fail, a step broke. Its
+ledger lines, with outcome `wasted`, become one file under `_moebeam/wasted/`; *publish* copies them to `ledger/` and
+adds up what they cost. What a process had paid when it was killed is not here: it could tell nobody.
+"""
+
+import hashlib
+import io
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from schemas import storage
+from schemas.arrow import parquet_bytes, values_of, with_column
+from schemas.layout import RunLayout
+from transforms.account import EXACT, AccountedAnswer
+from transforms.commit import Totals
+from transforms.shard_tables import PlannedRows, ShardNames, shard_tables
+
+WASTED = "wasted"
+"""Outcome of these lines in the ledger."""
+
+_SUFFIX = ".parquet-staged"
+
+
+@dataclass(frozen=True, slots=True)
+class Waste:
+    """The lines of one attempt that was given up, as a file of the ledger.
+
+    Attributes:
+        path: of the published file, relative to the output folder.
+    """
+
+    path: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+    totals: Totals
+
+
+def waste_folder(layout: RunLayout) -> str:
+    """Where waste is kept until the run is cleaned, also after its lines are in the ledger."""
+    return storage.join(layout.state, "wasted")
+
+
+def waste_names(layout: RunLayout) -> list[str]:
+    """One name for each attempt that was given up."""
+    return storage.list_names(waste_folder(layout), _SUFFIX)
+
+
+def record_waste(
+    layout: RunLayout, rows: PlannedRows, answers: Mapping[int, Sequence[AccountedAnswer]], names: ShardNames
+) -> None:
+    """Keep the ledger lines of an attempt that will not be committed; nothing where nothing was answered.
+
+    Args:
+        answers: the attempts of those of `rows.asked` that have any.
+    Raises:
+        OSError: the store failed.
+    """
+    if not answers:
+        return
+    answered = replace(rows, asked=tuple(row for row in rows.asked if row in answers))
+    ledger = shard_tables(answered, answers, names)["ledger"]
+    ledger = with_column(ledger, "outcome", [WASTED] * ledger.num_rows)
+    path = storage.join(waste_folder(layout), f"{names.shard}.{uuid.uuid4().hex}{_SUFFIX}")
+    storage.write_whole(path, parquet_bytes(ledger))
+    # From here on the shard's last heartbeat would count the same money again.
+    storage.remove_files([layout.heartbeat("answer", names.shard)])
+
+
+def read_waste(layout: RunLayout, name: str) -> Waste:
+    """One attempt's lines, added up.
+
+    Raises:
+        OSError: the store failed.
+    """
+    content = storage.read_bytes(storage.join(waste_folder(layout), name))
+    ledger = pq.read_table(io.BytesIO(content))
+    return Waste(
+        path=_published(layout, name).removeprefix(layout.output.rstrip("/") + "/"),
+        num_rows=ledger.num_rows,
+        num_bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        totals=_totals_of(ledger),
+    )
+
+
+def publish_waste(layout: RunLayout) -> list[Waste]:
+    """Make all waste visible in the ledger, under names that follow from the attempts; can be repeated."""
+    wastes: list[Waste] = []
+    for name in waste_names(layout):
+        storage.copy_whole(storage.join(waste_folder(layout), name), _published(layout, name))
+        wastes.append(read_waste(layout, name))
+    return wastes
+
+
+def _published(layout: RunLayout, name: str) -> str:
+    shard, _, attempt = name.removesuffix(_SUFFIX).rpartition(".")
+    return layout.published("ledger", f"{shard}-{WASTED}-{attempt}")
+
+
+def _totals_of(ledger: pa.Table) -> Totals:
+    costs: dict[str, Decimal] = {}
+    for currency, cost in zip(values_of(ledger, "currency"), values_of(ledger, "cost"), strict=True):
+        if currency is not None:
+            costs[currency] = EXACT.add(costs.get(currency, Decimal(0)), cost)
+    hits, misses, visible, reasoning = (
+        int(pc.sum(ledger.column(name)).as_py() or 0)
+        for name in ("cache_hit_tokens", "cache_miss_tokens", "visible_output_tokens", "reasoning_tokens")
+    )
+    return Totals(
+        num_attempts=ledger.num_rows,
+        num_unpriced=ledger.column("cost").null_count,
+        num_upper_bound=values_of(ledger, "cost_basis").count("upper_bound"),
+        prompt_tokens=hits + misses,
+        cached_tokens=None if ledger.column("cache_hit_tokens").null_count else hits,
+        completion_tokens=visible + reasoning,
+        reasoning_tokens=reasoning,
+        costs={currency: format(amount, "f") for currency, amount in sorted(costs.items())},
+        rejects_by_type={},
+    )
