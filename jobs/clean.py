@@ -23,7 +23,8 @@ from transforms.plan import read_plan
 from transforms.waste import waste_folder
 
 RETENTION_DAYS = 30.0
-"""How long the plan of a finished run is kept, which holds its prompts; `retry-failed` needs it."""
+"""How long the plan and the journals of a finished run are kept, which hold its prompts and answers; `retry-failed`
+needs the plan."""
 
 _DAY_S = 86_400.0
 
@@ -75,7 +76,7 @@ def plan_cleaning(record: RunRecord, older_than_days: float = RETENTION_DAYS) ->
     """Find what can go.
 
     Args:
-        older_than_days: a finished run's plan goes when the run ended so long ago.
+        older_than_days: a finished run's plan and journals go when the run ended so long ago.
     Raises:
         OutputError: somebody is at work on the run, or its files cannot be looked at.
     """
@@ -91,15 +92,21 @@ def plan_cleaning(record: RunRecord, older_than_days: float = RETENTION_DAYS) ->
         removals = list(_leftovers(layout, is_complete=is_complete))
         kept: list[str] = []
         plans = [entry for entry in _below(layout.plan) if entry[0].endswith(".arrow") and "/runs/" not in entry[0]]
-        if plans and not is_complete:
-            kept.append("the plan, with its prompts: the run is not finished and needs it to resume")
-        elif plans:
+        journals = _below(layout.journal)
+        what = " and ".join(
+            [*(["the plan, with its prompts"] if plans else []), *(["the journals, with answers"] if journals else [])]
+        )
+        if what and not is_complete:
+            them = "them" if journals else "it"
+            kept.append(f"{what}: the run is not finished and needs {them} to resume")
+        elif what:
             age_days = _age_days(layout)
             if age_days is not None and age_days >= older_than_days:
                 removals.append(_removal("plans, which hold prompts", plans))
+                removals.append(_removal("journals of answers, which are in the tables", journals))
             else:
                 told = "an unknown time" if age_days is None else f"{age_days:.0f} days"
-                kept.append(f"the plan, with its prompts: the run ended {told} ago, less than {older_than_days:g} days")
+                kept.append(f"{what}: the run ended {told} ago, less than {older_than_days:g} days")
     except OSError as error:
         raise OutputError(f"{layout.output}: cannot be looked at: {error}") from error
     return CleanPlan(layout.output, tuple(removal for removal in removals if removal.paths), tuple(kept))
@@ -128,7 +135,8 @@ def clean(plan: CleanPlan) -> None:
         for removal in plan.removals:
             storage.remove_files(removal.paths)
         layout = RunLayout(plan.output)
-        for folder in (layout.staging, layout.runs, layout.leases, layout.progress, launchers_folder(layout)):
+        states = (layout.staging, layout.runs, layout.leases, layout.progress, layout.journal)
+        for folder in (*states, launchers_folder(layout)):
             if not _below(folder):
                 storage.remove_tree(folder)
     except OSError as error:

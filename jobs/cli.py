@@ -1,4 +1,5 @@
-"""The command line: what starts from a job file, `moebeam run | validate`; the rest is `jobs/output_commands.py`.
+"""The command line: what starts from a job file, `moebeam run | validate`; the rest is `jobs/output_commands.py`
+and `jobs/money_commands.py`.
 
 Standard output carries one JSON line and only with `--json`; everything for people goes to standard error. Exit codes:
 0 done, 1 failed, 2 job file or command wrong, 3 more rejects than allowed, 4 stopped and resumable.
@@ -17,7 +18,7 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
-from jobs import output_commands
+from jobs import estimate_command, export_command, money_commands, output_commands, prices_command
 from jobs.console import Answer, draining_signals, failure_answer, json_line, print_error, speak, stderr_console
 from jobs.console_options import AsJson, Debug, Overrides, Quiet
 from jobs.summary import EXIT_WRONG_JOB, PIPELINE_THREAD
@@ -33,9 +34,13 @@ at once.
 Beam options follow in Beam's own spelling (--runner, --direct_num_workers, --region, ...). Unknown ones are refused, \
 and so are options that carry secrets.
 
+--reuse takes answers over from an earlier output where the same model was asked the same, tokens and sampling alike: \
+only new or changed rows are asked and paid.
+
 Examples:
   moebeam run job.toml
   moebeam run job.toml --limit 20 --set sampling.max_tokens=64
+  moebeam run job.toml --set output.path=today --reuse yesterday
   moebeam run job.toml --json --runner=FlinkRunner --parallelism=4
 """
 _VALIDATE_HELP = """Check a job and the files it names, as run does before its first row; run nothing.
@@ -107,6 +112,10 @@ def run(
     job: JobPath,
     overrides: Overrides = None,
     limit: Limit = None,
+    reuse: Annotated[
+        str | None,
+        typer.Option("--reuse", metavar="OUTPUT", help="Take over what this earlier run answered, at no cost."),
+    ] = None,
     is_json: AsJson = False,
     is_quiet: Quiet = False,
     is_debug: Debug = False,
@@ -124,9 +133,12 @@ def run(
 
                 beam_options(beam_args)
             from jobs.launch import launch
+            from jobs.output_commands import folder_of
+            from jobs.reuse import prepare_reuse
 
+            source = None if reuse is None else prepare_reuse(folder_of(reuse, "--reuse OUTPUT"))
             with nullcontext() if is_quiet else show_progress(console) as progress:
-                summary = launch(loaded, limit=limit, beam_args=beam_args, stop=stop, progress=progress)
+                summary = launch(loaded, limit=limit, beam_args=beam_args, stop=stop, progress=progress, reuse=source)
         if not is_quiet:
             print_summary(console, summary)
         return summary.exit_code, summary.to_json()
@@ -159,8 +171,14 @@ def validate(
     speak(work, is_json=is_json, is_debug=is_debug)
 
 
-for _name, _help, _command, _settings in output_commands.COMMANDS:
+for _name, _help, _command, _settings in (
+    *estimate_command.COMMANDS,
+    *output_commands.COMMANDS,
+    *money_commands.COMMANDS,
+    *export_command.COMMANDS,
+):
     app.command(name=_name, help=_help, context_settings=dict(_settings))(_command)
+app.add_typer(prices_command.app, name="prices")
 
 
 def _check_job_comes_first(job: str) -> None:

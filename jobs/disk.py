@@ -15,9 +15,9 @@ from schemas import storage
 from schemas.errors import OutputError
 from schemas.job import Job
 from schemas.layout import RunLayout
+from transforms.input_rows import ReadColumns
 from transforms.input_scan import InputScan
-from transforms.plan import read_plan
-from transforms.read import ReadColumns
+from transforms.plan_record import read_plan
 from transforms.sorted_runs import EXPECTED_OUTPUT_TOKENS
 
 _PLAN_ROW_BYTES = 64

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from model_runner.protocol import EngineConfig
+from model_runner.protocol import REMOTE_ENGINES, EngineConfig
 from schemas import storage
 from schemas.answer_schema import AnswerSchema
 from schemas.canonical import Json, fingerprint
@@ -28,6 +28,13 @@ _FREE_KEYS = (
     ("model", "device"),
     ("model", "batch_size"),
     ("model", "max_cache_bytes"),
+    ("model", "base_url"),
+    ("model", "api_key_variable"),
+    ("model", "max_concurrency"),
+    ("model", "timeout_s"),
+    ("model", "max_retries"),
+    ("model", "mode"),
+    ("model", "fallbacks"),
 )
 """Keys of a job that are no part of its identity."""
 
@@ -57,7 +64,7 @@ class JobIdentity:
         """
         try:
             if not storage.exists(layout.job):
-                if storage.is_folder(layout.output) and storage.holds_anything(layout.output):
+                if storage.is_folder(layout.output) and not _is_free(layout):
                     raise OutputError(
                         f"[output] path {layout.output!r}: expected an empty folder or one of this job, "
                         "found files that are not a moebeam run"
@@ -106,6 +113,13 @@ def why_not_resumable(place: Sequence[str]) -> str | None:
     return f"shapes answers, so a run that has begun cannot change it; free are {free}"
 
 
+def _is_free(layout: RunLayout) -> bool:
+    """Whether a folder holds nothing, or only the quote that was saved for the run to come."""
+    if not storage.holds_anything(layout.output):
+        return True
+    return [path for path, _ in storage.list_files(layout.output)] == [storage.spelled(layout.quote)]
+
+
 def identify(
     job: Job,
     *,
@@ -116,8 +130,14 @@ def identify(
     prices: PriceBook | None,
     options: ChatOptions,
     retry_of: Json = None,
+    reuse: Json = None,
 ) -> JobIdentity:
-    """The identity of a checked job; `retry_of` says which rejects of which run it answers again, if so."""
+    """The identity of a checked job.
+
+    Args:
+        retry_of: which rejects of which run it answers again, if so.
+        reuse: the run whose answers it takes over, if so.
+    """
     columns = {**job.input.model_dump(mode="json", exclude={"path"}), "format": scan.format}
     model: dict[str, Json] = {
         "engine": engine.engine,
@@ -127,10 +147,14 @@ def identify(
         "encoding": engine.encoding,
         "script": fingerprint(storage.read_bytes(engine.script).hex()) if engine.script is not None else None,
     }
+    if engine.engine in REMOTE_ENGINES:
+        # Its endpoint may change, and so may who stands in for it: each row says who answered.
+        model["provider"] = engine.provider
     accounting: dict[str, Json] = {
         "price_book": prices.version if prices else None,
         "provider": job.accounting.provider,
         "model": job.accounting.model,
+        "tag_columns": list(job.accounting.tag_columns),
     }
     parts: dict[str, Json] = {
         INPUT_FILES: scan.fingerprint,
@@ -158,4 +182,6 @@ def identify(
     }
     if retry_of is not None:
         parts["retry of"] = retry_of
+    if reuse is not None:
+        parts["--reuse"] = reuse
     return JobIdentity({name: fingerprint(part) for name, part in parts.items()})

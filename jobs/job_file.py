@@ -176,6 +176,11 @@ def _resolve_paths(values: Mapping[str, Any], folder: str) -> None:
         table = values.get(section)
         if isinstance(table, dict) and isinstance(table.get(key), str) and table[key]:
             table[key] = _resolve(table[key], folder, may_be_class=(section, key) == ("output", "schema"))
+    chain: Any = values.get("value_chain")
+    parties: Any = chain.get("parties") if isinstance(chain, dict) else None
+    for party in cast("list[Any]", parties) if isinstance(parties, list) else []:
+        if isinstance(party, dict) and isinstance(party.get("price_book"), str) and party["price_book"]:
+            party["price_book"] = _resolve(party["price_book"], folder, may_be_class=False)
 
 
 def _resolve(path: str, folder: str, *, may_be_class: bool) -> str:
@@ -323,7 +328,10 @@ def _explain(draft: _Draft, error: ValidationError, *, skip: set[Place]) -> None
         if place in skip:
             continue
         if problem["type"] == "missing":
-            draft.refuse(place, _missing(place))
+            draft.refuse(place, _missing(place) if len(problem["loc"]) <= 2 else f"{_inner(problem['loc'])}: missing")
+        elif problem["type"] == "extra_forbidden":
+            # Without the value: a key may stand where the name of a variable belongs.
+            draft.refuse(place, f"{_inner(problem['loc'])}: unknown key")
         elif problem["type"] == "value_error":
             draft.refuse(place, str(problem.get("ctx", {}).get("error", problem["msg"])))
         else:
@@ -334,6 +342,11 @@ def _explain(draft: _Draft, error: ValidationError, *, skip: set[Place]) -> None
         if place in draft.set_texts and "a string" in wanted:
             problem += f"""; for a string write --set '{".".join(place)}="{draft.set_texts[place]}"'"""
         draft.refuse(place, problem)
+
+
+def _inner(place: Sequence[int | str]) -> str:
+    """Where in an array of tables something is wrong: its number, from 1, and the key."""
+    return ".".join(str(part + 1) if isinstance(part, int) else part for part in place[2:])
 
 
 def _missing(place: Place) -> str:

@@ -40,7 +40,8 @@ def _type_of(field: dict[str, Any]) -> str:
     if "const" in field:
         return f"`{json.dumps(field['const'])}`"
     if field.get("type") == "array":
-        return f"list of {field.get('items', {}).get('type', 'value')}"
+        items = field.get("items", {})
+        return "list of tables" if "$ref" in items else f"list of {items.get('type', 'value')}"
     return str(field.get("type", "value"))
 
 

@@ -13,10 +13,11 @@ import apache_beam as beam
 from jobs.beam_options import beam_options
 from jobs.preflight import CheckedJob, check_job
 from jobs.retry import write_retry_plan
+from jobs.reuse import keep_fences
 from jobs.run_record import RetryOf, RunRecord, keep_input
 from jobs.run_state import Watch, forget_gone_launchers, present, read_manifest
 from jobs.summary import PIPELINE_THREAD, ProgressSnapshot, RunStatus, RunSummary, exit_code_of
-from model_runner.prompt_encoder import PromptEncoder
+from model_runner.remote_prompts import load_encoder
 from pipelines.main_job import build
 from schemas import storage
 from schemas.errors import JobInterrupted, OutputError, PipelineFailed
@@ -28,6 +29,7 @@ from transforms.failure import WorkerWatch, read_failure
 from transforms.input_scan import InputScan
 from transforms.plan import PlanRecord, read_plan
 from transforms.publish import cost_of
+from transforms.reuse import ReuseSource
 from transforms.stop import BY_SIGNAL, ON_ERROR, StopReason, request_stop
 
 POLL_S = 0.25
@@ -48,6 +50,7 @@ def launch(
     progress: OnProgress | None = None,
     retry_of: RetryOf | None = None,
     retried: InputScan | None = None,
+    reuse: ReuseSource | None = None,
 ) -> RunSummary:
     """Run a job to its end, or to where it is stopped.
 
@@ -58,13 +61,14 @@ def launch(
         progress: called a few times a second.
         retry_of: answer these rejects of an earlier run instead of the input.
         retried: what `jobs.retry.prepare_retry` found of them; not needed once the output keeps it.
+        reuse: take over what this earlier run answered.
     Raises:
         JobError: the job cannot run, or a step of it failed.
     """
     started = time.monotonic()
     options = beam_options(beam_args)
     with _store_errors(job.output.path):
-        checked = check_job(job, limit=limit, retry_of=retry_of, retried=retried)
+        checked = check_job(job, limit=limit, retry_of=retry_of, retried=retried, reuse=reuse)
         layout = checked.layout
         for warning in checked.warnings:
             _LOGGER.warning("%s", warning)
@@ -76,6 +80,8 @@ def launch(
         checked.identity.claim_output(layout, checked.kept)
         keep_input(layout, job.input, limit, checked.scan, is_retry=retry_of is not None)
         storage.remove_files([layout.stop, layout.failure])
+        if reuse is not None:
+            keep_fences(layout, reuse)
         planned = _plan_of(checked)
     pipeline = beam.Pipeline(options=options)
     build(pipeline, main_job := checked.main_job(planned))
@@ -111,7 +117,15 @@ def resume(
         manifest = read_manifest(record.layout)
     if manifest is not None and manifest["status"] == "complete":
         return summary_of(manifest, job, "already_done", started)
-    return launch(job, limit=record.limit, beam_args=beam_args, stop=stop, progress=progress, retry_of=record.retry_of)
+    return launch(
+        job,
+        limit=record.limit,
+        beam_args=beam_args,
+        stop=stop,
+        progress=progress,
+        retry_of=record.retry_of,
+        reuse=record.reuse,
+    )
 
 
 @contextlib.contextmanager
@@ -128,13 +142,13 @@ def _plan_of(checked: CheckedJob) -> PlanRecord | None:
     planned = read_plan(checked.layout)
     if planned is not None or checked.retry_of is None:
         return planned
-    encoder = PromptEncoder.load(checked.engine.path, checked.engine.encoding)
+    engine = checked.engine
     return write_retry_plan(
         checked.layout,
         checked.retry_of,
         checked.job,
         parts=checked.identity.parts,
-        context_length=encoder.context_length,
+        encoder=load_encoder(engine.path, engine.encoding, engine.name),
     )
 
 
@@ -235,6 +249,7 @@ def summary_of(manifest: dict[str, Any], job: Job, status: RunStatus, started: f
         output=job.output.path,
         rows_in=manifest["rows_in"],
         num_results=totals.num_results,
+        num_reused=totals.num_reused,
         num_rejects=totals.num_rejects,
         num_unreadable=totals.num_unreadable,
         rejects_by_type=totals.rejects_by_type or {},

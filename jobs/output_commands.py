@@ -71,7 +71,7 @@ def resume(
     is_debug: Debug = False,
 ) -> None:
     def work(console: Console) -> tuple[int, Answer]:
-        folder = _folder(output, "moebeam resume OUTPUT")
+        folder = folder_of(output, "moebeam resume OUTPUT")
         from jobs.identity import why_not_resumable
         from jobs.job_file import with_overrides
         from jobs.progress import print_summary, show_progress
@@ -94,7 +94,7 @@ def resume(
 
 def status(output: OutputPath, is_json: AsJson = False, is_debug: Debug = False) -> None:
     def work(console: Console) -> tuple[int, Answer]:
-        folder = _folder(output, "moebeam status OUTPUT")
+        folder = folder_of(output, "moebeam status OUTPUT")
         from jobs.run_record import read_record
         from jobs.status import print_status, status_of
 
@@ -117,14 +117,14 @@ def retry_failed(
     is_debug: Debug = False,
 ) -> None:
     def work(console: Console) -> tuple[int, Answer]:
-        folder = _folder(output, "moebeam retry-failed OUTPUT")
+        folder = folder_of(output, "moebeam retry-failed OUTPUT")
         from jobs.identity import why_not_resumable
         from jobs.job_file import with_overrides
         from jobs.progress import print_summary, show_progress
         from jobs.retry import parse_kinds, prepare_retry, retry_job, why_not_retryable
 
         retry = prepare_retry(folder, parse_kinds(kinds))
-        job = retry_job(retry, retry.source.job, _folder(new_output, "--output NEW"))
+        job = retry_job(retry, retry.source.job, folder_of(new_output, "--output NEW"))
         job = with_overrides(job, overrides or (), lambda place: why_not_retryable(place, why_not_resumable))
         with draining_signals() as stop:
             _check_beam(context.args)
@@ -157,7 +157,7 @@ def clean(
     is_debug: Debug = False,
 ) -> None:
     def work(console: Console) -> tuple[int, Answer]:
-        folder = _folder(output, "moebeam clean OUTPUT")
+        folder = folder_of(output, "moebeam clean OUTPUT")
         from jobs.clean import clean as remove
         from jobs.clean import plan_cleaning, print_cleaning
         from jobs.run_record import read_record
@@ -179,7 +179,7 @@ def _has_agreed(console: Console) -> bool:
     return console.input("remove them? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _folder(output: str, usage: str) -> str:
+def folder_of(output: str, usage: str) -> str:
     """An output folder as the job file names it: absolute, without a slash at its end."""
     # Unknown options pass through to Beam, so one in front of the folder is taken for it.
     if output.startswith("-") or not output.strip():

@@ -13,25 +13,26 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.demo.checkpoint_path import CHECKPOINT_PATH
 from jobs.disk import check_disk
+from jobs.engine_config import engine_config, engine_warnings, price_line, thinks
 from jobs.identity import JobIdentity, identify
 from jobs.run_record import RetryOf, changed_files, describe_job, kept_scan, refuse_secrets
+from jobs.run_views import run_views
 from jobs.summary import CheckReport
-from model_runner.prompt_encoder import PromptEncoder, checkpoint_revision
-from model_runner.protocol import CONSTRAINED_ENGINES, ENGINES, EngineConfig, load_runner
-from pipelines.main_job import MainJob
+from model_runner.prompt_encoder import PromptEncoder
+from model_runner.protocol import CONSTRAINED_ENGINES, EngineConfig
+from model_runner.remote_prompts import load_encoder
 from schemas import storage
 from schemas.answer_schema import AnswerSchema
 from schemas.canonical import Json
 from schemas.chat_options import ChatOptions, ResponseFormat, Tool, ToolChoice, parse_tool_choice, parse_tools
 from schemas.errors import JobError, JobFileError, OutputError, RowError
-from schemas.job import Job
+from schemas.job import Job, PlanSection
 from schemas.layout import RunLayout
 from schemas.model_limits import parameter_warnings, strict_tool_problems
 from schemas.output_type import OutputType, describe_output_type, output_type
@@ -39,19 +40,18 @@ from schemas.prices import PriceLine
 from schemas.records import Sampling
 from schemas.strict_json import parse_json
 from schemas.tables import OUTPUT, RESULT_SCHEMA, result_schema
-from transforms.answer import AnswerSpec
 from transforms.answer_terms import TermsBook
-from transforms.budget import Limits
 from transforms.grammar_book import GrammarBook
+from transforms.input_rows import JSONL_INPUT_FIELDS, ReadColumns
 from transforms.input_scan import InputScan, scan_input
-from transforms.plan import PlanRecord, PlanSpec
+from transforms.plan_record import PlanRecord
 from transforms.price_book import PriceBook
 from transforms.prompt_template import PromptTemplate
-from transforms.publish import PublishSpec
-from transforms.read import JSONL_INPUT_FIELDS, ReadColumns
-from transforms.render import RenderSpec
+from transforms.renderer import RenderSpec
+from transforms.reuse import ReuseSource
 
-EMBEDDED_NAME = "moebeam-tickets-v4"
+if TYPE_CHECKING:
+    from pipelines.main_job import MainJob
 
 Checked = TypeVar("Checked")
 
@@ -73,36 +73,57 @@ class CheckedJob:
     price_line: PriceLine | None
     warnings: tuple[str, ...] = ()
     retry_of: RetryOf | None = None
+    reuse: ReuseSource | None = None
 
     @property
     def kept(self) -> dict[str, Json]:
         """What the output folder keeps of the job beside its identity."""
         currency = self.price_line.currency if self.price_line is not None else None
-        return describe_job(self.job, limit=self.limit, currency=currency, retry_of=self.retry_of)
+        return describe_job(self.job, limit=self.limit, currency=currency, retry_of=self.retry_of, reuse=self.reuse)
 
-    def main_job(self, planned: PlanRecord | None) -> MainJob:
+    @property
+    def render_spec(self) -> RenderSpec:
+        """How rows become prompts."""
+        is_jsonl = self.scan.format == "jsonl"
+        return RenderSpec(
+            prompt=self.job.prompt,
+            sampling=self.job.sampling,
+            checkpoint=self.engine.path,
+            passthrough=self.columns.passthrough,
+            messages_column="messages" if is_jsonl else self.job.prompt.messages_column,
+            sampling_column="sampling" if is_jsonl else None,
+            encoding=self.engine.encoding,
+            terms=self.terms,
+            options_column="options" if is_jsonl else None,
+            tools_column=self.job.tools.column,
+            schema_in_prompt=self.job.output.schema_in_prompt,
+            model=self.engine.name,
+        )
+
+    @property
+    def plan_section(self) -> PlanSection:
+        """`[plan]`, as the job's tags change it."""
+        return _plan_section(self.job)
+
+    def main_job(self, planned: PlanRecord | None) -> "MainJob":
         """What the pipeline of an attempt that starts now is built from; `planned` is the plan of an earlier one."""
+        # Here, because a quote checks the job too, on machines without Beam.
+        from pipelines.main_job import MainJob
+        from transforms.answer import AnswerSpec
+        from transforms.budget import Limits
+        from transforms.plan import PlanSpec
+        from transforms.publish import PublishSpec
+        from transforms.waste import WasteTerms
+
         run_id = self.identity.run_id
         is_jsonl = self.scan.format == "jsonl"
         passthrough = self.columns.passthrough
         return MainJob(
             scan=self.scan,
             columns=self.columns,
-            render=RenderSpec(
-                prompt=self.job.prompt,
-                sampling=self.job.sampling,
-                checkpoint=self.engine.path,
-                passthrough=passthrough,
-                messages_column="messages" if is_jsonl else self.job.prompt.messages_column,
-                sampling_column="sampling" if is_jsonl else None,
-                encoding=self.engine.encoding,
-                terms=self.terms,
-                options_column="options" if is_jsonl else None,
-                tools_column=self.job.tools.column,
-                schema_in_prompt=self.job.output.schema_in_prompt,
-            ),
+            render=self.render_spec,
             plan=PlanSpec(
-                self.job.plan,
+                self.plan_section,
                 self.layout,
                 passthrough,
                 group_starts=tuple(group.units[0].ordinal for group in self.scan.groups),
@@ -119,11 +140,26 @@ class CheckedJob:
                 output_type=self.output_type,
                 provider=self.job.accounting.provider,
                 model=self.job.accounting.model,
+                tag_columns=self.job.accounting.tag_columns,
                 limits=Limits.of(self.job.limits, time.time()),
-                on_error=self.job.failures.on_error,
+                failures=self.job.failures,
+                reuse=self.reuse,
             ),
             publish=PublishSpec(
-                run_id, self.layout, passthrough, self.scan.num_rows, self._described(), self.output_type
+                run_id,
+                self.layout,
+                passthrough,
+                self.scan.num_rows,
+                self._described(),
+                self.output_type,
+                run_views(),
+                WasteTerms(
+                    run_id,
+                    self.prices,
+                    self.job.accounting.provider,
+                    self.job.accounting.model,
+                    self.job.accounting.tag_columns,
+                ),
             ),
             has_ids=is_jsonl or self.job.input.id_column is not None,
             planned=planned,
@@ -169,12 +205,19 @@ class CheckedJob:
             "model": {"engine": self.engine.engine, "name": self.engine.name, "revision": self.engine.revision},
             "price_book": self.prices.version if self.prices else None,
             "retry_of": retry and {"output": retry.output, "run_id": retry.run_id, "kinds": list(retry.kinds)},
+            "reuse": self.reuse and {"output": self.reuse.output, "run_id": self.reuse.run_id},
             "warnings": list(self.warnings),
         }
 
 
 def check_job(
-    job: Job, *, limit: int | None = None, retry_of: RetryOf | None = None, retried: InputScan | None = None
+    job: Job,
+    *,
+    limit: int | None = None,
+    retry_of: RetryOf | None = None,
+    retried: InputScan | None = None,
+    reuse: ReuseSource | None = None,
+    is_quote: bool = False,
 ) -> CheckedJob:
     """Check a job against the world.
 
@@ -182,6 +225,8 @@ def check_job(
         limit: the trial's.
         retry_of: which rejects of which run are answered again, if so.
         retried: the input that those are, before the output folder keeps it.
+        reuse: the run whose answers are taken over, if any.
+        is_quote: nothing will be written, so neither output nor disk are looked at, and a price need not hold now.
     Raises:
         JobError: what is wrong, all problems in one message; a subclass of its own where only one is found.
     """
@@ -193,7 +238,8 @@ def check_job(
     scan = retried or _try(
         problems,
         lambda: (
-            kept_scan(layout, job.input, limit, retry_of)
+            # A run that has its plan keeps no units of its input, which a quote reads again.
+            (None if is_quote else kept_scan(layout, job.input, limit, retry_of))
             or scan_input(job.input, limit=limit, needed=_needed(job, template))
         ),
     )
@@ -201,16 +247,17 @@ def check_job(
     options = _try(problems, lambda: _options_of(job, schema))
     terms = _try(problems, lambda: _terms_of(job, options, schema)) if options is not None else None
     output_type = _try(problems, lambda: _output_type(schema))
-    engine = _try(problems, lambda: _engine_config(job))
+    engine = _try(problems, lambda: engine_config(job, needs_key=not is_quote))
     prices = _try(problems, lambda: _load_prices(job))
     line = None
-    if engine is not None and prices is not None:
-        line = _try(problems, lambda: _price_line(job, engine, prices))
+    if engine is not None and prices is not None and not is_quote:
+        line = _try(problems, lambda: price_line(job, engine, prices))
     problems += _limit_problems(job, prices, line)
     problems += refuse_secrets(job)
     if scan is not None and template is not None:
         problems += _column_problems(job, scan, template)
-    problems += _output_problems(job)
+    if not is_quote:
+        problems += _output_problems(job)
     if problems or scan is None or template is None or engine is None or terms is None:
         raise _one_error(problems)
     columns = _columns(job, scan, template)
@@ -224,9 +271,17 @@ def check_job(
         prices=prices,
         options=terms.options,
         retry_of=retry_of and retry_of.identity,
+        reuse=reuse and reuse.run_id,
     )
-    identity.check_output(layout, lambda: changed_files(layout, job.input))
-    close = check_disk(job, scan, columns)
+    if reuse is not None:
+        # Here, as in `main_job`: it reads a run, and so needs Beam.
+        from jobs.reuse import check_reusable
+
+        check_reusable(reuse, identity.parts)
+    close = None
+    if not is_quote:
+        identity.check_output(layout, lambda: changed_files(layout, job.input))
+        close = check_disk(job, scan, columns)
     return CheckedJob(
         job=job,
         limit=limit,
@@ -239,8 +294,13 @@ def check_job(
         output_type=output_type,
         prices=prices,
         price_line=line,
-        warnings=(*_terms_warnings(job, engine, terms), *([close] if close else ())),
+        warnings=(
+            *_terms_warnings(job, engine, terms),
+            *engine_warnings(job, engine, prices),
+            *([close] if close else ()),
+        ),
         retry_of=retry_of,
+        reuse=reuse,
     )
 
 
@@ -255,7 +315,15 @@ def _needed(job: Job, template: PromptTemplate | None) -> frozenset[str] | None:
         job.prompt.messages_column,
         job.tools.column,
     )
-    return template.variables | {*job.input.passthrough} | {name for name in single if name is not None} | {"line"}
+    passed = {*job.input.passthrough, *job.accounting.tag_columns}
+    return template.variables | passed | {name for name in single if name is not None} | {"line"}
+
+
+def _plan_section(job: Job) -> PlanSection:
+    """`[plan]`; rows of different tags are billed apart, so none is merged unless the job says so."""
+    if job.accounting.tag_columns and job.plan.merge == "auto":
+        return job.plan.model_copy(update={"merge": "never"})
+    return job.plan
 
 
 def _try(problems: list[JobError], check: Callable[[], Checked]) -> Checked | None:
@@ -343,15 +411,16 @@ def _output_type(schema: AnswerSchema | None) -> OutputType | None:
 
 def _terms_warnings(job: Job, engine: EngineConfig, terms: TermsBook) -> Iterable[str]:
     """What a person should know of the answers' terms before the run."""
-    encoder = PromptEncoder.load(engine.path, engine.encoding)
-    thinking = encoder.encoding.thinking_of(terms.options)
+    encoder = load_encoder(engine.path, engine.encoding, engine.name)
+    thinking = thinks(encoder, terms.options)
     sampling = Sampling(**job.sampling.model_dump())
     today = datetime.now(UTC).date()
     yield from parameter_warnings(engine.name, today, thinking=thinking, sampling=sampling, options=terms.options)
     for tool in terms.options.tools:
         if tool.is_strict and (problems := strict_tool_problems(tool)):
             yield f"tool {tool.name!r} is strict, and DeepSeek's API would refuse it: {'; '.join(problems)}"
-    if engine.engine in CONSTRAINED_ENGINES and job.output.constrain == "auto":
+    is_constrained = engine.engine in CONSTRAINED_ENGINES and job.output.constrain == "auto"
+    if is_constrained and isinstance(encoder, PromptEncoder):
         built = GrammarBook(encoder).build(terms.of(None), starts_in_reasoning=thinking)
         for relaxed in built.relaxed if built is not None else ():
             yield (
@@ -362,50 +431,6 @@ def _terms_warnings(job: Job, engine: EngineConfig, terms: TermsBook) -> Iterabl
 
 def _load_prices(job: Job) -> PriceBook | None:
     return PriceBook.load(job.accounting.price_book) if job.accounting.price_book is not None else None
-
-
-def _engine_config(job: Job) -> EngineConfig:
-    """The engine with its checkpoint looked at: tokenizer, context and revision, but no weights loaded."""
-    section = job.model
-    if section.engine not in ENGINES:
-        raise JobFileError(f"[model] engine: expected one of {', '.join(sorted(ENGINES))}, found {section.engine!r}")
-    path = section.path if section.path is not None else str(CHECKPOINT_PATH)
-    default_name = EMBEDDED_NAME if section.path is None else path.rstrip("/").rpartition("/")[2]
-    encoder = PromptEncoder.load(path, section.encoding)
-    if job.sampling.max_tokens >= encoder.context_length:
-        raise JobFileError(
-            f"[sampling] max_tokens: expected less than the model's context of {encoder.context_length} tokens, "
-            f"found {job.sampling.max_tokens}"
-        )
-    config = EngineConfig(
-        engine=section.engine,
-        path=path,
-        name=section.name or default_name,
-        revision=checkpoint_revision(path),
-        dtype=section.dtype,
-        device=section.device,
-        batch_size=section.batch_size,
-        script=section.script,
-        max_cache_bytes=section.max_cache_bytes,
-        encoding=section.encoding,
-    )
-    if section.engine == "fake":
-        load_runner(config)
-    elif section.script is not None:
-        raise JobFileError(f"[model] script: only the engine 'fake' takes one, found engine {section.engine!r}")
-    return config
-
-
-def _price_line(job: Job, engine: EngineConfig, prices: PriceBook) -> PriceLine:
-    provider = job.accounting.provider or ("fake" if engine.engine == "fake" else "local")
-    model = job.accounting.model or engine.name
-    line = prices.find(provider, model, datetime.now(UTC))
-    if line is None:
-        raise JobFileError(
-            f"{job.accounting.price_book}: expected a price of provider {provider!r}, model {model!r} that holds now, "
-            "found none; name both in [accounting] provider and model"
-        )
-    return line
 
 
 def _limit_problems(job: Job, prices: PriceBook | None, line: PriceLine | None) -> Iterable[JobError]:
@@ -434,6 +459,7 @@ def _column_problems(job: Job, scan: InputScan, template: PromptTemplate) -> Ite
             ("[input] cost_center_column", section.cost_center_column),
             ("[input] passthrough", section.passthrough or None),
             ("[tools] column", job.tools.column),
+            ("[accounting] tag_columns", job.accounting.tag_columns or None),
         ):
             if value is not None:
                 yield JobFileError(f"{key}: not for JSONL input, whose lines bring their own ids and messages")
@@ -458,19 +484,21 @@ def _column_problems(job: Job, scan: InputScan, template: PromptTemplate) -> Ite
         named.append(("[prompt] messages_column", prompt.messages_column))
     if section.passthrough != "all":
         named += [("[input] passthrough", name) for name in section.passthrough]
+    named += [("[accounting] tag_columns", name) for name in job.accounting.tag_columns]
     for key, name in named:
         if name not in scan.names:
             near = difflib.get_close_matches(name, scan.names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; its columns are {', '.join(scan.names)}"
             yield JobFileError(f"{key}: {section.path} has no column {name!r}{hint}")
     for key, name in named:
-        if key.endswith("_column") and key.startswith("[input]") and name in scan.schema.names:
+        is_label = key == "[accounting] tag_columns" or (key.endswith("_column") and key.startswith("[input]"))
+        if is_label and name in scan.schema.names:
             found = scan.schema.field(name).type
             if not _can_be_label(found):
                 yield JobFileError(f"{key}: expected a column of text or whole numbers, found {name!r} of type {found}")
     taken = {field.lower() for field in RESULT_SCHEMA.names} | ({OUTPUT} if job.output.schema_ is not None else set())
     passed = scan.schema.names if section.passthrough == "all" else section.passthrough
-    for name in passed:
+    for name in dict.fromkeys((*passed, *job.accounting.tag_columns)):
         if name.lower() in taken:
             yield JobFileError(
                 f"[input] passthrough: column {name!r} has the name of an output column (case ignored); "
@@ -518,6 +546,7 @@ def _columns(job: Job, scan: InputScan, template: PromptTemplate) -> ReadColumns
     if job.tools.column is not None and job.tools.column not in names:
         names.append(job.tools.column)
     passed = scan.schema.names if job.input.passthrough == "all" else job.input.passthrough
+    passed = (*passed, *job.accounting.tag_columns)
     fields: Mapping[str, pa.Field[Any]] = {name: scan.schema.field(name) for name in scan.schema.names}
     return ReadColumns(
         # Without a readable file no column is known; every unit then is a reject.

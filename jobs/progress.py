@@ -179,6 +179,8 @@ def _summary_lines(summary: RunSummary) -> Iterator[tuple[str, str]]:
     yield "tokens", _spell_tokens(summary)
     yield "cache hits", _spell_hits(summary)
     yield "cost", _spell_cost(summary)
+    if summary.num_reused:
+        yield "reused", f"{summary.num_reused:,} of the results, answered by an earlier run"
     if summary.cost_wasted:
         yield "wasted", f"{spell_money(summary.cost_wasted, summary.currency)} beside it, for answers not used"
     if summary.message:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from jobs.run_record import RetryOf, RunRecord, read_input_record, read_record
 from jobs.run_state import read_manifest
+from model_runner.remote_prompts import Encoder
 from schemas import storage
 from schemas.arrow import values_of, with_column
 from schemas.canonical import canonical_json
@@ -111,7 +112,7 @@ def why_not_retryable(place: Sequence[str], otherwise: Callable[[Sequence[str]],
 
 
 def write_retry_plan(
-    layout: RunLayout, retry_of: RetryOf, job: Job, *, parts: Mapping[str, str], context_length: int
+    layout: RunLayout, retry_of: RetryOf, job: Job, *, parts: Mapping[str, str], encoder: Encoder
 ) -> PlanRecord:
     """Make the plan of a retry: the rejected rows of the first run's plan, with the job's sampling where it changed.
 
@@ -119,7 +120,7 @@ def write_retry_plan(
 
     Args:
         parts: the retry's identity.
-        context_length: most tokens of prompt and output together.
+        encoder: says whether prompt and output have room in the context.
     Raises:
         OutputError: the first run's plan is gone, or what its prompts were made with has changed since.
         CommitError: plan and rejects contradict each other.
@@ -138,7 +139,7 @@ def write_retry_plan(
     def write() -> None:
         name = f"s{len(shards):06d}"
         table = pa.concat_tables(waiting).replace_schema_metadata()
-        shards.append(write_shard(layout, name, _with_sampling(table, source.job.sampling, job, context_length)))
+        shards.append(write_shard(layout, name, _with_sampling(table, source.job.sampling, job, encoder)))
         waiting.clear()
 
     for table in _rejected_rows(source, retry_of):
@@ -180,7 +181,7 @@ def _rejected_rows(source: RunRecord, retry_of: RetryOf) -> Iterator[pa.Table]:
         yield kept
 
 
-def _with_sampling(table: pa.Table, before: SamplingSection, job: Job, context_length: int) -> pa.Table:
+def _with_sampling(table: pa.Table, before: SamplingSection, job: Job, encoder: Encoder) -> pa.Table:
     """The rows with the keys of `[sampling]` that changed; values that a row set itself stay."""
     old, new = before.model_dump(mode="json"), job.sampling.model_dump(mode="json")
     changed = {key: value for key, value in new.items() if value != old[key]}
@@ -197,25 +198,28 @@ def _with_sampling(table: pa.Table, before: SamplingSection, job: Job, context_l
         greedy = [json.loads(text)["temperature"] == 0 for text in sampling]
         merged = values_of(table, "merged_into")
         table = with_column(table, "merged_into", [m if g else None for m, g in zip(merged, greedy, strict=True)])
-    return _without_overflow(table, context_length)
+    return _without_overflow(table, encoder)
 
 
-def _without_overflow(table: pa.Table, limit: int) -> pa.Table:
-    lengths = values_of(table, "num_prompt_tokens")
-    needed = [
-        length + json.loads(text)["max_tokens"]
-        for length, text in zip(lengths, values_of(table, "sampling"), strict=True)
+def _without_overflow(table: pa.Table, encoder: Encoder) -> pa.Table:
+    sizes = [
+        (length, json.loads(text)["max_tokens"])
+        for length, text in zip(values_of(table, "num_prompt_tokens"), values_of(table, "sampling"), strict=True)
     ]
-    if max(needed) <= limit:
+    is_over = [not encoder.fits(*size) for size in sizes]
+    if not any(is_over):
         return table
     error = ContextOverflow
     message = "expected prompt and output within the model's context of {} tokens, found {}"
+    limit = encoder.context_length
     columns = {
-        "error_stage": [error.error_stage if num > limit else None for num in needed],
-        "error_type": [error.error_type if num > limit else None for num in needed],
-        "error_message": [message.format(limit, num) if num > limit else None for num in needed],
+        "error_stage": [error.error_stage if over else None for over in is_over],
+        "error_type": [error.error_type if over else None for over in is_over],
+        "error_message": [
+            message.format(limit, sum(size)) if over else None for over, size in zip(is_over, sizes, strict=True)
+        ],
         "merged_into": [
-            None if num > limit else merged for num, merged in zip(needed, values_of(table, "merged_into"), strict=True)
+            None if over else merged for over, merged in zip(is_over, values_of(table, "merged_into"), strict=True)
         ],
     }
     for name, values in columns.items():

@@ -9,10 +9,10 @@ import base64
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 from pydantic import ValidationError
@@ -22,9 +22,10 @@ from schemas.canonical import Json, fingerprint
 from schemas.errors import InputPatternError, JobFileError, OutputError
 from schemas.job import InputSection, Job
 from schemas.layout import RunLayout
-from transforms.coders import RecordCoder
 from transforms.input_scan import InputFormat, InputScan, InputUnit, files_fingerprint, input_files
-from transforms.plan import read_plan
+from transforms.plan_record import read_plan
+from transforms.record_json import RecordJson
+from transforms.reuse import ReuseSource
 
 _NUM_SHOWN_FILES = 3
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+", re.IGNORECASE)
@@ -62,9 +63,12 @@ class RunRecord:
     limit: int | None
     currency: str | None
     retry_of: RetryOf | None
+    reuse: ReuseSource | None
 
 
-def describe_job(job: Job, *, limit: int | None, currency: str | None, retry_of: RetryOf | None) -> dict[str, Json]:
+def describe_job(
+    job: Job, *, limit: int | None, currency: str | None, retry_of: RetryOf | None, reuse: ReuseSource | None = None
+) -> dict[str, Json]:
     """What `job.json` holds beside the identity."""
     return {
         "job": job.model_dump(mode="json", by_alias=True),
@@ -72,6 +76,7 @@ def describe_job(job: Job, *, limit: int | None, currency: str | None, retry_of:
         "limit": limit,
         "currency": currency,
         "retry_of": asdict(retry_of) if retry_of is not None else None,
+        "reuse": asdict(reuse) if reuse is not None else None,
         "product_version": version("moebeam"),
     }
 
@@ -106,6 +111,7 @@ def read_record(output: str) -> RunRecord:
             job=job if found["folder"] is None else job.located(found["folder"]),
             limit=found["limit"],
             currency=found["currency"],
+            reuse=found.get("reuse") and ReuseSource(**found["reuse"]),
             retry_of=retry and RetryOf(retry["output"], retry["run_id"], tuple(retry["kinds"])),
         )
     except ValidationError as error:
@@ -202,7 +208,7 @@ def keep_input(layout: RunLayout, section: InputSection, limit: int | None, scan
         raise InputPatternError(f"[input] path {section.path!r}: files changed while they were looked at; run again")
     record = InputRecord.of(section, limit, scan, files)
     try:
-        storage.write_whole(input_record_path(layout), RecordCoder(InputRecord).encode(record))
+        storage.write_whole(input_record_path(layout), RecordJson(InputRecord).encode(record))
     except OSError as error:
         raise OutputError(f"[output] path {layout.output!r}: cannot be written: {error}") from error
 
@@ -210,7 +216,7 @@ def keep_input(layout: RunLayout, section: InputSection, limit: int | None, scan
 def read_input_record(layout: RunLayout) -> InputRecord | None:
     """What is kept of the input; None if nothing that can be read is."""
     with contextlib.suppress(OSError, ValueError):
-        return RecordCoder(InputRecord).decode(storage.read_bytes(input_record_path(layout)))
+        return RecordJson(InputRecord).decode(storage.read_bytes(input_record_path(layout)))
     return None
 
 
@@ -266,13 +272,27 @@ def _digest(section: InputSection) -> str:
 def refuse_secrets(job: Job) -> list[JobFileError]:
     """Paths that carry credentials, which the output folder must not keep."""
     problems: list[JobFileError] = []
-    for section, keys in job.model_dump(mode="json", by_alias=True).items():
-        for key, value in keys.items():
-            if isinstance(value, str) and _URL.fullmatch(value) and _has_credentials(value):
-                problems.append(
-                    JobFileError(f"[{section}] {key}: holds credentials; give them through the environment instead")
+    for place, text in _texts(job.model_dump(mode="json", by_alias=True), ()):
+        if _URL.fullmatch(text) and _has_credentials(text):
+            section, *inner = place
+            problems.append(
+                JobFileError(
+                    f"[{section}] {'.'.join(inner)}: holds credentials; give them through the environment instead"
                 )
+            )
     return problems
+
+
+def _texts(value: object, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every text of a job and where it stands; tables of an array are counted from 1."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, inner in cast("Mapping[str, object]", value).items():
+            yield from _texts(inner, (*place, key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(cast("list[object]", value), start=1):
+            yield from _texts(inner, (*place, str(number)))
 
 
 def _has_credentials(url: str) -> bool:

@@ -63,6 +63,7 @@ class RunSummary:
         cost: what is billed; None without a price.
         reason: why the run is incomplete: a key of `[limits]`, or `signal`.
         message: what a person should know besides, for example why the run is incomplete.
+        num_reused: results that an earlier run's answers became, of `num_results`.
         cost_wasted: what was billed beside `cost` for answers that were not used; None without any.
     """
 
@@ -90,6 +91,7 @@ class RunSummary:
     message: str | None = None
     reason: str | None = None
     cost_wasted: Decimal | None = None
+    num_reused: int = 0
 
     def to_json(self) -> dict[str, object]:
         """The record as JSON values: decimals as plain strings, rejects by type in order of name."""

@@ -12,13 +12,16 @@ The first rule that matches the last user message (and the attempt, where it nam
 
 import hashlib
 import json
+import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -58,6 +61,8 @@ class Call(BaseModel):
 class Reply(BaseModel):
     """One scripted answer or failure.
 
+    An `accident` befalls the whole engine: its process is killed, or stands still.
+
     Without `text` the answer is `{"echo": ..., "num_prompt_tokens": ...}`; without `cached_tokens` an ideal prefix
     cache is simulated, while null means unknown; token counts that are given are reported as they are.
     """
@@ -67,6 +72,7 @@ class Reply(BaseModel):
     text: str | None = None
     finish_reason: FinishReason | None = None
     failure: str | None = None
+    accident: Literal["crash", "hang"] | None = None
     message: str | None = None
     reasoning_content: str | None = None
     tool_calls: tuple[Call, ...] = ()
@@ -157,6 +163,7 @@ class FakeRunner:
         if self.script.latency_ms:
             time.sleep(self.script.latency_ms / 1000)
         reply = self._reply_to(request)
+        _have_accident(reply.accident)
         error: RowError | None = None
         calls: tuple[ToolCall, ...] = ()
         finish_reason: FinishReason = reply.finish_reason or "stop"
@@ -258,6 +265,13 @@ def _read_script(path: str) -> Script:
 def _token_ids(encoder: PromptEncoder, text: str) -> TokenIds:
     """Scripts repeat themselves, and each text is tokenized once."""
     return encoder.encode_batch([text])[0]
+
+
+def _have_accident(accident: Literal["crash", "hang"] | None) -> None:
+    if accident == "crash":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif accident == "hang":
+        threading.Event().wait()
 
 
 def _echo(token_ids: TokenIds) -> str:

@@ -36,7 +36,7 @@ class Span:
         return self.end_row - self.first_row
 
 
-def prefix_key(tenant: str, token_ids: TokenIds) -> bytes:
+def prefix_key(tenant: str, token_ids: TokenIds, *, are_words: bool = False) -> bytes:
     """The sort key of a request: 8 bytes for the tenant, then every token id as a big-endian uint32.
 
     Bytewise order of keys is order by tenant, then by tokens; a prefix sorts before what extends it.
@@ -44,10 +44,11 @@ def prefix_key(tenant: str, token_ids: TokenIds) -> bytes:
     Args:
         tenant: zeros stand for the empty name, the first 8 bytes of its SHA-256 for any other.
         token_ids: int32, shape (num_tokens,).
+        are_words: they stand for four bytes of text each (`remote_prompts.py`), whose first bit may be set.
     Raises:
         ValueError: a token id is negative.
     """
-    if token_ids.size and int(token_ids.min()) < 0:
+    if not are_words and token_ids.size and int(token_ids.min()) < 0:
         raise ValueError(f"token ids must not be negative, found {int(token_ids.min())}")
     return _tenant_bytes(tenant) + token_ids.astype(">u4").tobytes()
 

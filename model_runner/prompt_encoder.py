@@ -32,7 +32,10 @@ class PromptEncoder:
     Attributes:
         encoding: prompts and answers of the model's family.
         context_length: most tokens of prompt and answer together.
+        is_estimated: whether token ids and their number are only guesses; see `remote_prompts.py`.
     """
+
+    is_estimated = False
 
     def __init__(
         self,
@@ -90,6 +93,10 @@ class PromptEncoder:
 
     def __reduce__(self) -> tuple[Any, tuple[str, str]]:
         return type(self).load, (self.path, self._encoding_name)
+
+    def fits(self, num_prompt_tokens: int, max_tokens: int) -> bool:
+        """Whether a prompt and its longest answer have room in the context."""
+        return num_prompt_tokens + max_tokens <= self.context_length
 
     @property
     def vocab_size(self) -> int:

@@ -6,10 +6,12 @@ Stands inside the *answer* stage: `transforms/run.py` pulls completions from `Mo
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 from schemas.errors import EngineLoadError
 from schemas.records import Completion, Request
+
+RemoteMode: TypeAlias = Literal["auto", "plain", "stream"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,15 @@ class EngineConfig:
         batch_size: most sequences that run together; 0 lets the engine decide.
         script: `fake` only: path of a JSON file with scripted answers and failures.
         max_cache_bytes: `torch` only: most memory for live keys and states; 0 lets the device decide.
+        base_url: `openai` only, like all below: the endpoint, up to where `/chat/completions` follows; None takes the
+            profile's.
+        provider: name of a provider profile, such as `deepseek`; see `openai_engine/profiles.toml`.
+        api_key_variable: NAME of the environment variable that holds the key, never the key; None takes the profile's.
+        max_concurrency: most requests in flight from this machine; 0 takes the profile's limit for the model.
+        timeout_s: most seconds without a byte from the provider; 0 takes the profile's.
+        max_retries: how often one provider is asked again after a failure that may pass.
+        fallbacks: who is asked, in this order, where the one before could not answer.
+        mode: `plain` waits for whole answers, `stream` reads them in pieces, `auto` takes the profile's.
     """
 
     engine: str
@@ -38,6 +49,29 @@ class EngineConfig:
     script: str | None = None
     max_cache_bytes: int = 0
     encoding: str = "auto"
+    base_url: str | None = None
+    provider: str | None = None
+    api_key_variable: str | None = None
+    max_concurrency: int = 0
+    timeout_s: float = 0.0
+    max_retries: int = 6
+    fallbacks: tuple["Fallback", ...] = ()
+    mode: RemoteMode = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A further provider of an `openai` engine; the fields mean what they mean in `EngineConfig`.
+
+    Attributes:
+        name: the model as this provider calls it; None keeps the engine's.
+    """
+
+    provider: str
+    name: str | None = None
+    base_url: str | None = None
+    api_key_variable: str | None = None
+    max_concurrency: int = 0
 
 
 class ModelRunner(Protocol):
@@ -64,6 +98,7 @@ class CountingRunner(Protocol):
 
 ENGINES: dict[str, str] = {
     "fake": "model_runner.fake:load_fake_runner",
+    "openai": "model_runner.openai_engine.runner:load_openai_runner",
     "torch": "model_runner.torch_runner:load_torch_runner",
     "transformers": "model_runner.transformers_runner:load_transformers_runner",
     "vllm": "model_runner.vllm_runner:load_vllm_runner",
@@ -72,6 +107,12 @@ ENGINES: dict[str, str] = {
 
 CONSTRAINED_ENGINES = frozenset({"torch", "transformers", "vllm"})
 """Engines that hold answers to `Request.grammar`."""
+
+SELF_HEALING_ENGINES = frozenset({"openai", "vllm"})
+"""Engines whose model lives elsewhere: they see to its crashes and its silence themselves."""
+
+REMOTE_ENGINES = frozenset({"openai"})
+"""Engines whose answers are paid to somebody else: they need no checkpoint, and what arrives is kept at once."""
 
 
 def load_runner(config: EngineConfig) -> ModelRunner:

@@ -7,6 +7,7 @@
     │   ├── OutputError             exit 2: the output cannot be used
     │   ├── EngineLoadError         exit 1: the model cannot be loaded
     │   ├── EngineContractError     exit 1: the engine answered what it was not asked
+    │   ├── EngineUnavailable       exit 1: no provider of a remote engine can answer anything now
     │   ├── CommitError             exit 1: durable state is missing or contradicts itself
     │   ├── PipelineFailed          exit 1: a step failed on a worker
     │   └── JobInterrupted          exit 4: stopped by a signal, can be resumed
@@ -16,8 +17,9 @@
         ├── render    TemplateFailed, TemplateBudgetExceeded, NullValue, InvalidMessages,
         │             InvalidSampling, InvalidTools, InvalidResponseFormat, ContextOverflow
         ├── plan      DuplicateId
-        ├── run       EngineFailed, EngineOverloaded, EngineTimeout, ContentRefused
-        └── validate  EmptyAnswer, TruncatedAnswer, NotJson, SchemaViolation, ModelRejected,
+        ├── run       EngineFailed, EngineCrashed, EngineOverloaded, EngineTimeout, ContentRefused,
+        │             RequestRefused, MalformedResponse
+        └── validate  AnswerInterrupted, EmptyAnswer, TruncatedAnswer, NotJson, SchemaViolation, ModelRejected,
                       MalformedToolCall, MissingToolCall, ToolArgumentsInvalid
 
 Third-party errors are mapped onto this tree where they are caught, by type.
@@ -64,6 +66,13 @@ class EngineLoadError(JobError):
 
 class EngineContractError(JobError):
     """The engine gave a second completion for a request, or one for a request that it never got."""
+
+
+class EngineUnavailable(JobError):
+    """No provider of a remote engine can answer anything now: key, balance or address are wrong, or all is down.
+
+    What was not answered stays unanswered, to be asked when the run is started again; it does not become rejects.
+    """
 
 
 class CommitError(JobError):
@@ -205,6 +214,12 @@ class EngineFailed(RowError):
     error_type = "engine_failed"
 
 
+class EngineCrashed(RowError):
+    """The engine's process dies over this request, also when it is the only one."""
+
+    error_type = "engine_crashed"
+
+
 class InvalidGrammar(RowError):
     """A request's grammar, or the schema that it is made from, cannot be compiled or enforced."""
 
@@ -229,6 +244,27 @@ class ContentRefused(RowError):
     """The provider's content filter refused the request or the answer."""
 
     error_type = "refused"
+
+
+class RequestRefused(RowError):
+    """The provider does not take this request: a parameter, its form or its length."""
+
+    error_type = "request_refused"
+
+
+class MalformedResponse(RowError):
+    """The provider's response is cut off, not JSON, or not of the documented shape."""
+
+    error_type = "malformed_response"
+    retryable = True
+
+
+class AnswerInterrupted(RowError):
+    """The provider gave up in the middle of an answer, which is paid as far as it got."""
+
+    error_type = "answer_interrupted"
+    error_stage = "validate"
+    retryable = True
 
 
 class EmptyAnswer(RowError):

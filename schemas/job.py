@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from schemas.endpoint import Address, KeyVariable
+
 
 class Section(BaseModel):
     """A section of a job file: frozen, unknown keys refused."""
@@ -76,13 +78,34 @@ class OutputSection(Section):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
+class FallbackSection(Section):
+    """One of `[[model.fallbacks]]`: a further provider, asked where those before it could not answer."""
+
+    provider: Annotated[str, Field(min_length=1, description="Name of a provider profile")]
+    name: str | None = Field(default=None, description="The model as this provider calls it; default `[model] name`")
+    base_url: Address | None = Field(default=None, description="Its endpoint; default the profile's")
+    api_key_variable: KeyVariable | None = Field(
+        default=None, description="NAME of the environment variable that holds its key; default the profile's"
+    )
+    max_concurrency: int = Field(default=0, ge=0, description="As in `[model]`")
+
+
 class ModelSection(Section):
     """`[model]`: which engine and checkpoint answer; left out, the embedded checkpoint does."""
 
-    engine: str = Field(default="torch", description="`torch`, `transformers`, `vllm` or `fake`")
-    path: str | None = Field(default=None, description="Folder of a Hugging Face checkpoint; default the embedded one")
+    engine: str = Field(
+        default="torch",
+        description="`torch`, `transformers`, `vllm`, `fake`, or `openai` for any endpoint that speaks OpenAI's chat "
+        "completions",
+    )
+    path: str | None = Field(
+        default=None,
+        description="Folder of a Hugging Face checkpoint; default the embedded one. `openai` needs none: with a "
+        "folder of `tokenizer.json` and `config.json` prompts are counted exactly before they are sent, else estimated",
+    )
     name: str | None = Field(
-        default=None, description="Model name in tables and price books; default the folder's name"
+        default=None,
+        description="Model name in tables and price books, and as a provider calls it; default the folder's name",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="float32",
@@ -99,6 +122,35 @@ class ModelSection(Section):
         default=0, ge=0, description="`torch` only: most memory for live keys and states; 0 lets the device decide"
     )
     script: str | None = Field(default=None, description="`fake` only: JSON file of scripted answers and failures")
+    provider: str | None = Field(
+        default=None,
+        description="`openai` only, like all below: name of a provider profile, such as `deepseek`, `alibaba`, "
+        "`volcano`, `vllm`; default `openai`",
+    )
+    base_url: Address | None = Field(
+        default=None, description="Endpoint, up to where `/chat/completions` follows; default the profile's"
+    )
+    api_key_variable: KeyVariable | None = Field(
+        default=None,
+        description="NAME of the environment variable that holds the key, never the key; default the profile's",
+    )
+    max_concurrency: int = Field(
+        default=0, ge=0, description="Most requests in flight in one process; 0 takes the profile's limit for the model"
+    )
+    timeout_s: float = Field(
+        default=0.0, ge=0, description="Most seconds of silence, however long an answer takes; 0 takes the profile's"
+    )
+    max_retries: int = Field(
+        default=6, ge=0, le=50, description="Times that one provider is asked again after a failure that may pass"
+    )
+    mode: Literal["auto", "plain", "stream"] = Field(
+        default="auto", description="Whether answers come whole or in pieces; `auto` is what suits the provider"
+    )
+    fallbacks: tuple[FallbackSection, ...] = Field(
+        default=(),
+        description="Providers to be asked, in this order, where the one before could not answer, as "
+        "`[[model.fallbacks]]` with `provider`, `name`, `base_url`, `api_key_variable`, `max_concurrency`",
+    )
 
 
 class SamplingSection(Section):
@@ -169,6 +221,11 @@ class AccountingSection(Section):
     price_book: str | None = Field(default=None, description="CSV of dated prices; without it costs are null")
     provider: str | None = Field(default=None, description="Provider to look up; default the engine's own")
     model: str | None = Field(default=None, description="Model to look up; default `[model] name`")
+    tag_columns: tuple[str, ...] = Field(
+        default=(),
+        description="Input columns that become tags of ledger lines; also passed through, and with them "
+        "`[plan] merge` is `auto` for no request",
+    )
 
 
 class LimitsSection(Section):
@@ -219,6 +276,94 @@ class FailuresSection(Section):
     on_error: Literal["reject", "fail"] = Field(
         default="reject", description="`reject` writes the row to rejects; `fail` stops the job at the first such row"
     )
+    max_retries: int = Field(
+        default=2, ge=0, le=20, description="Times that a row is asked again whose engine was overloaded or timed out"
+    )
+    retry_wait_s: float = Field(
+        default=1.0, ge=0, le=60, description="Seconds before the first retry; each further one waits twice as long"
+    )
+    engine_process: Literal["auto", "own", "shared"] = Field(
+        default="auto",
+        description="`own` gives the engine a process of its own: a row that kills it is found and rejected alone; "
+        "`auto` does so where `max_silence_s` is set or an earlier attempt of the run was killed",
+    )
+    max_silence_s: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="An engine in process that neither answers nor counts any work for so long is started again",
+    )
+    journal: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether each answer is kept as it arrives, so that nothing is asked twice after a crash; "
+        "`auto` where answers are paid to a provider",
+    )
+
+    @model_validator(mode="after")
+    def _check_silence(self) -> "FailuresSection":
+        if self.max_silence_s is not None and self.engine_process == "shared":
+            raise ValueError("`max_silence_s` needs an engine that can be ended: leave out `engine_process`")
+        return self
+
+
+class PartySection(Section):
+    """One party of `[value_chain]`: who it is and what it charges the next one."""
+
+    name: Annotated[str, Field(min_length=1, description="As the report names it")]
+    price_book: str | None = Field(default=None, description="CSV of dated prices at which it sells")
+    provider: str | None = Field(default=None, description="Provider to look up in its book; default the name")
+    model: str | None = Field(default=None, description="Model to look up in its book; default the ledger's")
+    markup_percent: Annotated[Decimal, Field(ge=-100)] | None = Field(
+        default=None, description="What it adds to what it pays, in percent; a number, or text to be exact"
+    )
+    currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] | None = Field(
+        default=None, description="Currency of its price book, held against it"
+    )
+    recognition: Literal["gross", "net"] = Field(
+        default="gross",
+        description="Revenue that it recognises: `gross` as a principal, all that it charges; `net` as an agent, "
+        "its margin alone",
+    )
+    charges: Literal["all", "answered"] = Field(
+        default="all", description="`answered` charges no attempt that gave no valid answer"
+    )
+
+    @model_validator(mode="after")
+    def _check_one_price(self) -> "PartySection":
+        if self.price_book is not None and self.markup_percent is not None:
+            raise ValueError(f"party {self.name!r}: expected `price_book` or `markup_percent`, found both")
+        return self
+
+
+class ValueChainSection(Section):
+    """`[value_chain]`: who charges whom for the run's tokens; for reports alone, it shapes no answer."""
+
+    parties: tuple[PartySection, ...] = Field(
+        default=(), description="From the model provider to the customer, as `[[value_chain.parties]]`"
+    )
+    currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] | None = Field(
+        default=None, description="Currency of the report; default that of the ledger"
+    )
+    rates: dict[str, Annotated[Decimal, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description='Units of the currency of the report for one unit of another, such as `CNY = "0.14"`; '
+        "from a source of yours, none is built in",
+    )
+
+    @field_validator("parties")
+    @classmethod
+    def _check_names(cls, parties: tuple[PartySection, ...]) -> tuple[PartySection, ...]:
+        names = [party.name for party in parties]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"parties: expected every name once, found {', '.join(repeated)} again")
+        if len(names) == 1:
+            raise ValueError(f"parties: expected at least a seller and a customer, found only {names[0]!r}")
+        if parties and (parties[-1].price_book is not None or parties[-1].markup_percent is not None):
+            raise ValueError(f"parties: expected the last one to be the customer, found that {names[-1]!r} sells")
+        for party in parties[1:-1]:
+            if party.price_book is None and party.markup_percent is None:
+                raise ValueError(f"parties: {party.name!r}: expected `price_book` or `markup_percent`, found neither")
+        if parties and parties[0].markup_percent is not None:
+            raise ValueError(f"parties: {names[0]!r} buys from nobody: expected `price_book`, or the run's ledger")
+        return parties
 
 
 class Job(Section):
@@ -236,6 +381,7 @@ class Job(Section):
     accounting: AccountingSection = Field(default_factory=AccountingSection)
     limits: LimitsSection = Field(default_factory=LimitsSection)
     failures: FailuresSection = Field(default_factory=FailuresSection)
+    value_chain: ValueChainSection = Field(default_factory=ValueChainSection)
     _folder: str | None = PrivateAttr(default=None)
 
     @property

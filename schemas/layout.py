@@ -3,10 +3,12 @@
 results/ rejects/ ledger/   what analysts read: whole Parquet files, published after commit
 manifest.json               last of all: counts, sums, files
 _moebeam/job.json           whose output this is
+_moebeam/quote.json         what was expected of the run, where `moebeam estimate --save` was asked
 _moebeam/plan/              runs/ (while planning), one Arrow file a shard, plan.json when complete
 _moebeam/progress/          heartbeats, for people only
 _moebeam/staging/           a shard's tables before commit, under names no `*.parquet` glob matches
 _moebeam/leases/            who answers which shard right now, see `transforms/lease.py`
+_moebeam/journal/           answers that were paid, a folder a shard, as they arrived; see `transforms/journal.py`
 _moebeam/commits/           one record a committed shard; the first one wins
 """
 
@@ -36,6 +38,10 @@ class RunLayout:
     @property
     def job(self) -> str:
         return storage.join(self.state, "job.json")
+
+    @property
+    def quote(self) -> str:
+        return storage.join(self.state, "quote.json")
 
     @property
     def stop(self) -> str:
@@ -72,6 +78,13 @@ class RunLayout:
     @property
     def progress(self) -> str:
         return storage.join(self.state, "progress")
+
+    @property
+    def journal(self) -> str:
+        return storage.join(self.state, "journal")
+
+    def shard_journal(self, shard: str) -> str:
+        return storage.join(self.journal, shard)
 
     def run_file(self, run_id: str) -> str:
         return storage.join(self.runs, f"{run_id}.arrow")

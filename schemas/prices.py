@@ -6,6 +6,23 @@ from decimal import Decimal
 from typing import Literal, TypeAlias
 
 CostBasis: TypeAlias = Literal["exact", "upper_bound"]
+PriceMode: TypeAlias = Literal["online", "batch"]
+"""How requests are sent: one by one, or as a file that the provider answers when it suits it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DayRule:
+    """On which days a price holds.
+
+    Attributes:
+        weekdays: Monday is 0.
+        utc_offset_minutes: of the place whose days these are.
+        calendar: on the holidays of this calendar the price does not hold; empty for none.
+    """
+
+    weekdays: frozenset[int]
+    utc_offset_minutes: int = 0
+    calendar: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +30,8 @@ class PriceLine:
     """One dated line of a price book; prices are per 1,000,000 tokens.
 
     The interval is half-open, `[effective_from, effective_to)`, in UTC. `windows` are half-open minutes of the UTC
-    day, `(start, end)`, and may wrap midnight; empty means all day. A line with a window beats one without.
+    day, `(start, end)`, and may wrap midnight; empty means all day. A line with windows or days beats one without.
+    It holds for prompts of `min_prompt_tokens` to `max_prompt_tokens`, both included.
     """
 
     line_id: str
@@ -26,6 +44,16 @@ class PriceLine:
     cache_hit: Decimal | None
     cache_miss: Decimal
     output: Decimal
+    days: DayRule | None = None
+    mode: PriceMode = "online"
+    min_prompt_tokens: int = 0
+    max_prompt_tokens: int | None = None
+    evidence: str = ""
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether the line holds at some times of its interval only."""
+        return bool(self.windows) or self.days is not None
 
 
 @dataclass(frozen=True, slots=True)

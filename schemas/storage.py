@@ -169,6 +169,10 @@ def _followed(name: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
     return info
 
 
+_MAX_SWEEPS = 5
+"""Most times that a temporary file may vanish before it is in place."""
+
+
 def write_whole(path: str, content: bytes) -> None:
     """Write a file that readers see whole or not at all; an older one is replaced.
 
@@ -182,12 +186,18 @@ def write_whole(path: str, content: bytes) -> None:
         return
     target = Path(_local(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _write_temporary(target, content)
-    try:
-        temporary.replace(target)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    for num_left in reversed(range(_MAX_SWEEPS)):
+        temporary = _write_temporary(target, content)
+        try:
+            temporary.replace(target)
+            break
+        except FileNotFoundError:
+            # Another launcher has just finished the run and swept up temporary files.
+            if not num_left:
+                raise
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
     _sync_folder(target.parent)
 
 

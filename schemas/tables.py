@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-TABLES_VERSION = 2
+TABLES_VERSION = 3
 
 MONEY = pa.decimal128(38, 12)
 """Type of every price, cost and sum of costs."""
@@ -30,6 +30,17 @@ FAILED_ATTEMPTS = pa.list_(
     )
 )
 """What each attempt that was not accepted said, and why not."""
+
+COSTS_BY_CURRENCY = pa.list_(
+    pa.struct(
+        [
+            pa.field("currency", pa.string()),
+            pa.field("cost", MONEY),
+            pa.field("cost_allocated", MONEY),
+        ]
+    )
+)
+"""What a row cost whose attempts were priced in more than one currency."""
 
 RESULT_SCHEMA = pa.schema(
     [
@@ -66,13 +77,18 @@ RESULT_SCHEMA = pa.schema(
         pa.field("source_row", pa.int64()),
         pa.field("scope", pa.string()),
         pa.field("num_rows", pa.int64()),
+        pa.field("costs_by_currency", COSTS_BY_CURRENCY),
+        pa.field("reused_from", pa.string()),
     ]
 )
 """Columns shared by `results/` and `rejects/`, before the input's passthrough columns.
 
 `status` is `ok` or `rejected`; `scope` is `row`, `row_group` or `file`, and `num_rows` says for how many input rows
 a reject stands (null when an unreadable file does not tell). `attempts` counts how often the model was asked;
-`failed_attempts` keeps what it said each time that was not accepted.
+`failed_attempts` keeps what it said each time that was not accepted. Money of two currencies has no sum: a row whose
+attempts were priced in several has `cost`, `cost_allocated` and `currency` null, `cost_basis = "mixed_currency"`, and
+its amounts in `costs_by_currency`, which is null everywhere else. `reused_from` names the row of an earlier run, as
+`run_id/custom_id`, whose answer was taken over; such a row has no tokens, no cost and no line in the ledger.
 """
 
 LEDGER_SCHEMA = pa.schema(
@@ -104,12 +120,24 @@ LEDGER_SCHEMA = pa.schema(
         pa.field("cost_basis", pa.string()),
         pa.field("price_book", pa.string()),
         pa.field("price_line", pa.string()),
+        pa.field("cache_hit_cost", MONEY),
+        pa.field("cache_miss_cost", MONEY),
+        pa.field("visible_output_cost", MONEY),
+        pa.field("reasoning_cost", MONEY),
+        pa.field("finish_reason", pa.string()),
+        pa.field("error_type", pa.string()),
+        pa.field("accelerator_s", pa.float64()),
+        pa.field("journal", pa.string()),
+        pa.field("tags", pa.map_(pa.string(), pa.string())),
     ]
 )
 """One line an attempt of one request, with disjoint token classes; prices are per 1,000,000 tokens.
 
-`outcome` is `answered` or `rejected` (paid, but no valid answer). Unknown
-cached tokens leave `cache_hit_tokens` null and count whole as `cache_miss_tokens`, with `cost_basis = "upper_bound"`.
+`outcome` is `answered`, `rejected` (paid, but no valid answer) or `wasted` (paid by an attempt of the shard that was
+given up). Unknown cached tokens leave `cache_hit_tokens` null and count whole as `cache_miss_tokens`, with
+`cost_basis = "upper_bound"`. The amounts of the four classes add up to `cost`. `accelerator_s` is this line's share of
+the engine's own seconds, by computed tokens; null where the engine does not count. `journal` names where a remote
+answer was kept as it arrived. `tags` holds the columns of `[accounting] tag_columns`, without those that are null.
 """
 
 PLAN_SCHEMA = pa.schema(

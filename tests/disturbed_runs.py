@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from schemas.job import Job
 from tests.jobs_for_tests import fake_job, priced, write_parquet, write_script
 
-MEASURED = frozenset({"latency_ms", "started_at"})
+MEASURED = frozenset({"latency_ms", "started_at", "journal"})
 """Columns that two runs of one job need not have in common."""
 
 SCHEMA = {

@@ -21,11 +21,25 @@ EXACT = Context(prec=38, traps=[Inexact, InvalidOperation, Overflow])
 
 
 @dataclass(frozen=True, slots=True)
+class ClassAmounts:
+    """A charge by token class; the four amounts add up to its cost."""
+
+    cache_hit: Decimal
+    cache_miss: Decimal
+    visible_output: Decimal
+    reasoning: Decimal
+
+
+@dataclass(frozen=True, slots=True)
 class AccountedAnswer:
-    """A validated answer and what its attempt cost; None where no price is known, which is not zero."""
+    """A validated answer and what its attempt cost; None where no price is known, which is not zero.
+
+    `journal` is where the answer was kept as it arrived.
+    """
 
     answer: ValidatedAnswer
     charge: Charge | None
+    journal: str | None = None
 
 
 def account(
@@ -40,7 +54,12 @@ def account(
     """
     for answer in answers:
         completion = answer.completion
-        line = book and book.find(provider or completion.provider, model or completion.model, completion.started_at)
+        line = book and book.find(
+            provider or completion.provider,
+            model or completion.model,
+            completion.started_at,
+            prompt_tokens=completion.usage.prompt_tokens,
+        )
         yield AccountedAnswer(answer, charge(completion.usage, line) if line else None)
 
 
@@ -69,6 +88,20 @@ def charge(usage: Usage, line: PriceLine) -> Charge:
         input_cost=EXACT.add(_amount(cached or 0, hit_price), _amount(num_misses, line.cache_miss)),
         output_cost=_amount(usage.completion_tokens, line.output),
         basis=basis,
+    )
+
+
+def class_amounts(charge: Charge) -> ClassAmounts:
+    """What each token class of an attempt cost; the hits of a book without a hit price cost as much as misses."""
+    line = charge.line
+    visible_output = _amount(charge.visible_output_tokens, line.output)
+    hit_price = line.cache_miss if line.cache_hit is None else line.cache_hit
+    cache_hit = _amount(charge.cache_hit_tokens or 0, hit_price)
+    return ClassAmounts(
+        cache_hit=cache_hit,
+        cache_miss=EXACT.subtract(charge.input_cost, cache_hit),
+        visible_output=visible_output,
+        reasoning=EXACT.subtract(charge.output_cost, visible_output),
     )
 
 

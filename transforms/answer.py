@@ -13,33 +13,47 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam.utils.shared import Shared
 
+from model_runner.encoding.schema_in_prompt import with_schema_in_prompt
+from model_runner.isolated_runner import IsolatedRunner
 from model_runner.prefix_tree import token_ids_of
 from model_runner.prompt_encoder import PromptEncoder
-from model_runner.protocol import CONSTRAINED_ENGINES, CountingRunner, EngineConfig, ModelRunner, load_runner
+from model_runner.protocol import (
+    CONSTRAINED_ENGINES,
+    REMOTE_ENGINES,
+    SELF_HEALING_ENGINES,
+    CountingRunner,
+    EngineConfig,
+    ModelRunner,
+    load_runner,
+)
+from model_runner.remote_prompts import Encoder, load_encoder
 from schemas import storage
-from schemas.job import RepairSection
+from schemas.job import FailuresSection, RepairSection
 from schemas.layout import RunLayout
 from schemas.output_type import OutputType
 from schemas.records import Request
 from transforms.account import AccountedAnswer, account
 from transforms.answer_terms import TermsBook
-from transforms.budget import BudgetedRunner, Limits, RunSpending, ShardBudget, Spent
+from transforms.budget import BudgetedRunner, JournaledSpending, Limits, RunSpending, ShardBudget, Spent
 from transforms.chat_messages import parse_messages
 from transforms.commit import ShardCommit, commit_shard, read_commit
 from transforms.failure import recorded_failure
 from transforms.grammar_book import GrammarBook
 from transforms.heartbeat import Beat, Heartbeat
-from transforms.lease import POLL_S, ShardLease
+from transforms.journal import JournaledRunner, ShardJournal
+from transforms.lease import POLL_S, ShardLease, has_lost_a_holder
 from transforms.plan import PlannedShard
 from transforms.price_book import PriceBook
 from transforms.render import SchemaInPrompt, sampling_of
 from transforms.repair import Repair
+from transforms.retry import AskAgain
+from transforms.reuse import EarlierAnswers, ReuseSource
 from transforms.shard_tables import PlannedRows, ShardNames, shard_tables
 from transforms.sorted_runs import read_rows
 from transforms.stop import ON_ERROR, StopReason, request_stop
@@ -56,7 +70,9 @@ class AnswerSpec:
         is_constrained: whether engines in process are held to the terms while they decode.
         output_type: of the typed column of answers, where the job has a schema.
         provider, model: whose prices apply; None means what each completion names.
-        on_error: whether a row that the engine cannot answer is rejected, or stops the run.
+        failures: what happens to rows that the engine cannot answer, and to an engine that dies.
+        reuse: the earlier run whose answers are taken over, if any.
+        tag_columns: passthrough columns that become tags of ledger lines.
     """
 
     run_id: str
@@ -71,7 +87,15 @@ class AnswerSpec:
     provider: str | None = None
     model: str | None = None
     limits: Limits = field(default_factory=Limits)
-    on_error: Literal["reject", "fail"] = "reject"
+    failures: FailuresSection = field(default_factory=FailuresSection)
+    tag_columns: tuple[str, ...] = ()
+    reuse: ReuseSource | None = None
+
+    @property
+    def is_journaled(self) -> bool:
+        """Whether answers are kept as they arrive."""
+        choice = self.failures.journal
+        return choice == "always" or (choice == "auto" and self.engine.engine in REMOTE_ENGINES)
 
 
 class AnswerShards(beam.PTransform[Any, Any]):
@@ -93,16 +117,22 @@ class LoadedEngine:
     """What the threads of a worker process share: the engine, and the encoding of its prompts."""
 
     runner: ModelRunner
-    encoder: PromptEncoder
+    encoder: Encoder
 
     @classmethod
-    def load(cls, config: EngineConfig) -> "LoadedEngine":
+    def load(
+        cls, config: EngineConfig, *, is_isolated: bool = False, max_silence_s: float | None = None
+    ) -> "LoadedEngine":
         """Load both.
 
+        Args:
+            is_isolated: whether the engine gets a process of its own.
+            max_silence_s: see `IsolatedRunner`.
         Raises:
             EngineLoadError: the engine or its tokenizer cannot be loaded.
         """
-        return cls(load_runner(config), PromptEncoder.load(config.path, config.encoding))
+        runner = IsolatedRunner(config, max_silence_s=max_silence_s) if is_isolated else load_runner(config)
+        return cls(runner, load_encoder(config.path, config.encoding, config.name))
 
 
 class _AnswerShard(beam.DoFn):
@@ -111,7 +141,8 @@ class _AnswerShard(beam.DoFn):
     def __init__(self, spec: AnswerSpec, shared: Shared) -> None:
         self._spec = spec
         self._shared = shared
-        self._spending = RunSpending(spec.layout)
+        journaled = JournaledSpending(spec.layout, spec.prices, spec.provider, spec.model)
+        self._spending = RunSpending(spec.layout, journaled if spec.is_journaled else None)
         self._num_rows = beam.metrics.Metrics.counter("answer", "num_rows")
 
     def setup(self) -> None:
@@ -146,77 +177,130 @@ class _AnswerShard(beam.DoFn):
         """The shard's commit; None if the run has to stop before or within it."""
         spec = self._spec
         budget = ShardBudget(spec.limits, lambda: self._spending.outside(planned.shard))
-        if spec.limits.has_any and planned.num_requests:
+        if spec.limits.has_any and planned.num_requests and spec.reuse is None:
             self._spending.forget_look()
             budget.stop = spec.limits.refused(budget.outside(), planned)
             if budget.stop is not None:
                 request_stop(spec.layout, budget.stop)
                 return None
-        table = read_rows(spec.layout.shard_plan(planned.shard))
-        # Loaded only once there is a shard to answer: a finished or empty run needs no model.
-        engine = self._shared.acquire(self._load) if planned.num_requests else None
+        rows = planned_rows(read_rows(spec.layout.shard_plan(planned.shard)), spec)
+        # Loaded only once there is something to answer: a finished or empty run needs no model.
+        engine = self._shared.acquire(self._load) if rows.asked else None
         self._num_rows.inc(planned.num_rows)
-        return answer_shard(planned.shard, table, engine, spec, budget)
+        return answer_rows(planned.shard, rows, engine, spec, budget)
 
     def _load(self) -> LoadedEngine:
-        return LoadedEngine.load(self._spec.engine)
+        spec = self._spec
+        is_isolated = spec.engine.engine not in SELF_HEALING_ENGINES and (
+            spec.failures.engine_process == "own"
+            or (spec.failures.engine_process == "auto" and spec.failures.max_silence_s is not None)
+            or (spec.failures.engine_process == "auto" and has_lost_a_holder(spec.layout))
+        )
+        return LoadedEngine.load(spec.engine, is_isolated=is_isolated, max_silence_s=spec.failures.max_silence_s)
+
+
+def planned_rows(table: pa.Table, spec: AnswerSpec) -> PlannedRows:
+    """A shard's plan, sorted out, with the answers that an earlier run already gave.
+
+    Raises:
+        OSError: the earlier run cannot be read.
+    """
+    rows = PlannedRows.of(table)
+    if spec.reuse is None or not rows.asked:
+        return rows
+    return rows.with_reused(EarlierAnswers.load(spec.reuse, spec.layout).of(table, rows.asked))
 
 
 def answer_shard(
     shard: str, table: pa.Table, engine: LoadedEngine | None, spec: AnswerSpec, budget: ShardBudget | None = None
 ) -> ShardCommit | None:
+    """As `answer_rows`, from a shard's plan, rows of `schemas.tables.plan_schema`."""
+    return answer_rows(shard, planned_rows(table, spec), engine, spec, budget)
+
+
+def answer_rows(
+    shard: str, rows: PlannedRows, engine: LoadedEngine | None, spec: AnswerSpec, budget: ShardBudget | None = None
+) -> ShardCommit | None:
     """Run, validate and account one shard, and commit its tables.
 
     Args:
-        table: the shard's plan, rows of `schemas.tables.plan_schema`.
-        engine: may be None for a shard without requests.
+        engine: may be None for a shard of which nothing is asked.
         budget: ends the shard in the middle when it is spent; None is without limits.
     Returns:
-        None where the run is to stop before the shard is whole; what it paid is then kept as waste.
+        None where the run is to stop before the shard is whole; what it paid is then kept as waste, or in the journal
+        for the next attempt.
     """
-    rows = PlannedRows.of(table)
-    names = ShardNames(spec.run_id, shard, spec.prices.version if spec.prices else None)
+    names = ShardNames(spec.run_id, shard, spec.prices.version if spec.prices else None, spec.tag_columns)
     budget = budget or ShardBudget(Limits(), Spent)
     runner = engine and engine.runner
     before = counters_of(runner)
     answers: dict[int, list[AccountedAnswer]] = {}
+    replayed: Mapping[str, float] = {}
     if rows.asked:
         assert engine is not None, f"shard {shard} has requests but no engine"
         try:
-            for answer in _accounted(shard, rows, engine, spec, budget):
-                answers.setdefault(int(answer.answer.completion.request_id), []).append(answer)
+            with _journal_of(shard, spec) as journal:
+                for answer in _accounted(shard, rows, engine, spec, budget, journal):
+                    answers.setdefault(int(answer.answer.completion.request_id), []).append(answer)
+                replayed = journal.counters if journal is not None else {}
         except Exception:
-            with contextlib.suppress(OSError):
-                record_waste(spec.layout, rows, answers, names)
+            if not spec.is_journaled:
+                with contextlib.suppress(OSError):
+                    record_waste(spec.layout, rows, answers, names)
             raise
     is_whole = all(row in answers and answers[row][-1].answer.is_last for row in rows.asked)
     if budget.stop is not None and (budget.stop.kind == ON_ERROR or not is_whole):
-        record_waste(spec.layout, rows, answers, names)
+        if not spec.is_journaled:
+            record_waste(spec.layout, rows, answers, names)
         request_stop(spec.layout, budget.stop)
         return None
     counted = {
-        name: value if name.startswith("peak_") else value - before[name] for name, value in counters_of(runner).items()
+        name: value if name.startswith("peak_") else value - before.get(name, 0)
+        for name, value in counters_of(runner).items()
     }
     tables = shard_tables(rows, answers, names, spec.output_type)
-    return commit_shard(spec.layout, spec.run_id, shard, tables, counted)
+    return commit_shard(spec.layout, spec.run_id, shard, tables, {**counted, **replayed})
+
+
+def _journal_of(shard: str, spec: AnswerSpec) -> contextlib.AbstractContextManager[ShardJournal | None]:
+    if not spec.is_journaled:
+        return contextlib.nullcontext()
+    return ShardJournal.open(spec.layout, shard, takes_failures=spec.failures.on_error != "fail")
 
 
 def _accounted(
-    shard: str, rows: PlannedRows, engine: LoadedEngine, spec: AnswerSpec, budget: ShardBudget
+    shard: str,
+    rows: PlannedRows,
+    engine: LoadedEngine,
+    spec: AnswerSpec,
+    budget: ShardBudget,
+    journal: ShardJournal | None,
 ) -> Iterator[AccountedAnswer]:
     """The way of a shard's requests to answers that say what they cost, until the budget ends."""
     options = rows.text("options")
-    has_stops = spec.limits.has_any or spec.on_error == "fail"
+    has_stops = spec.limits.has_any or spec.failures.on_error == "fail"
+    runner = BudgetedRunner(engine.runner, budget) if has_stops else engine.runner
+    if journal is not None:
+        # Counted at once, as spent before; what is taken from the journal is then not counted again.
+        kept = (entry.completion for entry in journal.kept.entries)
+        budget.own += Spent.of_completions(kept, spec.prices, spec.provider, spec.model)
+        runner = JournaledRunner(runner, journal)
     validated = validate(
         requests_of(rows, spec, engine.encoder),
-        BudgetedRunner(engine.runner, budget) if has_stops else engine.runner,
+        runner,
         lambda request_id: spec.terms.of(options[int(request_id)]),
-        Repair(spec.repair, engine.encoder, spec.schema_in_prompt),
+        again := AskAgain(spec.failures, Repair(spec.repair, engine.encoder, spec.schema_in_prompt)),
+        again.pause,
     )
     accounted = account(validated, spec.prices, spec.provider, spec.model)
-    for answer in _with_heartbeat(shard, rows, accounted, spec.layout):
-        budget.note_answer(answer)
-        if spec.on_error == "fail" and budget.stop is None:
+    for answer in _with_heartbeat(shard, rows, accounted, spec.layout, is_last_told=journal is not None):
+        if journal is not None:
+            place = (answer.answer.completion.request_id, answer.answer.attempt)
+            answer = replace(answer, journal=journal.references.get(place))
+            budget.note_answer(answer, is_counted=place in journal.replayed)
+        else:
+            budget.note_answer(answer)
+        if spec.failures.on_error == "fail" and budget.stop is None:
             budget.stop = _failed_row(rows, answer)
         yield answer
 
@@ -236,18 +320,25 @@ def counters_of(runner: ModelRunner | None) -> Mapping[str, float]:
     return dict(runner.counters()) if isinstance(runner, CountingRunner) else {}
 
 
-def requests_of(rows: PlannedRows, spec: AnswerSpec, encoder: PromptEncoder) -> Iterator[Request]:
+def requests_of(rows: PlannedRows, spec: AnswerSpec, encoder: Encoder) -> Iterator[Request]:
     """The requests of a shard in token order, each made when it is pulled; `request_id` is the row's index."""
     columns = [rows.table.column(name) for name in ("prefix_key", "messages", "sampling", "options", "tenant")]
-    grammars = GrammarBook(encoder) if spec.is_constrained and spec.engine.engine in CONSTRAINED_ENGINES else None
+    is_constrained = spec.is_constrained and spec.engine.engine in CONSTRAINED_ENGINES
+    grammars = GrammarBook(encoder) if is_constrained and isinstance(encoder, PromptEncoder) else None
+    # Engines with a tokenizer read the schema in their prompts, which were rendered with it.
+    is_told = spec.schema_in_prompt == "always" and spec.engine.engine in REMOTE_ENGINES
     for row in rows.asked:
         key, messages, sampling, options, tenant = (column[row].as_py() for column in columns)
         token_ids = token_ids_of(key)
         terms = spec.terms.of(options)
+        chat = parse_messages(json.loads(messages))
+        response_format = terms.options.response_format
+        if is_told and response_format.type == "json_schema":
+            chat = with_schema_in_prompt(chat, response_format.schema)
         yield Request(
             request_id=str(row),
             prompt_token_ids=token_ids,
-            messages=parse_messages(json.loads(messages)),
+            messages=chat,
             sampling=sampling_of(sampling),
             tenant=tenant,
             grammar=grammars.grammar_of(options, terms, token_ids) if grammars is not None else None,
@@ -256,25 +347,30 @@ def requests_of(rows: PlannedRows, spec: AnswerSpec, encoder: PromptEncoder) -> 
 
 
 def _with_heartbeat(
-    shard: str, rows: PlannedRows, accounted: Iterable[AccountedAnswer], layout: RunLayout
+    shard: str, rows: PlannedRows, accounted: Iterable[AccountedAnswer], layout: RunLayout, *, is_last_told: bool
 ) -> Iterator[AccountedAnswer]:
+    """Pass answers on and tell how many there were; `is_last_told` tells it once more at the end, however it comes."""
     heartbeat = Heartbeat(layout, "answer")
     beat, cost = Beat(), Decimal(0)
-    for answer in accounted:
-        completion = answer.answer.completion
-        # A row is done at its last attempt.
-        group = 1 + len(rows.followers.get(int(completion.request_id), ())) if answer.answer.is_last else 0
-        usage = completion.usage
-        cost += answer.charge.cost if answer.charge else 0
-        beat = replace(
-            beat,
-            rows_done=beat.rows_done + group,
-            num_requests=beat.num_requests + 1,
-            num_rejects=beat.num_rejects + (group if answer.answer.error else 0),
-            prompt_tokens=beat.prompt_tokens + usage.prompt_tokens,
-            cached_tokens=beat.cached_tokens + (usage.cached_tokens or 0),
-            completion_tokens=beat.completion_tokens + usage.completion_tokens,
-        )
-        if heartbeat.is_due(shard):
+    try:
+        for answer in accounted:
+            completion = answer.answer.completion
+            # A row is done at its last attempt.
+            group = 1 + len(rows.followers.get(int(completion.request_id), ())) if answer.answer.is_last else 0
+            usage = completion.usage
+            cost += answer.charge.cost if answer.charge else 0
+            beat = replace(
+                beat,
+                rows_done=beat.rows_done + group,
+                num_requests=beat.num_requests + 1,
+                num_rejects=beat.num_rejects + (group if answer.answer.error else 0),
+                prompt_tokens=beat.prompt_tokens + usage.prompt_tokens,
+                cached_tokens=beat.cached_tokens + (usage.cached_tokens or 0),
+                completion_tokens=beat.completion_tokens + usage.completion_tokens,
+            )
+            if heartbeat.is_due(shard):
+                heartbeat.beat(shard, replace(beat, cost=format(cost, "f")))
+            yield answer
+    finally:
+        if is_last_told:
             heartbeat.beat(shard, replace(beat, cost=format(cost, "f")))
-        yield answer

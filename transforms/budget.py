@@ -4,11 +4,12 @@ Part of *answer*. Looked at before each shard, and inside a shard before each re
 under way are finished. What this worker's shard spends is known exactly; what other workers spend comes from commits,
 records of waste, and the heartbeats of shards at work. So the overshoot is at most what is under way in all engines at
 that moment, and what other workers spend in the seconds between two of their heartbeats and two looks at them
-(`heartbeat.INTERVAL_S` and `REFRESH_S`).
+(`heartbeat.INTERVAL_S` and `REFRESH_S`). Where answers are journaled, the journals of shards that an earlier attempt
+began say what it paid: a shard counts by its journal or its heartbeat, whichever says more, never by both.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 
@@ -17,11 +18,14 @@ from schemas import storage
 from schemas.job import LimitsSection
 from schemas.layout import RunLayout
 from schemas.records import Completion, Request
-from transforms.account import AccountedAnswer
+from transforms.account import AccountedAnswer, account
 from transforms.commit import Totals, read_commit
 from transforms.heartbeat import Beat, read_beats
+from transforms.journal_file import read_journal
 from transforms.plan import PlannedShard
+from transforms.price_book import PriceBook
 from transforms.stop import StopKind, StopReason
+from transforms.validate import ValidatedAnswer
 from transforms.waste import read_waste, waste_names
 
 REFRESH_S = 1.0
@@ -58,6 +62,27 @@ class Spent:
     def of_beat(cls, beat: Beat) -> "Spent":
         """What a shard at work took until its last heartbeat."""
         return cls(beat.num_requests, beat.prompt_tokens, beat.completion_tokens, Decimal(beat.cost))
+
+    @classmethod
+    def of_completions(
+        cls, completions: Iterable[Completion], prices: PriceBook | None, provider: str | None, model: str | None
+    ) -> "Spent":
+        """What answers took that were journaled; prices as of `account`."""
+        spent = cls()
+        for answer in account((ValidatedAnswer(each, None, None) for each in completions), prices, provider, model):
+            usage = answer.answer.completion.usage
+            cost = answer.charge.cost if answer.charge is not None else Decimal(0)
+            spent += cls(1, usage.prompt_tokens, usage.completion_tokens, cost)
+        return spent
+
+    def or_more(self, other: "Spent") -> "Spent":
+        """The larger of each amount, of two accounts of the same work."""
+        return Spent(
+            max(self.num_requests, other.num_requests),
+            max(self.input_tokens, other.input_tokens),
+            max(self.output_tokens, other.output_tokens),
+            max(self.cost, other.cost),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +151,41 @@ def _spelled(amount: Decimal | int) -> str:
     return f"{amount.normalize():,f}" if isinstance(amount, Decimal) else f"{amount:,}"
 
 
-class RunSpending:
-    """What a run has spent, read from its store; each commit and record of waste is read once."""
+@dataclass(frozen=True, slots=True)
+class JournaledSpending:
+    """What the journals of a run's shards say that was paid; prices as of `account`."""
 
-    def __init__(self, layout: RunLayout) -> None:
+    layout: RunLayout
+    prices: PriceBook | None
+    provider: str | None
+    model: str | None
+
+    def of(self, is_done: Collection[str]) -> Mapping[str, Spent]:
+        """By shard, but for those that are committed.
+
+        Raises:
+            OSError: the store failed.
+        """
+        paths = (path for path, _ in storage.list_files(self.layout.journal))
+        shards = {path.rpartition("/")[0].rpartition("/")[2] for path in paths} - {*is_done}
+        return {shard: self.of_shard(shard) for shard in sorted(shards)}
+
+    def of_shard(self, shard: str) -> Spent:
+        """What was paid for one shard."""
+        completions = (entry.completion for entry in read_journal(self.layout, shard).entries)
+        return Spent.of_completions(completions, self.prices, self.provider, self.model)
+
+
+class RunSpending:
+    """What a run has spent, read from its store; each commit and record of waste is read once.
+
+    Journals are read at the first look: of shards that are begun later, heartbeats tell.
+    """
+
+    def __init__(self, layout: RunLayout, journaled: JournaledSpending | None = None) -> None:
         self._layout = layout
+        self._journaled = journaled
+        self._paid_before: Mapping[str, Spent] | None = None
         self._committed: dict[str, Spent] = {}
         self._wasted: dict[str, Spent] = {}
         self._beats: dict[str, Spent] = {}
@@ -143,8 +198,13 @@ class RunSpending:
             self._look()
             ended = time.monotonic()
             self._next_look = ended + max(REFRESH_S, _REFRESH_SHARE * (ended - started))
-        at_work = {name: spent for name, spent in self._beats.items() if name not in self._committed and name != shard}
-        return sum((*self._committed.values(), *self._wasted.values(), *at_work.values()), Spent())
+        paid_before = self._paid_before or {}
+        at_work = [
+            self._beats.get(name, Spent()).or_more(paid_before.get(name, Spent()))
+            for name in {*self._beats, *paid_before}
+            if name not in self._committed and name != shard
+        ]
+        return sum((*self._committed.values(), *self._wasted.values(), *at_work), Spent())
 
     def forget_look(self) -> None:
         """Look again at the next question."""
@@ -158,6 +218,8 @@ class RunSpending:
             shard = name.removesuffix(".json")
             if shard not in self._committed and (commit := read_commit(layout, shard)) is not None:
                 self._committed[shard] = Spent.of_totals(commit.totals)
+        if self._paid_before is None and self._journaled is not None:
+            self._paid_before = self._journaled.of(self._committed)
         for name in waste_names(layout):
             if name not in self._wasted:
                 self._wasted[name] = Spent.of_totals(read_waste(layout, name).totals)
@@ -186,10 +248,15 @@ class ShardBudget:
     def note_request(self, request: Request) -> None:
         self.own += Spent(num_requests=1, input_tokens=request.num_prompt_tokens)
 
-    def note_answer(self, answer: AccountedAnswer) -> None:
-        """Count an answer's output and cost; its input was counted when it was asked."""
+    def note_answer(self, answer: AccountedAnswer, *, is_counted: bool = False) -> None:
+        """Count an answer's output and cost; its input was counted when it was asked.
+
+        Args:
+            is_counted: whether it is counted already, as one that an earlier attempt journaled.
+        """
         cost = answer.charge.cost if answer.charge is not None else Decimal(0)
-        self.own += Spent(output_tokens=answer.answer.completion.usage.completion_tokens, cost=cost)
+        if not is_counted:
+            self.own += Spent(output_tokens=answer.answer.completion.usage.completion_tokens, cost=cost)
         if self.limits.max_cost is not None and answer.charge is None and self.stop is None:
             self.stop = StopReason("max_cost", "[limits] max_cost: an answer has no price, so nobody knows the cost")
 
@@ -203,9 +270,15 @@ class BudgetedRunner:
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """As `ModelRunner.generate`, for the requests that were pulled."""
-        return self.runner.generate(self._handed_out(requests))
+        num_counted: dict[str, int] = {}
+        for completion in self.runner.generate(self._handed_out(requests, num_counted)):
+            # Prompts of remote engines were counted by an estimate.
+            difference = completion.usage.prompt_tokens - num_counted.pop(completion.request_id, 0)
+            if completion.usage.prompt_tokens:
+                self.budget.own += Spent(input_tokens=difference)
+            yield completion
 
-    def _handed_out(self, requests: Iterable[Request]) -> Iterator[Request]:
+    def _handed_out(self, requests: Iterable[Request], num_counted: dict[str, int]) -> Iterator[Request]:
         waiting = iter(requests)
         # Asked before the next one is pulled: a request that was pulled counts as under way.
         while self.budget.may_ask():
@@ -213,4 +286,5 @@ class BudgetedRunner:
             if request is None:
                 return
             self.budget.note_request(request)
+            num_counted[request.request_id] = request.num_prompt_tokens
             yield request

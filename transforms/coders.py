@@ -5,15 +5,12 @@ Importing this module registers them.
 """
 
 import io
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, cast
 
 import pyarrow as pa
 from apache_beam import coders
-from pydantic import TypeAdapter
 
-from schemas.canonical import Json, canonical_json
-
-Record = TypeVar("Record")
+from transforms.record_json import Record, RecordJson
 
 
 class RecordBatchCoder(coders.Coder):
@@ -40,13 +37,13 @@ class RecordCoder(coders.Coder, Generic[Record]):
 
     def __init__(self, record_type: type[Record]) -> None:
         self._type = record_type
-        self._adapter: TypeAdapter[Record] = TypeAdapter(record_type)
+        self._json = RecordJson(record_type)
 
     def encode(self, value: Record) -> bytes:
-        return canonical_json(cast("Json", self._adapter.dump_python(value, mode="json"))).encode()
+        return self._json.encode(value)
 
     def decode(self, encoded: bytes) -> Record:
-        return self._adapter.validate_json(encoded)
+        return self._json.decode(encoded)
 
     def is_deterministic(self) -> bool:
         return True

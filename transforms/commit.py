@@ -20,6 +20,7 @@ from schemas import storage
 from schemas.arrow import parquet_bytes, values_of
 from schemas.errors import CommitError, abbreviated
 from schemas.layout import TABLES, RunLayout, Table
+from transforms.accelerator_time import with_accelerator_seconds
 from transforms.account import EXACT
 from transforms.coders import RecordCoder, register_record
 
@@ -42,6 +43,7 @@ class Totals:
     """Sums over a shard or a run, from its tables.
 
     Attributes:
+        num_reused: results that an earlier run's answers became.
         num_rejects: rejected rows; files and row groups that could not be read are counted in `num_unreadable`.
         num_unreadable_rows: rows that those stand for, as far as footers tell.
         cached_tokens: None as soon as one attempt does not know.
@@ -50,6 +52,7 @@ class Totals:
     """
 
     num_results: int = 0
+    num_reused: int = 0
     num_rejects: int = 0
     num_unreadable: int = 0
     num_unreadable_rows: int = 0
@@ -67,6 +70,7 @@ class Totals:
         unknown = self.cached_tokens is None or other.cached_tokens is None
         return Totals(
             num_results=self.num_results + other.num_results,
+            num_reused=self.num_reused + other.num_reused,
             num_rejects=self.num_rejects + other.num_rejects,
             num_unreadable=self.num_unreadable + other.num_unreadable,
             num_unreadable_rows=self.num_unreadable_rows + other.num_unreadable_rows,
@@ -123,12 +127,15 @@ def commit_shard(
 ) -> ShardCommit:
     """Stage the tables of a shard and commit them; if another copy was first, its record is returned.
 
+    Args:
+        engine: what the engine counted for this shard; its seconds are spread over the ledger's lines.
     Raises:
         CommitError: the tables contradict each other, or the store cannot create exclusively.
         OSError: the store failed; nothing is committed.
     """
     attempt = uuid.uuid4().hex
     totals = totals_of(tables)
+    tables = {**tables, "ledger": with_accelerator_seconds(tables["ledger"], engine)}
     files = tuple(_stage(layout, shard, attempt, table, tables[table]) for table in TABLES if tables[table].num_rows)
     commit = ShardCommit(shard, run_id, attempt, datetime.now(UTC).isoformat(timespec="seconds"), files, totals, engine)
     if storage.create_exclusive(layout.shard_commit(shard), RecordCoder(ShardCommit).encode(commit)):
@@ -147,17 +154,18 @@ def totals_of(tables: Mapping[Table, pa.Table]) -> Totals:
         CommitError: tokens or costs of the rows are not those of the ledger.
     """
     rows = pa.concat_tables([tables["results"], tables["rejects"]])
-    rejects, ledger = tables["rejects"], tables["ledger"]
+    results, rejects, ledger = tables["results"], tables["rejects"], tables["ledger"]
     is_row = pc.equal(rejects.column("scope"), pa.scalar("row"))
     row_rejects, unreadable = rejects.filter(is_row), rejects.filter(pc.invert(is_row))
-    costs = _costs_by_currency(rows, "cost")
+    costs = costs_by_currency(rows, "cost")
     for name in ("prompt_tokens", "completion_tokens", "reasoning_tokens"):
         _check_equal(name, _sum(rows, name), _ledger_tokens(ledger)[name])
-    _check_equal("cost", costs, _costs_by_currency(ledger, "cost"))
-    _check_equal("cost_allocated of the rows", _costs_by_currency(rows, "cost_allocated"), costs)
-    _check_equal("cost_allocated of the ledger", _costs_by_currency(ledger, "cost_allocated"), costs)
+    _check_equal("cost", costs, costs_by_currency(ledger, "cost"))
+    _check_equal("cost_allocated of the rows", costs_by_currency(rows, "cost_allocated"), costs)
+    _check_equal("cost_allocated of the ledger", costs_by_currency(ledger, "cost_allocated"), costs)
     return Totals(
-        num_results=tables["results"].num_rows,
+        num_results=results.num_rows,
+        num_reused=results.num_rows - results.column("reused_from").null_count,
         num_rejects=row_rejects.num_rows,
         num_unreadable=unreadable.num_rows,
         num_unreadable_rows=_sum(unreadable, "num_rows"),
@@ -208,10 +216,18 @@ def _counts(column: "pa.ChunkedArray[Any]") -> dict[str, int]:
     return dict(sorted(Counter(value for value in column.to_pylist() if value is not None).items()))
 
 
-def _costs_by_currency(table: pa.Table, column: str) -> dict[str, Decimal]:
+def costs_by_currency(table: pa.Table, column: str) -> dict[str, Decimal]:
+    """Sums of `cost` or `cost_allocated` of a table of rows or of ledger lines, in order of currency.
+
+    Rows whose attempts were priced in several currencies add to each of them.
+    """
     sums: dict[str, Decimal] = {}
-    for currency, amount in zip(values_of(table, "currency"), values_of(table, column), strict=True):
-        if currency is not None:
+    amounts = list(zip(values_of(table, "currency"), values_of(table, column), strict=True))
+    if "costs_by_currency" in table.schema.names:
+        mixed = values_of(table, "costs_by_currency")
+        amounts += [(entry["currency"], entry[column]) for entries in mixed for entry in entries or ()]
+    for currency, amount in amounts:
+        if currency is not None and amount is not None:
             sums[currency] = EXACT.add(sums.get(currency, Decimal(0)), amount)
     return dict(sorted(sums.items()))
 

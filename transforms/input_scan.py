@@ -18,19 +18,20 @@ from schemas import storage
 from schemas.canonical import Json, fingerprint
 from schemas.errors import InputPatternError
 from schemas.job import InputSection
-from transforms.coders import register_record
 from transforms.patience import is_of_the_file, patiently
 
 InputFormat: TypeAlias = Literal["parquet", "jsonl"]
 
 JSONL_UNIT_BYTES = 8 << 20
 GROUP_BYTES = 32 << 20
+MAX_COLUMNS = 10_000
+"""Most columns of a Parquet file, fields of structs counted: wider footers take minutes and gigabytes to read."""
+
 GROUP_ROWS = 20_000
 JSONL_SCHEMA = pa.schema([pa.field("custom_id", pa.string()), pa.field("line", pa.large_binary())])
 """What a JSONL file's rows look like to later stages: the raw line, parsed in *read*."""
 
 
-@register_record
 @dataclass(frozen=True, slots=True)
 class InputUnit:
     """A piece of the input that is read at once: a row group, or some lines of a JSONL file.
@@ -60,7 +61,6 @@ class InputUnit:
     error: str | None = None
 
 
-@register_record
 @dataclass(frozen=True, slots=True)
 class UnitGroup:
     """Neighbouring units that one worker reads, in order."""
@@ -217,6 +217,9 @@ def _scan_parquet_file(path: str) -> _FileScan:
     with storage.open_input(path) as source, pq.ParquetFile(source) as parquet:
         schema = pa.schema([_decoded(field) for field in parquet.schema_arrow])
         metadata = parquet.metadata
+        if metadata.num_columns > MAX_COLUMNS:
+            message = f"expected at most {MAX_COLUMNS:,} columns, found {metadata.num_columns:,}"
+            return _FileScan((_unreadable(path, "parquet", message),), None)
         units: list[InputUnit] = []
         first_row = 0
         for index in range(metadata.num_row_groups):

@@ -172,18 +172,37 @@ class ShardLease:
         return time.time() <= lease.expires_at + MAX_CLOCK_SKEW_S and not lease.is_held_by_a_dead_process
 
 
+def has_lost_a_holder(layout: RunLayout) -> bool:
+    """Whether a process died while it answered a shard, in this attempt of the run or an earlier one.
+
+    Raises:
+        OSError: the store failed.
+    """
+    now = time.time()
+    return any(
+        lease.is_held_by_a_dead_process or lease.expires_at < now - MAX_CLOCK_SKEW_S
+        for lease in _read_all(layout).values()
+        if lease.expires_at  # else it was given back
+    )
+
+
 def read_leases(layout: RunLayout) -> dict[str, Lease]:
     """The last lease of every shard that has any, whether its holder lives or not."""
-    chains: dict[str, int] = {}
+    leases: dict[str, Lease] = {}
+    for (shard, _), lease in sorted(_read_all(layout).items()):
+        leases[shard] = lease
+    return leases
+
+
+def _read_all(layout: RunLayout) -> dict[tuple[str, int], Lease]:
+    """All leases by shard and place in its chain, but for those that cannot be understood."""
+    leases: dict[tuple[str, int], Lease] = {}
     for name in storage.list_names(layout.leases, ".json"):
         shard, _, generation = name.removesuffix(".json").rpartition(".")
-        chains[shard] = max(int(generation), chains.get(shard, 0))
-    leases: dict[str, Lease] = {}
-    for shard, generation in chains.items():
-        content = _read(layout.lease(shard, generation))
+        content = _read(layout.lease(shard, int(generation)))
         with contextlib.suppress(ValueError):
             if content is not None:
-                leases[shard] = RecordCoder(Lease).decode(content)
+                leases[shard, int(generation)] = RecordCoder(Lease).decode(content)
     return leases
 
 

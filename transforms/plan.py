@@ -22,14 +22,16 @@ from apache_beam.utils.windowed_value import WindowedValue
 from model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens
 from schemas import storage
 from schemas.arrow import values_of, with_column
-from schemas.errors import CommitError, DuplicateId, abbreviated
+from schemas.errors import CommitError, DuplicateId
 from schemas.job import PlanSection
 from schemas.layout import RunLayout
 from schemas.tables import plan_schema
-from transforms.coders import RecordCoder, register_record
+from transforms.coders import register_record
 from transforms.failure import recorded_failure
 from transforms.heartbeat import Beat, Heartbeat
-from transforms.render import sampling_of
+from transforms.plan_record import PlannedShard, PlanRecord, read_plan
+from transforms.record_json import RecordJson
+from transforms.renderer import sampling_of
 from transforms.sorted_runs import (
     MAX_RUN_BYTES,
     MAX_SHARD_BYTES,
@@ -43,6 +45,10 @@ from transforms.sorted_runs import (
     write_rows,
     write_runs,
 )
+
+register_record(RunFile)
+register_record(PlannedShard)
+register_record(PlanRecord)
 
 MAX_REJECT_ROWS = 65_536
 """Most rows of a shard that holds rejects only."""
@@ -61,37 +67,6 @@ class ShardRange:
     upper: str
     runs: tuple[str, ...]
     is_rejects: bool = False
-
-
-@register_record
-@dataclass(frozen=True, slots=True)
-class PlannedShard:
-    """A shard on the store. Requests that are merged into another count as rows, not as requests."""
-
-    shard: str
-    num_rows: int
-    num_requests: int
-    num_rejects: int
-    num_prompt_tokens: int
-    num_tree_tokens: int
-
-
-@register_record
-@dataclass(frozen=True, slots=True)
-class PlanRecord:
-    """`plan.json`: the plan is complete, and these are its shards, in order."""
-
-    shards: tuple[PlannedShard, ...]
-
-    @property
-    def num_rows(self) -> int:
-        return sum(shard.num_rows for shard in self.shards)
-
-    @property
-    def max_hit_rate(self) -> float:
-        """h*: the largest share of prompt tokens that a cache could serve, with these shards."""
-        num_tokens = sum(shard.num_prompt_tokens for shard in self.shards)
-        return 1 - sum(shard.num_tree_tokens for shard in self.shards) / num_tokens if num_tokens else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,23 +329,8 @@ def write_plan(shards: Iterable[PlannedShard], layout: RunLayout) -> tuple[Plann
     """Declare the plan complete, then drop the runs that it was made of."""
     record = PlanRecord(tuple(sorted(shards, key=lambda shard: shard.shard)))
     with recorded_failure(layout, "plan"):
-        storage.write_whole(layout.plan_record, RecordCoder(PlanRecord).encode(record))
+        storage.write_whole(layout.plan_record, RecordJson(PlanRecord).encode(record))
         with contextlib.suppress(OSError):
             # Another launcher may be writing the same runs; *publish* removes whatever is left.
             storage.remove_tree(layout.runs)
     return record.shards
-
-
-def read_plan(layout: RunLayout) -> PlanRecord | None:
-    """The complete plan of a run, or None if planning did not end.
-
-    Raises:
-        CommitError: the record is there but cannot be read.
-    """
-    path = layout.plan_record
-    if not storage.exists(path):
-        return None
-    try:
-        return RecordCoder(PlanRecord).decode(storage.read_bytes(path))
-    except ValueError as error:
-        raise CommitError(f"{path}: expected the record of a plan, found {abbreviated(str(error))}") from error

@@ -14,6 +14,7 @@ from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
+from apache_beam.pvalue import AsSingleton
 
 from schemas import storage
 from schemas.arrow import parquet_bytes
@@ -24,9 +25,11 @@ from schemas.output_type import OutputType
 from schemas.tables import LEDGER_SCHEMA, TABLES_VERSION, result_schema
 from transforms.commit import ShardCommit, StagedFile, Totals, add_engine_counters
 from transforms.failure import recorded_failure
+from transforms.invariants import RowSums, SumRows, check_invariants
 from transforms.plan import read_plan
+from transforms.rollup import Rollup, RollUpLedger
 from transforms.stop import read_stop
-from transforms.waste import Waste, publish_waste
+from transforms.waste import Waste, WasteTerms, publish_waste, record_unused
 
 EMPTY_SHARD = "empty"
 MANIFEST_VERSION = 1
@@ -40,6 +43,8 @@ class PublishSpec:
         num_input_rows: rows that the input's footers promise; unreadable files do not tell theirs.
         output_type: of the typed column of answers, where the job has a schema.
         described: what the manifest says of the job, its model and its input, as it was checked before the run.
+        views: DuckDB views over the tables, written beside them as `views.sql`; None writes none.
+        waste: how journaled answers that no shard used are accounted; None looks for none.
     """
 
     run_id: str
@@ -48,6 +53,16 @@ class PublishSpec:
     num_input_rows: int
     described: Mapping[str, Json]
     output_type: OutputType | None = None
+    views: str | None = None
+    waste: WasteTerms | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunAccounts:
+    """A run added up from its published files, apart from what its commits say."""
+
+    ledger: Rollup
+    rows: RowSums
 
 
 class PublishRun(beam.PTransform[Any, Any]):
@@ -59,12 +74,18 @@ class PublishRun(beam.PTransform[Any, Any]):
 
     def expand(self, pcoll: "beam.PCollection[ShardCommit]") -> "beam.PCollection[str]":
         spec = self._spec
-        manifest: Any = (
+        published: Any = (
             pcoll
             | "SpreadCommits" >> beam.Reshuffle()
             | "PublishShard" >> beam.FlatMap(_publish, spec).with_output_types(ShardCommit)
+        )
+        ledger: Any = published | "RollUpLedger" >> RollUpLedger(spec.layout)
+        rows: Any = published | "SumRows" >> SumRows(spec.layout)
+        manifest: Any = (
+            published
             | "GatherCommits" >> beam.combiners.ToList()
-            | "WriteManifest" >> beam.Map(_finish, spec).with_output_types(str)
+            | "WriteManifest"
+            >> beam.Map(_finish, spec, ledger=AsSingleton(ledger), rows=AsSingleton(rows)).with_output_types(str)
         )
         return manifest
 
@@ -72,13 +93,15 @@ class PublishRun(beam.PTransform[Any, Any]):
 def _publish(commit: ShardCommit, spec: PublishSpec) -> Iterator[ShardCommit]:
     with recorded_failure(spec.layout, "publish"):
         publish_shard(commit, spec.layout)
+        if spec.waste is not None:
+            record_unused(spec.layout, commit.shard, spec.waste)
     beam.metrics.Metrics.counter("publish", "num_shards").inc()
     yield commit
 
 
-def _finish(commits: Sequence[ShardCommit], spec: PublishSpec) -> str:
+def _finish(commits: Sequence[ShardCommit], spec: PublishSpec, ledger: Rollup, rows: RowSums) -> str:
     with recorded_failure(spec.layout, "publish"):
-        return write_manifest(commits, spec)
+        return write_manifest(commits, spec, RunAccounts(ledger, rows))
 
 
 def publish_shard(commit: ShardCommit, layout: RunLayout) -> None:
@@ -108,15 +131,17 @@ def _check_file(path: str, file: StagedFile) -> None:
         raise CommitError(f"{path}: expected the committed content (sha256 {file.sha256}), found {found}")
 
 
-def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec) -> str:
+def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec, accounts: RunAccounts | None = None) -> str:
     """Check the run as a whole and write `manifest.json`; returns its text.
 
     A run with shards left to answer gets `status = "incomplete"`, unless another launcher has completed it meanwhile.
     What a complete run needs no more is removed before the manifest appears: whoever sees it finds nothing left over,
     and a launcher that is killed on the way is followed by one that begins here again.
 
+    Args:
+        accounts: of the same commits; None leaves the roll-up and the checks out of the manifest.
     Raises:
-        CommitError: rows were lost or doubled.
+        CommitError: rows were lost or doubled, or the accounts of the run contradict each other.
     """
     layout = spec.layout
     ordered = sorted(commits, key=lambda commit: commit.shard)
@@ -129,6 +154,8 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec) -> str:
     totals = _sum(commit.totals for commit in ordered)
     if is_complete:
         _check_rows(totals, spec)
+    engine = reduce(add_engine_counters, (commit.engine or {} for commit in ordered), {})
+    checks = accounts and check_invariants(accounts.ledger, accounts.rows, totals, engine)
     wasted = publish_waste(layout)
     stop = None if is_complete else read_stop(layout)
     files = {table: _published_files(table, ordered, wasted, spec) for table in TABLES}
@@ -146,16 +173,25 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec) -> str:
         "max_hit_rate": plan.max_hit_rate,
         "totals": asdict(totals),
         "wasted": asdict(_sum(waste.totals for waste in wasted)),
-        "engine": reduce(add_engine_counters, (commit.engine or {} for commit in ordered), {}),
+        "engine": engine,
+        "checks": checks,
+        "rollup": accounts and accounts.ledger.to_json(),
         "files": files,
     }
     for folder in (*map(layout.table, TABLES), layout.output):
         storage.sync_folder(folder)
     if is_complete:
         _remove_leftovers(layout)
+    if spec.views is not None:
+        storage.write_whole(views_path(layout), spec.views.encode())
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     storage.write_whole(layout.manifest, text.encode())
     return text
+
+
+def views_path(layout: RunLayout) -> str:
+    """Where the DuckDB views over a run's tables lie."""
+    return storage.join(layout.output, "views.sql")
 
 
 def _sum(totals: Iterable[Totals]) -> Totals:

@@ -6,7 +6,7 @@ shard's own step. Each attempt is paid and accounted like the first.
 
 from dataclasses import dataclass, replace
 
-from model_runner.prompt_encoder import PromptEncoder
+from model_runner.remote_prompts import Encoder
 from schemas.canonical import Json
 from schemas.errors import EmptyAnswer, RowError, TruncatedAnswer
 from schemas.job import RepairSection
@@ -23,18 +23,22 @@ class Repair:
     """Makes the next attempt of a request; see `validate.AskAgain`."""
 
     section: RepairSection
-    encoder: PromptEncoder
+    encoder: Encoder
     schema_in_prompt: SchemaInPrompt = "auto"
 
-    def __call__(self, request: Request, answer: ValidatedAnswer) -> Request | None:
+    def __call__(self, request: Request, answer: ValidatedAnswer, num_asked: int | None = None) -> Request | None:
         """The request that asks again, or None: attempts are used up, asking cannot help, or it would not fit.
 
         Only answers that break their contract are asked again; what an engine failed over is not the model's mistake.
+
+        Args:
+            num_asked: how often the model was asked, where not every attempt reached it.
         """
         error = answer.error
         if error is None or not error.retryable or error.error_stage != "validate":
             return None
-        if request.attempt >= self.section.max_attempts or request.messages[-1].role == "assistant":
+        num_asked = request.attempt if num_asked is None else num_asked
+        if num_asked >= self.section.max_attempts or request.messages[-1].role == "assistant":
             return None
         messages = (*request.messages, *_told(answer.completion, error))
         try:
@@ -43,7 +47,7 @@ class Repair:
         except RowError:
             # The chat template has no place for such a turn.
             return None
-        if token_ids.shape[0] + request.sampling.max_tokens > self.encoder.context_length:
+        if not self.encoder.fits(int(token_ids.shape[0]), request.sampling.max_tokens):
             return None
         temperature = self.section.temperature
         sampling = request.sampling if temperature is None else replace(request.sampling, temperature=temperature)

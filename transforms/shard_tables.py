@@ -5,7 +5,7 @@ it known how a shared prefix's cost spreads over its users.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, TypeAlias
 
@@ -20,8 +20,9 @@ from schemas.layout import Table
 from schemas.output_column import output_column
 from schemas.output_type import OutputType
 from schemas.tables import LEDGER_SCHEMA, PASSTHROUGH, RESULT_SCHEMA, result_schema
-from transforms.account import AccountedAnswer
+from transforms.account import EXACT, AccountedAnswer, class_amounts
 from transforms.allocate import Allocation, Bill, allocate, bill_of, to_units
+from transforms.reuse import EarlierAnswer, parsed_output
 from transforms.validate import ValidatedAnswer
 
 _ZERO = Decimal(0)
@@ -34,6 +35,7 @@ class ShardNames:
     run_id: str
     shard: str
     price_book: str | None
+    tag_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,18 @@ class PlannedRows:
     Attributes:
         table: rows of `schemas.tables.plan_schema`.
         asked: rows that are sent to the engine, in token order.
-        followers: asked row -> rows that were merged into it, in input order.
+        followers: asked or reused row -> rows that were merged into it, in input order.
+        reused: rows that an earlier run answered.
     """
 
     table: pa.Table
     asked: tuple[int, ...]
     followers: Mapping[int, Sequence[int]]
+    reused: Mapping[int, EarlierAnswer] = field(default_factory=dict[int, EarlierAnswer])
+
+    def with_reused(self, reused: Mapping[int, EarlierAnswer]) -> "PlannedRows":
+        """The same plan, where some of `asked` are not asked but taken over."""
+        return replace(self, asked=tuple(row for row in self.asked if row not in reused), reused=reused)
 
     @classmethod
     def of(cls, table: pa.Table) -> "PlannedRows":
@@ -104,6 +112,9 @@ def _values(rows: PlannedRows, answers: Mapping[int, Attempts]) -> list[Json]:
     for row in rows.asked:
         for member in (row, *rows.followers.get(row, ())):
             values[member] = answers[row][-1].answer.value
+    for row, answer in rows.reused.items():
+        for member in (row, *rows.followers.get(row, ())):
+            values[member] = parsed_output(answer)
     return values
 
 
@@ -117,30 +128,46 @@ def _allocate(rows: PlannedRows, answers: Mapping[int, Attempts]) -> dict[int, A
 
 
 def _bill(attempts: Attempts, num_rows: int) -> Bill | None:
-    """What a request was billed: its first attempt by the tree, later ones as its own."""
-    first, later = attempts[0].charge, _later_cost(attempts)
-    if first is not None:
-        bill = bill_of(first, num_rows)
-        return replace(bill, own_units=bill.own_units + to_units(later))
-    charges = [attempt.charge for attempt in attempts if attempt.charge is not None]
-    return Bill(charges[0].line.currency, 0, 0, 0, 0, to_units(later), num_rows) if charges else None
+    """What a request was billed in its first currency: its first attempt by the tree, later ones as its own."""
+    currency = _currency(attempts)
+    if currency is None:
+        return None
+    first, later_units = attempts[0].charge, to_units(_later_cost(attempts))
+    if first is None:
+        return Bill(currency, 0, 0, 0, 0, later_units, num_rows)
+    bill = bill_of(first, num_rows)
+    return replace(bill, own_units=bill.own_units + later_units)
+
+
+def _currency(attempts: Attempts) -> str | None:
+    """The currency of the first attempt that has a price."""
+    return next((attempt.charge.line.currency for attempt in attempts if attempt.charge is not None), None)
 
 
 def _later_cost(attempts: Attempts) -> Decimal:
-    """What the attempts after the first cost."""
-    return sum((attempt.charge.cost for attempt in attempts[1:] if attempt.charge is not None), _ZERO)
+    """What the attempts after the first cost, in the request's first currency."""
+    return _costs(attempts[1:]).get(_currency(attempts) or "", _ZERO)
 
 
-def _total_cost(attempts: Attempts) -> Decimal | None:
-    """What a request cost in all; None where no attempt has a price."""
-    costs = [attempt.charge.cost for attempt in attempts if attempt.charge is not None]
-    return sum(costs, _ZERO) if costs else None
+def _costs(attempts: Attempts) -> dict[str, Decimal]:
+    """What attempts cost, by currency, in the order of their prices; empty where none has one."""
+    costs: dict[str, Decimal] = {}
+    for attempt in attempts:
+        if attempt.charge is not None:
+            currency = attempt.charge.line.currency
+            costs[currency] = EXACT.add(costs.get(currency, _ZERO), attempt.charge.cost)
+    return costs
 
 
 def _basis(attempts: Attempts) -> str | None:
-    """How sure the cost is: `partial` where some attempt has no price, and one upper bound makes the sum one."""
+    """How sure the cost is: `partial` where some attempt has no price, and one upper bound makes the sum one.
+
+    `mixed_currency` where there is no sum.
+    """
     bases = [attempt.charge and attempt.charge.basis for attempt in attempts]
     known = [basis for basis in bases if basis is not None]
+    if len(_costs(attempts)) > 1:
+        return "mixed_currency"
     return "partial" if known and len(known) < len(bases) else max(known, default=None)
 
 
@@ -174,15 +201,43 @@ def _result_columns(
     for row in rows.asked:
         attempts, allocation = answers[row], allocations[row]
         group = (row, *rows.followers.get(row, ()))
-        cost = _total_cost(attempts)
-        shares = allocation.rows if allocation is not None and cost is not None else [None] * len(group)
+        costs = _costs(attempts)
+        shares = allocation.rows if allocation is not None else [None] * len(group)
         for member, share in zip(group, shares, strict=True):
             _fill_answer(columns, member, attempts)
-            columns["cost_allocated"][member] = share
-            columns["cost"][member] = _ZERO if cost is not None else None
-        columns["cost"][row] = cost
+            is_single = len(costs) == 1
+            columns["cost_allocated"][member] = share if is_single else None
+            columns["cost"][member] = _ZERO if is_single else None
+        if len(costs) == 1:
+            (columns["cost"][row],) = costs.values()
+        elif costs:
+            for member, amounts in zip(group, _mixed_costs(costs, shares), strict=True):
+                columns["costs_by_currency"][member] = amounts
         _fill_usage(columns, row, attempts)
+    for row, answer in rows.reused.items():
+        for member in (row, *rows.followers.get(row, ())):
+            columns["status"][member], columns["reused_from"][member] = "ok", answer.reused_from
+            for name, value in answer.values.items():
+                columns[name][member] = value
     return columns
+
+
+def _mixed_costs(costs: Mapping[str, Decimal], shares: Sequence[Decimal | None]) -> list[list[dict[str, Any]]]:
+    """What each row of a group carries where attempts were priced in several currencies, the one that was asked first.
+
+    Args:
+        shares: of each row, in the first currency, which alone takes part in the prefix tree.
+    """
+    first, *others = costs
+    by_row = [[{"currency": first, "cost": _ZERO, "cost_allocated": share}] for share in shares]
+    for currency in others:
+        units = to_units(costs[currency])
+        even = Allocation(units // len(shares), units % len(shares), len(shares)).rows
+        for amounts, share in zip(by_row, even, strict=True):
+            amounts.append({"currency": currency, "cost": _ZERO, "cost_allocated": share})
+    for amount in by_row[0]:
+        amount["cost"] = costs[str(amount["currency"])]
+    return [list(amounts) for amounts in by_row]
 
 
 def _fill_answer(columns: dict[str, list[Any]], row: int, attempts: Attempts) -> None:
@@ -202,7 +257,7 @@ def _fill_answer(columns: dict[str, list[Any]], row: int, attempts: Attempts) ->
         "provider": completion.provider,
         "model": completion.model,
         "model_revision": completion.model_revision,
-        "currency": next((a.charge.line.currency for a in attempts if a.charge is not None), None),
+        "currency": _currency(attempts) if len(_costs(attempts)) == 1 else None,
         "cost_basis": _basis(attempts),
         "failed_attempts": [_failed(attempt.answer) for attempt in attempts if attempt.answer.error is not None]
         or None,
@@ -248,6 +303,7 @@ def _ledger(
 ) -> pa.Table:
     """One line for each attempt that was made."""
     repeated = {name: rows.text(name) for name in ("custom_id", "source_file", "source_row", "tenant", "cost_center")}
+    tags = _tags(rows, names.tag_columns)
     lines: list[dict[str, Any]] = []
     for row in rows.asked:
         for accounted, share in zip(answers[row], _shares(answers[row], allocations[row]), strict=True):
@@ -266,6 +322,10 @@ def _ledger(
                     "latency_ms": completion.latency_ms,
                     "cost_allocated": share,
                     "price_book": names.price_book,
+                    "finish_reason": completion.finish_reason,
+                    "error_type": accounted.answer.error and accounted.answer.error.error_type,
+                    "tags": tags[row],
+                    "journal": accounted.journal,
                     **_charged(accounted),
                 }
             )
@@ -275,12 +335,28 @@ def _ledger(
     return pa.table(list(arrays), schema=LEDGER_SCHEMA)
 
 
+def _tags(rows: PlannedRows, names: Sequence[str]) -> list[dict[str, str]]:
+    """The tags of each row of the plan; a column that is null is no tag."""
+    fields, columns = struct_columns(rows.table, PASSTHROUGH)
+    values = {field.name: column.to_pylist() for field, column in zip(fields, columns, strict=True)}
+    return [
+        {name: str(values[name][row]) for name in names if values[name][row] is not None}
+        for row in range(rows.table.num_rows)
+    ]
+
+
 def _shares(attempts: Attempts, allocation: Allocation | None) -> list[Decimal | None]:
-    """The allocated cost of each attempt: a later one carries its own, the first what is left of the request's."""
-    later = [attempt.charge and attempt.charge.cost for attempt in attempts[1:]]
-    if allocation is None or attempts[0].charge is None:
-        return [None, *later]
-    return [allocation.total - _later_cost(attempts), *later]
+    """The allocated cost of each attempt: the first with a price carries what is left of the request's share.
+
+    The others carry their own, as do those in another currency, which take no part in the allocation.
+    """
+    shares = [attempt.charge and attempt.charge.cost for attempt in attempts]
+    if allocation is None:
+        return shares
+    first = next(place for place, share in enumerate(shares) if share is not None)
+    rest = _costs(attempts[first + 1 :]).get(_currency(attempts) or "", _ZERO)
+    shares[first] = EXACT.subtract(allocation.total, rest)
+    return shares
 
 
 def _charged(accounted: AccountedAnswer) -> dict[str, Any]:
@@ -293,8 +369,13 @@ def _charged(accounted: AccountedAnswer) -> dict[str, Any]:
     }
     if charge is None:
         return tokens
+    amounts = class_amounts(charge)
     return {
         **tokens,
+        "cache_hit_cost": amounts.cache_hit,
+        "cache_miss_cost": amounts.cache_miss,
+        "visible_output_cost": amounts.visible_output,
+        "reasoning_cost": amounts.reasoning,
         "cache_hit_price": charge.line.cache_hit,
         "cache_miss_price": charge.line.cache_miss,
         "output_price": charge.line.output,

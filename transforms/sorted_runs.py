@@ -19,8 +19,7 @@ from schemas import storage
 from schemas.arrow import arrow_file_bytes, open_arrow_file, values_of
 from schemas.job import PlanSection
 from schemas.layout import RunLayout
-from transforms.coders import register_record
-from transforms.render import sampling_of
+from transforms.renderer import sampling_of
 
 MAX_RUN_BYTES = 48 << 20
 MAX_SHARD_BYTES = 256 << 20
@@ -43,7 +42,6 @@ RUN_ORDER = ("prefix_key", "sampling", "options", "cost_center", "unit", "source
 _BATCH_ROWS = 512
 
 
-@register_record
 @dataclass(frozen=True, slots=True)
 class RunFile:
     """A run on the store: `requests` sorted by `RUN_ORDER`, or `rejects` in input order."""

@@ -56,6 +56,7 @@ def validate(
     runner: ModelRunner,
     terms_of: Callable[[str], AnswerTerms],
     ask_again: AskAgain | None = None,
+    pause: Callable[[], None] = lambda: None,
 ) -> Iterator[ValidatedAnswer]:
     """Answer requests and validate what comes, each attempt as soon as it is done.
 
@@ -65,6 +66,7 @@ def validate(
     Args:
         terms_of: what a request, by its id, is to be answered with.
         ask_again: the next attempt of a failed request, or None where there is none.
+        pause: called before failed requests are asked again.
     """
     waiting: Iterable[Request] = requests
     while True:
@@ -79,6 +81,7 @@ def validate(
             yield replace(answer, attempt=request.attempt, is_last=following is None)
         if not again:
             return
+        pause()
         waiting = again
 
 

@@ -3,8 +3,12 @@
 Part of *answer*, where an attempt of a shard is given up: a limit was reached, a row must not fail, a step broke. Its
 ledger lines, with outcome `wasted`, become one file under `_moebeam/wasted/`; *publish* copies them to `ledger/` and
 adds up what they cost. What a process had paid when it was killed is not here: it could tell nobody.
+
+Where answers are journaled none of this happens: the next attempt uses them. What of a shard's journal its committed
+ledger does not name was paid for nothing, and becomes waste when the shard is published, each time anew.
 """
 
+import contextlib
 import hashlib
 import io
 import uuid
@@ -19,9 +23,13 @@ import pyarrow.parquet as pq
 from schemas import storage
 from schemas.arrow import parquet_bytes, values_of, with_column
 from schemas.layout import RunLayout
-from transforms.account import EXACT, AccountedAnswer
+from transforms.account import EXACT, AccountedAnswer, account
 from transforms.commit import Totals
+from transforms.journal_file import read_journal
+from transforms.price_book import PriceBook
 from transforms.shard_tables import PlannedRows, ShardNames, shard_tables
+from transforms.sorted_runs import read_rows
+from transforms.validate import ValidatedAnswer
 
 WASTED = "wasted"
 """Outcome of these lines in the ledger."""
@@ -66,13 +74,61 @@ def record_waste(
     """
     if not answers:
         return
+    _write_waste(layout, rows, answers, names, uuid.uuid4().hex)
+    # From here on the shard's last heartbeat would count the same money again.
+    storage.remove_files([layout.heartbeat("answer", names.shard)])
+
+
+@dataclass(frozen=True, slots=True)
+class WasteTerms:
+    """What makes journaled completions ledger lines: whose prices, as of `account`, and which tags."""
+
+    run_id: str
+    prices: PriceBook | None
+    provider: str | None
+    model: str | None
+    tag_columns: tuple[str, ...] = ()
+
+
+def record_unused(layout: RunLayout, shard: str, terms: WasteTerms) -> None:
+    """Keep the ledger lines of journaled answers that a published shard did not use; can be repeated.
+
+    Raises:
+        OSError: the store failed.
+    """
+    entries = read_journal(layout, shard).entries
+    if not entries:
+        return
+    used: set[str] = set()
+    with contextlib.suppress(FileNotFoundError), storage.open_input(layout.published("ledger", shard)) as file:
+        used = {*values_of(pq.read_table(file, columns=["journal"]), "journal")}
+    unused = [entry for entry in entries if entry.reference not in used]
+    if not unused:
+        return
+    validated = (
+        ValidatedAnswer(entry.completion, None, entry.completion.error, attempt=entry.attempt) for entry in unused
+    )
+    answers: dict[int, list[AccountedAnswer]] = {}
+    for entry, answer in zip(unused, account(validated, terms.prices, terms.provider, terms.model), strict=True):
+        row = int(entry.completion.request_id)
+        answers.setdefault(row, []).append(replace(answer, journal=entry.reference))
+    rows = PlannedRows.of(read_rows(layout.shard_plan(shard)))
+    names = ShardNames(terms.run_id, shard, terms.prices.version if terms.prices else None, terms.tag_columns)
+    _write_waste(layout, rows, answers, names, "journal")
+
+
+def _write_waste(
+    layout: RunLayout,
+    rows: PlannedRows,
+    answers: Mapping[int, Sequence[AccountedAnswer]],
+    names: ShardNames,
+    attempt: str,
+) -> None:
     answered = replace(rows, asked=tuple(row for row in rows.asked if row in answers))
     ledger = shard_tables(answered, answers, names)["ledger"]
     ledger = with_column(ledger, "outcome", [WASTED] * ledger.num_rows)
-    path = storage.join(waste_folder(layout), f"{names.shard}.{uuid.uuid4().hex}{_SUFFIX}")
+    path = storage.join(waste_folder(layout), f"{names.shard}.{attempt}{_SUFFIX}")
     storage.write_whole(path, parquet_bytes(ledger))
-    # From here on the shard's last heartbeat would count the same money again.
-    storage.remove_files([layout.heartbeat("answer", names.shard)])
 
 
 def read_waste(layout: RunLayout, name: str) -> Waste:

@@ -25,9 +25,11 @@ from model_runner.protocol import ENGINES as LOADERS
 from model_runner.protocol import EngineConfig, ModelRunner, load_runner
 from schemas.errors import RowError
 from schemas.records import Completion, Message, Request, Sampling
+from tests.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error, with_usage
 
 ENGINES: dict[str, dict[str, str]] = {
     "fake": {"script": "script.json"},
+    "openai": {"provider": "vllm"},
     "torch": {"dtype": "float32", "device": "cpu"},
     "transformers": {"dtype": "float32", "device": "cpu"},
 }
@@ -39,13 +41,33 @@ Answer = tuple[str, str, str]
 @pytest.fixture(scope="module", params=sorted(ENGINES))
 def config(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> EngineConfig:
+) -> Iterator[EngineConfig]:
     values: dict[str, Any] = dict(ENGINES[request.param])
     if "script" in values:
         script = tmp_path_factory.mktemp("script") / values["script"]
         script.write_text(json.dumps({"rules": [{"contains": "BREAK", "failure": "engine_failed"}]}))
         values["script"] = str(script)
-    return EngineConfig(engine=request.param, path=str(tiny_checkpoint), name="tiny", revision="r", **values)
+    with _endpoint(tiny_checkpoint) as served:
+        if "provider" in values:
+            values["base_url"] = served.base_url
+        yield EngineConfig(engine=request.param, path=str(tiny_checkpoint), name="tiny", revision="r", **values)
+
+
+def _endpoint(checkpoint: Path) -> FakeEndpoint:
+    """A provider that counts tokens like the checkpoint and fails on the word on which the scripted engine fails."""
+    encoder = PromptEncoder.load(str(checkpoint))
+
+    def reply(call: Call) -> Reply:
+        text = call.last_user_text
+        if text == "BREAK":
+            return error(400)
+        (token_ids,) = encoder.encode_batch([encoder.render([Message("user", text)])])
+        num_tokens = min(10, call.body["max_tokens"])
+        reason = "stop" if num_tokens == 10 else "length"
+        answer = deepseek(text, completion=num_tokens, finish_reason=reason, model="tiny", system_fingerprint=None)
+        return Reply(with_usage(answer, {"prompt_tokens": len(token_ids), "completion_tokens": num_tokens}))
+
+    return FakeEndpoint(reply)
 
 
 @pytest.fixture(scope="module")

@@ -92,6 +92,25 @@ def test_the_plan_of_a_finished_run_goes_after_its_time(make_run: MakeRun) -> No
     assert {"results/part-s000000.parquet", "manifest.json"} <= left
 
 
+def test_journals_of_answers_stay_until_a_run_is_finished_and_then_go_with_its_plan(make_run: MakeRun) -> None:
+    def journaled(record: RunRecord) -> RunRecord:
+        path = Path(record.layout.shard_journal("s000000"), "a-000000.jsonl")
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"0123456789")
+        return record
+
+    record = journaled(make_run())
+    plan = plan_cleaning(record, 0)
+    assert plan.kept == (
+        "the plan, with its prompts and the journals, with answers: the run is not finished and needs them to resume",
+    )
+    clean(plan)
+    assert "_moebeam/journal/s000000/a-000000.jsonl" in files_of(record)
+    Path(record.layout.manifest).write_text(json.dumps({"status": "complete"}))
+    clean(plan_cleaning(record, 0))
+    assert not Path(record.layout.journal).exists()
+
+
 def test_a_run_at_work_is_not_cleaned(make_run: MakeRun) -> None:
     record = make_run()
     with present(record.layout), pytest.raises(OutputError, match=r"is at work .a launcher on .* .process"):

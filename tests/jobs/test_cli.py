@@ -18,6 +18,7 @@ from jobs.cli import run_command
 from jobs.summary import CheckReport, ProgressSnapshot, RunSummary
 from schemas.errors import EngineLoadError, InputPatternError, JobError, JobInterrupted, OutputError
 from schemas.job import Job
+from transforms.reuse import ReuseSource
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("apache_beam", "torch", "transformers", "pyarrow", "pandas")
@@ -84,7 +85,9 @@ class FakeLaunch:
         beam_args: Sequence[str],
         stop: threading.Event,
         progress: Callable[[ProgressSnapshot], None] | None,
+        reuse: ReuseSource | None,
     ) -> RunSummary:
+        assert reuse is None
         self.jobs.append(job)
         self.limits.append(limit)
         self.beam_args.append(beam_args)
@@ -363,7 +366,7 @@ def start_run(job_file: str, behaviour: str, *options: str) -> "subprocess.Popen
         from jobs.cli import main
         from jobs.summary import ProgressSnapshot, RunSummary
 
-        def launch(job, *, limit, beam_args, stop, progress):
+        def launch(job, *, limit, beam_args, stop, progress, reuse):
             os.system("echo a child process says hello")
             if "{behaviour}" == "hang":
                 # A thread like Beam's workers, which a normal exit would wait for.

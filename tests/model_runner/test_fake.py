@@ -69,7 +69,8 @@ def test_scripted_failure_is_typed_and_still_counts_the_prompt(tmp_path: Path) -
 
 
 def test_failures_are_those_of_the_run_stage() -> None:
-    assert set(FAILURES) == {"engine_failed", "engine_overloaded", "engine_timeout", "invalid_grammar", "refused"}
+    assert {"engine_crashed", "engine_failed", "engine_overloaded", "engine_timeout", "refused"} <= set(FAILURES)
+    assert all(error.error_stage == "run" for error in FAILURES.values())
 
 
 def test_simulated_cache_is_per_tenant_and_per_call() -> None:

@@ -15,7 +15,7 @@ def config(engine: str) -> EngineConfig:
 
 
 def test_unknown_engine_is_refused_naming_the_known_ones() -> None:
-    with pytest.raises(EngineLoadError, match="'warp'; expected one of: fake, torch, transformers, vllm"):
+    with pytest.raises(EngineLoadError, match="'warp'; expected one of: fake, openai, torch, transformers, vllm"):
         load_runner(config("warp"))
 
 

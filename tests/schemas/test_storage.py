@@ -213,3 +213,22 @@ def test_a_protocol_that_nothing_reads_is_told(path: str) -> None:
 )
 def test_local_paths_are_told_from_urls(path: str, is_local: bool) -> None:
     assert storage.is_local(path) is is_local
+
+
+def test_a_whole_write_survives_that_its_temporary_file_is_swept_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, swept = Path.replace, []
+
+    def sweep_first(self: Path, target: Path) -> Path:
+        if len(swept) < 2:
+            swept.append(self.unlink())
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", sweep_first)
+    storage.write_whole(str(tmp_path / "manifest.json"), b"{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert len(swept) == 2
+    monkeypatch.setattr(Path, "replace", lambda self, target: replace(self.with_name("gone"), target))
+    with pytest.raises(FileNotFoundError):
+        storage.write_whole(str(tmp_path / "other.json"), b"{}")

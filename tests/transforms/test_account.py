@@ -139,3 +139,12 @@ def test_amounts_are_exact_and_fit_the_ledgers_type(
     assert stored[1] + stored[2] == stored[0]
     assert (made.cache_hit_tokens or 0) + made.cache_miss_tokens == usage.prompt_tokens
     assert made.visible_output_tokens + made.reasoning_tokens == usage.completion_tokens
+
+
+def test_the_length_of_the_prompt_chooses_the_tier_of_its_price() -> None:
+    header = ",".join((*COLUMNS, "prompt_tokens"))
+    lines = ("p,m,2020-01-01T00:00:00Z,,,USD,,1,0,0-9", "p,m,2020-01-01T00:00:00Z,,,USD,,2,0,10-")
+    book = PriceBook.parse("\n".join([header, *lines]).encode(), "book.csv")
+    answers = [answer(Usage(prompt_tokens=tokens, completion_tokens=0, cached_tokens=0)) for tokens in (9, 10)]
+    ids = [accounted.charge.line.line_id for accounted in account(answers, book, "p", "m") if accounted.charge]
+    assert ids == ["2", "3"]

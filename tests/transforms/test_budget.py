@@ -20,9 +20,10 @@ from schemas.records import Completion, Request, Sampling, Usage
 from tests.transforms.test_commit import LINE, ROW, tables
 from transforms import budget
 from transforms.account import AccountedAnswer
-from transforms.budget import BudgetedRunner, Limits, RunSpending, ShardBudget, Spent
+from transforms.budget import BudgetedRunner, JournaledSpending, Limits, RunSpending, ShardBudget, Spent
 from transforms.commit import commit_shard
 from transforms.heartbeat import Beat, Heartbeat
+from transforms.journal_file import JournalWriter
 from transforms.plan import PlannedShard
 from transforms.validate import ValidatedAnswer
 
@@ -159,3 +160,41 @@ def test_the_store_is_looked_at_no_more_often_than_it_is_worth(tmp_path: Path, m
     spending.forget_look()
     spending.outside("s0")
     assert len(looks) == 2
+
+
+def test_a_shard_counts_by_its_journal_or_its_heartbeat_but_not_by_both(tmp_path: Path) -> None:
+    layout = RunLayout(str(tmp_path))
+    for shard, num_answers in (("s1", 3), ("s2", 2), ("s3", 1), ("s4", 1)):
+        writer = JournalWriter(layout, shard)
+        for number in range(num_answers):
+            writer.append(str(number), 1, answer(5).answer.completion)
+        writer.close()
+    heartbeat = Heartbeat(layout, "answer")
+    heartbeat.beat("s2", Beat(num_requests=4, prompt_tokens=40, completion_tokens=20))
+    heartbeat.beat("s4", Beat(num_requests=1, prompt_tokens=10, completion_tokens=5))
+    commit_shard(layout, "r", "s4", tables([ROW], [LINE]))
+    committed = RunSpending(layout).outside("s1").num_requests - 4
+    spending = RunSpending(layout, JournaledSpending(layout, None, None, None))
+    # s2 by its heartbeat, which says more; s3 by its journal; s4 by its commit; s1 is the one that asks.
+    assert spending.outside("s1").num_requests == 4 + 1 + committed
+    assert spending.outside("s9").num_requests == 3 + 4 + 1 + committed
+
+
+def test_an_answer_that_was_counted_with_its_journal_is_not_counted_again() -> None:
+    shard = ShardBudget(Limits(max_output_tokens=100), Spent)
+    shard.note_answer(answer(7))
+    shard.note_answer(answer(7), is_counted=True)
+    assert shard.own.output_tokens == 7
+
+
+def test_prompts_that_were_estimated_are_counted_as_the_provider_reports_them() -> None:
+    class Provider:
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            for each in requests:
+                usage = Usage(prompt_tokens=25 if each.request_id == "0" else 0, completion_tokens=0)
+                yield replace(answer(0).answer.completion, request_id=each.request_id, usage=usage)
+
+    shard = ShardBudget(Limits(max_input_tokens=100), Spent)
+    assert len(list(BudgetedRunner(Provider(), shard).generate(map(request, range(2))))) == 2
+    # The second one failed without a count: what was estimated stays counted.
+    assert shard.own.input_tokens == 25 + 10

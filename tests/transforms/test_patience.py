@@ -60,7 +60,7 @@ def test_an_error_that_passes_costs_nothing(source: Path, error: OSError, monkey
 
 def test_rows_that_were_read_before_an_error_come_out_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scan = scan_input(InputSection(path=str(source)))
-    from transforms import read as read_module
+    from transforms import input_rows as read_module
 
     real = read_module._read_row_group
     calls: list[int] = []

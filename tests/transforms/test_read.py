@@ -5,6 +5,7 @@ from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
@@ -12,6 +13,7 @@ from apache_beam.testing.util import assert_that, equal_to
 from schemas.errors import InputPatternError
 from schemas.job import InputSection
 from tests.jobs_for_tests import write_parquet
+from transforms import input_rows, input_scan
 from transforms.input_scan import InputScan, scan_input
 from transforms.read import MAX_BATCH_ROWS, ReadColumns, ReadPrompts, read_unit
 
@@ -198,3 +200,28 @@ def test_small_units_are_grouped_by_size_alone(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("transforms.input_scan.GROUP_ROWS", 5)
     found = scan(write_parquet(tmp_path / "a.parquet", {"text": list("abcdefgh")}, row_group_size=2))
     assert [[unit.ordinal for unit in group.units] for group in found.groups] == [[0, 1], [2, 3]]
+
+
+def test_a_column_that_unpacks_to_more_than_memory_is_one_reject_and_other_columns_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_rows, "SUSPECT_COLUMN_BYTES", 1 << 20)
+    table = pa.table({"text": ["x" * 4_000_000] * 3, "small": ["a", "b", "c"]})
+    pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd", use_dictionary=False)
+    (reject,) = read_all(scan(tmp_path / "bomb.parquet"))
+    assert (reject["error_type"], reject["scope"], reject["num_rows"]) == ("unreadable_row_group", "row_group", 3)
+    assert "column text: expected to unpack to at most 1,000 times" in reject["error_message"]
+    assert "found 12,0" in reject["error_message"]
+    assert len(read_all(scan(tmp_path / "bomb.parquet", needed={"small"}))) == 3
+    monkeypatch.setattr(input_rows, "SUSPECT_COLUMN_BYTES", 1 << 30)
+    monkeypatch.setattr(input_rows, "MAX_COLUMN_BYTES", 1 << 20)
+    (reject,) = read_all(scan(tmp_path / "bomb.parquet"))
+    assert "at most 1,048,576 bytes, found 12,0" in reject["error_message"]
+
+
+def test_a_file_of_too_many_columns_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(input_scan, "MAX_COLUMNS", 5)
+    write_parquet(tmp_path / "in" / "a.parquet", {"text": ["x"]})
+    write_parquet(tmp_path / "in" / "wide.parquet", {f"c{column}": [1] for column in range(6)})
+    found = scan(tmp_path / "in")
+    assert [unit.error for unit in found.units] == [None, "expected at most 5 columns, found 6"]

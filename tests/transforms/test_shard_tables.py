@@ -1,18 +1,24 @@
 """A shard's tables: what answered, merged and rejected rows carry."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model_runner.prefix_tree import prefix_key
 from schemas.errors import EngineFailed, NotJson, RowError
+from schemas.layout import RunLayout
 from schemas.prices import PriceLine
 from schemas.records import Completion, Sampling, Usage
 from schemas.tables import plan_schema
 from transforms.account import AccountedAnswer, charge
+from transforms.commit import commit_shard, totals_of
 from transforms.render import sampling_json
 from transforms.shard_tables import PlannedRows, ShardNames, shard_tables
 from transforms.validate import ValidatedAnswer
@@ -86,6 +92,9 @@ def test_the_row_that_was_asked_pays_and_the_cost_is_allocated_to_all_who_used_i
         ("r2", "answered", "7"),
     ]
     assert sum(line["cost_allocated"] for line in ledger) == Decimal("0.0000112")
+    # A line carries the shares of all rows that it answers.
+    shares = {name: row["cost_allocated"] for name, row in results.items()}
+    assert [line["cost_allocated"] for line in ledger] == [shares["r0"] + shares["r1"], shares["r2"]]
 
 
 def test_a_failed_request_rejects_its_merged_rows_and_is_still_paid() -> None:
@@ -149,6 +158,66 @@ def test_attempts_without_a_price_are_named_and_never_zero() -> None:
     assert (known["cost"], known["cost_allocated"], known["cost_basis"]) == (*[priced.charge.cost] * 2, "partial")
     assert (rows_found["r1"]["cost"], rows_found["r1"]["cost_basis"]) == (None, None)
     assert [line["cost"] for line in tables["ledger"].to_pylist()] == [None, priced.charge.cost, None, None]
+
+
+def test_attempts_priced_in_two_currencies_have_no_sum_and_still_agree_with_the_ledger(tmp_path: Path) -> None:
+    rows = planned([[1, 2], [1, 2], [1, 9]], [None, "r0", None])
+    yuan = replace(LINE, currency="CNY", line_id="8")
+    first, again = accounted(0, Usage(2, 1, 0), error=NotJson("no")), accounted(0, Usage(5, 2, 2), attempt=2)
+    answers = {
+        0: [first, replace(again, charge=charge(Usage(5, 2, 2), yuan))],
+        2: [accounted(2, Usage(2, 1, 1))],
+    }
+    tables = shard_tables(rows, answers, NAMES)
+    results = {row["custom_id"]: row for row in tables["results"].to_pylist()}
+    for name in ("r0", "r1"):
+        row = results[name]
+        assert (row["cost"], row["cost_allocated"], row["currency"]) == (None, None, None)
+        assert row["cost_basis"] == "mixed_currency"
+        assert [entry["currency"] for entry in row["costs_by_currency"]] == ["USD", "CNY"]
+    assert results["r2"]["costs_by_currency"] is None
+    paid = {entry["currency"]: entry["cost"] for entry in results["r0"]["costs_by_currency"]}
+    assert paid == {"USD": Decimal("0.000004"), "CNY": Decimal("0.0000072")}
+    shares = [entry["cost_allocated"] for name in ("r0", "r1") for entry in results[name]["costs_by_currency"][1:]]
+    assert shares == [Decimal("0.0000036")] * 2
+    commit = commit_shard(RunLayout(str(tmp_path)), "run", "s0", tables)
+    assert commit.totals.costs == {"CNY": "0.000007200000", "USD": "0.000007100000"}
+
+
+@given(st.lists(st.tuples(st.sampled_from(["USD", "CNY", None]), st.integers(0, 9)), min_size=1, max_size=4), st.data())
+def test_rows_and_ledger_agree_whatever_currencies_attempts_have(first: list[Any], data: st.DataObject) -> None:
+    prompts: list[list[int] | None] = [[1, 2], [1, 2], [1, 9]]
+    others = data.draw(
+        st.lists(st.tuples(st.sampled_from(["USD", "CNY", None]), st.integers(0, 9)), min_size=1, max_size=3)
+    )
+    answers: dict[int, list[AccountedAnswer]] = {}
+    for row, attempts in ((0, first), (2, others)):
+        for number, (currency, output) in enumerate(attempts, 1):
+            one = accounted(row, Usage(2, output, 1), attempt=number, priced=False)
+            line = None if currency is None else replace(LINE, currency=currency)
+            answers.setdefault(row, []).append(replace(one, charge=line and charge(Usage(2, output, 1), line)))
+    tables = shard_tables(planned(prompts, [None, "r0", None]), answers, NAMES)
+    costs = totals_of(tables).costs or {}
+    for currency in ("USD", "CNY"):
+        charges = [a.charge for attempts in answers.values() for a in attempts if a.charge is not None]
+        expected = sum((c.cost for c in charges if c.line.currency == currency), Decimal(0))
+        assert Decimal(costs.get(currency, "0")) == expected
+
+
+def test_the_amounts_of_the_token_classes_are_the_cost() -> None:
+    tables = shard_tables(planned([[1, 2, 3]], [None]), {0: [accounted(0, Usage(3, 5, 1, 2))]}, NAMES)
+    (line,) = tables["ledger"].to_pylist()
+    amounts = [line[f"{name}_cost"] for name in ("cache_hit", "cache_miss", "visible_output", "reasoning")]
+    assert amounts == [Decimal(text) for text in ("0.0000001", "0.000002", "0.000006", "0.000004")]
+    assert sum(amounts) == line["cost"]
+
+
+def test_tags_are_the_columns_that_are_not_null() -> None:
+    rows = planned([[1], None], [None, None])
+    names = ShardNames("run", "s0", None, ("extra",))
+    tables = shard_tables(rows, {0: [accounted(0, Usage(1, 1), priced=False, error=NotJson("no"))]}, names)
+    (line,) = tables["ledger"].to_pylist()
+    assert (line["tags"], line["error_type"], line["finish_reason"]) == ([("extra", "0")], "not_json", "stop")
 
 
 def test_without_a_price_nothing_is_zero() -> None:

@@ -1,0 +1,172 @@
+"""What a remote request costs this side: `python -m benchmarks.remote`.
+
+CPU a request of the `openai` engine beside the bare `openai` client (`AsyncOpenAI().chat.completions.create` under a
+semaphore), in turns, each in a process of its own, against one endpoint in another; then the engine's throughput at an
+endpoint that refuses more than a number of requests in flight, as a share of what that endpoint could do.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import openai
+
+from model_runner.openai_engine.runner import load_openai_runner
+from model_runner.protocol import EngineConfig
+from schemas.records import Message, Request, Sampling
+
+MODEL = "deepseek-v4-flash"
+KEY_VARIABLE = "MOEBEAM_BENCHMARK_KEY"
+CHAT = (Message("system", "s" * 2000), Message("user", "q" * 400))
+NUM_PREFIX_TOKENS = 500
+GOAL = 1.3
+
+
+@contextlib.contextmanager
+def endpoint(*args: str) -> Iterator[str]:
+    """The address of a fake endpoint in a process of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [sys.executable, "-m", "tests.fake_endpoint", "--port", str(port), *args]
+    with subprocess.Popen(command) as served:
+        try:
+            while True:
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.05)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            served.kill()
+
+
+def requests(num: int) -> Iterator[Request]:
+    """Requests that share a prefix, so that the gate for leaders is part of what is measured."""
+    prefix = np.arange(NUM_PREFIX_TOKENS, dtype=np.int32)
+    for i in range(num):
+        yield Request(f"r{i}", np.append(prefix, np.int32(i)).astype(np.int32), CHAT, Sampling(100))
+
+
+def measure_engine(base_url: str, num: int, concurrency: int) -> dict[str, float]:
+    """CPU and wall clock of the engine, after a first tenth that is not counted."""
+    runner = load_openai_runner(
+        EngineConfig(
+            "openai",
+            "",
+            MODEL,
+            "r",
+            provider="deepseek",
+            base_url=base_url,
+            api_key_variable=KEY_VARIABLE,
+            max_concurrency=concurrency,
+        )
+    )
+    before, started, requests_s = _cpu_s(), time.perf_counter(), 0.0
+    num_ahead = num // 10
+    for num_done, completion in enumerate(runner.generate(requests(num + num_ahead)), 1):
+        assert completion.error is None, completion.error
+        if num_done == num_ahead:
+            before, started = _cpu_s(), time.perf_counter()
+        elif num_done == num:
+            # The last tenth empties the places, which says nothing about the rate.
+            requests_s = (num - num_ahead) / (time.perf_counter() - started)
+    counters = runner.counters()
+    return {
+        "cpu_ms": (_cpu_s() - before) / num * 1000,
+        "requests_s": requests_s,
+        "peak_in_flight": counters["peak_in_flight"],
+        "num_calls": counters["num_calls"],
+    }
+
+
+def measure_bare(base_url: str, num: int, concurrency: int) -> dict[str, float]:
+    """The same with nothing but the client."""
+
+    async def run() -> dict[str, float]:
+        client = openai.AsyncOpenAI(api_key="none", base_url=base_url, max_retries=0)
+        places = asyncio.Semaphore(concurrency)
+        messages: Any = [{"role": message.role, "content": message.content} for message in CHAT]
+
+        async def ask() -> None:
+            async with places:
+                await client.chat.completions.create(model=MODEL, messages=messages, max_tokens=100, temperature=0)
+
+        await asyncio.gather(*(ask() for _ in range(num // 10)))
+        before, started = _cpu_s(), time.perf_counter()
+        await asyncio.gather(*(ask() for _ in range(num)))
+        found = {"cpu_ms": (_cpu_s() - before) / num * 1000, "requests_s": num / (time.perf_counter() - started)}
+        await client.close()
+        return found
+
+    return asyncio.run(run())
+
+
+def _cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _measured(who: str, base_url: str, num: int, concurrency: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.remote", "--who", who, "--base_url", base_url]
+    command += ["--num", str(num), "--concurrency", str(concurrency)]
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, KEY_VARIABLE: "none", "TMPDIR": folder}
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def compare(num: int, concurrency: int, turns: int) -> dict[str, float]:
+    """Medians of both, and their ratio."""
+    found: dict[str, list[float]] = {"bare": [], "engine": []}
+    with endpoint("--delay_s", "0.3") as base_url:
+        for _ in range(turns):
+            for who, values in found.items():
+                values.append(_measured(who, base_url, num, concurrency)["cpu_ms"])
+    bare, engine = (statistics.median(values) for values in found.values())
+    return {"concurrency": concurrency, "bare_cpu_ms": bare, "engine_cpu_ms": engine, "ratio": engine / bare}
+
+
+def at_limit(num: int, limit: int) -> dict[str, float]:
+    """Throughput at an endpoint that takes `limit` requests at a time and a second for each."""
+    with endpoint("--delay_s", "1.0", "--max_in_flight", str(limit)) as base_url:
+        found = _measured("engine", base_url, num, limit * 5)
+    return {"limit": limit, "share_of_limit": found["requests_s"] / limit, **found}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure; exits with 1 where the goal is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.remote")
+    parser.add_argument("--num", type=int, default=2000)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--who", choices=["bare", "engine"], help=argparse.SUPPRESS)
+    parser.add_argument("--base_url", help=argparse.SUPPRESS)
+    parser.add_argument("--concurrency", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.who is not None:
+        measure = measure_bare if args.who == "bare" else measure_engine
+        print(json.dumps(measure(args.base_url, args.num, args.concurrency)))
+        return
+    rows = [compare(args.num, concurrency, args.turns) for concurrency in (100, 1000)]
+    rows.append(at_limit(args.num * 2, 100))
+    for row in rows:
+        print(json.dumps({name: round(value, 3) for name, value in row.items()}))
+    if any(row.get("ratio", 0.0) > GOAL for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

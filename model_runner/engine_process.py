@@ -1,0 +1,104 @@
+"""An engine's own process, run as `python -m model_runner.engine_process` by `model_runner.isolated_runner`.
+
+Both sides exchange pickled tuples over a socket that nobody else can reach. From the parent come the configuration,
+then `("open", call)` and `("request", call, Request | None)`; to it go `("ready", counters)` or `("failed", error)`,
+then `("pull", call)`, `("completion", call, Completion)`, `("done", call, counters)`, `("broken", call, error)` and,
+every `BEAT_S`, `("beat", counters)`. The process ends with its parent's end of the socket.
+"""
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any, TypeAlias
+
+from model_runner.protocol import CountingRunner, EngineConfig, ModelRunner, load_runner
+from schemas.errors import EngineContractError, MoebeamError
+from schemas.records import Request
+
+BEAT_S = 1.0
+
+_Requests: TypeAlias = "SimpleQueue[Request | None]"
+
+
+class _Link:
+    """The socket, for all threads."""
+
+    def __init__(self, connection: "Connection[Any, Any]") -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, *message: object) -> None:
+        with self._lock:
+            self._connection.send(message)
+
+    def receive(self) -> Any:
+        return self._connection.recv()
+
+
+def serve(connection: "Connection[Any, Any]") -> None:
+    """Load the engine that comes first, then answer calls until the other side ends."""
+    link = _Link(connection)
+    config: EngineConfig = link.receive()
+    try:
+        runner = load_runner(config)
+    except MoebeamError as error:
+        link.send("failed", error)
+        return
+    link.send("ready", _counters(runner))
+    threading.Thread(target=_beat, args=(link, runner), daemon=True).start()
+    calls: dict[int, _Requests] = {}
+    while True:
+        kind, call, *rest = link.receive()
+        if kind == "open":
+            calls[call] = SimpleQueue()
+            threading.Thread(target=_answer, args=(link, runner, call, calls[call]), daemon=True).start()
+        else:
+            calls[call].put(rest[0])
+
+
+def _answer(link: _Link, runner: ModelRunner, call: int, requests: _Requests) -> None:
+    try:
+        for completion in runner.generate(_pulled(link, call, requests)):
+            link.send("completion", call, completion)
+        link.send("done", call, _counters(runner))
+    except MoebeamError as error:
+        link.send("broken", call, error)
+    except Exception as error:  # whatever an engine breaks with is told to the caller, whose error it is
+        link.send("broken", call, EngineContractError(f"{type(error).__name__}: {error}"))
+
+
+def _pulled(link: _Link, call: int, requests: _Requests) -> Iterator[Request]:
+    while True:
+        link.send("pull", call)
+        request = requests.get()
+        if request is None:
+            return
+        yield request
+
+
+def _beat(link: _Link, runner: ModelRunner) -> None:
+    while True:
+        threading.Event().wait(BEAT_S)
+        link.send("beat", _counters(runner))
+
+
+def _counters(runner: ModelRunner) -> Mapping[str, float]:
+    return dict(runner.counters()) if isinstance(runner, CountingRunner) else {}
+
+
+def main() -> None:
+    """Serve the socket whose file descriptor is the first argument."""
+    faulthandler.enable()
+    with contextlib.suppress(EOFError, OSError):
+        serve(Connection(int(sys.argv[1])))
+    # Threads may stand inside the engine; nothing of theirs is wanted any more.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""One event loop in a thread of its own, shared by all threads of a process that ask remote engines.
+
+Beam's worker threads call `generate` at the same time; their requests meet here, so that connections and limits are
+shared and the number of threads does not matter.
+"""
+
+import asyncio
+import atexit
+import contextlib
+import os
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+_CLOSE_TIMEOUT_S = 5.0
+_lock = threading.Lock()
+_current: "BackgroundLoop | None" = None
+
+
+class BackgroundLoop:
+    """An event loop that runs until the process ends."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._process = os.getpid()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._at_end: dict[int, Callable[[], Awaitable[None]]] = {}
+        self._thread = threading.Thread(target=self.loop.run_forever, name="openai-engine", daemon=True)
+        self._thread.start()
+        atexit.register(self._end)
+
+    @classmethod
+    def current(cls) -> "BackgroundLoop":
+        """The process's loop, made on first use; a forked process gets one of its own."""
+        global _current
+        with _lock:
+            if _current is None or _current._process != os.getpid():
+                _current = cls()
+            return _current
+
+    def call(self, function: Callable[..., object], *args: object) -> None:
+        """Call a function on the loop, soon; from any thread."""
+        self.loop.call_soon_threadsafe(function, *args)
+
+    def spawn(self, work: Coroutine[Any, Any, object]) -> "asyncio.Task[Any]":
+        """Start a coroutine; only on the loop's own thread. The task is kept until it is done."""
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def at_end(self, key: int, close: Callable[[], Awaitable[None]]) -> None:
+        """Name what is to be closed when the process ends, unless `close_now` came first."""
+        self._at_end[key] = close
+
+    def close_now(self, key: int) -> None:
+        """Close what was named; does not wait, and may be called while objects are collected."""
+        close = self._at_end.pop(key, None)
+        if close is not None and not self.loop.is_closed():
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(lambda: self.spawn(_awaited(close)))
+
+    def _end(self) -> None:
+        if self._process != os.getpid():
+            return
+        ending = asyncio.run_coroutine_threadsafe(self._close_all(), self.loop)
+        with contextlib.suppress(Exception):
+            ending.result(_CLOSE_TIMEOUT_S)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+
+    async def _close_all(self) -> None:
+        own = asyncio.current_task()
+        others = [task for task in asyncio.all_tasks() if task is not own]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.gather(*(_awaited(close) for close in self._at_end.values()), return_exceptions=True)
+        self._at_end.clear()
+
+
+async def _awaited(close: Callable[[], Awaitable[None]]) -> None:
+    await close()

@@ -1,0 +1,134 @@
+"""Why a call to a provider failed, and what follows from it: for the row, for the endpoint, for the next try.
+
+Stands between the `openai` client, whose exceptions end here, and `runner.py`, which waits, asks the next provider or
+gives up. Types and status codes decide, never texts.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal, TypeAlias, cast
+
+import httpx2
+import openai
+
+from model_runner.openai_engine.profiles import Profile
+from schemas.errors import (
+    ContentRefused,
+    EngineFailed,
+    EngineOverloaded,
+    EngineTimeout,
+    MalformedResponse,
+    RequestRefused,
+    RowError,
+)
+
+Consequence: TypeAlias = Literal["row", "retry", "overload", "endpoint"]
+"""`row`: asking again cannot help. `retry`: it may. `overload`: it will, later and with fewer at a time. `endpoint`:
+nothing can be answered there."""
+
+MAX_MESSAGE_CHARACTERS = 200
+_OVERLOADED = frozenset({429, 503, 529})
+_FAILED = frozenset({408, 409, 425, 500, 502, 504})
+_CLOSED = frozenset({401, 402, 403, 404, 405, 407})
+
+
+@dataclass(eq=False)
+class CallFailure(Exception):
+    """A call without an answer.
+
+    Attributes:
+        error: what the row is rejected with, if nothing better comes.
+        retry_after_s: how long the provider asked to be left alone; None where it did not say.
+    """
+
+    consequence: Consequence
+    error: RowError
+    retry_after_s: float | None = None
+
+
+def failure_of(error: Exception, profile: Profile, secret: str) -> CallFailure:
+    """What an exception of the client, or of reading its response, means.
+
+    Args:
+        secret: the key; it never stands in the message.
+    """
+    if isinstance(error, MalformedResponse):
+        return CallFailure("retry", MalformedResponse(f"{profile.name}: {redacted(str(error), secret)}"))
+    if isinstance(error, RowError):
+        return CallFailure("row", error)
+    if isinstance(error, openai.APIStatusError):
+        return _status_failure(error, profile, secret)
+    if isinstance(error, openai.APIConnectionError | httpx2.TransportError):
+        # A stream breaks off outside of the client's own reading, with the transport's error itself. Over aiohttp a
+        # refused or lost connection is a ConnectTimeout too.
+        transport = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
+        if isinstance(transport, httpx2.TimeoutException) and not isinstance(transport, httpx2.ConnectTimeout):
+            return CallFailure("retry", EngineTimeout(f"{profile.name}: silent for longer than timeout_s"))
+        return CallFailure(
+            "retry", EngineFailed(f"{profile.name}: no connection, or it broke off ({_innermost(error)})")
+        )
+    text = redacted(str(error), secret)
+    return CallFailure("retry", EngineFailed(f"{profile.name}: {type(error).__name__}: {text}"))
+
+
+def _status_failure(error: openai.APIStatusError, profile: Profile, secret: str) -> CallFailure:
+    status = error.status_code
+    code, message = _told(error.body)
+    where = f"{profile.name}: HTTP {status}" + (f" {code}" if code else "")
+    text = f"{where}: {redacted(message, secret)}" if message else where
+    if code in profile.stop_codes:
+        return CallFailure("endpoint", EngineFailed(text))
+    if code in profile.refusal_codes:
+        return CallFailure("row", ContentRefused(text))
+    if status in _OVERLOADED:
+        return CallFailure("overload", EngineOverloaded(text), retry_after_s(error.response.headers))
+    if status in _FAILED or status >= 500:
+        return CallFailure("retry", EngineFailed(text), retry_after_s(error.response.headers))
+    if status in _CLOSED:
+        return CallFailure("endpoint", EngineFailed(text))
+    return CallFailure("row", RequestRefused(text))
+
+
+def _innermost(error: BaseException) -> str:
+    """The kind of error at the bottom: aiohttp's or the system's own word for it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return type(error).__name__
+
+
+def _told(body: object) -> tuple[str, str]:
+    """The code and the message of an error response, in OpenAI's form or flat; empty where it has none."""
+    if not isinstance(body, Mapping):
+        return "", body if isinstance(body, str) else ""
+    fields = cast("Mapping[str, Any]", body)
+    nested = fields.get("error")
+    if isinstance(nested, Mapping):
+        fields = cast("Mapping[str, Any]", nested)
+    code, message = fields.get("code"), fields.get("message")
+    return "" if code is None else str(code), "" if message is None else str(message)
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds, from `retry-after-ms`, or `Retry-After` as a number or a date; None where it is absent or unreadable."""
+    try:
+        if (milliseconds := headers.get("retry-after-ms")) is not None:
+            return max(0.0, float(milliseconds) / 1000)
+        value = headers.get("retry-after")
+        if value is None:
+            return None
+        try:
+            return max(0.0, float(value))
+        except ValueError:
+            return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return None
+
+
+def redacted(text: str, secret: str) -> str:
+    """A provider's words as they may be shown: without the key, on one line, short, since they may quote a prompt."""
+    if secret:
+        text = text.replace(secret, "[key]")
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_MESSAGE_CHARACTERS else text[: MAX_MESSAGE_CHARACTERS - 3] + "..."

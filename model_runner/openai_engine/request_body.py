@@ -1,0 +1,183 @@
+"""Requests as bodies of chat completions, each provider's way.
+
+First step of the `openai` engine: `runner.py` asks for a body for each request and endpoint. What a provider does not
+take is not sent; what changes the answer by that is logged once, and cut answers or refused requests are never traded
+in for silence.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+
+from model_runner.encoding.schema_in_prompt import with_schema_in_prompt
+from model_runner.openai_engine.profiles import Profile
+from schemas.canonical import Json
+from schemas.chat_options import ChatOptions, Tool
+from schemas.errors import RequestRefused
+from schemas.model_limits import mapped_effort, strict_tool_problems
+from schemas.records import Message, Request, Sampling
+
+_log = logging.getLogger(__name__)
+_NUM_TENANT_CHARACTERS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ChatBody:
+    """What is posted, and whether to the address for strict tools."""
+
+    fields: dict[str, Any]
+    is_strict: bool
+
+
+def chat_body(request: Request, profile: Profile, model: str, *, is_stream: bool) -> ChatBody:
+    """A request as one provider takes it.
+
+    Raises:
+        RequestRefused: the provider is known to refuse it; names the field, the limit and what was found.
+        InvalidSampling: the model knows no such reasoning effort.
+    """
+    options = request.options
+    is_strict = _is_strict(options, profile)
+    fields: dict[str, Any] = {
+        "model": model,
+        "messages": [_message(message) for message in _messages(request, profile)],
+        profile.max_tokens_field: request.sampling.max_tokens,
+        **_sampling(request.sampling, profile),
+        **_thinking(options, profile, model),
+        **_tools(options, is_strict=is_strict),
+        **_response_format(options, profile),
+    }
+    if request.tenant and profile.tenant_field is not None:
+        # Names of tenants are the user's affair; a provider needs only to tell them apart.
+        fields[profile.tenant_field] = hashlib.sha256(request.tenant.encode()).hexdigest()[:_NUM_TENANT_CHARACTERS]
+    if is_stream:
+        fields |= {"stream": True, "stream_options": {"include_usage": True}}
+    return ChatBody(fields, is_strict and profile.strict_tools_url is not None)
+
+
+def _messages(request: Request, profile: Profile) -> Sequence[Message]:
+    """The chat; with the schema of the answer in words where the provider takes no schema."""
+    response_format = request.options.response_format
+    if response_format.type != "json_schema" or "json_schema" in profile.response_types:
+        return request.messages
+    schema_text = json.dumps(response_format.schema, ensure_ascii=False)
+    if any(message.role == "system" and schema_text in message.content for message in request.messages):
+        return request.messages
+    return with_schema_in_prompt(request.messages, response_format.schema)
+
+
+def _message(message: Message) -> dict[str, Json]:
+    return {"role": message.role, "content": message.content, **message.extra}
+
+
+def _sampling(sampling: Sampling, profile: Profile) -> dict[str, Any]:
+    """Only what differs from the interface's defaults, but the temperature always: its default is 1."""
+    num_stop = len(sampling.stop)
+    if profile.max_stop_strings and num_stop > profile.max_stop_strings:
+        raise RequestRefused(
+            f"stop: {profile.name} takes at most {profile.max_stop_strings} stop strings, found {num_stop}"
+        )
+    fields: dict[str, Any] = {"temperature": sampling.temperature}
+    if sampling.top_p != 1.0:
+        fields["top_p"] = sampling.top_p
+    if sampling.stop:
+        fields["stop"] = list(sampling.stop)
+    if sampling.seed is not None:
+        fields["seed"] = sampling.seed
+    if sampling.min_p > 0.0:
+        fields["min_p"] = sampling.min_p
+    if sampling.logprobs:
+        fields["logprobs"] = True
+    for name in profile.unsupported:
+        if name in fields:
+            _tell_once(f"{profile.name} takes no {name}: it is not sent")
+            del fields[name]
+    return fields
+
+
+def _thinking(options: ChatOptions, profile: Profile, model: str) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    if options.thinking is not None:
+        form, _, argument = profile.thinking.partition(":")
+        match form:
+            case "type":
+                fields["thinking"] = {"type": "enabled" if options.thinking else "disabled"}
+            case "enable_thinking":
+                fields["enable_thinking"] = options.thinking
+            case "template":
+                fields["chat_template_kwargs"] = {argument: options.thinking}
+            case _:
+                _tell_once(f"{profile.name} has no switch for thinking: it is not sent")
+    if options.reasoning_effort is not None and options.thinking is not False:
+        match profile.effort:
+            case "mapped":
+                fields["reasoning_effort"] = mapped_effort(model, options.reasoning_effort, datetime.now(UTC))
+            case "plain":
+                fields["reasoning_effort"] = options.reasoning_effort
+            case "none":
+                _tell_once(f"{profile.name} takes no reasoning_effort: it is not sent")
+    if options.max_reasoning_tokens is not None:
+        _tell_once(f"{profile.name} takes no budget of reasoning: max_reasoning_tokens is not sent")
+    return fields
+
+
+def _is_strict(options: ChatOptions, profile: Profile) -> bool:
+    """Whether the tools go out as strict: where the provider can, and has nothing against any of them.
+
+    Elsewhere their arguments are checked when they come, like all others.
+    """
+    if not profile.strict_tools or not any(tool.is_strict for tool in options.tools):
+        return False
+    if profile.strict_tools_url is None:
+        return True
+    problems = [f"{tool.name} {problem}" for tool in options.tools for problem in strict_tool_problems(tool)]
+    if problems:
+        _tell_once(f"{profile.name} cannot take these tools as strict ({problems[0]}): they are sent as plain ones")
+    return not problems
+
+
+def _tools(options: ChatOptions, *, is_strict: bool) -> dict[str, Any]:
+    if not options.tools:
+        return {}
+    fields: dict[str, Any] = {"tools": [_tool(tool, is_strict=is_strict) for tool in options.tools]}
+    choice = options.tool_choice
+    if choice.mode == "named":
+        fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+    elif choice.mode != "auto":
+        fields["tool_choice"] = choice.mode
+    if not options.parallel_tool_calls:
+        fields["parallel_tool_calls"] = False
+    return fields
+
+
+def _tool(tool: Tool, *, is_strict: bool) -> dict[str, Json]:
+    document: Mapping[str, Json] = tool.document
+    if not is_strict and "strict" in document:
+        document = {name: value for name, value in document.items() if name != "strict"}
+    return {"type": "function", "function": document}
+
+
+def _response_format(options: ChatOptions, profile: Profile) -> dict[str, Any]:
+    response_format = options.response_format
+    if response_format.type == "text":
+        return {}
+    if response_format.type == "json_schema" and "json_schema" in profile.response_types:
+        return {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "answer", "schema": response_format.schema},
+            }
+        }
+    if "json_object" in profile.response_types:
+        return {"response_format": {"type": "json_object"}}
+    return {}
+
+
+@cache
+def _tell_once(message: str) -> None:
+    _log.warning(message)

@@ -1,0 +1,269 @@
+"""The `openai` engine: requests answered by OpenAI-compatible endpoints, the first that can before the next.
+
+Stands where a model would in the *answer* stage. A call of `generate` pulls requests as places come free, lets the
+first of each shared prefix go ahead (`prefix_gate.py`), and hands completions out as they arrive. An answer whose cost
+is known is never thrown away: where it cannot be used, it comes out with its error and its usage, and *repair* may ask
+again. Calls that failed without a usage are repeated here.
+"""
+
+import asyncio
+import os
+import queue
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from urllib.parse import urlsplit
+
+from model_runner.openai_engine.endpoint import Arrived, Endpoint, EndpointSpec, Patience
+from model_runner.openai_engine.event_loop import BackgroundLoop
+from model_runner.openai_engine.failures import CallFailure
+from model_runner.openai_engine.prefix_gate import PrefixGate, WarmPrefixes
+from model_runner.openai_engine.profiles import profile_of
+from model_runner.protocol import EngineConfig, Fallback, RemoteMode
+from schemas.errors import EngineLoadError, EngineUnavailable, RowError
+from schemas.records import Completion, Request, Usage
+
+_LOOK_AHEAD = 64
+"""Requests pulled beyond those that may be in flight, so that no place stays empty while input is read."""
+_MAX_HELD = 4096
+"""Most requests that wait for others of their prefix; beyond it no more are pulled."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Unanswered:
+    """A request for which no endpoint is left."""
+
+    request_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Broken:
+    """An error of our own; it ends the run."""
+
+    error: BaseException
+
+
+class OpenAIRunner:
+    """Asks endpoints in order; one is loaded a process, and its threads share connections and limits."""
+
+    def __init__(self, config: EngineConfig, endpoints: Sequence[Endpoint]) -> None:
+        self.config = config
+        self.endpoints = tuple(endpoints)
+        self._background = BackgroundLoop.current()
+        self._warm = WarmPrefixes()
+        key = id(self)
+        closing = self.endpoints
+
+        async def close() -> None:
+            for endpoint in closing:
+                await endpoint.close()
+
+        self._background.at_end(key, close)
+        self._finalizer = weakref.finalize(self, self._background.close_now, key)
+        self._finalizer.atexit = False
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Answer requests, each as soon as its answer arrives.
+
+        Raises:
+            EngineUnavailable: no endpoint is left that could answer; what was in flight came out before.
+        """
+        profile = self.endpoints[0].spec.profile
+        gate = PrefixGate(num_leaders=profile.num_leaders, min_prefix_tokens=profile.min_prefix_tokens, warm=self._warm)
+        arrivals: queue.SimpleQueue[Completion | _Unanswered | _Broken] = queue.SimpleQueue()
+        tasks: set[asyncio.Task[None]] = set()
+        source, num_away, reason, is_over = iter(requests), 0, "", False
+        try:
+            while True:
+                while not is_over and not reason and arrivals.empty() and self._has_room(num_away, gate.num_held):
+                    request = next(source, None)
+                    if request is None:
+                        is_over = True
+                    else:
+                        num_away += self._send(gate.offer(request), arrivals, tasks)
+                if num_away == 0:
+                    break
+                arrival = arrivals.get()
+                if isinstance(arrival, _Broken):
+                    raise arrival.error
+                num_away -= 1
+                if isinstance(arrival, _Unanswered):
+                    reason = reason or arrival.reason
+                    continue
+                if not reason:
+                    num_away += self._send(gate.finished(arrival.request_id), arrivals, tasks)
+                yield arrival
+        finally:
+            if num_away:
+                self._background.call(_cancel, tasks)
+        if reason:
+            raise EngineUnavailable(reason)
+
+    def counters(self) -> dict[str, float]:
+        """See `CountingRunner`: calls, and what became of those that failed; sums over all endpoints."""
+        sums: dict[str, float] = {"num_calls": 0}
+        for endpoint in self.endpoints:
+            for name, value in endpoint.counts.copy().items():
+                sums[name] = sums.get(name, 0) + value
+        return {**sums, "peak_in_flight": max(endpoint.limit.peak_in_flight for endpoint in self.endpoints)}
+
+    def _has_room(self, num_away: int, num_held: int) -> bool:
+        most = max((endpoint.limit.limit for endpoint in self.endpoints if endpoint.down is None), default=1)
+        return num_away < 2 * most + _LOOK_AHEAD and num_held < _MAX_HELD
+
+    def _send(
+        self,
+        requests: Sequence[Request],
+        arrivals: "queue.SimpleQueue[Completion | _Unanswered | _Broken]",
+        tasks: set[asyncio.Task[None]],
+    ) -> int:
+        if requests:
+            self._background.call(self._start, requests, arrivals, tasks)
+        return len(requests)
+
+    def _start(
+        self,
+        requests: Sequence[Request],
+        arrivals: "queue.SimpleQueue[Completion | _Unanswered | _Broken]",
+        tasks: set[asyncio.Task[None]],
+    ) -> None:
+        for request in requests:
+            task = self._background.spawn(self._arrive(request, arrivals))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+    async def _arrive(
+        self, request: Request, arrivals: "queue.SimpleQueue[Completion | _Unanswered | _Broken]"
+    ) -> None:
+        try:
+            arrivals.put(await self._completed(request))
+        except Exception as error:
+            arrivals.put(_Broken(error))
+
+    async def _completed(self, request: Request) -> Completion | _Unanswered:
+        failed: tuple[Endpoint, RowError] | None = None
+        for endpoint in self.endpoints:
+            if endpoint.down is not None:
+                continue
+            started_at = datetime.now(UTC)
+            try:
+                return _completion(request, endpoint, await endpoint.ask(request), self.config)
+            except CallFailure as failure:
+                if failure.consequence == "row":
+                    return _failed(request, endpoint, failure.error, started_at)
+                if failure.consequence != "endpoint":
+                    failed = endpoint, failure.error
+        if failed is not None and any(endpoint.down is None for endpoint in self.endpoints):
+            return _failed(request, *failed, started_at=datetime.now(UTC))
+        told = "; ".join(str(endpoint.down) for endpoint in self.endpoints if endpoint.down is not None)
+        return _Unanswered(request.request_id, f"no provider can answer: {told}")
+
+
+def _completion(request: Request, endpoint: Endpoint, arrived: Arrived, config: EngineConfig) -> Completion:
+    answer, model = arrived.answer, endpoint.spec.model
+    # Prices are looked up by the name that was asked for; what stood behind it belongs to the revision.
+    served = [answer.model if answer.model != model else "", answer.fingerprint]
+    return Completion(
+        request_id=request.request_id,
+        text=answer.text,
+        finish_reason=answer.finish_reason,
+        usage=answer.usage,
+        started_at=arrived.started_at,
+        latency_ms=arrived.latency_ms,
+        provider=endpoint.spec.profile.name,
+        model=model,
+        model_revision=" ".join(filter(None, served)) or config.revision,
+        reasoning_content=answer.reasoning_content,
+        tool_calls=answer.tool_calls,
+        logprobs=answer.logprobs,
+        error=answer.error,
+    )
+
+
+def _failed(request: Request, endpoint: Endpoint, error: RowError, started_at: datetime) -> Completion:
+    return Completion(
+        request_id=request.request_id,
+        text="",
+        finish_reason="error",
+        usage=Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0),
+        started_at=started_at,
+        latency_ms=(datetime.now(UTC) - started_at).total_seconds() * 1000,
+        provider=endpoint.spec.profile.name,
+        model=endpoint.spec.model,
+        model_revision="",
+        error=error,
+    )
+
+
+def _cancel(tasks: set[asyncio.Task[None]]) -> None:
+    for task in list(tasks):
+        task.cancel()
+
+
+def load_openai_runner(config: EngineConfig, patience: Patience | None = None) -> OpenAIRunner:
+    """Look up providers and keys; no call is made.
+
+    Raises:
+        EngineLoadError: a provider is unknown, or its address or its key is missing; names the field or the variable.
+    """
+    first = Fallback(
+        provider=config.provider or "",
+        name=config.name,
+        base_url=config.base_url,
+        api_key_variable=config.api_key_variable,
+        max_concurrency=config.max_concurrency,
+    )
+    return OpenAIRunner(
+        config,
+        [_endpoint(config, wanted, where, patience) for where, wanted in _named((first, *config.fallbacks))],
+    )
+
+
+def _named(wanted: Sequence[Fallback]) -> Iterator[tuple[str, Fallback]]:
+    for position, one in enumerate(wanted):
+        yield (f"fallbacks[{position - 1}]" if position else "model", one)
+
+
+def _endpoint(config: EngineConfig, wanted: Fallback, where: str, patience: Patience | None) -> Endpoint:
+    profile = profile_of(wanted.provider or None)
+    base_url = wanted.base_url or profile.base_url
+    if base_url is None:
+        raise EngineLoadError(f"{where}.base_url: expected the address of the {profile.name} server, found none")
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise EngineLoadError(f"{where}.base_url: expected http(s)://HOST/..., found {base_url!r}")
+    if parts.username or parts.password or parts.query:
+        raise EngineLoadError(f"{where}.base_url: expected an address without credentials; name api_key_variable")
+    model = wanted.name or config.name
+    spec = EndpointSpec(
+        profile=profile,
+        model=model,
+        base_url=base_url,
+        max_concurrency=wanted.max_concurrency or profile.concurrency_for(model),
+        timeout_s=config.timeout_s or profile.timeout_s,
+        is_stream=_is_stream(config.mode, profile.mode),
+        max_retries=config.max_retries,
+    )
+    return Endpoint(spec, _secret(wanted, where), patience)
+
+
+def _secret(wanted: Fallback, where: str) -> str:
+    """The key, from the environment; empty where the endpoint may be asked without one."""
+    profile = profile_of(wanted.provider or None)
+    if wanted.api_key_variable is None and not wanted.provider and wanted.base_url is not None:
+        # An address without a named provider is not OpenAI's: its key does not go there.
+        return ""
+    variable = wanted.api_key_variable or profile.api_key_variable
+    secret = os.environ.get(variable, "").strip()
+    if not secret and (wanted.api_key_variable is not None or not profile.is_key_optional):
+        raise EngineLoadError(
+            f"{where}.api_key_variable: expected the key of {profile.name} in the environment variable {variable}, "
+            "which is not set"
+        )
+    return secret
+
+
+def _is_stream(mode: RemoteMode, profile_mode: str) -> bool:
+    return (profile_mode if mode == "auto" else mode) == "stream"

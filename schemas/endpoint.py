@@ -1,0 +1,42 @@
+"""Addresses of endpoints and names of variables that hold keys, checked as job files bring them.
+
+A job file names keys, it never holds one. What looks like a key in the place of a name is refused without being shown,
+because messages end up in logs.
+"""
+
+import re
+from typing import Annotated, TypeAlias
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator
+
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
+
+
+def _checked_address(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        has_port = parts.port is None or parts.port > 0
+    except ValueError:
+        parts, has_port = urlsplit(""), False
+    if parts.scheme not in ("http", "https") or not parts.hostname or not has_port:
+        raise ValueError("expected an address such as https://host/v1")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("expected an address without user, query or fragment; keys come from the environment")
+    return value.rstrip("/")
+
+
+def _checked_variable(value: str) -> str:
+    if not _VARIABLE.fullmatch(value):
+        raise ValueError(
+            "expected the NAME of an environment variable, in capitals such as DEEPSEEK_API_KEY, found something else; "
+            "if it is a key, take it out of the file and replace it at the provider"
+        )
+    return value
+
+
+Address: TypeAlias = Annotated[str, AfterValidator(_checked_address)]
+"""`http` or `https`, without credentials, up to where `/chat/completions` follows."""
+
+KeyVariable: TypeAlias = Annotated[str, AfterValidator(_checked_variable)]
+"""Name of the environment variable that holds a key."""

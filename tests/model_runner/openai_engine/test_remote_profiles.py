@@ -1,0 +1,41 @@
+"""Provider profiles as data."""
+
+from importlib import resources
+
+import pytest
+from pydantic import ValidationError
+
+from model_runner.openai_engine.profiles import Profile, profile_of, profiles
+from schemas.errors import EngineLoadError
+
+
+def test_every_profile_of_the_mission_is_there_and_says_whether_it_was_tested() -> None:
+    found = profiles()
+    tested = {"deepseek", "alibaba", "volcano", "vllm", "sglang", "openai"}
+    assert {name for name, profile in found.items() if profile.evidence == "tested"} == tested
+    assert {"tencent", "huawei"} <= {name for name, profile in found.items() if profile.evidence == "untested"}
+    assert all(name == profile.name for name, profile in found.items())
+
+
+def test_no_profile_holds_a_key() -> None:
+    text = resources.files("model_runner.openai_engine").joinpath("profiles.toml").read_text("utf-8")
+    assert "sk-" not in text
+    assert all(profile.api_key_variable.isupper() for profile in profiles().values())
+
+
+def test_deepseek_limits_are_those_of_its_models() -> None:
+    deepseek = profile_of("deepseek")
+    assert deepseek.concurrency_for("deepseek-v4-flash") == 2500
+    assert deepseek.concurrency_for("DeepSeek-V4-Pro") == 500
+    assert deepseek.concurrency_for("something-new") == 500
+
+
+def test_unknown_provider_is_refused_naming_the_known_ones() -> None:
+    with pytest.raises(EngineLoadError, match=r"provider: expected one of alibaba, deepinfra, .*found 'nobody'"):
+        profile_of("nobody")
+
+
+def test_misspelt_key_of_a_profile_is_refused() -> None:
+    values = profile_of("deepseek").model_dump() | {"cached_token": ("x",)}
+    with pytest.raises(ValidationError, match="cached_token"):
+        Profile.model_validate(values)

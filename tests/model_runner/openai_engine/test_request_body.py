@@ -1,0 +1,174 @@
+"""Requests as bodies, each provider's way."""
+
+import json
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model_runner.openai_engine import request_body
+from model_runner.openai_engine.profiles import profile_of
+from model_runner.openai_engine.request_body import ChatBody, chat_body
+from schemas.chat_options import ChatOptions, ResponseFormat, Tool, ToolChoice
+from schemas.errors import InvalidSampling, RequestRefused
+from schemas.records import Message, Request, Sampling
+
+SCHEMA: Any = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+STRICT: Any = {
+    "name": "look",
+    "strict": True,
+    "parameters": {
+        "type": "object",
+        "properties": {"q": {"type": "string"}},
+        "required": ["q"],
+        "additionalProperties": False,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_told() -> None:
+    request_body._tell_once.cache_clear()
+
+
+def request(tenant: str = "", sampling: Sampling | None = None, **options: Any) -> Request:
+    messages = (Message("system", "Be brief."), Message("user", "How many?"))
+    return Request(
+        "r",
+        np.arange(3, dtype=np.int32),
+        messages,
+        sampling or Sampling(50),
+        tenant=tenant,
+        options=ChatOptions(**options),
+    )
+
+
+def body(provider: str, wanted: Request, model: str = "deepseek-v4-flash", *, is_stream: bool = False) -> ChatBody:
+    return chat_body(wanted, profile_of(provider), model, is_stream=is_stream)
+
+
+def test_plain_request_says_no_more_than_it_needs() -> None:
+    assert body("deepseek", request()).fields == {
+        "model": "deepseek-v4-flash",
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How many?"}],
+        "max_tokens": 50,
+        "temperature": 0.0,
+    }
+
+
+def test_messages_keep_their_further_fields() -> None:
+    wanted = Request(
+        "r",
+        np.arange(3, dtype=np.int32),
+        (Message("assistant", "", {"tool_calls": [], "reasoning_content": "hm"}), Message("tool", "4", {"x": 1})),
+        Sampling(5),
+    )
+    assert body("vllm", wanted).fields["messages"] == [
+        {"role": "assistant", "content": "", "tool_calls": [], "reasoning_content": "hm"},
+        {"role": "tool", "content": "4", "x": 1},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("provider", "expected"),
+    [
+        ("deepseek", {"thinking": {"type": "disabled"}}),
+        ("volcano", {"thinking": {"type": "disabled"}}),
+        ("alibaba", {"enable_thinking": False}),
+        ("vllm", {"chat_template_kwargs": {"thinking": False}}),
+        ("openai", {}),
+    ],
+)
+def test_thinking_is_switched_the_providers_way(provider: str, expected: dict[str, Any]) -> None:
+    plain = body(provider, request()).fields
+    switched = body(provider, request(thinking=False)).fields
+    assert {name: value for name, value in switched.items() if name not in plain} == expected
+
+
+def test_effort_is_mapped_as_the_model_knows_it() -> None:
+    assert body("deepseek", request(thinking=True, reasoning_effort="xhigh")).fields["reasoning_effort"] == "high"
+    assert body("openai", request(reasoning_effort="xhigh"), "gpt").fields["reasoning_effort"] == "xhigh"
+    assert "reasoning_effort" not in body("deepseek", request(thinking=False, reasoning_effort="high")).fields
+    with pytest.raises(InvalidSampling, match="reasoning_effort"):
+        body("deepseek", request(reasoning_effort="gigantic"))
+
+
+def test_schema_goes_into_the_prompt_where_the_provider_takes_none() -> None:
+    wanted = request(response_format=ResponseFormat("json_schema", SCHEMA))
+    fields = body("deepseek", wanted).fields
+    assert fields["response_format"] == {"type": "json_object"}
+    system = fields["messages"][0]["content"]
+    assert system.startswith("Be brief.\n\n")
+    assert json.dumps(SCHEMA) in system
+    assert "JSON" in system
+
+
+def test_schema_that_the_prompt_holds_already_is_not_put_there_twice() -> None:
+    wanted = Request(
+        "r",
+        np.arange(3, dtype=np.int32),
+        (Message("system", f"Keep {json.dumps(SCHEMA)}"), Message("user", "?")),
+        Sampling(5),
+        options=ChatOptions(response_format=ResponseFormat("json_schema", SCHEMA)),
+    )
+    assert body("deepseek", wanted).fields["messages"][0]["content"] == f"Keep {json.dumps(SCHEMA)}"
+
+
+def test_schema_is_sent_where_the_provider_takes_one() -> None:
+    fields = body("vllm", request(response_format=ResponseFormat("json_schema", SCHEMA))).fields
+    assert fields["response_format"] == {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    assert fields["messages"][0]["content"] == "Be brief."
+
+
+def test_strict_tools_go_to_the_address_for_them_only_where_the_provider_can_take_them() -> None:
+    strict = body("deepseek", request(tools=(Tool("look", STRICT),)))
+    assert strict.is_strict
+    assert strict.fields["tools"][0]["function"]["strict"] is True
+    loose_document: Any = {**STRICT, "parameters": {**STRICT["parameters"], "required": []}}
+    loose = body("deepseek", request(tools=(Tool("look", loose_document),)))
+    assert not loose.is_strict
+    assert "strict" not in loose.fields["tools"][0]["function"]
+    assert "strict" not in body("volcano", request(tools=(Tool("look", STRICT),))).fields["tools"][0]["function"]
+
+
+def test_choice_of_tools_is_sent_in_its_documented_form() -> None:
+    tools = (Tool("look", STRICT),)
+    named = body("vllm", request(tools=tools, tool_choice=ToolChoice("named", "look"), parallel_tool_calls=False))
+    assert named.fields["tool_choice"] == {"type": "function", "function": {"name": "look"}}
+    assert named.fields["parallel_tool_calls"] is False
+    assert body("vllm", request(tools=tools, tool_choice=ToolChoice("required"))).fields["tool_choice"] == "required"
+    assert "tool_choice" not in body("vllm", request(tools=tools)).fields
+
+
+def test_what_the_provider_does_not_take_is_not_sent_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    wanted = request(sampling=Sampling(5, seed=7, min_p=0.1, top_p=0.9))
+    with caplog.at_level(logging.WARNING):
+        first, *_ = (body("deepseek", wanted).fields for _ in range(3))
+    assert "seed" not in first
+    assert "min_p" not in first
+    assert first["top_p"] == 0.9
+    assert [record.getMessage() for record in caplog.records] == [
+        "deepseek takes no seed: it is not sent",
+        "deepseek takes no min_p: it is not sent",
+    ]
+    assert body("vllm", wanted).fields["seed"] == 7
+
+
+def test_more_stop_strings_than_the_provider_takes_refuse_the_request() -> None:
+    fits = request(sampling=Sampling(5, stop=tuple("abcd")))
+    assert body("volcano", fits).fields["stop"] == ["a", "b", "c", "d"]
+    with pytest.raises(RequestRefused, match=r"stop: volcano takes at most 4 stop strings, found 5"):
+        body("volcano", request(sampling=Sampling(5, stop=tuple("abcde"))))
+
+
+def test_tenants_are_told_apart_without_being_named() -> None:
+    one, same, other = (body("deepseek", request(tenant=name)).fields["user_id"] for name in ("acme", "acme", "zeta"))
+    assert one == same != other
+    assert "acme" not in one
+    assert "user_id" not in body("deepseek", request()).fields
+    assert body("vllm", request(tenant="acme")).fields["cache_salt"] == one
+
+
+def test_stream_asks_for_its_usage() -> None:
+    assert body("alibaba", request(), is_stream=True).fields["stream_options"] == {"include_usage": True}

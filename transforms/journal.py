@@ -1,0 +1,174 @@
+"""Journal: answers that are paid to a provider are kept as they arrive, and used again when a shard is answered anew.
+
+Part of *answer*, around the engine: `JournaledRunner` stands between *run* and the runner. A shard whose process was
+killed is answered again by another attempt; what the first one had received it finds here (`journal_file.py`), and asks
+only for the rest. Replayed completions are what they were, with their usage, provider and start, so they cost what they
+cost. What was kept and never used, because two attempts were at work at once, becomes waste when the shard is published
+(`transforms/waste.py`); so each answer is priced exactly once.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from model_runner.protocol import ModelRunner
+from schemas.canonical import fingerprint
+from schemas.chat_options import options_json
+from schemas.layout import RunLayout
+from schemas.records import Completion, Request
+from transforms.journal_file import Entry, JournalContent, JournalWriter, read_journal
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def request_key(request: Request) -> str:
+    """What a journaled answer must have been asked for to be an answer to this request: SHA-256, hexadecimal.
+
+    The row, its tenant, and all that is sent of it. Not the number of the attempt: a request that is sent again as it
+    was may take the answer that came to an earlier or a later sending of it.
+    """
+    sampling = request.sampling
+    return fingerprint(
+        {
+            "row": request.request_id,
+            "tenant": request.tenant,
+            "messages": [{"role": m.role, "content": m.content, "extra": dict(m.extra)} for m in request.messages],
+            "options": options_json(request.options),
+            "sampling": {
+                "max_tokens": sampling.max_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "stop": list(sampling.stop),
+                "seed": sampling.seed,
+                "min_p": sampling.min_p,
+                "logprobs": sampling.logprobs,
+            },
+        }
+    )
+
+
+def is_paid(completion: Completion) -> bool:
+    """Whether a completion is worth keeping: an answer, or a failure that used tokens.
+
+    A failure that cost nothing is better asked again.
+    """
+    usage = completion.usage
+    return completion.error is None or usage.prompt_tokens > 0 or usage.completion_tokens > 0
+
+
+@dataclass(slots=True)
+class ShardJournal:
+    """The journal as one attempt of a shard sees it: what others have kept, and what it keeps itself.
+
+    Attributes:
+        kept: by earlier attempts.
+        takes_failures: whether a failure that was paid is taken again; where a failed row stops the run it is not, or
+            the run could never go on.
+        references: (request id, attempt) -> where its answer is kept, of all answers of this attempt.
+        replayed: those of them that earlier attempts had kept.
+    """
+
+    kept: JournalContent
+    writer: JournalWriter
+    takes_failures: bool = True
+    references: dict[tuple[str, int], str] = field(default_factory=dict[tuple[str, int], str])
+    replayed: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
+    _by_key: dict[str, deque[Entry]] = field(default_factory=dict[str, deque[Entry]])
+
+    @classmethod
+    def open(cls, layout: RunLayout, shard: str, *, takes_failures: bool = True) -> Self:
+        """Read what is kept of a shard, and be ready to keep more.
+
+        Raises:
+            OSError: the store failed.
+        """
+        kept = read_journal(layout, shard)
+        if kept.num_damaged:
+            _LOGGER.warning(
+                "%s: %d lines are damaged; their answers are asked for again",
+                layout.shard_journal(shard),
+                kept.num_damaged,
+            )
+        journal = cls(kept, JournalWriter(layout, shard), takes_failures)
+        for entry in kept.entries:
+            if takes_failures or entry.completion.error is None:
+                journal._by_key.setdefault(entry.key, deque()).append(entry)
+        return journal
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if error is None:
+            self.writer.close()
+            return
+        # The error on its way says more than one of the store, which has the same cause or comes after it.
+        with suppress(OSError):
+            self.writer.close()
+
+    def replay(self, request: Request, key: str) -> Completion | None:
+        """The next kept answer to a request, each once; None where none is left."""
+        waiting = self._by_key.get(key)
+        if not waiting:
+            return None
+        entry = waiting.popleft()
+        place = (request.request_id, request.attempt)
+        self.references[place] = entry.reference
+        self.replayed.add(place)
+        return entry.completion
+
+    def keep(self, request_id: str, attempt: int, key: str, completion: Completion) -> None:
+        """Keep an answer that has just arrived, if it was paid.
+
+        Raises:
+            OSError: the store failed.
+        """
+        if is_paid(completion):
+            self.references[request_id, attempt] = self.writer.append(key, attempt, completion)
+
+    @property
+    def counters(self) -> Mapping[str, float]:
+        """What became of kept answers, for the shard's commit; nothing where none was kept before."""
+        if not self.kept.entries and not self.kept.num_damaged:
+            return {}
+        return {"num_replayed_answers": len(self.replayed), "num_damaged_journal_lines": self.kept.num_damaged}
+
+
+@dataclass(frozen=True, slots=True)
+class JournaledRunner:
+    """A runner that is asked only for what the journal does not hold; its answers are kept before anybody sees them."""
+
+    runner: ModelRunner
+    journal: ShardJournal
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """As `ModelRunner.generate`; kept answers come as soon as their requests are pulled.
+
+        Raises:
+            OSError: an answer could not be kept.
+        """
+        journal = self.journal
+        replayed: deque[Completion] = deque()
+        asked: dict[str, tuple[int, str]] = {}
+
+        def unanswered() -> Iterator[Request]:
+            for request in requests:
+                key = request_key(request)
+                completion = journal.replay(request, key)
+                if completion is not None:
+                    replayed.append(completion)
+                else:
+                    asked[request.request_id] = (request.attempt, key)
+                    yield request
+
+        for completion in self.runner.generate(unanswered()):
+            if (place := asked.pop(completion.request_id, None)) is not None:
+                journal.keep(completion.request_id, *place, completion)
+            while replayed:
+                yield replayed.popleft()
+            yield completion
+        yield from replayed
