@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.focus_export import FOCUS_VERSION, focus_report_table, focus_table
+from jobs.quote_record import quote_beside_actual
 from jobs.report_table import Cell, Column, ReportTable, csv_text, html_text, table_bytes
 from jobs.run_record import RunRecord
 from jobs.run_state import read_manifest
@@ -95,6 +96,7 @@ def report_of(
         _outcomes_table(outcomes),
         _rejects_table(manifest),
         _checks_table(manifest),
+        _quote_table(layout),
     ]
     if made is not None:
         tables += chain_tables(made)
@@ -215,6 +217,34 @@ def _checks_table(manifest: Mapping[str, Any]) -> ReportTable:
     columns = (Column("accounts", "text"), Column("found", "text"))
     note = None if checks else "This run was written by a version that did not check them."
     return ReportTable("checks", "Accounts held against each other", columns, tuple(checks.items()), note)
+
+
+def _quote_table(layout: RunLayout) -> ReportTable:
+    """What was quoted before the run, or what its plan promises, beside what it took."""
+    columns = (
+        Column("figure", "text"),
+        Column("low", "money"),
+        Column("expected", "money"),
+        Column("high", "money"),
+        Column("actual", "money"),
+        Column("unit", "text"),
+        Column("is_within", "text"),
+    )
+    spelled = {True: "yes", False: "no", None: None}
+    rows = tuple(
+        (
+            figure.name,
+            figure.low,
+            figure.expected,
+            figure.high,
+            figure.actual,
+            figure.currency or figure.unit,
+            spelled[figure.is_within],
+        )
+        for figure in quote_beside_actual(layout)
+    )
+    note = "`moebeam estimate --save` keeps a quote before the run; without one the plan's own figures stand here."
+    return ReportTable("quote", "Quote beside actual", columns, rows, note)
 
 
 def write_report(

@@ -111,6 +111,14 @@ def test_what_data_brings_is_inert_in_every_file(
     assert "\\x1b[2J" in shown
 
 
+def test_a_quote_stands_beside_what_the_run_took(output: Path) -> None:
+    table = tables_of(output)["quote"]
+    totals = json.loads((output / "manifest.json").read_text())["totals"]
+    actual = dict(zip(column(table, "figure"), column(table, "actual"), strict=True))
+    assert actual["prompt tokens"] == totals["prompt_tokens"]
+    assert "no" not in column(table, "is_within")
+
+
 def test_json_is_one_line_on_standard_output(output: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run_command(["report", str(output), "--by", "outcome", "--json"]) == 0
     captured = capfd.readouterr()

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -145,6 +146,8 @@ def test_the_length_of_the_prompt_chooses_the_tier_of_its_price() -> None:
     header = ",".join((*COLUMNS, "prompt_tokens"))
     lines = ("p,m,2020-01-01T00:00:00Z,,,USD,,1,0,0-9", "p,m,2020-01-01T00:00:00Z,,,USD,,2,0,10-")
     book = PriceBook.parse("\n".join([header, *lines]).encode(), "book.csv")
-    answers = [answer(Usage(prompt_tokens=tokens, completion_tokens=0, cached_tokens=0)) for tokens in (9, 10)]
+    usages = [Usage(prompt_tokens=tokens, completion_tokens=0, cached_tokens=0) for tokens in (9, 10)]
+    given = answer()
+    answers = [replace(given, completion=replace(given.completion, usage=usage)) for usage in usages]
     ids = [accounted.charge.line.line_id for accounted in account(answers, book, "p", "m") if accounted.charge]
     assert ids == ["2", "3"]

@@ -5,7 +5,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jobs.prices.shipped import SHIPPED_BOOK
@@ -148,6 +148,10 @@ def test_lines_of_different_days_do_not_overlap_but_of_one_they_do() -> None:
         book_of(week, line(rest="sat-sun +08:00,,,"))
 
 
+@example(num_tokens=128_000)
+@example(num_tokens=128_001)
+@example(num_tokens=200_000)
+@example(num_tokens=200_001)
 @given(num_tokens=st.integers(0, 300_000))
 def test_the_length_of_the_prompt_decides_between_tiers(num_tokens: int) -> None:
     book = book_of(
