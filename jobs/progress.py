@@ -208,6 +208,8 @@ def _spell_hits(summary: RunSummary) -> str:
 
 def _spell_cost(summary: RunSummary) -> str:
     if summary.cost is None:
+        if summary.num_reused and not summary.prompt_tokens + summary.completion_tokens:
+            return "none, nothing was asked"
         return "unknown: the job names no price book" if summary.price_book is None else "unknown: no price applies"
     bound = "at most " if summary.cost_basis == "upper_bound" else ""
     cost = f"{bound}{spell_money(summary.cost, summary.currency)}"

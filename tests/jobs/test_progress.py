@@ -170,6 +170,13 @@ def test_the_summary_tells_unknown_from_zero():
     assert "0.00" not in text
 
 
+def test_a_run_that_only_took_over_answers_cost_nothing():
+    reused = replace(SUMMARY, cost=None, num_reused=1990, prompt_tokens=0, completion_tokens=0)
+    text = shown(reused)
+    assert "none, nothing was asked" in text and "1,990 of the results" in text
+    assert "unknown: no price applies" in shown(replace(reused, prompt_tokens=5))
+
+
 def test_an_upper_bound_is_called_one():
     assert "at most 1.50 USD" in shown(replace(SUMMARY, cost_basis="upper_bound"))
 
