@@ -38,6 +38,8 @@ HASH_TOKENS = (64, 1024)
 """A usual choice, and one that looks past most system prompts."""
 
 OTHERS = (*(f"hash {num_tokens}" for num_tokens in HASH_TOKENS), "round-robin", "arrival")
+KEPT_CACHES: tuple[Cache, Cache] = ("unlimited", "lru")
+"""Of the other ways, whose workers keep their caches."""
 
 _TABLES = (("prefill over tree", "at most"), ("busiest worker over mean", "largest"), ("busiest worker over ideal", ""))
 """Title of a table, and of what it tells of the shards beside: the bound, the largest shard over the mean one."""
@@ -62,7 +64,7 @@ class Comparison:
     """A workload under all ways.
 
     Attributes:
-        planned_over_real: what the plan expects all rows to cost over what it would expect of a single run; above 1
+        planned_over_one_run: what the plan expects all rows to cost over what it would expect of a single run; above 1
             where rows that share stand in different runs, as each run reckons alone.
         cache_tokens: what the cache of the least recently used tokens holds, at each worker.
     """
@@ -75,7 +77,7 @@ class Comparison:
     tree_tokens: int
     deepest_tokens: int
     num_runs: int
-    planned_over_real: float
+    planned_over_one_run: float
     cache_tokens: int
     outcomes: tuple[Outcome, ...]
 
@@ -172,7 +174,7 @@ def compare(workload: Workload, options: Options) -> Comparison:
             outputs = _sums(workers, workload.num_output_tokens, num_workers)
             outcomes += [
                 _outcome(way, cache, num_groups, prefill, prefill + outputs, ideal_cost)
-                for cache, prefill in (("unlimited", unlimited), ("lru", bounded))
+                for cache, prefill in zip(KEPT_CACHES, (unlimited, bounded), strict=True)
             ]
     one_run_cost = order.tree_tokens + int(expected_output_tokens(workload).sum())
     return Comparison(
@@ -184,7 +186,7 @@ def compare(workload: Workload, options: Options) -> Comparison:
         tree_tokens=order.tree_tokens,
         deepest_tokens=order.deepest_tokens,
         num_runs=len(order.runs),
-        planned_over_real=order.planned_cost / one_run_cost,
+        planned_over_one_run=order.planned_cost / one_run_cost,
         cache_tokens=cache_tokens,
         outcomes=tuple(outcomes),
     )
@@ -266,10 +268,10 @@ def table_lines(found: Comparison) -> list[str]:
         f"{found.name}: {found.title}",
         f"{found.num_rows:,} prompts, {found.num_prompt_tokens:,} tokens, tree {found.tree_tokens:,} "
         f"(h* {found.max_hit_rate:.1%}), deepest path {found.deepest_tokens:,}; answers {found.num_output_tokens:,}; "
-        f"{found.num_runs} runs, planned cost {found.planned_over_real:.2f} of a single run's; "
+        f"{found.num_runs} runs, planned cost {found.planned_over_one_run:.2f} of a single run's; "
         f"lru holds {found.cache_tokens:,}",
     ]
-    kinds = [(way, cache) for way in OTHERS for cache in ("unlimited", "lru")]
+    kinds: list[tuple[str, Cache]] = [(way, cache) for way in OTHERS for cache in KEPT_CACHES]
     others = "".join(f"{way:>15}" for way in OTHERS)
     sides = "".join(f"{'∞':>8}{'lru':>7}" for _ in OTHERS)
     for title, of_shards in _TABLES:

@@ -108,9 +108,10 @@ def workloads(draw: st.DrawFn) -> Workload:
         for path in paths
     ]
     sizes = draw(st.lists(st.integers(1, 5), min_size=len(ids), max_size=len(ids)))
-    most = draw(st.lists(st.sampled_from([1, 8, 600]), min_size=len(paths), max_size=len(paths)))
-    ones = np.ones(len(paths), dtype=np.int64)
-    return Workload("made", "made", np.array(table), np.array(sizes), np.array(most), ones)
+    # Of equal prompts the plan puts one sampling before the other, which the simulation does not know: they ask alike.
+    most = draw(st.lists(st.sampled_from([1, 8, 600]), min_size=len(ids), max_size=len(ids)))
+    max_tokens = np.array([most[ids[tuple(path)]] for path in paths])
+    return Workload("made", "made", np.array(table), np.array(sizes), max_tokens, np.ones_like(max_tokens))
 
 
 @given(prompts=PROMPTS, data=st.data())
@@ -208,7 +209,7 @@ def test_answers_beyond_what_is_expected_weigh_no_more(tmp_path: Path) -> None:
     assert fewer < most == more
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     workload=workloads(),
     run_rows=st.integers(1, 30),
