@@ -97,12 +97,16 @@ def _remote_config(section: ModelSection, *, needs_key: bool) -> EngineConfig:
         variable = named.api_key_variable or profile.api_key_variable
         # An address without a named provider is not OpenAI's: it is asked without a key unless one is named.
         is_free = profile.is_key_optional or (named.provider is None and named.base_url is not None)
+        if section.mode == "batch" and not profile.has_batches:
+            raise JobFileError(f"{where} mode: expected a provider with batches, found {profile.name!r}")
         needs_one = named.api_key_variable is not None or not is_free
         if needs_key and needs_one and not os.environ.get(variable, "").strip():
             raise JobFileError(
                 f"{where}: expected the key of provider {profile.name!r} in the environment variable {variable}, "
                 "found none"
             )
+    if section.mode == "batch" and section.fallbacks:
+        raise JobFileError("[model] fallbacks: expected none in mode 'batch', whose batches lie at one provider")
     return EngineConfig(
         engine=section.engine,
         path=section.path or "",
@@ -149,7 +153,8 @@ def price_line(job: Job, engine: EngineConfig, prices: PriceBook) -> PriceLine:
     """
     provider = job.accounting.provider or provider_of(engine)
     model = job.accounting.model or engine.name
-    line = prices.find(provider, model, datetime.now(UTC))
+    mode = "batch" if engine.mode == "batch" else "online"
+    line = prices.find(provider, model, datetime.now(UTC), mode=mode)
     if line is None:
         raise JobFileError(
             f"{job.accounting.price_book}: expected a price of provider {provider!r}, model {model!r} that holds now, "

@@ -11,7 +11,7 @@ from typing import Literal, Protocol, TypeAlias, cast, runtime_checkable
 from schemas.errors import EngineLoadError
 from schemas.records import Completion, Request
 
-RemoteMode: TypeAlias = Literal["auto", "plain", "stream"]
+RemoteMode: TypeAlias = Literal["auto", "plain", "stream", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,9 @@ class EngineConfig:
         timeout_s: most seconds without a byte from the provider; 0 takes the profile's.
         max_retries: how often one provider is asked again after a failure that may pass.
         fallbacks: who is asked, in this order, where the one before could not answer.
-        mode: `plain` waits for whole answers, `stream` reads them in pieces, `auto` takes the profile's.
+        mode: `plain` waits for whole answers, `stream` reads them in pieces, `auto` takes the profile's; `batch` sends
+            files that the provider answers within a day.
+        run_id: whose batches are taken up after a crash; set where the engine is loaded.
     """
 
     engine: str
@@ -57,6 +59,7 @@ class EngineConfig:
     max_retries: int = 6
     fallbacks: tuple["Fallback", ...] = ()
     mode: RemoteMode = "auto"
+    run_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

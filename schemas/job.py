@@ -143,8 +143,10 @@ class ModelSection(Section):
     max_retries: int = Field(
         default=6, ge=0, le=50, description="Times that one provider is asked again after a failure that may pass"
     )
-    mode: Literal["auto", "plain", "stream"] = Field(
-        default="auto", description="Whether answers come whole or in pieces; `auto` is what suits the provider"
+    mode: Literal["auto", "plain", "stream", "batch"] = Field(
+        default="auto",
+        description="Whether answers come whole or in pieces; `auto` is what suits the provider; `batch` sends files "
+        "that it answers within a day at its batch price",
     )
     fallbacks: tuple[FallbackSection, ...] = Field(
         default=(),

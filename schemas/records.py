@@ -15,6 +15,7 @@ import numpy.typing as npt
 from schemas.canonical import Json
 from schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
 from schemas.errors import RowError
+from schemas.prices import PriceMode
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
 FinishReason: TypeAlias = Literal[
@@ -113,7 +114,8 @@ class Completion:
     """What became of one request: an answer, or a typed failure in `error`.
 
     `started_at` (UTC) decides the price; `latency_ms` is measured from there to the last token. `usage` counts what
-    was paid, also for a failure. `logprobs` are natural logarithms, one for each completion token, where asked for.
+    was paid, also for a failure; `price_mode` says at which of the provider's prices. `logprobs` are natural
+    logarithms, one for each completion token, where asked for.
     """
 
     request_id: str
@@ -129,3 +131,4 @@ class Completion:
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[float, ...] | None = None
     error: RowError | None = None
+    price_mode: PriceMode = "online"

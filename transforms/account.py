@@ -59,6 +59,7 @@ def account(
             model or completion.model,
             completion.started_at,
             prompt_tokens=completion.usage.prompt_tokens,
+            mode=completion.price_mode,
         )
         yield AccountedAnswer(answer, charge(completion.usage, line) if line else None)
 

@@ -196,7 +196,8 @@ class _AnswerShard(beam.DoFn):
             or (spec.failures.engine_process == "auto" and spec.failures.max_silence_s is not None)
             or (spec.failures.engine_process == "auto" and has_lost_a_holder(spec.layout))
         )
-        return LoadedEngine.load(spec.engine, is_isolated=is_isolated, max_silence_s=spec.failures.max_silence_s)
+        engine = replace(spec.engine, run_id=spec.run_id)
+        return LoadedEngine.load(engine, is_isolated=is_isolated, max_silence_s=spec.failures.max_silence_s)
 
 
 def planned_rows(table: pa.Table, spec: AnswerSpec) -> PlannedRows:

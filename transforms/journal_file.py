@@ -193,6 +193,7 @@ def _line_of(key: str, attempt: int, completion: Completion) -> bytes:
         "reasoning_content": completion.reasoning_content,
         "tool_calls": [asdict(call) for call in completion.tool_calls],
         "logprobs": completion.logprobs,
+        "price_mode": completion.price_mode,
         "error": error and {"type": error.error_type, "message": str(error)},
     }
     # A provider's JSON may spell half a surrogate pair, and two halves are not the whole: each is kept as it is.

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
+from model_runner.openai_engine.batch_service import BatchService
+from model_runner.openai_engine.batches import BatchRunner
 from model_runner.openai_engine.endpoint import Arrived, Endpoint, EndpointSpec, Patience
 from model_runner.openai_engine.event_loop import BackgroundLoop
 from model_runner.openai_engine.failures import CallFailure
@@ -202,7 +204,7 @@ def _cancel(tasks: set[asyncio.Task[None]]) -> None:
         task.cancel()
 
 
-def load_openai_runner(config: EngineConfig, patience: Patience | None = None) -> OpenAIRunner:
+def load_openai_runner(config: EngineConfig, patience: Patience | None = None) -> OpenAIRunner | BatchRunner:
     """Look up providers and keys; no call is made.
 
     Raises:
@@ -215,6 +217,9 @@ def load_openai_runner(config: EngineConfig, patience: Patience | None = None) -
         api_key_variable=config.api_key_variable,
         max_concurrency=config.max_concurrency,
     )
+    if config.mode == "batch":
+        service = BatchService(_spec(config, first, "model"), _secret(first, "model"))
+        return BatchRunner(config, service, config.run_id)
     return OpenAIRunner(
         config,
         [_endpoint(config, wanted, where, patience) for where, wanted in _named((first, *config.fallbacks))],
@@ -227,6 +232,11 @@ def _named(wanted: Sequence[Fallback]) -> Iterator[tuple[str, Fallback]]:
 
 
 def _endpoint(config: EngineConfig, wanted: Fallback, where: str, patience: Patience | None) -> Endpoint:
+    return Endpoint(_spec(config, wanted, where), _secret(wanted, where), patience)
+
+
+def _spec(config: EngineConfig, wanted: Fallback, where: str) -> EndpointSpec:
+    """Where and how one provider is asked; raises as `load_openai_runner` does."""
     profile = profile_of(wanted.provider or None)
     base_url = wanted.base_url or profile.base_url
     if base_url is None:
@@ -237,7 +247,7 @@ def _endpoint(config: EngineConfig, wanted: Fallback, where: str, patience: Pati
     if parts.username or parts.password or parts.query:
         raise EngineLoadError(f"{where}.base_url: expected an address without credentials; name api_key_variable")
     model = wanted.name or config.name
-    spec = EndpointSpec(
+    return EndpointSpec(
         profile=profile,
         model=model,
         base_url=base_url,
@@ -246,7 +256,6 @@ def _endpoint(config: EngineConfig, wanted: Fallback, where: str, patience: Pati
         is_stream=_is_stream(config.mode, profile.mode),
         max_retries=config.max_retries,
     )
-    return Endpoint(spec, _secret(wanted, where), patience)
 
 
 def _secret(wanted: Fallback, where: str) -> str:

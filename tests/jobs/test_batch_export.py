@@ -267,6 +267,12 @@ def test_an_unfinished_run_is_exported_only_when_asked_for_and_then_what_is_comm
         (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)
 
 
+def test_what_is_no_run_is_refused_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told = spoken(capsys, "export", str(tmp_path / "none"), "--openai-batch", str(tmp_path / "files"))
+    assert code == 2 and "expected the output folder of a run" in told["error"]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_of_nothing_but_rejects_has_an_empty_output_file(
     folder: Path, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:

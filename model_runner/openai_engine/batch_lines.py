@@ -1,0 +1,201 @@
+"""The lines of a batch: requests as they are uploaded, answers and errors as they come back.
+
+Part of the `openai` engine in batch mode; `batches.py` sends the files. Every line is known by a digest of all that is
+asked, so that a batch found at the provider can be told for ours, and nothing of the input's ids leaves the house.
+"""
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+import httpx2
+import openai
+from pydantic import BaseModel, ValidationError
+
+from model_runner.openai_engine.failures import CallFailure, failure_of
+from model_runner.openai_engine.profiles import Profile
+from model_runner.openai_engine.request_body import chat_body
+from model_runner.openai_engine.responses import Answer, read_answer
+from schemas.canonical import fingerprint
+from schemas.errors import EngineFailed, EngineTimeout, MalformedResponse, RowError
+from schemas.records import Request
+
+CHAT_URL = "/v1/chat/completions"
+MAX_LINES = 50_000
+MAX_BYTES = 100_000_000
+"""What every provider takes: OpenAI up to 200 MB, Alibaba 500 MB, Together 100 MB."""
+
+DIGEST_KEY = "moebeam"
+_SKETCH_KEY = "moebeam_lines_"
+_NUM_SKETCH_KEYS = 14
+_SKETCHES_A_KEY = 64
+_SKETCH_CHARACTERS = 8
+"""A batch's metadata has at most 16 keys of at most 512 characters."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class BatchWindow:
+    """Requests that go out as one batch.
+
+    Attributes:
+        waiting: line id -> request id, of the requests without an outcome.
+        file: their lines, on disk and without a name.
+    """
+
+    file: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
+    waiting: dict[str, str] = field(default_factory=dict[str, str])
+    num_bytes: int = 0
+
+    def has_room(self, line: bytes) -> bool:
+        """Whether a line fits; the first one always does."""
+        return not self.waiting or (len(self.waiting) < MAX_LINES and self.num_bytes + len(line) <= MAX_BYTES)
+
+    def add(self, line_id: str, request_id: str, line: bytes) -> None:
+        self.waiting[line_id] = request_id
+        self.file.write(line)
+        self.num_bytes += len(line)
+
+    def remaining(self) -> "BatchWindow":
+        """A window of the requests that still wait; this one's file is closed."""
+        rest = BatchWindow()
+        self.file.seek(0)
+        for line in self.file:
+            line_id = json.loads(line)["custom_id"]
+            if line_id in self.waiting:
+                rest.add(line_id, self.waiting[line_id], line)
+        self.file.close()
+        return rest
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a batch of these lines is found by: the digest of all, and of as many single lines as there is room for.
+
+        After a crash only some of a batch's requests may be asked again, and those have another digest together.
+        """
+        shown = [line_id[:_SKETCH_CHARACTERS] for line_id in sorted(self.waiting)]
+        keys = range(min(_NUM_SKETCH_KEYS, -(-len(shown) // _SKETCHES_A_KEY)))
+        sketches = {
+            f"{_SKETCH_KEY}{key}": "".join(shown[key * _SKETCHES_A_KEY : (key + 1) * _SKETCHES_A_KEY]) for key in keys
+        }
+        return {DIGEST_KEY: fingerprint(sorted(self.waiting)), **sketches}
+
+
+def request_line(request: Request, profile: Profile, model: str, *, scope: str) -> tuple[str, bytes]:
+    """A request's line id and its line.
+
+    Args:
+        scope: whose request it is; equal requests of two scopes have two ids.
+    Raises:
+        RequestRefused: the provider is known to refuse it.
+        InvalidSampling: the model knows no such reasoning effort.
+    """
+    body = chat_body(request, profile, model, is_stream=False)
+    line_id = fingerprint(
+        {
+            "scope": scope,
+            "row": request.request_id,
+            "attempt": request.attempt,
+            "tenant": request.tenant,
+            "body": body.fields,
+        }
+    )[:40]
+    line = {"custom_id": line_id, "method": "POST", "url": CHAT_URL, "body": body.fields}
+    return line_id, _line_bytes(line)
+
+
+def _line_bytes(line: Mapping[str, Any]) -> bytes:
+    try:
+        text = json.dumps(line, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    except UnicodeEncodeError:
+        # An answer that is shown to the model again may hold half of a surrogate pair, which only ASCII can spell.
+        text = json.dumps(line, separators=(",", ":"), allow_nan=False).encode()
+    return text + b"\n"
+
+
+def may_hold(metadata: Mapping[str, str] | None, window: BatchWindow) -> bool:
+    """Whether a batch may have lines of a window, by what its metadata shows of them.
+
+    Certain for batches of up to 896 lines, and where the window is the batch; else a small rest of a large batch may
+    be overlooked.
+    """
+    if not metadata or DIGEST_KEY not in metadata:
+        return False
+    if metadata[DIGEST_KEY] == window.metadata[DIGEST_KEY]:
+        return True
+    wanted = {line_id[:_SKETCH_CHARACTERS] for line_id in window.waiting}
+    shown = "".join(value for key, value in metadata.items() if key.startswith(_SKETCH_KEY))
+    places = range(0, len(shown), _SKETCH_CHARACTERS)
+    return any(shown[place : place + _SKETCH_CHARACTERS] in wanted for place in places)
+
+
+class _Response(BaseModel):
+    status_code: int
+    body: Any = None
+
+
+class _LineError(BaseModel):
+    code: str | None = None
+    message: str | None = None
+
+
+class _Line(BaseModel):
+    custom_id: str
+    response: _Response | None = None
+    error: _LineError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a line became: an answer, or why there is none."""
+
+    line_id: str
+    result: Answer | CallFailure
+
+
+def outcomes(lines: Iterable[bytes], profile: Profile, secret: str) -> Iterator[Outcome]:
+    """The outcomes of a downloaded file; a line that cannot be read has none, and its request goes on waiting."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            parsed = _Line.model_validate_json(line)
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_input=False)[0]
+            _log.warning("%s: line %d of a batch's file is passed over: %s", profile.name, number, found["msg"])
+            continue
+        yield Outcome(parsed.custom_id, _result(parsed, profile, secret))
+
+
+def _result(line: _Line, profile: Profile, secret: str) -> Answer | CallFailure:
+    response = line.response
+    if response is not None and 200 <= response.status_code < 300:
+        try:
+            return read_answer(json.dumps(response.body).encode(), profile)
+        except MalformedResponse as error:
+            return failure_of(error, profile, secret)
+    if response is not None and response.status_code >= 400:
+        return failure_of(_status_error(response), profile, secret)
+    code = line.error.code if line.error is not None else None
+    message = (line.error.message if line.error is not None else None) or "no reason given"
+    text = f"{profile.name}: {code or 'error'}: {message}"
+    error: RowError = EngineTimeout(text) if code == "batch_expired" else EngineFailed(text)
+    return CallFailure("retry" if code == "batch_expired" else "row", error)
+
+
+def _status_error(response: _Response) -> openai.APIStatusError:
+    """A line's refusal as the client would have raised it, so that it is judged as such."""
+    sent = httpx2.Request("POST", f"http://batch{CHAT_URL}")
+    return openai.APIStatusError(
+        "refused", response=httpx2.Response(response.status_code, request=sent), body=response.body
+    )
+
+
+def problems_of(errors: Sequence[tuple[str | None, str | None]]) -> str:
+    """Why a provider did not begin a batch, the first reasons."""
+    told = [f"{code or 'error'}: {message or 'no reason given'}" for code, message in errors[:3]]
+    return "; ".join(told) or "no reason given"

@@ -1,0 +1,198 @@
+"""A provider's Files and Batches: find, submit, wait, download.
+
+Part of the `openai` engine in batch mode, between `batches.py` and the official client. Whatever the client raises ends
+here as `EngineUnavailable`: what nobody could ask for stays unanswered and is no reject.
+"""
+
+import logging
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import IO, Any
+
+import httpx2
+import openai
+from openai.types import Batch, FileObject
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from model_runner.openai_engine.batch_lines import CHAT_URL, DIGEST_KEY, BatchWindow, may_hold
+from model_runner.openai_engine.endpoint import EndpointSpec
+from model_runner.openai_engine.failures import failure_of
+from schemas.errors import EngineUnavailable
+
+_ENDED = frozenset({"completed", "expired", "cancelled", "failed"})
+_MAX_AGE = timedelta(days=30)
+"""Providers keep the files of a batch for about so long."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPatience:
+    """How long to wait, and how many looks at a batch in a row may fail.
+
+    Attributes:
+        queue_wait_s: before a batch is submitted again that was refused because too much is queued; twice as long each
+            time.
+    """
+
+    first_look_s: float = 5.0
+    max_look_s: float = 60.0
+    max_failed_looks: int = 60
+    queue_wait_s: float = 60.0
+
+
+@dataclass(slots=True)
+class BatchService:
+    """One provider's batches; threads may share it.
+
+    Attributes:
+        counts: batches submitted, and looks at them.
+    """
+
+    spec: EndpointSpec
+    secret: str = field(repr=False)
+    patience: BatchPatience = field(default_factory=BatchPatience)
+    sleep: Callable[[float], None] = time.sleep
+    counts: Counter[str] = field(default_factory=Counter[str])
+    _client: openai.OpenAI = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # What OpenAI's own account variables say is no other provider's affair.
+        foreign: dict[str, Any] = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
+        self._client = openai.OpenAI(
+            api_key=self.secret or "none",
+            base_url=self.spec.base_url,
+            max_retries=self.spec.max_retries,
+            timeout=self.spec.timeout_s,
+            default_headers=None if self.spec.profile.name == "openai" else foreign,
+        )
+
+    def find(self, window: BatchWindow) -> list[Batch]:
+        """The batches, of the last 30 days, that may hold lines of a window; none that failed to begin.
+
+        Raises:
+            EngineUnavailable: they cannot be listed.
+        """
+        oldest = (datetime.now(UTC) - _MAX_AGE).timestamp()
+        try:
+            return [
+                batch
+                for batch in self._client.batches.list(limit=100)
+                if batch.created_at >= oldest and batch.status != "failed" and may_hold(batch.metadata, window)
+            ]
+        except openai.OpenAIError as error:
+            raise self._unavailable("batches cannot be listed", error) from error
+
+    def submit(self, window: BatchWindow) -> Batch:
+        """Upload a window and make one batch of it.
+
+        Raises:
+            EngineUnavailable: the provider takes none.
+        """
+        metadata = window.metadata
+        uploaded = self._uploaded(window, f"moebeam-{metadata[DIGEST_KEY][:16]}.jsonl")
+        batch = self._created(window, uploaded, metadata)
+        self.counts["num_batches_submitted"] += 1
+        if (batch.metadata or {}).get(DIGEST_KEY) != metadata[DIGEST_KEY]:
+            _log.warning(
+                "%s keeps no metadata: after a crash, batch %s would be submitted and paid again",
+                self.spec.profile.name,
+                batch.id,
+            )
+        return batch
+
+    def ended(self, batch: Batch) -> Batch:
+        """Wait for the end of a batch.
+
+        Raises:
+            EngineUnavailable: it cannot be looked at any more.
+        """
+        # The next look is the retry of one that failed.
+        looking = self._client.with_options(max_retries=0).batches
+        wait_s, num_failed = self.patience.first_look_s, 0
+        while batch.status not in _ENDED:
+            self.sleep(wait_s)
+            wait_s = min(self.patience.max_look_s, wait_s * 1.5)
+            self.counts["num_looks"] += 1
+            try:
+                batch, num_failed = looking.retrieve(batch.id), 0
+            except openai.OpenAIError as error:
+                num_failed += 1
+                if not self._may_pass(error) or num_failed > self.patience.max_failed_looks:
+                    raise self._unavailable(f"batch {batch.id} cannot be looked at", error) from error
+        return batch
+
+    def download(self, file_id: str) -> IO[bytes]:
+        """A file of a batch, whole, on this machine's disk and without a name; the caller closes it.
+
+        Raises:
+            EngineUnavailable: it cannot be fetched.
+        """
+        passing = (openai.APIConnectionError, httpx2.TransportError)
+        file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, the caller reads it
+        try:
+            for attempt in self._retrying(passing):
+                with attempt, self._client.files.with_streaming_response.content(file_id) as response:
+                    file.seek(0)
+                    file.truncate()
+                    for piece in response.iter_bytes():
+                        file.write(piece)
+        except (openai.OpenAIError, httpx2.TransportError) as error:
+            file.close()
+            raise self._unavailable(f"file {file_id} cannot be downloaded", error) from error
+        except BaseException:
+            file.close()
+            raise
+        file.seek(0)
+        return file
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _uploaded(self, window: BatchWindow, name: str) -> FileObject:
+        window.file.seek(0)
+        try:
+            return self._client.files.create(file=(name, window.file), purpose="batch")
+        except openai.OpenAIError as error:
+            raise self._unavailable("a batch's file cannot be uploaded", error) from error
+
+    def _created(self, window: BatchWindow, uploaded: FileObject, metadata: dict[str, str]) -> Batch:
+        """Make a batch once: where a response is lost, the batch is looked for before another is made."""
+        wait_s = self.patience.first_look_s
+        for num_left in range(self.spec.max_retries, -1, -1):
+            try:
+                # The client's own retries would not look.
+                return self._client.with_options(max_retries=0).batches.create(
+                    completion_window="24h", endpoint=CHAT_URL, input_file_id=uploaded.id, metadata=metadata
+                )
+            except openai.OpenAIError as error:
+                failure = failure_of(error, self.spec.profile, self.secret)
+                if not self._may_pass(error) or not num_left:
+                    raise self._unavailable("a batch cannot be made", error) from error
+            self.sleep(failure.retry_after_s or wait_s)
+            wait_s = min(self.patience.max_look_s, wait_s * 2)
+            for batch in self.find(window):
+                if batch.input_file_id == uploaded.id:
+                    return batch
+        raise AssertionError("the last try returns or raises")
+
+    def _may_pass(self, error: openai.OpenAIError) -> bool:
+        return failure_of(error, self.spec.profile, self.secret).consequence in ("retry", "overload")
+
+    def _retrying(self, passing: tuple[type[Exception], ...]) -> Retrying:
+        return Retrying(
+            sleep=self.sleep,
+            retry=retry_if_exception_type(passing),
+            stop=stop_after_attempt(self.spec.max_retries + 1),
+            wait=wait_exponential(self.patience.first_look_s, self.patience.max_look_s),
+            reraise=True,
+        )
+
+    def _unavailable(self, what: str, error: Exception) -> EngineUnavailable:
+        told = failure_of(error, self.spec.profile, self.secret).error
+        return EngineUnavailable(f"{what}: {told}")
