@@ -370,7 +370,7 @@ def _assert_published_alone(s3: S3Server, output: str) -> None:
     below = {path.relative_to(s3.path(output)).as_posix() for path in s3.path(output).rglob("*") if path.is_file()}
     folders = {name.rpartition("/")[0] for name in below}
     assert folders == {"", "results", "rejects", "ledger", "_moebeam", "_moebeam/plan", "_moebeam/commits"}
-    assert {name for name in below if "/" not in name} == {"manifest.json"}
+    assert {name for name in below if "/" not in name} == {"manifest.json", "views.sql"}
     assert storage.list_files(f"{output}/_moebeam/staging") == []
 
 
