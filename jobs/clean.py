@@ -17,9 +17,10 @@ from jobs.run_record import RunRecord
 from jobs.run_state import launchers_folder, modified_at, read_manifest, signs_of_life
 from schemas import storage
 from schemas.errors import OutputError
-from schemas.layout import TABLES, RunLayout
+from schemas.layout import RunLayout
 from transforms.commit import read_commit
 from transforms.plan import read_plan
+from transforms.publish import passing_files
 from transforms.waste import waste_folder
 
 RETENTION_DAYS = 30.0
@@ -157,14 +158,7 @@ def _leftovers(layout: RunLayout, *, is_complete: bool) -> Iterator[Removal]:
     yield _removal("heartbeats", [*_below(layout.progress), *_below(launchers_folder(layout))])
     if is_complete:
         yield _removal("records of waste, whose lines are in the ledger", _below(waste_folder(layout)))
-    elsewhere = (*map(layout.table, TABLES), layout.plan, layout.commits, layout.state, layout.output)
-    temporaries = [
-        entry
-        for folder in elsewhere
-        for name in storage.list_names(folder, ".tmp")
-        if name.startswith(".")
-        for entry in _below(storage.join(folder, name))
-    ]
+    temporaries = [entry for path in passing_files(layout) for entry in _below(path)]
     yield _removal("temporary files of writers that were killed", temporaries)
 
 

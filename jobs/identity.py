@@ -64,12 +64,14 @@ class JobIdentity:
         """
         try:
             if not storage.exists(layout.job):
-                if storage.is_folder(layout.output) and not _is_free(layout):
+                if not storage.is_folder(layout.output) or _is_free(layout):
+                    return
+                # Another launcher of this job may have claimed the folder since.
+                if not storage.exists(layout.job):
                     raise OutputError(
                         f"[output] path {layout.output!r}: expected an empty folder or one of this job, "
                         "found files that are not a moebeam run"
                     )
-                return
             found = json.loads(storage.read_bytes(layout.job))["parts"]
         except (ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{layout.job}: expected the identity of a run, found: {error}") from error
@@ -114,10 +116,13 @@ def why_not_resumable(place: Sequence[str]) -> str | None:
 
 
 def _is_free(layout: RunLayout) -> bool:
-    """Whether a folder holds nothing, or only the quote that was saved for the run to come."""
-    if not storage.holds_anything(layout.output):
-        return True
-    return [path for path, _ in storage.list_files(layout.output)] == [storage.spelled(layout.quote)]
+    """Whether a folder holds no more than the quote of the run to come and what claims of it have begun to write."""
+    begun = storage.spelled(layout.quote), storage.spelled(layout.job)
+    state = storage.spelled(layout.state)
+    return all(
+        path in begun or (path.rpartition("/")[0] == state and storage.is_passing(path))
+        for path, _ in storage.list_files(layout.output)
+    )
 
 
 def identify(

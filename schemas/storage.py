@@ -13,7 +13,7 @@ import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import fsspec
 import fsspec.core
@@ -24,6 +24,8 @@ from schemas.object_store import READ_BYTES, StoredFile, StoreError, is_local, n
 _MAX_CONFLICTS = 5
 _MIN_BLOCK_BYTES = 5 * 1024 * 1024
 _MAX_REMOVALS = 3
+_PROBE = "probe-"
+_TEMPORARY = ".tmp"
 
 
 def join(folder: str, *parts: str) -> str:
@@ -88,14 +90,6 @@ def _kind(fs: Any, inner: str) -> str | None:
     return None
 
 
-def holds_anything(folder: str) -> bool:
-    """Whether a folder holds any file or folder."""
-    with named_errors(folder):
-        fs, inner = file_system(folder)
-        # An S3 console makes a folder by an empty object whose name ends in a slash.
-        return any(name.rstrip("/") != inner.rstrip("/") for name in cast("list[str]", fs.ls(inner, detail=False)))
-
-
 def list_names(folder: str, suffix: str = "") -> list[str]:
     """Names of the files right below a folder that end in `suffix`, sorted; empty if there is no such folder."""
     found: list[Mapping[str, Any]] = []
@@ -156,7 +150,7 @@ def _found_in_store(fs: Any, inner: str) -> Iterator[tuple[str, Mapping[str, Any
     elif any(mark in inner for mark in "*?["):
         entries = fs.glob(inner, detail=True)
     for name, info in entries.items():
-        # See `holds_anything`: a name that ends in a slash stands for a folder.
+        # An S3 console makes a folder by an empty object whose name ends in a slash.
         if info["type"] == "file" and not name.endswith("/"):
             yield name, info
 
@@ -201,6 +195,17 @@ def write_whole(path: str, content: bytes) -> None:
     _sync_folder(target.parent)
 
 
+def is_passing(path: str) -> bool:
+    """Whether a file is one that a writer of this module makes for a moment, or leaves when it is killed in that."""
+    name = path.rpartition("/")[2]
+    return name.startswith(_PROBE) or (name.startswith(".") and name.endswith(_TEMPORARY))
+
+
+def temporary_of(target: Path) -> Path:
+    """Where a file on disk is written before it is renamed."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex}{_TEMPORARY}")
+
+
 def write_note(path: str, content: bytes) -> None:
     """Write a file that may be lost when the machine fails: whole for its readers, but not made durable.
 
@@ -212,7 +217,7 @@ def write_note(path: str, content: bytes) -> None:
         return
     target = Path(_local(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_of(target)
     try:
         temporary.write_bytes(content)
         temporary.replace(target)
@@ -290,7 +295,7 @@ def check_exclusive(folder: str) -> None:
     """
     if is_local(folder):
         return
-    probe = join(folder, f"probe-{uuid.uuid4().hex}")
+    probe = join(folder, f"{_PROBE}{uuid.uuid4().hex}")
     try:
         is_first, is_second = create_exclusive(probe, b"first"), create_exclusive(probe, b"second")
     finally:
@@ -310,7 +315,7 @@ def copy_whole(source: str, target: str) -> None:
     if is_local(target) and is_local(source):
         destination = Path(_local(target))
         destination.parent.mkdir(parents=True, exist_ok=True)
-        link = destination.with_name(f".{destination.name}.{uuid.uuid4().hex}.tmp")
+        link = temporary_of(destination)
         try:
             os.link(_local(source), link)
             link.replace(destination)
@@ -358,7 +363,7 @@ def _local(path: str) -> str:
 
 
 def _write_temporary(target: Path, content: bytes) -> Path:
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_of(target)
     try:
         with temporary.open("xb") as sink:
             sink.write(content)

@@ -5,14 +5,13 @@ Beside `schemas/storage.py`, whose whole files come from one value in memory.
 
 import contextlib
 import os
-import uuid
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
 from schemas.object_store import is_local, named_errors
-from schemas.storage import file_system, spelled, sync_folder
+from schemas.storage import file_system, spelled, sync_folder, temporary_of
 
 _BUFFER_BYTES = 1024 * 1024
 _PART_BYTES = 16 * 1024 * 1024
@@ -35,7 +34,7 @@ def streamed_file(path: str) -> Generator[Write]:
 @contextmanager
 def _on_disk(target: Path) -> Generator[Write]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_of(target)
     try:
         with temporary.open("xb", buffering=_BUFFER_BYTES) as sink:
             yield sink.write

@@ -24,7 +24,7 @@ from schemas.errors import EngineFailed, JobError
 from schemas.records import Completion, Request
 from tests.disturbed_runs import Tables, Work, problems_of
 
-READS = ("open_input", "exists", "is_folder", "holds_anything", "list_names", "list_files")
+READS = ("open_input", "exists", "is_folder", "list_names", "list_files")
 WRITES = ("write_whole", "write_note", "create_exclusive", "copy_whole", "sync_folder", "remove_tree", "remove_files")
 
 Kind = Literal[

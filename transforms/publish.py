@@ -210,9 +210,18 @@ def _remove_leftovers(layout: RunLayout) -> None:
     """Remove what only an unfinished run needs, and the temporary files of writers that were killed."""
     for folder in (layout.staging, layout.runs, layout.progress, layout.leases):
         storage.remove_tree(folder)
-    for folder in (*map(layout.table, TABLES), layout.plan, layout.commits, layout.state, layout.output):
-        temporaries = [name for name in storage.list_names(folder, ".tmp") if name.startswith(".")]
-        storage.remove_files([storage.join(folder, name) for name in temporaries])
+    storage.remove_files(passing_files(layout))
+
+
+def passing_files(layout: RunLayout) -> list[str]:
+    """Files that writers who were killed left beside those they wrote."""
+    folders = (*map(layout.table, TABLES), layout.plan, layout.commits, layout.state, layout.output)
+    return [
+        storage.join(folder, name)
+        for folder in folders
+        for name in storage.list_names(folder)
+        if storage.is_passing(name)
+    ]
 
 
 def _check_rows(totals: Totals, spec: PublishSpec) -> None:

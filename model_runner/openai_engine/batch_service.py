@@ -7,6 +7,7 @@ here as `EngineUnavailable`: what nobody could ask for stays unanswered and is n
 import logging
 import tempfile
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ class BatchPatience:
     queue_wait_s: float = 60.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class BatchService:
     """One provider's batches; threads may share it.
 
@@ -70,6 +71,8 @@ class BatchService:
             timeout=self.spec.timeout_s,
             default_headers=None if self.spec.profile.name == "openai" else foreign,
         )
+        # A cycle that is collected would finalize the sockets before the client that closes them.
+        weakref.finalize(self, self._client.close)
 
     def find(self, window: BatchWindow) -> list[Batch]:
         """The batches, of the last 30 days, that may hold lines of a window; none that failed to begin.
@@ -149,10 +152,6 @@ class BatchService:
             raise
         file.seek(0)
         return file
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._client.close()
 
     def _uploaded(self, window: BatchWindow, name: str) -> FileObject:
         window.file.seek(0)

@@ -1,6 +1,7 @@
 """What users' data does to a job: every bad value is a named reject or a clear error, and no row is lost."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from jobs.launch import launch
 from jobs.preflight import check_job
+from schemas import storage
 from schemas.errors import InputPatternError, JobFileError, OutputError
 from tests.jobs_for_tests import column, fake_job, read_table, run_fake_job, write_parquet, write_script
 
@@ -235,6 +237,38 @@ def test_an_output_of_another_job_or_with_other_files_is_refused(tmp_path: Path,
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
     with pytest.raises(OutputError, match="files that are not a moebeam run"):
         run_fake_job(source, tmp_path / "photos", tiny_checkpoint)
+    (tmp_path / "photos" / "_moebeam").mkdir()
+    (tmp_path / "photos" / "cat.jpg").rename(tmp_path / "photos" / "_moebeam" / "cat.jpg")
+    with pytest.raises(OutputError, match="files that are not a moebeam run"):
+        run_fake_job(source, tmp_path / "photos", tiny_checkpoint)
+
+
+def test_an_output_whose_claim_was_killed_half_way_is_free(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    source = write_parquet(tmp_path / "in.parquet", {"text": ["a"]})
+    state = tmp_path / "out" / "_moebeam"
+    state.mkdir(parents=True)
+    (state / ".job.json.0123.tmp").write_bytes(b"{")
+    (state / "probe-0123").write_bytes(b"first")
+    summary = run_fake_job(source, tmp_path / "out", tiny_checkpoint)
+    assert summary.num_results == 1
+    assert sorted(path.name for path in state.iterdir() if path.is_file()) == ["input.json", "job.json"]
+
+
+def test_an_output_that_another_launcher_claims_meanwhile_is_shared(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_parquet(tmp_path / "in.parquet", {"text": ["a"]})
+    real = storage.list_files
+
+    def list_files(pattern: str) -> list[tuple[str, Mapping[str, Any]]]:
+        if pattern == str(tmp_path / "out"):
+            monkeypatch.setattr(storage, "list_files", real)
+            run_fake_job(source, tmp_path / "out", tiny_checkpoint)
+        return real(pattern)
+
+    monkeypatch.setattr(storage, "list_files", list_files)
+    (tmp_path / "out").mkdir()
+    assert run_fake_job(source, tmp_path / "out", tiny_checkpoint).num_results == 1
 
 
 def test_an_output_inside_the_input_folder_is_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:

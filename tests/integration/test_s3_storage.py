@@ -88,7 +88,6 @@ def test_what_another_process_writes_is_seen_at_once(s3: S3Server, bucket: str) 
     assert [path for path, _ in storage.list_files(f"{bucket}/out/**/*.json")] == [f"{folder}/a.json"]
     assert storage.exists(f"{folder}/a.json")
     assert storage.is_folder(folder)
-    assert storage.holds_anything(f"{bucket}/out")
     s3.path(f"{folder}/a.json").unlink()
     assert not storage.exists(f"{folder}/a.json")
     assert storage.list_names(folder) == []
@@ -150,7 +149,7 @@ def test_the_empty_object_that_stands_for_a_folder_is_no_file(bucket: str) -> No
     fs = fsspec.filesystem("s3")
     fs.call_s3("put_object", Bucket=bucket.removeprefix("s3://"), Key="out/", Body=b"")
     assert storage.is_folder(f"{bucket}/out")
-    assert not storage.holds_anything(f"{bucket}/out")
+    assert storage.list_files(f"{bucket}/out") == []
     assert storage.list_names(f"{bucket}/out") == []
     storage.write_whole(f"{bucket}/out/a", b"x")
     assert [path for path, _ in storage.list_files(f"{bucket}/out")] == [f"{bucket}/out/a"]
@@ -223,7 +222,6 @@ def _operations(path: str) -> dict[str, object]:
         "read_bytes": lambda: storage.read_bytes(path),
         "exists": lambda: storage.exists(path),
         "is_folder": lambda: storage.is_folder(path),
-        "holds_anything": lambda: storage.holds_anything(path),
         "list_names": lambda: storage.list_names(path),
         "list_files": lambda: storage.list_files(path),
         "glob": lambda: storage.list_files(f"{path}*/*"),

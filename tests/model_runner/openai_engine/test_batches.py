@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,9 +75,7 @@ Make = Callable[..., BatchRunner]
 
 
 @pytest.fixture
-def make() -> Iterator[Make]:
-    made: list[BatchRunner] = []
-
+def make() -> Make:
     def runner(endpoint: BatchEndpoint, provider: str = "alibaba", **values: Any) -> BatchRunner:
         spec = EndpointSpec(
             profile=profile_of(provider),
@@ -92,12 +91,22 @@ def make() -> Iterator[Make]:
         )
         patience = BatchPatience(first_look_s=0.001, max_look_s=0.002, max_failed_looks=3, queue_wait_s=0.001)
         service = BatchService(spec, KEY, patience, values.pop("sleep", lambda seconds: None))
-        made.append(BatchRunner(config, service, **values))
-        return made[-1]
+        return BatchRunner(config, service, **values)
 
-    yield runner
-    for one in made:
-        one.service.close()
+    return runner
+
+
+def test_connections_are_closed_with_the_engine_even_in_a_cycle(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+    monkeypatch.setattr(openai.OpenAI, "close", lambda client: closed.append(True))
+    with BatchEndpoint(echo) as endpoint:
+        cycle: list[Any] = [make(endpoint)]
+        cycle.append(cycle)
+        gc.collect()
+        assert closed == []
+        del cycle
+        gc.collect()
+        assert closed == [True]
 
 
 def ids(completions: Sequence[Completion]) -> Counter[str]:
