@@ -16,6 +16,7 @@ MAX_WHOLE_BYTES = 64 * 1024 * 1024
 NUM_SAMPLED_BLOCKS = 64
 NUM_BLOCK_BYTES = 64 * 1024
 _MAX_HEADER_BYTES = 100_000_000
+WEIGHTS = ".safetensors"
 _PINNED_NAMES = frozenset(
     {
         "added_tokens.json",
@@ -82,17 +83,13 @@ def read_tokenizer(path: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def checkpoint_revision(path: str) -> str:
-    """The digest that pins a checkpoint: SHA-256 (hexadecimal) over names, sizes and contents of its files.
+def checkpoint_files(path: str) -> list[str]:
+    """Names of the files of a checkpoint folder that shape answers, sorted; those of `encoding/` with that folder.
 
-    Counted are the files that shape answers: configuration, tokenizer, chat template, the authors' encoder and every
-    `*.safetensors` with its index. They are hashed whole, except that of a `*.safetensors` above 64 MiB only its size,
-    its header (names, types and shapes of the tensors) and 64 blocks of 64 KiB, evenly spread from the first byte of
-    data to the last, are hashed. Another training step changes nearly every weight and is seen; a few bytes changed by
-    hand between two blocks are not.
+    They are configuration, tokenizer, chat template, the authors' encoder and every `*.safetensors` with its index.
 
     Raises:
-        EngineLoadError: there is no `config.json`, or a file cannot be read or is damaged.
+        EngineLoadError: the folder cannot be listed, or there is no `config.json`.
     """
     try:
         found = storage.list_names(path)
@@ -101,12 +98,29 @@ def checkpoint_revision(path: str) -> str:
         raise EngineLoadError(f"{path}: expected a checkpoint folder, found: {error}") from error
     if "config.json" not in found:
         raise EngineLoadError(f"{path}: expected a checkpoint folder with a config.json, found none")
+    names = (*found, *(f"{ENCODER_FOLDER}/{name}" for name in encoders))
+    return [
+        name
+        for name in names
+        if name in _PINNED_NAMES or _ENCODER.fullmatch(name) or name.endswith((WEIGHTS, f"{WEIGHTS}.index.json"))
+    ]
+
+
+def checkpoint_revision(path: str) -> str:
+    """The digest that pins a checkpoint: SHA-256 (hexadecimal) over names, sizes and contents of `checkpoint_files`.
+
+    They are hashed whole, except that of a `*.safetensors` above 64 MiB only its size, its header (names, types and
+    shapes of the tensors) and 64 blocks of 64 KiB, evenly spread from the first byte of data to the last, are hashed.
+    Another training step changes nearly every weight and is seen; a few bytes changed by hand between two blocks are
+    not.
+
+    Raises:
+        EngineLoadError: there is no `config.json`, or a file cannot be read or is damaged.
+    """
     total = hashlib.sha256()
-    for name in (*found, *(f"{ENCODER_FOLDER}/{name}" for name in encoders)):
-        is_encoder = _ENCODER.fullmatch(name) is not None
-        if name in _PINNED_NAMES or is_encoder or name.endswith((".safetensors", ".safetensors.index.json")):
-            size, digest = _file_digest(storage.join(path, name))
-            total.update(f"{name}\0{size}\0{digest}\n".encode())
+    for name in checkpoint_files(path):
+        size, digest = _file_digest(storage.join(path, name))
+        total.update(f"{name}\0{size}\0{digest}\n".encode())
     return total.hexdigest()
 
 
@@ -115,7 +129,7 @@ def _file_digest(file: str) -> tuple[int, str]:
         with storage.open_input(file) as source:
             size = source.seek(0, 2)
             source.seek(0)
-            if size <= MAX_WHOLE_BYTES or not file.endswith(".safetensors"):
+            if size <= MAX_WHOLE_BYTES or not file.endswith(WEIGHTS):
                 return size, _whole_digest(source)
             return size, _sampled_digest(source, size, file)
     except OSError as error:

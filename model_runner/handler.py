@@ -10,7 +10,8 @@ from typing import Any
 
 from apache_beam.ml.inference.base import ModelHandler
 
-from model_runner.protocol import EngineConfig, ModelRunner, load_runner
+from model_runner.model_store import local_checkpoint
+from model_runner.protocol import WEIGHTLESS_ENGINES, EngineConfig, ModelRunner, load_runner
 from schemas.errors import EngineContractError
 from schemas.records import Completion, Request
 
@@ -73,9 +74,12 @@ class MoebeamModelHandler(ModelHandler[Request, Completion, LoadedEngine]):
         """Load the engine.
 
         Raises:
-            EngineLoadError: the engine or its model cannot be loaded.
+            EngineLoadError: the engine or its model cannot be loaded, or the checkpoint is not of that revision.
         """
-        return LoadedEngine(load_runner(self._config))
+        config = self._config
+        if config.engine not in WEIGHTLESS_ENGINES:
+            config = dataclasses.replace(config, path=local_checkpoint(config.path, config.revision))
+        return LoadedEngine(load_runner(config))
 
     def run_inference(
         self, batch: Sequence[Request], model: LoadedEngine, inference_args: Mapping[str, Any] | None = None

@@ -20,7 +20,8 @@ class EngineConfig:
 
     Attributes:
         engine: a key of `ENGINES`.
-        path: folder of a Hugging Face checkpoint (config, tokenizer, safetensors).
+        path: folder of a Hugging Face checkpoint (config, tokenizer, safetensors); engines with weights are given one
+            on a local disk, see `model_store`.
         name: the model's name as written to tables and looked up in price books.
         revision: digest that pins the checkpoint's files; see `checkpoint_revision`.
         dtype: `auto`, `float32` or `bfloat16`.
@@ -113,6 +114,9 @@ CONSTRAINED_ENGINES = frozenset({"torch", "transformers", "vllm"})
 
 SELF_HEALING_ENGINES = frozenset({"openai", "vllm"})
 """Engines whose model lives elsewhere: they see to its crashes and its silence themselves."""
+
+WEIGHTLESS_ENGINES = frozenset({"fake", "openai"})
+"""Engines that read no weights on this machine."""
 
 REMOTE_ENGINES = frozenset({"openai"})
 """Engines whose answers are paid to somebody else: they need no checkpoint, and what arrives is kept at once."""

@@ -100,8 +100,9 @@ class ModelSection(Section):
     )
     path: str | None = Field(
         default=None,
-        description="Folder of a Hugging Face checkpoint; default the embedded one. `openai` needs none: with a "
-        "folder of `tokenizer.json` and `config.json` prompts are counted exactly before they are sent, else estimated",
+        description="Folder of a Hugging Face checkpoint, on disk or in an object store, from which each host copies "
+        "it once; default the embedded one. `openai` needs none: with a folder of `tokenizer.json` and `config.json` "
+        "prompts are counted exactly before they are sent, else estimated",
     )
     name: str | None = Field(
         default=None,

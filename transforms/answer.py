@@ -21,12 +21,14 @@ from apache_beam.utils.shared import Shared
 
 from model_runner.encoding.schema_in_prompt import with_schema_in_prompt
 from model_runner.isolated_runner import IsolatedRunner
+from model_runner.model_store import local_checkpoint
 from model_runner.prefix_tree import token_ids_of
 from model_runner.prompt_encoder import PromptEncoder
 from model_runner.protocol import (
     CONSTRAINED_ENGINES,
     REMOTE_ENGINES,
     SELF_HEALING_ENGINES,
+    WEIGHTLESS_ENGINES,
     CountingRunner,
     EngineConfig,
     ModelRunner,
@@ -129,8 +131,10 @@ class LoadedEngine:
             is_isolated: whether the engine gets a process of its own.
             max_silence_s: see `IsolatedRunner`.
         Raises:
-            EngineLoadError: the engine or its tokenizer cannot be loaded.
+            EngineLoadError: the engine or its tokenizer cannot be loaded, or the checkpoint is not the job's.
         """
+        if config.engine not in WEIGHTLESS_ENGINES:
+            config = replace(config, path=local_checkpoint(config.path, config.revision))
         runner = IsolatedRunner(config, max_silence_s=max_silence_s) if is_isolated else load_runner(config)
         return cls(runner, load_encoder(config.path, config.encoding, config.name))
 
