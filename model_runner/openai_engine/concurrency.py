@@ -10,11 +10,12 @@ import fcntl
 import hashlib
 import os
 import secrets
-import tempfile
 import time
 from collections import deque
 from pathlib import Path
 from typing import IO
+
+from model_runner.host_folder import host_folder
 
 START = 16
 """Requests in flight before anything is known of an endpoint."""
@@ -131,8 +132,7 @@ class MachineShare:
 
     def __init__(self, endpoint: str, folder: Path | None = None) -> None:
         digest = hashlib.sha256(endpoint.encode()).hexdigest()[:16]
-        base = folder if folder is not None else Path(tempfile.gettempdir()) / f"moebeam-{os.getuid()}"
-        self._folder = base / "endpoints" / digest
+        self._folder = (folder if folder is not None else host_folder()) / "endpoints" / digest
         self._name = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._held: IO[bytes] | None = None
         self._counted_at = -self._MAX_AGE_S

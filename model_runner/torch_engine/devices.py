@@ -1,4 +1,4 @@
-"""The device that a job names, or the accelerator at hand, through torch's own registry; no vendor is named here."""
+"""Where the engine keeps weights and state, and what it asks of that device; no vendor is named here."""
 
 import ctypes
 import sys
@@ -27,21 +27,6 @@ class Placement:
     device: torch.device
     dtype: torch.dtype
     is_packed: bool = True
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a name; `auto` takes the accelerator that torch finds, else the CPU.
-
-    Raises:
-        EngineLoadError: torch does not know the device.
-    """
-    if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise EngineLoadError(f"expected `auto` or a torch device, found {name!r}: {error}") from error
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -73,9 +58,17 @@ def num_threads(num: int) -> Generator[None]:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free on a device."""
-    if device.type != "cpu":
-        accelerator: Any = torch.accelerator
-        if hasattr(accelerator, "get_memory_info"):
-            return int(accelerator.get_memory_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    """Memory that is free on a device.
+
+    Raises:
+        EngineLoadError: the device does not say.
+    """
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    accelerator: Any = torch.accelerator
+    try:
+        return int(accelerator.get_memory_info(device)[0])
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        raise EngineLoadError(
+            f"device {str(device)!r} does not say how much memory is free; set [model] max_cache_bytes"
+        ) from error

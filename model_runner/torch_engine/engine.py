@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from model_runner.accelerators import pick_device
 from model_runner.torch_engine.architecture import Architecture, build_architecture, place_step
 from model_runner.torch_engine.cache import Cache
 from model_runner.torch_engine.constraint import MaskFiller
-from model_runner.torch_engine.devices import Placement, available_bytes, keep_freed_memory, num_threads, pick_device
+from model_runner.torch_engine.devices import Placement, available_bytes, keep_freed_memory, num_threads
 from model_runner.torch_engine.reading import commit_entries
 from model_runner.torch_engine.sampler import Draw, Drawn, sample
 from model_runner.torch_engine.schedule import Running, Schedule, Step
@@ -67,7 +68,11 @@ class EngineCounters:
 
 
 class TorchEngine:
-    """A loaded model that answers prompts of a planned prefix tree."""
+    """A loaded model that answers prompts of a planned prefix tree.
+
+    Attributes:
+        claim: what keeps other engines of this host from the device; it ends with the engine.
+    """
 
     def __init__(
         self,
@@ -86,6 +91,7 @@ class TorchEngine:
         self.counters = EngineCounters()
         self.num_threads = torch.get_num_threads()
         self.masks = MaskFiller(model.vocab_size)
+        self.claim: object = None
         self._turn = Lock()
 
     @classmethod
@@ -117,7 +123,8 @@ class TorchEngine:
                 f"{path}: expected a config.json of a known model, found: {type(error).__name__}: {error}"
             ) from error
         chosen = _dtype_of(dtype, config.dtype)
-        placement = Placement(pick_device(device), chosen)
+        taken = pick_device(device)
+        placement = Placement(taken.device, chosen)
         keep_freed_memory(placement.device)
         weights = CheckpointWeights.open(path, str(config.model_type), chosen)
         with torch.inference_mode():
@@ -129,6 +136,7 @@ class TorchEngine:
             max_cache_bytes=max_cache_bytes,
             max_step_rows=max_step_rows,
         )
+        engine.claim = taken.claim
         engine.calibrate()
         return engine
 
