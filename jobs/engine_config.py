@@ -5,6 +5,7 @@ Part of `jobs/preflight.py`. Whose prices an engine's answers have is said here 
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from jobs.demo.checkpoint_path import CHECKPOINT_PATH
@@ -21,7 +22,7 @@ from transforms.price_book import PriceBook
 
 EMBEDDED_NAME = "moebeam-tickets-v4"
 
-_OF_CHECKPOINTS = ("dtype", "device", "batch_size", "max_cache_bytes")
+_OF_CHECKPOINTS = ("dtype", "device", "batch_size", "max_cache_bytes", "accelerator")
 _OF_ENDPOINTS = (
     "provider",
     "base_url",
@@ -35,7 +36,15 @@ _OF_ENDPOINTS = (
 """Keys of `[model]` that mean nothing to the other kind of engine."""
 
 
-def engine_config(job: Job, *, needs_key: bool = True) -> EngineConfig:
+@dataclass(frozen=True, slots=True)
+class CheckedEngine:
+    """An engine that can be loaded, and what encodes its prompts: a tokenizer, read once, or estimates."""
+
+    config: EngineConfig
+    encoder: Encoder
+
+
+def check_engine(job: Job, *, needs_key: bool = True) -> CheckedEngine:
     """The engine with its checkpoint looked at: tokenizer, context and revision, but no weights loaded.
 
     Args:
@@ -54,20 +63,19 @@ def engine_config(job: Job, *, needs_key: bool = True) -> EngineConfig:
             raise JobFileError(f"[model] {key}: only for {whose}, found engine {section.engine!r}")
     if section.script is not None and section.engine != "fake":
         raise JobFileError(f"[model] script: only the engine 'fake' takes one, found engine {section.engine!r}")
-    config = _remote_config(section, needs_key=needs_key) if is_remote else _local_config(section)
-    encoder = load_encoder(config.path, config.encoding, config.name)
-    _check_max_tokens(job, encoder)
+    checked = _remote_engine(section, needs_key=needs_key) if is_remote else _local_engine(section)
+    _check_max_tokens(job, checked.encoder)
     if section.engine == "fake":
-        load_runner(config)
-    return config
+        load_runner(checked.config)
+    return checked
 
 
-def _local_config(section: ModelSection) -> EngineConfig:
+def _local_engine(section: ModelSection) -> CheckedEngine:
     path = section.path if section.path is not None else str(CHECKPOINT_PATH)
     default_name = EMBEDDED_NAME if section.path is None else path.rstrip("/").rpartition("/")[2]
     # Read first: its errors name the file and the field.
-    PromptEncoder.load(path, section.encoding)
-    return EngineConfig(
+    encoder = PromptEncoder.load(path, section.encoding)
+    config = EngineConfig(
         engine=section.engine,
         path=path,
         name=section.name or default_name,
@@ -79,9 +87,10 @@ def _local_config(section: ModelSection) -> EngineConfig:
         max_cache_bytes=section.max_cache_bytes,
         encoding=section.encoding,
     )
+    return CheckedEngine(config, encoder)
 
 
-def _remote_config(section: ModelSection, *, needs_key: bool) -> EngineConfig:
+def _remote_engine(section: ModelSection, *, needs_key: bool) -> CheckedEngine:
     if section.name is None:
         raise JobFileError("[model] name: missing; the provider must be told which model is to answer")
     if section.path is None and section.encoding != "auto":
@@ -107,7 +116,7 @@ def _remote_config(section: ModelSection, *, needs_key: bool) -> EngineConfig:
             )
     if section.mode == "batch" and section.fallbacks:
         raise JobFileError("[model] fallbacks: expected none in mode 'batch', whose batches lie at one provider")
-    return EngineConfig(
+    config = EngineConfig(
         engine=section.engine,
         path=section.path or "",
         name=section.name,
@@ -122,6 +131,7 @@ def _remote_config(section: ModelSection, *, needs_key: bool) -> EngineConfig:
         mode=section.mode,
         fallbacks=tuple(Fallback(**fallback.model_dump()) for fallback in section.fallbacks),
     )
+    return CheckedEngine(config, load_encoder(config.path, config.encoding, config.name))
 
 
 def _profile(name: str | None, where: str) -> Profile:

@@ -4,45 +4,32 @@
 once. Nothing is written.
 """
 
-import difflib
-import io
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from jobs.answer_contract import answer_options, answer_schema, answer_terms, answer_type, terms_warnings
 from jobs.disk import check_disk
-from jobs.engine_config import engine_config, engine_warnings, price_line, thinks
+from jobs.engine_config import check_engine, engine_warnings, price_line
 from jobs.identity import JobIdentity, identify
+from jobs.input_columns import check_writable, column_problems, columns_to_read, needed_columns
 from jobs.run_record import RetryOf, changed_files, describe_job, kept_scan, refuse_secrets
 from jobs.run_views import run_views
 from jobs.summary import CheckReport
-from model_runner.prompt_encoder import PromptEncoder
-from model_runner.protocol import CONSTRAINED_ENGINES, EngineConfig
-from model_runner.remote_prompts import load_encoder
+from model_runner.protocol import EngineConfig
 from schemas import storage
-from schemas.answer_schema import AnswerSchema
 from schemas.canonical import Json
-from schemas.chat_options import ChatOptions, ResponseFormat, Tool, ToolChoice, parse_tool_choice, parse_tools
-from schemas.errors import JobError, JobFileError, OutputError, RowError
+from schemas.errors import JobError, JobFileError, OutputError
 from schemas.job import Job, PlanSection
 from schemas.layout import RunLayout
-from schemas.model_limits import parameter_warnings, strict_tool_problems
-from schemas.output_type import OutputType, describe_output_type, output_type
+from schemas.output_type import OutputType, describe_output_type
 from schemas.prices import PriceLine
-from schemas.records import Sampling
-from schemas.strict_json import parse_json
-from schemas.tables import OUTPUT, RESULT_SCHEMA, result_schema
 from transforms.answer_terms import TermsBook
-from transforms.grammar_book import GrammarBook
-from transforms.input_rows import JSONL_INPUT_FIELDS, ReadColumns
+from transforms.input_rows import ReadColumns
 from transforms.input_scan import InputScan, scan_input
 from transforms.plan_record import PlanRecord
 from transforms.price_book import PriceBook
@@ -163,6 +150,7 @@ class CheckedJob:
             ),
             has_ids=is_jsonl or self.job.input.id_column is not None,
             planned=planned,
+            resources=self.job.model.resource_hints,
         )
 
     def report(self) -> CheckReport:
@@ -240,34 +228,34 @@ def check_job(
         lambda: (
             # A run that has its plan keeps no units of its input, which a quote reads again.
             (None if is_quote else kept_scan(layout, job.input, limit, retry_of))
-            or scan_input(job.input, limit=limit, needed=_needed(job, template))
+            or scan_input(job.input, limit=limit, needed=needed_columns(job, template))
         ),
     )
-    schema = _try(problems, lambda: _load_schema(job))
-    options = _try(problems, lambda: _options_of(job, schema))
-    terms = _try(problems, lambda: _terms_of(job, options, schema)) if options is not None else None
-    output_type = _try(problems, lambda: _output_type(schema))
-    engine = _try(problems, lambda: engine_config(job, needs_key=not is_quote))
+    schema = _try(problems, lambda: answer_schema(job))
+    options = _try(problems, lambda: answer_options(job, schema))
+    terms = _try(problems, lambda: answer_terms(job, options, schema)) if options is not None else None
+    output_type = _try(problems, lambda: answer_type(schema))
+    engine = _try(problems, lambda: check_engine(job, needs_key=not is_quote))
     prices = _try(problems, lambda: _load_prices(job))
     line = None
     if engine is not None and prices is not None and not is_quote:
-        line = _try(problems, lambda: price_line(job, engine, prices))
+        line = _try(problems, lambda: price_line(job, engine.config, prices))
     problems += _limit_problems(job, prices, line)
     problems += refuse_secrets(job)
     if scan is not None and template is not None:
-        problems += _column_problems(job, scan, template)
+        problems += column_problems(job, scan, template)
     if not is_quote:
         problems += _output_problems(job)
     if problems or scan is None or template is None or engine is None or terms is None:
         raise _one_error(problems)
-    columns = _columns(job, scan, template)
-    _check_writable(columns)
+    columns = columns_to_read(job, scan, template)
+    check_writable(columns)
     identity = identify(
         job,
         scan=scan,
         limit=limit,
         schema=schema,
-        engine=engine,
+        engine=engine.config,
         prices=prices,
         options=terms.options,
         retry_of=retry_of and retry_of.identity,
@@ -289,34 +277,19 @@ def check_job(
         identity=identity,
         scan=scan,
         columns=columns,
-        engine=engine,
+        engine=engine.config,
         terms=terms,
         output_type=output_type,
         prices=prices,
         price_line=line,
         warnings=(
-            *_terms_warnings(job, engine, terms),
-            *engine_warnings(job, engine, prices),
+            *terms_warnings(job, engine, terms),
+            *engine_warnings(job, engine.config, prices),
             *([close] if close else ()),
         ),
         retry_of=retry_of,
         reuse=reuse,
     )
-
-
-def _needed(job: Job, template: PromptTemplate | None) -> frozenset[str] | None:
-    """Columns that the job reads; None for all of them."""
-    if job.input.passthrough == "all" or template is None:
-        return None
-    single = (
-        job.input.id_column,
-        job.input.tenant_column,
-        job.input.cost_center_column,
-        job.prompt.messages_column,
-        job.tools.column,
-    )
-    passed = {*job.input.passthrough, *job.accounting.tag_columns}
-    return template.variables | passed | {name for name in single if name is not None} | {"line"}
 
 
 def _plan_section(job: Job) -> PlanSection:
@@ -340,95 +313,6 @@ def _one_error(problems: list[JobError]) -> JobError:
     return JobFileError("\n".join(str(problem) for problem in problems))
 
 
-def _load_schema(job: Job) -> AnswerSchema | None:
-    section = job.output
-    if section.schema_ is None:
-        return None
-    if section.response_format != "auto":
-        raise JobFileError(
-            f"[output] response_format: expected `auto` beside `schema`, found {section.response_format!r}"
-        )
-    return AnswerSchema.load(section.schema_, section.formats, job.folder)
-
-
-def _options_of(job: Job, schema: AnswerSchema | None) -> ChatOptions:
-    """What the job asks of every row that does not say otherwise."""
-    section = job.tools
-    tools: tuple[Tool, ...] = ()
-    if section.path is not None:
-        if section.column is not None:
-            raise JobFileError("[tools]: expected `path` or `column`, found both")
-        tools = _read_tools(section.path)
-    response_format = ResponseFormat()
-    if schema is not None:
-        response_format = ResponseFormat("json_schema", schema.document)
-    elif job.output.response_format == "json_object":
-        response_format = ResponseFormat("json_object")
-    try:
-        # A column's tools are not known yet: a name is held against them row by row.
-        choice = (
-            ToolChoice("named", section.choice)
-            if section.column is not None and section.choice not in ("auto", "none", "required")
-            else ToolChoice("required")
-            if section.column is not None and section.choice == "required"
-            else parse_tool_choice(section.choice, tools, "[tools] choice")
-        )
-    except RowError as error:
-        raise JobFileError(str(error)) from error
-    return ChatOptions(
-        tools=tools,
-        tool_choice=choice,
-        parallel_tool_calls=section.parallel,
-        response_format=response_format,
-        thinking={"auto": None, "enabled": True, "disabled": False}[job.thinking.mode],
-        reasoning_effort=job.thinking.reasoning_effort,
-        max_reasoning_tokens=job.thinking.max_reasoning_tokens,
-    )
-
-
-def _read_tools(path: str) -> tuple[Tool, ...]:
-    try:
-        tools = parse_tools(parse_json(storage.read_bytes(path).decode("utf-8-sig")), path)
-    except FileNotFoundError as error:
-        raise JobFileError(f"{path}: expected a JSON file of tools, found no such file") from error
-    except (RowError, OSError, ValueError) as error:
-        raise JobFileError(f"[tools] path: {path}: {error}") from error
-    return tools
-
-
-def _terms_of(job: Job, options: ChatOptions, schema: AnswerSchema | None) -> TermsBook:
-    terms = TermsBook(options, schema, job.output.formats)
-    try:
-        terms.of(None)
-    except RowError as error:
-        raise JobFileError(f"[tools]: {error}") from error
-    return terms
-
-
-def _output_type(schema: AnswerSchema | None) -> OutputType | None:
-    return output_type(schema.document, schema.formats) if schema is not None else None
-
-
-def _terms_warnings(job: Job, engine: EngineConfig, terms: TermsBook) -> Iterable[str]:
-    """What a person should know of the answers' terms before the run."""
-    encoder = load_encoder(engine.path, engine.encoding, engine.name)
-    thinking = thinks(encoder, terms.options)
-    sampling = Sampling(**job.sampling.model_dump())
-    today = datetime.now(UTC).date()
-    yield from parameter_warnings(engine.name, today, thinking=thinking, sampling=sampling, options=terms.options)
-    for tool in terms.options.tools:
-        if tool.is_strict and (problems := strict_tool_problems(tool)):
-            yield f"tool {tool.name!r} is strict, and DeepSeek's API would refuse it: {'; '.join(problems)}"
-    is_constrained = engine.engine in CONSTRAINED_ENGINES and job.output.constrain == "auto"
-    if is_constrained and isinstance(encoder, PromptEncoder):
-        built = GrammarBook(encoder).build(terms.of(None), starts_in_reasoning=thinking)
-        for relaxed in built.relaxed if built is not None else ():
-            yield (
-                f"{job.output.schema_ or '[tools]'}: {relaxed.keyword} at {relaxed.pointer or '/'} is not enforced "
-                f"while answers are decoded ({relaxed.reason}); validation still checks it"
-            )
-
-
 def _load_prices(job: Job) -> PriceBook | None:
     return PriceBook.load(job.accounting.price_book) if job.accounting.price_book is not None else None
 
@@ -445,76 +329,6 @@ def _limit_problems(job: Job, prices: PriceBook | None, line: PriceLine | None) 
                 f"[limits] max_cost: expected prices of {line.provider} {line.model} in one currency, "
                 f"found {', '.join(currencies)}"
             )
-
-
-def _column_problems(job: Job, scan: InputScan, template: PromptTemplate) -> Iterable[JobError]:
-    section, prompt = job.input, job.prompt
-    if scan.format == "jsonl":
-        for key, value in (
-            ("[prompt] system", prompt.system),
-            ("[prompt] template", prompt.template),
-            ("[prompt] messages_column", prompt.messages_column),
-            ("[input] id_column", section.id_column),
-            ("[input] tenant_column", section.tenant_column),
-            ("[input] cost_center_column", section.cost_center_column),
-            ("[input] passthrough", section.passthrough or None),
-            ("[tools] column", job.tools.column),
-            ("[accounting] tag_columns", job.accounting.tag_columns or None),
-        ):
-            if value is not None:
-                yield JobFileError(f"{key}: not for JSONL input, whose lines bring their own ids and messages")
-        return
-    if prompt.template is None and prompt.messages_column is None:
-        yield JobFileError("[prompt]: expected `template` (or `messages_column`), found neither")
-    if not scan.names and scan.num_unreadable_files:
-        return
-    named = [("[prompt] template", name) for name in sorted(template.variables)]
-    named += [
-        (f"[input] {key}", name)
-        for key, name in (
-            ("id_column", section.id_column),
-            ("tenant_column", section.tenant_column),
-            ("cost_center_column", section.cost_center_column),
-        )
-        if name is not None
-    ]
-    if job.tools.column is not None:
-        named.append(("[tools] column", job.tools.column))
-    if prompt.messages_column is not None:
-        named.append(("[prompt] messages_column", prompt.messages_column))
-    if section.passthrough != "all":
-        named += [("[input] passthrough", name) for name in section.passthrough]
-    named += [("[accounting] tag_columns", name) for name in job.accounting.tag_columns]
-    for key, name in named:
-        if name not in scan.names:
-            near = difflib.get_close_matches(name, scan.names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; its columns are {', '.join(scan.names)}"
-            yield JobFileError(f"{key}: {section.path} has no column {name!r}{hint}")
-    for key, name in named:
-        is_label = key == "[accounting] tag_columns" or (key.endswith("_column") and key.startswith("[input]"))
-        if is_label and name in scan.schema.names:
-            found = scan.schema.field(name).type
-            if not _can_be_label(found):
-                yield JobFileError(f"{key}: expected a column of text or whole numbers, found {name!r} of type {found}")
-    taken = {field.lower() for field in RESULT_SCHEMA.names} | ({OUTPUT} if job.output.schema_ is not None else set())
-    passed = scan.schema.names if section.passthrough == "all" else section.passthrough
-    for name in dict.fromkeys((*passed, *job.accounting.tag_columns)):
-        if name.lower() in taken:
-            yield JobFileError(
-                f"[input] passthrough: column {name!r} has the name of an output column (case ignored); "
-                "rename it in the input or leave it out"
-            )
-
-
-def _can_be_label(found: pa.DataType) -> bool:
-    types = pa.types
-    return (
-        types.is_string(found)
-        or types.is_large_string(found)
-        or types.is_string_view(found)
-        or types.is_integer(found)
-        or types.is_null(found)
-    )
 
 
 def _output_problems(job: Job) -> Iterable[JobError]:
@@ -536,35 +350,3 @@ def _output_problems(job: Job) -> Iterable[JobError]:
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         yield OutputError(f"[output] path {output!r}: {existing} cannot be written")
-
-
-def _columns(job: Job, scan: InputScan, template: PromptTemplate) -> ReadColumns:
-    if scan.format == "jsonl":
-        return ReadColumns(input_fields=JSONL_INPUT_FIELDS, passthrough=())
-    column = job.prompt.messages_column
-    names = sorted(template.variables) if column is None else [column]
-    if job.tools.column is not None and job.tools.column not in names:
-        names.append(job.tools.column)
-    passed = scan.schema.names if job.input.passthrough == "all" else job.input.passthrough
-    passed = (*passed, *job.accounting.tag_columns)
-    fields: Mapping[str, pa.Field[Any]] = {name: scan.schema.field(name) for name in scan.schema.names}
-    return ReadColumns(
-        # Without a readable file no column is known; every unit then is a reject.
-        input_fields=tuple(fields[name] for name in names if name in fields),
-        passthrough=tuple(fields[name] for name in dict.fromkeys(passed) if name in fields),
-        id_column=job.input.id_column if job.input.id_column in fields else None,
-        tenant_column=job.input.tenant_column if job.input.tenant_column in fields else None,
-        cost_center_column=job.input.cost_center_column if job.input.cost_center_column in fields else None,
-    )
-
-
-def _check_writable(columns: ReadColumns) -> None:
-    """Some Arrow types have no Parquet form; better now than after the first paid shard."""
-    for field in columns.passthrough:
-        try:
-            pq.write_table(result_schema([field]).empty_table(), io.BytesIO())
-            pa.concat_arrays([pa.nulls(2, field.type)] * 2).take(pa.array([3, 0]))
-        except (pa.ArrowException, ValueError) as error:
-            raise JobFileError(
-                f"[input] passthrough: column {field.name!r} of type {field.type} cannot be written to Parquet: {error}"
-            ) from error

@@ -5,10 +5,10 @@ from datetime import datetime
 from decimal import Decimal
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from jobs.estimate import Quote, QuotedOffer
+from jobs.facts_table import facts_table
 from jobs.progress import spell_duration, spell_money
 from transforms.quote import CONFIDENCE, Forecast
 
@@ -16,12 +16,7 @@ from transforms.quote import CONFIDENCE, Forecast
 def print_quote(console: Console, quote: Quote) -> None:
     """Show what a job will take and cost."""
     console.print(Text("a quote; no model was asked", style="bold green"))
-    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    facts.add_column(style="bold", no_wrap=True)
-    facts.add_column(overflow="fold")
-    for name, value in _facts(quote):
-        facts.add_row(name, Text(value))
-    console.print(facts)
+    console.print(facts_table(_facts(quote)))
     for quoted in quote.offers:
         for index, line in enumerate(_offer_lines(quoted)):
             console.print(Text(line, style="bold" if index == 0 else ""), soft_wrap=True)

@@ -6,9 +6,9 @@ from decimal import Decimal
 from typing import Any, Literal, TypeAlias
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from jobs.facts_table import facts_table
 from jobs.progress import spell_duration, spell_money
 from jobs.run_record import RunRecord, read_input_record
 from jobs.run_state import SignsOfLife, Watch, read_manifest, signs_of_life
@@ -140,12 +140,7 @@ def print_status(console: Console, report: StatusReport) -> None:
     """A run for a person."""
     style = {"complete": "bold green", "failed": "bold red"}.get(report.state, "bold yellow")
     console.print(Text(_headline(report), style=style), soft_wrap=True)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in _lines(report):
-        table.add_row(name, Text(value))
-    console.print(table)
+    console.print(facts_table(_lines(report)))
     if report.state in ("incomplete", "failed", "stopped", "not started"):
         console.print(f"To go on: moebeam resume {report.output}", soft_wrap=True, markup=False, highlight=False)
 

@@ -100,6 +100,21 @@ class CountingRunner(Protocol):
         ...
 
 
+def add_counters(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """What two engines, or one in two stretches of time, have counted together."""
+    names = {**one, **other}
+    return {name: (max if _is_peak(name) else sum)((one.get(name, 0), other.get(name, 0))) for name in names}
+
+
+def counters_since(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """What an engine has counted between two looks; a maximum stays that of all the time."""
+    return {name: value if _is_peak(name) else value - before.get(name, 0) for name, value in now.items()}
+
+
+def _is_peak(name: str) -> bool:
+    return name.startswith("peak_")
+
+
 ENGINES: dict[str, str] = {
     "fake": "model_runner.fake:load_fake_runner",
     "openai": "model_runner.openai_engine.runner:load_openai_runner",

@@ -29,14 +29,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from model_runner.accelerators import pick_device
 from model_runner.answer_text import AnswerReader, seed_of
 from model_runner.checkpoint import read_tokenizer
 from model_runner.encoding.chat_encoding import encoding_of
 from model_runner.lockstep import AllowedTokens, AnswersEnd, GrowingAnswer, RestOfPrompts
+from model_runner.prompt_limits import why_not_runnable
 from model_runner.protocol import EngineConfig
 from model_runner.torch_engine.constraint import Constraint, ConstraintCompiler, MaskFiller
 from schemas import storage
-from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError, RowError
+from schemas.errors import EngineFailed, EngineLoadError, RowError
 from schemas.records import Completion, Request, Usage
 
 PROVIDER = "local"
@@ -71,6 +73,7 @@ class TransformersRunner:
         self._num_embeddings = int(model.get_input_embeddings().weight.shape[0])
         self._device = model.device
         self._batch_size = config.batch_size or DEFAULT_BATCH_SIZE
+        self.claim: object = None
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests, pulling at most `NUM_WINDOW_REQUESTS` ahead of the answers.
@@ -118,27 +121,18 @@ class TransformersRunner:
 
     def _refusal(self, request: Request) -> RowError | None:
         """Why a request cannot run at all; found before it could break a batch."""
-        token_ids = request.prompt_token_ids
-        max_tokens = request.sampling.max_tokens
-        if token_ids.size == 0:
-            return EngineFailed("expected a prompt of at least one token, found none")
-        if max_tokens < 1:
-            return EngineFailed(f"expected max_tokens of at least 1, found {max_tokens}")
-        if int(token_ids.min()) < 0 or int(token_ids.max()) >= self._num_embeddings:
-            return EngineFailed(
-                f"expected token ids from 0 to {self._num_embeddings - 1}, found {int(token_ids.min())} to "
-                f"{int(token_ids.max())}: the prompt was encoded for another model"
-            )
-        if self._context_length is not None and token_ids.size + max_tokens > self._context_length:
-            return ContextOverflow(
-                f"{token_ids.size} prompt tokens and max_tokens {max_tokens} exceed the context of "
-                f"{self._context_length} tokens"
-            )
-        try:
-            self._constraint(request)
-        except RowError as error:
-            return error
-        return None
+        reason = why_not_runnable(
+            request.prompt_token_ids,
+            request.sampling.max_tokens,
+            vocab_size=self._num_embeddings,
+            context_length=self._context_length,
+        )
+        if reason is None:
+            try:
+                self._constraint(request)
+            except RowError as error:
+                return error
+        return reason
 
     def _complete(self, batch: Sequence[Request]) -> Iterator[Completion]:
         """Run a batch; if it fails, each request alone, so that only the one at fault fails."""
@@ -178,17 +172,15 @@ class TransformersRunner:
     def _failure(
         self, request: Request, error: RowError, started_at: datetime | None = None, latency_ms: float = 0.0
     ) -> Completion:
-        return Completion(
-            request_id=request.request_id,
-            text="",
-            finish_reason="error",
+        return Completion.failed(
+            request.request_id,
+            error,
             usage=Usage(request.num_prompt_tokens, 0, cached_tokens=0),
-            started_at=started_at or datetime.now(UTC),
+            started_at=started_at,
             latency_ms=latency_ms,
             provider=PROVIDER,
             model=self.config.name,
             model_revision=self.config.revision,
-            error=error,
         )
 
     def _run(self, batch: Sequence[Request]) -> list[GrowingAnswer]:
@@ -253,13 +245,13 @@ def load_transformers_runner(config: EngineConfig) -> TransformersRunner:
     if config.dtype not in _DTYPES:
         raise EngineLoadError(f"expected dtype {', '.join(_DTYPES)}, found {config.dtype!r}")
     tokenizer = read_tokenizer(config.path)
+    taken = pick_device(config.device)
     try:
-        device = _device(config.device)
         with _quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 config.path, dtype=_DTYPES[config.dtype], local_files_only=True, trust_remote_code=False
             )
-            model = model.to(device).eval()
+            model = model.to(taken.device).eval()
             _check_forward(model)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise EngineLoadError(
@@ -274,15 +266,9 @@ def load_transformers_runner(config: EngineConfig) -> TransformersRunner:
         )
     # `generate` fills what a call leaves open from here: a checkpoint's own temperature or penalties must not leak in.
     model.generation_config = GenerationConfig()
-    return TransformersRunner(config, model=model, tokenizer=tokenizer, eos_token_ids=eos_token_ids)
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device(
-        "cpu"
-    )
+    runner = TransformersRunner(config, model=model, tokenizer=tokenizer, eos_token_ids=eos_token_ids)
+    runner.claim = taken.claim
+    return runner
 
 
 def _check_forward(model: Any) -> None:

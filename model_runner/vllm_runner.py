@@ -38,10 +38,12 @@ from model_runner.answer_text import AnswerReader, StopStrings, read_end_token_i
 from model_runner.checkpoint import read_json_object, read_tokenizer
 from model_runner.encoding.chat_encoding import encoding_of
 from model_runner.prefix_tree import prefix_key
+from model_runner.process_log import ProcessLog
+from model_runner.prompt_limits import why_not_runnable
 from model_runner.protocol import EngineConfig
 from schemas import storage
 from schemas.canonical import Json
-from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError, RowError
+from schemas.errors import EngineFailed, EngineLoadError, RowError
 from schemas.records import Completion, FinishReason, Request, Usage
 
 PROVIDER = "local"
@@ -116,7 +118,6 @@ class _Process:
         self._routes: dict[str, _Replies] = {}
         self._death: _Death | None = None
         self._failure = ""
-        self._log: deque[str] = deque(maxlen=_NUM_LOG_LINES)
         self._ready: SimpleQueue[Limits | _Death] = SimpleQueue()
         environment = {
             # Nothing is fetched and nothing is reported to anyone; threads and `fork` do not go together.
@@ -141,8 +142,7 @@ class _Process:
         assert self._popen.stdout is not None
         assert self._popen.stderr is not None
         self._stdin = self._popen.stdin
-        self._log_reader = threading.Thread(target=self._read_log, args=(self._popen.stderr,), daemon=True)
-        self._log_reader.start()
+        self._log = ProcessLog(self._popen.stderr, _LOGGER, max_lines=_NUM_LOG_LINES)
         self._reader = threading.Thread(target=self._read, args=(self._popen.stdout,), daemon=True)
         self._reader.start()
         self._send({"type": "load", "engine": dict(engine_arguments)})
@@ -205,11 +205,11 @@ class _Process:
         if ended is None or ended.si_status != 0:
             # vLLM's other processes give memory back; their log ends when the last of them has.
             self._signal_group(SIGTERM)
-            self._log_reader.join(SHUTDOWN_TIMEOUT_S)
+            self._log.wait(SHUTDOWN_TIMEOUT_S)
             self._signal_group(SIGKILL)
         code = self._popen.wait()
         self._close_input()
-        self._log_reader.join(timeout=1.0)
+        self._log.wait(timeout_s=1.0)
         causes = [self._failure or f"its process ended with exit status {code}", *_error_lines(self._log)]
         death = _Death(self, "; ".join(causes))
         with self._lock:
@@ -234,13 +234,6 @@ class _Process:
                 replies.put(news)
         else:
             raise ValueError(f"unknown type {kind!r}")
-
-    def _read_log(self, stderr: IO[bytes]) -> None:
-        with stderr:
-            for line in stderr:
-                text = line.decode(errors="replace").rstrip()
-                self._log.append(text)
-                _LOGGER.debug("%s", text)
 
     def _close_input(self) -> None:
         with self._write_lock, contextlib.suppress(OSError):
@@ -387,23 +380,12 @@ class VllmRunner:
 
     def _refusal(self, request: Request) -> RowError | None:
         """Why a request cannot run at all; vLLM would cut `max_tokens` in silence instead."""
-        token_ids = request.prompt_token_ids
-        max_tokens = request.sampling.max_tokens
-        if token_ids.size == 0:
-            return EngineFailed("expected a prompt of at least one token, found none")
-        if max_tokens < 1:
-            return EngineFailed(f"expected max_tokens of at least 1, found {max_tokens}")
-        if int(token_ids.min()) < 0 or int(token_ids.max()) >= self.limits.vocab_size:
-            return EngineFailed(
-                f"expected token ids from 0 to {self.limits.vocab_size - 1}, found {int(token_ids.min())} to "
-                f"{int(token_ids.max())}: the prompt was encoded for another model"
-            )
-        if token_ids.size + max_tokens > self.limits.max_model_len:
-            return ContextOverflow(
-                f"{token_ids.size} prompt tokens and max_tokens {max_tokens} exceed the context of "
-                f"{self.limits.max_model_len} tokens"
-            )
-        return None
+        return why_not_runnable(
+            request.prompt_token_ids,
+            request.sampling.max_tokens,
+            vocab_size=self.limits.vocab_size,
+            context_length=self.limits.max_model_len,
+        )
 
     def _completion(self, answer: "_Answer", error: RowError | None) -> Completion:
         request = answer.request

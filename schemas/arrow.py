@@ -32,9 +32,20 @@ def struct_columns(table: pa.Table, name: str) -> tuple[list["pa.Field[Any]"], l
     return list(struct.type), struct.flatten()
 
 
-def open_arrow_file(source: BinaryIO) -> pa.ipc.RecordBatchFileReader:
-    """A reader of an Arrow IPC file."""
-    return pa.ipc.open_file(cast("io.IOBase", source))
+def open_arrow_file(source: BinaryIO, columns: Sequence[str] | None = None) -> pa.ipc.RecordBatchFileReader:
+    """A reader of an Arrow IPC file.
+
+    Args:
+        columns: those to read, which come in the file's order; of the others no byte is read. None is all.
+    Raises:
+        ValueError: the file has no such column.
+    """
+    file = cast("io.IOBase", source)
+    reader = pa.ipc.open_file(file)
+    if columns is None:
+        return reader
+    fields = [reader.schema.names.index(name) for name in columns]
+    return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields))
 
 
 def arrow_file_bytes(table: pa.Table, *, max_batch_rows: int) -> bytes:

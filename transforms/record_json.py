@@ -8,7 +8,9 @@ from typing import Any, Generic, TypeVar, cast
 
 from pydantic import TypeAdapter
 
+from schemas import storage
 from schemas.canonical import Json, canonical_json
+from schemas.errors import CommitError, abbreviated
 
 Record = TypeVar("Record")
 
@@ -29,6 +31,23 @@ class RecordJson(Generic[Record]):
             ValueError: the bytes are not such a record.
         """
         return self._adapter.validate_json(encoded)
+
+
+def read_record(path: str, record_type: type[Record], what: str) -> Record | None:
+    """The record that is kept at a path, or None where there is none.
+
+    Args:
+        what: the record's name in messages, such as `a commit record`.
+    Raises:
+        CommitError: the record is there but cannot be read.
+        OSError: the store failed.
+    """
+    if not storage.exists(path):
+        return None
+    try:
+        return RecordJson(record_type).decode(storage.read_bytes(path))
+    except ValueError as error:
+        raise CommitError(f"{path}: expected {what}, found {abbreviated(str(error))}") from error
 
 
 @cache

@@ -83,7 +83,7 @@ def write_fences(source: RunLayout, layout: RunLayout) -> None:
     rows: list[tuple[str, bytes, bytes]] = []
     for shard in plan.shards:
         if shard.num_requests:
-            planned = read_rows(source.shard_plan(shard.shard))
+            planned = read_rows(source.shard_plan(shard.shard), ["prefix_key"])
             keys = [key for key in values_of(planned, "prefix_key") if key is not None]
             rows.append((shard.shard, min(keys)[:MAX_FENCE_BYTES], max(keys)[:MAX_FENCE_BYTES]))
     rows.sort(key=lambda row: row[1])
@@ -109,12 +109,12 @@ class EarlierAnswers:
 
     @classmethod
     def load(cls, source: ReuseSource, layout: RunLayout) -> "EarlierAnswers":
-        """Read the fences that a run keeps.
+        """Read the fences that a run keeps, once for all its shards.
 
         Raises:
             OSError: the store failed.
         """
-        return cls(source, _fences(fences_path(layout)))
+        return _earlier_answers(source, fences_path(layout))
 
     def of(self, table: pa.Table, asked: Iterable[int]) -> dict[int, EarlierAnswer]:
         """The earlier answers to rows of a shard's plan; nothing for rows that were not answered then.
@@ -148,8 +148,8 @@ class EarlierAnswers:
 
 
 @lru_cache(maxsize=2)
-def _fences(path: str) -> pa.Table:
-    return read_rows(path)
+def _earlier_answers(source: ReuseSource, path: str) -> EarlierAnswers:
+    return EarlierAnswers(source, read_rows(path))
 
 
 @lru_cache(maxsize=NUM_HELD_SHARDS)
@@ -164,8 +164,8 @@ def _answers_of(source: ReuseSource, shard: str) -> dict[_RequestKey, EarlierAns
     places = list(zip(values_of(results, "source_file"), values_of(results, "source_row"), strict=True))
     row_of = {place: row for row, place in enumerate(places)}
     columns = {name: values_of(results, name) for name in ("custom_id", *ANSWER_COLUMNS)}
-    planned = read_rows(layout.shard_plan(shard))
     names = ("source_file", "source_row", "prefix_key", "sampling", "options")
+    planned = read_rows(layout.shard_plan(shard), names)
     answers: dict[_RequestKey, EarlierAnswer] = {}
     num_found = 0
     for file, number, *request in zip(*(values_of(planned, name) for name in names), strict=True):

@@ -6,11 +6,10 @@ held to their contract here, once for all of them.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 
 from model_runner.protocol import ModelRunner
 from schemas.errors import EngineContractError, EngineFailed
-from schemas.records import Completion, Request, Usage
+from schemas.records import NOTHING_USED, Completion, Request
 
 
 def run(requests: Iterable[Request], runner: ModelRunner) -> Iterator[Completion]:
@@ -37,7 +36,8 @@ def run(requests: Iterable[Request], runner: ModelRunner) -> Iterator[Completion
         del pending[completion.request_id]
         yield _with_sound_usage(completion)
     for request_id in pending:
-        yield _unanswered(request_id, type(runner).__name__)
+        error = EngineFailed(f"{type(runner).__name__} ended without an answer to this request")
+        yield Completion.failed(request_id, error)
 
 
 def _with_sound_usage(completion: Completion) -> Completion:
@@ -49,19 +49,4 @@ def _with_sound_usage(completion: Completion) -> Completion:
     if is_sound:
         return completion
     error = EngineFailed(f"expected cached <= prompt and reasoning <= completion tokens, found {usage}")
-    return replace(completion, usage=Usage(0, 0, 0), error=error, finish_reason="error")
-
-
-def _unanswered(request_id: str, engine: str) -> Completion:
-    return Completion(
-        request_id=request_id,
-        text="",
-        finish_reason="error",
-        usage=Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0),
-        started_at=datetime.now(UTC),
-        latency_ms=0.0,
-        provider="",
-        model="",
-        model_revision="",
-        error=EngineFailed(f"{engine} ended without an answer to this request"),
-    )
+    return replace(completion, usage=NOTHING_USED, error=error, finish_reason="error")

@@ -14,17 +14,14 @@ import io
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas import storage
 from schemas.arrow import parquet_bytes, values_of, with_column
 from schemas.layout import RunLayout
-from transforms.account import EXACT, AccountedAnswer, account
-from transforms.commit import Totals
+from transforms.account import AccountedAnswer, account
+from transforms.commit import Totals, ledger_totals
 from transforms.journal_file import read_journal
 from transforms.price_book import PriceBook
 from transforms.shard_tables import PlannedRows, ShardNames, shard_tables
@@ -144,7 +141,7 @@ def read_waste(layout: RunLayout, name: str) -> Waste:
         num_rows=ledger.num_rows,
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
-        totals=_totals_of(ledger),
+        totals=ledger_totals(ledger),
     )
 
 
@@ -160,25 +157,3 @@ def publish_waste(layout: RunLayout) -> list[Waste]:
 def _published(layout: RunLayout, name: str) -> str:
     shard, _, attempt = name.removesuffix(_SUFFIX).rpartition(".")
     return layout.published("ledger", f"{shard}-{WASTED}-{attempt}")
-
-
-def _totals_of(ledger: pa.Table) -> Totals:
-    costs: dict[str, Decimal] = {}
-    for currency, cost in zip(values_of(ledger, "currency"), values_of(ledger, "cost"), strict=True):
-        if currency is not None:
-            costs[currency] = EXACT.add(costs.get(currency, Decimal(0)), cost)
-    hits, misses, visible, reasoning = (
-        int(pc.sum(ledger.column(name)).as_py() or 0)
-        for name in ("cache_hit_tokens", "cache_miss_tokens", "visible_output_tokens", "reasoning_tokens")
-    )
-    return Totals(
-        num_attempts=ledger.num_rows,
-        num_unpriced=ledger.column("cost").null_count,
-        num_upper_bound=values_of(ledger, "cost_basis").count("upper_bound"),
-        prompt_tokens=hits + misses,
-        cached_tokens=None if ledger.column("cache_hit_tokens").null_count else hits,
-        completion_tokens=visible + reasoning,
-        reasoning_tokens=reasoning,
-        costs={currency: format(amount, "f") for currency, amount in sorted(costs.items())},
-        rejects_by_type={},
-    )

@@ -11,27 +11,22 @@ tags, a token before system text, and numbers for efforts.
 
 from collections.abc import Sequence
 
-from model_runner.encoding.answers import END_OF_THINKING, THINK, ParsedAnswer, parse_answer
+from model_runner.encoding.answers import END_OF_THINKING, THINK
 from model_runner.encoding.conversation import (
     TASKS,
     Turn,
     attach_options,
     drop_old_thinking,
-    json_line,
     merge_results,
     read_turns,
 )
+from model_runner.encoding.deepseek_dsml import ASSISTANT, BEGIN, USER, DeepSeekDsml
 from model_runner.encoding.dsml import DSML, V4_CALLS, DsmlFormat
 from model_runner.encoding.effort import V4_RELEASE, EffortProfile
 from model_runner.encoding.token_marks import NO_MARKS, TokenMarks
-from schemas.canonical import Json
-from schemas.chat_options import ChatOptions, Tool
-from schemas.records import Message, ToolCall
+from schemas.chat_options import ChatOptions
+from schemas.records import Message
 
-BEGIN = "<｜begin▁of▁sentence｜>"
-END = "<｜end▁of▁sentence｜>"
-USER = "<｜User｜>"
-ASSISTANT = "<｜Assistant｜>"
 LATEST_REMINDER = "<｜latest_reminder｜>"
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "latest_reminder"})
 
@@ -66,7 +61,7 @@ You MUST strictly follow the above defined tool name and parameter schemas to in
 """
 
 
-class DeepSeekV4:
+class DeepSeekV4(DeepSeekDsml):
     """See `ChatEncoding`; immutable.
 
     Args:
@@ -76,16 +71,10 @@ class DeepSeekV4:
 
     name: str = "deepseek_v4"
     call_format: DsmlFormat = V4_CALLS
-    markup: frozenset[str] = frozenset({THINK, END_OF_THINKING, DSML})
-    has_reasoning: bool = True
 
     def __init__(self, efforts: EffortProfile = V4_RELEASE, marks: TokenMarks = NO_MARKS) -> None:
+        super().__init__(marks)
         self._efforts = efforts
-        self._marks = marks
-
-    def thinking_of(self, options: ChatOptions) -> bool:
-        """DeepSeek thinks unless it is told not to."""
-        return options.thinking is not False
 
     def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
         turns = merge_results(attach_options(read_turns(messages, ROLES), options))
@@ -105,24 +94,10 @@ class DeepSeekV4:
                 prompt.append(_transition(turn, is_asked, thinks, opens_thinking))
         return "".join(prompt)
 
-    def render_calls(self, calls: Sequence[ToolCall]) -> str:
-        return self.call_format.render(calls, marks=self._marks)
-
-    def parse(self, text: str, *, starts_in_reasoning: bool, has_tools: bool) -> ParsedAnswer:
-        return parse_answer(
-            text,
-            starts_in_reasoning=starts_in_reasoning,
-            has_reasoning=True,
-            call_format=self.call_format if has_tools else None,
-            end_marker=END,
-        )
-
     def starts_in_reasoning(self, prompt_tail: str) -> bool:
-        """Whether the assistant's turn that the prompt leaves open has not closed its `<think>`; tasks do not think."""
-        turn = prompt_tail[prompt_tail.rfind(ASSISTANT) + 1 :]
-        if turn.endswith(tuple(f"<｜{task}｜>" for task in TASKS)):
-            return False
-        return turn.rfind(THINK) > turn.rfind(END_OF_THINKING)
+        """As of all; but tasks do not think."""
+        is_task = prompt_tail.endswith(tuple(f"<｜{task}｜>" for task in TASKS))
+        return not is_task and super().starts_in_reasoning(prompt_tail)
 
     def _last_user(self, turns: Sequence[Turn]) -> int:
         return max((at for at, turn in enumerate(turns) if turn.role in ("user", "developer")), default=-1)
@@ -145,7 +120,7 @@ class DeepSeekV4:
                 return f"{LATEST_REMINDER}{self._mark(turn.content)}"
             case "assistant":
                 answers_task = at > 0 and turns[at - 1].task is not None
-                return self._assistant(turn, keeps_reasoning and not answers_task)
+                return self._answer(turn, keeps_reasoning=keeps_reasoning and not answers_task)
             case _:
                 parts = [self._mark(part.text) for part in turn.parts]
                 texts = [
@@ -153,14 +128,6 @@ class DeepSeekV4:
                     for part, text in zip(turn.parts, parts, strict=True)
                 ]
                 return USER + "\n\n".join(texts)
-
-    def _assistant(self, turn: Turn, keeps_reasoning: bool) -> str:
-        reasoning = ""
-        if keeps_reasoning:
-            goes_on_thinking = turn.is_prefix and not turn.content and not turn.calls
-            reasoning = self._mark(turn.reasoning) + ("" if goes_on_thinking else END_OF_THINKING)
-        calls = self.call_format.render(turn.calls, marks=self._marks, where=f"messages[{turn.index}].tool_calls")
-        return f"{reasoning}{self._mark(turn.content)}{calls}{'' if turn.is_open else END}"
 
     def _is_asked(self, turn: Turn, at: int, following: str | None) -> bool:
         """Whether a turn is answered by the assistant, who speaks next.
@@ -170,24 +137,11 @@ class DeepSeekV4:
         """
         return turn.role in ("user", "developer") or (turn.role == "system" and following != "latest_reminder")
 
-    def _attachments(self, turn: Turn) -> str:
-        """The tools and the schema of the answer, behind the text of the message that brings them."""
-        texts: list[str] = []
-        if turn.tools:
-            texts.append(self._tools(turn.tools))
-        if turn.response_format is not None:
-            texts.append(response_format_text(turn.response_format, self._marks))
-        return "".join(f"\n\n{text}" for text in texts)
-
-    def _tools(self, tools: Sequence[Tool]) -> str:
+    def _tools(self, schemas: str) -> str:
         calls = self.call_format
-        schemas = "\n".join(self._mark(json_line(tool.document)) for tool in tools)
         return _TOOLS.format(
             dsml=DSML, block=calls.block, invoke=calls.invoke, parameter=calls.parameter, schemas=schemas
         )
-
-    def _mark(self, text: str) -> str:
-        return self._marks.mark(text)
 
 
 def _transition(turn: Turn, is_asked: bool, thinks: bool, opens_thinking: bool) -> str:
@@ -199,11 +153,3 @@ def _transition(turn: Turn, is_asked: bool, thinks: bool, opens_thinking: bool) 
             return f"{ASSISTANT}{THINK if thinks else END_OF_THINKING}<｜action｜>"
         case _:
             return f"<｜{turn.task}｜>"
-
-
-def response_format_text(schema: Json, marks: TokenMarks) -> str:
-    """How the schema of an answer is put to the model."""
-    return (
-        "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
-        f"{marks.mark(json_line(schema))}"
-    )

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from model_runner.accelerators import pick_device
+from model_runner.prompt_limits import why_not_runnable
 from model_runner.torch_engine.architecture import Architecture, build_architecture, place_step
 from model_runner.torch_engine.cache import Cache
 from model_runner.torch_engine.constraint import MaskFiller
@@ -26,7 +27,7 @@ from model_runner.torch_engine.schedule import Running, Schedule, Step
 from model_runner.torch_engine.sequences import Finished, Prompt
 from model_runner.torch_engine.tree import Node
 from model_runner.torch_engine.weights import CheckpointWeights
-from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError, RowError
+from schemas.errors import EngineFailed, EngineLoadError
 from schemas.records import Sampling
 
 DEFAULT_BATCH_SIZE = 128
@@ -190,31 +191,17 @@ class TorchEngine:
     def _sound(self, prompts: Iterable[Prompt], refused: list[Finished]) -> Iterator[Prompt]:
         """The prompts that can run; the others are set aside with their reason."""
         for prompt in prompts:
-            error = self._refusal(prompt)
+            error = why_not_runnable(
+                prompt.token_ids,
+                prompt.max_tokens,
+                vocab_size=self.model.vocab_size,
+                context_length=self.model.context_length,
+            )
             if error is None:
                 yield prompt
             else:
                 now = time.time()
                 refused.append(Finished(prompt.prompt_id, [], "error", admitted_s=now, finished_s=now, error=error))
-
-    def _refusal(self, prompt: Prompt) -> RowError | None:
-        token_ids = prompt.token_ids
-        if token_ids.size == 0:
-            return EngineFailed("expected a prompt of at least one token, found none")
-        if prompt.max_tokens < 1:
-            return EngineFailed(f"expected max_tokens of at least 1, found {prompt.max_tokens}")
-        lowest, highest = int(token_ids.min()), int(token_ids.max())
-        if lowest < 0 or highest >= self.model.vocab_size:
-            return EngineFailed(
-                f"expected token ids from 0 to {self.model.vocab_size - 1}, found {lowest} to {highest}: "
-                "the prompt was encoded for another model"
-            )
-        if token_ids.size + prompt.max_tokens > self.model.context_length:
-            return ContextOverflow(
-                f"{token_ids.size} prompt tokens and max_tokens {prompt.max_tokens} exceed the context of "
-                f"{self.model.context_length} tokens"
-            )
-        return None
 
 
 class _Run:

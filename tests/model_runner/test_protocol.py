@@ -6,7 +6,7 @@ import types
 import pytest
 
 from model_runner import protocol
-from model_runner.protocol import EngineConfig, load_runner
+from model_runner.protocol import EngineConfig, add_counters, counters_since, load_runner
 from schemas.errors import EngineLoadError
 
 
@@ -31,3 +31,16 @@ def test_loader_gets_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scripted_engine", module)
     monkeypatch.setitem(protocol.ENGINES, "scripted", "scripted_engine:load")
     assert load_runner(config("scripted")) == ("loaded", config("scripted"))
+
+
+def test_counters_add_up_but_peaks_stay_the_highest() -> None:
+    assert add_counters({"steps": 2, "peak_bytes": 7}, {"steps": 3, "peak_bytes": 5, "calls": 1}) == {
+        "steps": 5,
+        "peak_bytes": 7,
+        "calls": 1,
+    }
+
+
+def test_between_two_looks_sums_are_differences_and_peaks_are_not() -> None:
+    before, now = {"steps": 2, "peak_bytes": 7}, {"steps": 5, "peak_bytes": 7, "calls": 1}
+    assert counters_since(before, now) == {"steps": 3, "peak_bytes": 7, "calls": 1}

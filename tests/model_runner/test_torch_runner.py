@@ -21,23 +21,18 @@ from model_runner.torch_engine.engine import TorchEngine
 from model_runner.torch_runner import TorchRunner, load_torch_runner
 from model_runner.transformers_runner import load_transformers_runner
 from schemas.answer_schema import AnswerSchema
-from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError, InvalidGrammar
-from schemas.records import Completion, Message, Request, Sampling
-
-BOS_ID, EOS_ID, FIRST_ID, END_ID = 0, 1, 5, 261
-"""Special tokens, and the bounds of those that stand for bytes."""
-
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "minLength": 1, "maxLength": 6},
-        "priority": {"enum": ["low", "high", None]},
-        "is_open": {"type": "boolean"},
-    },
-    "required": ["name", "priority", "is_open"],
-    "additionalProperties": False,
-}
-GRAMMAR = json_schema_grammar(SCHEMA, max_whitespace=0)
+from schemas.errors import EngineFailed, EngineLoadError, InvalidGrammar
+from schemas.records import Completion, Request, Sampling
+from tests.model_runner.tiny_requests import (
+    CANNOT_RUN,
+    END_ID,
+    FIRST_ID,
+    GRAMMAR,
+    SCHEMA,
+    request_of,
+    run_all,
+    texts,
+)
 
 
 def config_of(path: Path | str, **values: Any) -> EngineConfig:
@@ -45,37 +40,11 @@ def config_of(path: Path | str, **values: Any) -> EngineConfig:
     return EngineConfig(**(defaults | {"dtype": "float32", "device": "cpu"} | values))
 
 
-def request_of(request_id: object, tokens: Sequence[int], max_tokens: int = 12, **values: Any) -> Request:
-    grammar = values.pop("grammar", None)
-    return Request(
-        str(request_id),
-        np.array([BOS_ID, *tokens], dtype=np.int32),
-        (Message("user", "x"),),
-        Sampling(max_tokens, **values),
-        grammar=grammar,
-    )
-
-
 def random_requests(num_requests: int, num_tokens: int = 9, **values: Any) -> list[Request]:
     """Prompts of which all share some tokens, and neighbours more."""
     rng = random.Random(0)
     shared = [rng.randrange(FIRST_ID, END_ID) for _ in range(num_tokens)]
     return [request_of(i, shared[: 3 + i % 4] + [FIRST_ID + i] * (1 + i % 5), **values) for i in range(num_requests)]
-
-
-def run_all(runner: TorchRunner, requests: Sequence[Request]) -> dict[str, Completion]:
-    """What becomes of each request; exactly one completion each."""
-    found: dict[str, Completion] = {}
-    for completion in runner.generate(requests):
-        assert completion.request_id not in found
-        found[completion.request_id] = completion
-    assert set(found) == {request.request_id for request in requests}
-    return found
-
-
-def texts(found: dict[str, Completion]) -> dict[str, tuple[str, str, int]]:
-    """What depends on the request alone."""
-    return {name: (one.text, one.finish_reason, one.usage.completion_tokens) for name, one in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -294,17 +263,7 @@ def test_completion_says_when_by_whom_and_for_how_long(runner: TorchRunner) -> N
         assert one.latency_ms > 0
 
 
-@pytest.mark.parametrize(
-    ("bad", "error"),
-    [
-        (replace(request_of("bad", []), prompt_token_ids=np.array([], dtype=np.int32)), EngineFailed),
-        (request_of("bad", [END_ID]), EngineFailed),
-        (request_of("bad", [-1]), EngineFailed),
-        (request_of("bad", [70], max_tokens=0), EngineFailed),
-        (request_of("bad", [70] * 500, max_tokens=12), ContextOverflow),
-    ],
-    ids=["empty", "outside", "negative", "no tokens", "too long"],
-)
+@pytest.mark.parametrize(("bad", "error"), CANNOT_RUN.values(), ids=CANNOT_RUN)
 def test_request_that_cannot_run_is_a_typed_failure_among_others(
     runner: TorchRunner, bad: Request, error: type[Exception]
 ) -> None:

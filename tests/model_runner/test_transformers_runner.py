@@ -13,51 +13,27 @@ import torch
 
 from jobs.demo.checkpoint_path import CHECKPOINT_PATH
 from model_runner import transformers_runner
-from model_runner.json_grammar import json_schema_grammar
 from model_runner.lockstep import GrowingAnswer
 from model_runner.protocol import EngineConfig
 from model_runner.torch_runner import load_torch_runner
 from model_runner.transformers_runner import TransformersRunner, load_transformers_runner, next_batch
 from schemas.answer_schema import AnswerSchema
-from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError, InvalidGrammar
-from schemas.records import Completion, Message, Request, Sampling
-
-BOS_ID, EOS_ID = 0, 1
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "minLength": 1, "maxLength": 6},
-        "priority": {"enum": ["low", "high", None]},
-        "is_open": {"type": "boolean"},
-    },
-    "required": ["name", "priority", "is_open"],
-    "additionalProperties": False,
-}
-GRAMMAR = json_schema_grammar(SCHEMA, max_whitespace=0)
+from schemas.errors import EngineFailed, EngineLoadError, InvalidGrammar
+from schemas.records import Request, Sampling
+from tests.model_runner.tiny_requests import CANNOT_RUN, EOS_ID, GRAMMAR, SCHEMA, request_of, run_all, texts
 
 
 def config_of(path: Path | str, **values: Any) -> EngineConfig:
     return EngineConfig(**({"engine": "transformers", "path": str(path), "name": "tiny", "revision": "r"} | values))
 
 
-def request(request_id: str, tokens: Sequence[int], max_tokens: int = 12, **sampling: Any) -> Request:
-    return Request(
-        request_id,
-        np.array([BOS_ID, *tokens], dtype=np.int32),
-        (Message("user", "x"),),
-        Sampling(max_tokens, **sampling),
-    )
-
-
 def random_requests(num_requests: int, num_tokens: int, seed: int = 0, **values: Any) -> list[Request]:
     rng = np.random.default_rng(seed)
-    return [request(str(i), rng.integers(5, 261, num_tokens).tolist(), **values) for i in range(num_requests)]
+    return [request_of(str(i), rng.integers(5, 261, num_tokens).tolist(), **values) for i in range(num_requests)]
 
 
 def answers(runner: TransformersRunner, requests: list[Request]) -> dict[str, tuple[str, str, int]]:
-    found = {c.request_id: (c.text, c.finish_reason, c.usage.completion_tokens) for c in runner.generate(requests)}
-    assert len(found) == len(requests)
-    return found
+    return texts(run_all(runner, requests))
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +229,7 @@ def test_request_that_breaks_a_batch_fails_alone(runner: TransformersRunner, mon
         return generate(input_ids, **kwargs)
 
     monkeypatch.setattr(runner._model, "generate", break_on_77, raising=False)
-    requests = [request("a", [70, 71]), request("bad", [77, 78]), request("c", [72, 73])]
+    requests = [request_of("a", [70, 71]), request_of("bad", [77, 78]), request_of("c", [72, 73])]
     found = {completion.request_id: completion for completion in runner.generate(requests)}
     assert isinstance(found["bad"].error, EngineFailed)
     assert "out of memory" in str(found["bad"].error)
@@ -262,28 +238,19 @@ def test_request_that_breaks_a_batch_fails_alone(runner: TransformersRunner, mon
     assert found["c"].error is None
 
 
-@pytest.mark.parametrize(
-    ("asked", "error"),
-    [
-        (replace(request("x", []), prompt_token_ids=np.array([], dtype=np.int32)), EngineFailed),
-        (request("x", [261]), EngineFailed),
-        (request("x", [-1]), EngineFailed),
-        (request("x", [70], max_tokens=0), EngineFailed),
-        (request("x", [70] * 500, max_tokens=12), ContextOverflow),
-    ],
-)
+@pytest.mark.parametrize(("bad", "error"), CANNOT_RUN.values(), ids=CANNOT_RUN)
 def test_request_that_cannot_run_is_a_typed_failure_before_its_batch(
-    runner: TransformersRunner, asked: Request, error: type[Exception]
+    runner: TransformersRunner, bad: Request, error: type[Exception]
 ) -> None:
-    good = request("good", asked.prompt_token_ids[1:].clip(5, 200).tolist()[:100])
-    found: dict[str, Completion] = {completion.request_id: completion for completion in runner.generate([asked, good])}
-    assert type(found["x"].error) is error
-    assert found["x"].finish_reason == "error"
+    good = request_of("good", bad.prompt_token_ids[1:].clip(5, 200).tolist()[:100])
+    found = run_all(runner, [bad, good])
+    assert type(found["bad"].error) is error
+    assert found["bad"].finish_reason == "error"
     assert found["good"].error is None
 
 
 def test_whole_context_may_be_used(runner: TransformersRunner) -> None:
-    assert answers(runner, [request("0", [70] * 510, max_tokens=1)])["0"][2] == 1
+    assert answers(runner, [request_of("0", [70] * 510, max_tokens=1)])["0"][2] == 1
 
 
 def test_checkpoints_own_generation_settings_do_not_leak_in(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -356,12 +323,12 @@ def test_constrained_answers_are_valid_and_neighbours_unchanged(runner: Transfor
 
 def test_a_grammar_that_ends_ends_the_answer_without_an_end_token(runner: TransformersRunner) -> None:
     grammar = json.dumps({"grammars": [{"lark_grammar": 'start: "ab"'}]})
-    (found,) = runner.generate([replace(request("0", [70]), grammar=grammar)])
+    (found,) = runner.generate([replace(request_of("0", [70]), grammar=grammar)])
     assert (found.text, found.finish_reason, found.usage.completion_tokens) == ("ab", "stop", 2)
 
 
 def test_a_constrained_answer_can_be_cut(runner: TransformersRunner) -> None:
-    (found,) = runner.generate([replace(request("0", [70], max_tokens=5), grammar=GRAMMAR)])
+    (found,) = runner.generate([replace(request_of("0", [70], max_tokens=5), grammar=GRAMMAR)])
     assert (found.text, found.finish_reason) == ('{"nam', "length")
 
 
@@ -405,12 +372,9 @@ def test_constrained_greedy_answers_are_those_of_the_torch_engine() -> None:
     engine = load_torch_runner(config_of(path, engine="torch", dtype="float32", device="cpu"))
     rng = np.random.default_rng(0)
     requests = [
-        replace(
-            request(str(i), rng.integers(7, 1_700, 6 + i).tolist(), max_tokens=60), grammar=GRAMMAR if i % 3 else None
-        )
+        request_of(i, rng.integers(7, 1_700, 6 + i).tolist(), max_tokens=60, grammar=GRAMMAR if i % 3 else None)
         for i in range(9)
     ]
     expected = answers(oracle, requests)
-    found = {one.request_id: one for one in engine.generate(requests)}
-    assert {name: (one.text, one.finish_reason, one.usage.completion_tokens) for name, one in found.items()} == expected
+    assert texts(run_all(engine, requests)) == expected
     assert {expected[str(i)][1] for i in range(9) if i % 3} == {"stop"}

@@ -28,10 +28,10 @@ from model_runner.protocol import EngineConfig
 from model_runner.transformers_runner import load_transformers_runner
 from model_runner.vllm_runner import ARGUMENTS_VARIABLE, PYTHON_VARIABLE, VllmRunner, load_vllm_runner
 from schemas.errors import ContextOverflow, EngineFailed, EngineLoadError
-from schemas.records import Completion, Message, Request, Sampling
+from schemas.records import Completion, Request, Sampling
 from tests.checkpoints import save_tiny_tokenizer
+from tests.model_runner.tiny_requests import EOS_ID, request_of
 
-BOS_ID, EOS_ID = 0, 1
 DIE, DIE_ONCE, REFUSE, ABORT, GARBAGE, ENDLESS = 255, 254, 253, 252, 251, 250
 """What the scripted worker does over a prompt whose last token is this; else it answers with the prompt's tokens."""
 
@@ -104,9 +104,7 @@ def config_of(path: Path | str, **values: Any) -> EngineConfig:
 
 
 def request(request_id: str, tokens: Sequence[int], max_tokens: int = 6, **values: Any) -> Request:
-    sampling = {name: values.pop(name) for name in list(values) if name in Sampling.__slots__}
-    token_ids = np.array([BOS_ID, *tokens], dtype=np.int32)
-    return Request(request_id, token_ids, (Message("user", "x"),), Sampling(max_tokens, **sampling), **values)
+    return request_of(request_id, tokens, max_tokens, **values)
 
 
 def by_id(completions: Iterator[Completion]) -> dict[str, Completion]:

@@ -1,7 +1,5 @@
 """Leases: one holder at a time while it lives, a successor as soon as it is known to be dead."""
 
-import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -12,21 +10,14 @@ import pytest
 
 from schemas import storage
 from schemas.layout import RunLayout
+from tests.racing_leases import race_for_shard, write_lease
 from transforms import lease as lease_module
-from transforms.lease import Lease, ShardLease, host_identity, read_leases
+from transforms.lease import ShardLease, host_identity, read_leases
 
 
 @pytest.fixture
 def layout(tmp_path: Path) -> RunLayout:
     return RunLayout(str(tmp_path))
-
-
-def written(layout: RunLayout, generation: int, **changes: object) -> Lease:
-    """A lease on the store that some other process left; by default of a process elsewhere that is long dead."""
-    lease = Lease("other", "elsewhere", 1, 0.0, 0, 0.0)
-    lease = dataclasses.replace(lease, **changes)  # pyright: ignore[reportArgumentType]
-    storage.write_note(layout.lease("s0", generation), json.dumps(dataclasses.asdict(lease)).encode())
-    return lease
 
 
 def dead_process() -> int:
@@ -56,22 +47,8 @@ def test_while_one_copy_holds_a_shard_another_gets_nothing(layout: RunLayout) ->
 
 
 def test_of_racing_copies_exactly_one_claims(layout: RunLayout) -> None:
-    written(layout, 0)
-    claims: list[bool] = []
-    barrier, done = threading.Barrier(8), threading.Barrier(8)
-
-    def race() -> None:
-        barrier.wait()
-        with ShardLease(layout, "s0").claimed() as is_ours:
-            claims.append(is_ours)
-            done.wait()
-
-    threads = [threading.Thread(target=race) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(claims) == [False] * 7 + [True]
+    write_lease(layout, 0)
+    assert sorted(race_for_shard(layout, 8)) == [False] * 7 + [True]
 
 
 def test_an_error_gives_the_shard_back_at_once(layout: RunLayout) -> None:
@@ -95,30 +72,30 @@ def test_a_lease_whose_end_could_not_be_written_does_not_block_its_own_process(
 
 
 def test_a_dead_process_of_this_host_is_succeeded_before_its_lease_ends(layout: RunLayout) -> None:
-    written(layout, 0, host=host_identity(), pid=dead_process(), expires_at=FAR)
+    write_lease(layout, 0, host=host_identity(), pid=dead_process(), expires_at=FAR)
     with ShardLease(layout, "s0").claimed() as is_ours:
         assert is_ours
         assert read_leases(layout)["s0"].pid == os.getpid()
 
 
 def test_a_process_that_got_the_number_of_a_dead_one_does_not_count_as_it(layout: RunLayout) -> None:
-    written(layout, 0, host=host_identity(), pid=os.getppid(), process_started=5.0, expires_at=FAR)
+    write_lease(layout, 0, host=host_identity(), pid=os.getppid(), process_started=5.0, expires_at=FAR)
     with ShardLease(layout, "s0").claimed() as is_ours:
         assert is_ours
 
 
 def test_a_living_process_of_this_host_is_waited_for(layout: RunLayout) -> None:
     started = lease_module.process_started(os.getppid())
-    written(layout, 0, host=host_identity(), pid=os.getppid(), process_started=started, expires_at=FAR)
+    write_lease(layout, 0, host=host_identity(), pid=os.getppid(), process_started=started, expires_at=FAR)
     with ShardLease(layout, "s0").claimed() as is_ours:
         assert not is_ours
 
 
 def test_a_holder_elsewhere_counts_until_its_lease_ends(layout: RunLayout) -> None:
-    written(layout, 0, expires_at=FAR)
+    write_lease(layout, 0, expires_at=FAR)
     with ShardLease(layout, "s0").claimed() as is_ours:
         assert not is_ours
-    written(layout, 0, expires_at=1.0)
+    write_lease(layout, 0, expires_at=1.0)
     with ShardLease(layout, "s0").claimed() as is_ours:
         assert is_ours
 
@@ -128,10 +105,10 @@ def test_a_holder_that_falls_silent_is_succeeded_whatever_its_clock_says(
 ) -> None:
     clock = [1000.0]
     monkeypatch.setattr(lease_module.time, "monotonic", lambda: clock[0])
-    written(layout, 0, expires_at=FAR)
+    write_lease(layout, 0, expires_at=FAR)
     waiting = ShardLease(layout, "s0")
     for num_renewals in range(4):
-        written(layout, 0, expires_at=FAR, num_renewals=num_renewals)
+        write_lease(layout, 0, expires_at=FAR, num_renewals=num_renewals)
         clock[0] += lease_module.LEASE_S / 2
         with waiting.claimed() as is_ours:
             assert not is_ours
@@ -141,9 +118,9 @@ def test_a_holder_that_falls_silent_is_succeeded_whatever_its_clock_says(
 
 
 def test_the_last_lease_of_a_chain_counts(layout: RunLayout) -> None:
-    written(layout, 0)
-    written(layout, 1)
-    written(layout, 2, expires_at=FAR)
+    write_lease(layout, 0)
+    write_lease(layout, 1)
+    write_lease(layout, 2, expires_at=FAR)
     with ShardLease(layout, "s0").claimed() as is_ours:
         assert not is_ours
     assert read_leases(layout)["s0"].expires_at == FAR
