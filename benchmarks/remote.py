@@ -1,8 +1,9 @@
 """What a remote request costs this side: `python -m benchmarks.remote`.
 
-CPU a request of the `openai` engine beside the bare `openai` client (`AsyncOpenAI().chat.completions.create` under a
-semaphore), in turns, each in a process of its own, against one endpoint in another; then the engine's throughput at an
-endpoint that refuses more than a number of requests in flight, as a share of what that endpoint could do.
+CPU a request of the `openai` engine, without a budget and with one that is never reached, beside the bare `openai`
+client (`AsyncOpenAI().chat.completions.create` under a semaphore), in turns, each in a process of its own, against one
+endpoint in another; then the engine's throughput at an endpoint that refuses more than a number of requests in flight,
+as a share of what that endpoint could do.
 """
 
 import argparse
@@ -18,20 +19,30 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import openai
 
 from model_runner.openai_engine.runner import load_openai_runner
-from model_runner.protocol import EngineConfig
+from model_runner.protocol import EngineConfig, ModelRunner
 from schemas.records import Message, Request, Sampling
+from transforms.budget import BudgetedRunner, Limits, ShardBudget
+from transforms.expectation import Ceiling
+from transforms.price_book import PriceBook
+from transforms.spending import Pricing, Spent
 
 MODEL = "deepseek-v4-flash"
 KEY_VARIABLE = "MOEBEAM_BENCHMARK_KEY"
 CHAT = (Message("system", "s" * 2000), Message("user", "q" * 400))
 NUM_PREFIX_TOKENS = 500
 GOAL = 1.3
+PRICES = f"""\
+provider,model,effective_from_utc,effective_to_utc,window_utc,currency,cache_hit_per_mtok,cache_miss_per_mtok,\
+output_per_mtok,evidence,note
+deepseek,{MODEL},2020-01-01T00:00:00Z,,,USD,0.028,0.14,0.28,the mission's reference prices,
+""".encode()
 
 
 @contextlib.contextmanager
@@ -60,23 +71,30 @@ def requests(num: int) -> Iterator[Request]:
         yield Request(f"r{i}", np.append(prefix, np.int32(i)).astype(np.int32), CHAT, Sampling(100))
 
 
-def measure_engine(base_url: str, num: int, concurrency: int) -> dict[str, float]:
-    """CPU and wall clock of the engine, after a first tenth that is not counted."""
-    runner = load_openai_runner(
-        EngineConfig(
-            "openai",
-            "",
-            MODEL,
-            "r",
-            provider="deepseek",
-            base_url=base_url,
-            api_key_variable=KEY_VARIABLE,
-            max_concurrency=concurrency,
-        )
+def measure_engine(base_url: str, num: int, concurrency: int, *, is_budgeted: bool = False) -> dict[str, float]:
+    """CPU and wall clock of the engine, after a first tenth that is not counted.
+
+    Args:
+        is_budgeted: whether each request is held against a limit of money.
+    """
+    config = EngineConfig(
+        "openai",
+        "",
+        MODEL,
+        "r",
+        provider="deepseek",
+        base_url=base_url,
+        api_key_variable=KEY_VARIABLE,
+        max_concurrency=concurrency,
     )
+    runner = load_openai_runner(config)
+    asking: ModelRunner = runner
+    if is_budgeted:
+        ceiling = Ceiling.of(Pricing(PriceBook.parse(PRICES, "prices.csv")), config)
+        asking = BudgetedRunner(runner, ShardBudget(Limits(max_cost=Decimal(10**6)), Spent, ceiling))
     before, started, requests_s = _cpu_s(), time.perf_counter(), 0.0
     num_ahead = num // 10
-    for num_done, completion in enumerate(runner.generate(requests(num + num_ahead)), 1):
+    for num_done, completion in enumerate(asking.generate(requests(num + num_ahead)), 1):
         assert completion.error is None, completion.error
         if num_done == num_ahead:
             before, started = _cpu_s(), time.perf_counter()
@@ -131,20 +149,27 @@ def _measured(who: str, base_url: str, num: int, concurrency: int) -> dict[str, 
 
 def compare(num: int, concurrency: int, turns: int) -> dict[str, float]:
     """Medians of both, and their ratio."""
-    found: dict[str, list[float]] = {"bare": [], "engine": []}
+    found: dict[str, list[float]] = {"bare": [], "engine": [], "budgeted": []}
     with endpoint("--delay_s", "0.3") as base_url:
         for _ in range(turns):
             for who, values in found.items():
                 values.append(_measured(who, base_url, num, concurrency)["cpu_ms"])
-    bare, engine = (statistics.median(values) for values in found.values())
-    return {"concurrency": concurrency, "bare_cpu_ms": bare, "engine_cpu_ms": engine, "ratio": engine / bare}
+    bare, engine, budgeted = (statistics.median(values) for values in found.values())
+    return {
+        "concurrency": concurrency,
+        "bare_cpu_ms": bare,
+        "engine_cpu_ms": engine,
+        "budgeted_cpu_ms": budgeted,
+        "ratio": engine / bare,
+        "budgeted_ratio": budgeted / bare,
+    }
 
 
-def at_limit(num: int, limit: int) -> dict[str, float]:
+def at_limit(num: int, limit: int, who: str) -> dict[str, Any]:
     """Throughput at an endpoint that takes `limit` requests at a time and a second for each."""
     with endpoint("--delay_s", "1.0", "--max_in_flight", str(limit)) as base_url:
-        found = _measured("engine", base_url, num, limit * 5)
-    return {"limit": limit, "share_of_limit": found["requests_s"] / limit, **found}
+        found = _measured(who, base_url, num, limit * 5)
+    return {"who": who, "limit": limit, "share_of_limit": found["requests_s"] / limit, **found}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -152,19 +177,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.remote")
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--who", choices=["bare", "engine"], help=argparse.SUPPRESS)
+    parser.add_argument("--who", choices=["bare", "engine", "budgeted"], help=argparse.SUPPRESS)
     parser.add_argument("--base_url", help=argparse.SUPPRESS)
     parser.add_argument("--concurrency", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.who is not None:
-        measure = measure_bare if args.who == "bare" else measure_engine
-        print(json.dumps(measure(args.base_url, args.num, args.concurrency)))
+        if args.who == "bare":
+            found = measure_bare(args.base_url, args.num, args.concurrency)
+        else:
+            is_budgeted = args.who == "budgeted"
+            found = measure_engine(args.base_url, args.num, args.concurrency, is_budgeted=is_budgeted)
+        print(json.dumps(found))
         return
-    rows = [compare(args.num, concurrency, args.turns) for concurrency in (100, 1000)]
-    rows.append(at_limit(args.num * 2, 100))
+    rows: list[dict[str, Any]] = [compare(args.num, concurrency, args.turns) for concurrency in (100, 1000)]
+    rows += [at_limit(args.num * 2, 100, who) for who in ("engine", "budgeted")]
     for row in rows:
-        print(json.dumps({name: round(value, 3) for name, value in row.items()}))
-    if any(row.get("ratio", 0.0) > GOAL for row in rows):
+        print(json.dumps({name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}))
+    if any(row.get(name, 0.0) > GOAL for row in rows for name in ("ratio", "budgeted_ratio")):
         sys.exit(1)
 
 

@@ -53,6 +53,7 @@ SCHEMA = pa.schema(
         pa.field("ContractedCost", MONEY),
         pa.field("ContractedUnitPrice", MONEY),
         pa.field("EffectiveCost", MONEY),
+        pa.field("InvoiceId", pa.string()),
         pa.field("InvoiceIssuerName", pa.string()),
         pa.field("ListCost", MONEY),
         pa.field("ListUnitPrice", MONEY),
@@ -66,6 +67,7 @@ SCHEMA = pa.schema(
         pa.field("ServiceSubcategory", pa.string()),
         pa.field("SkuId", pa.string()),
         pa.field("SkuMeter", pa.string()),
+        pa.field("SkuPriceDetails", pa.string()),
         pa.field("SkuPriceId", pa.string()),
         pa.field("SubAccountId", pa.string()),
         pa.field("SubAccountName", pa.string()),
@@ -165,6 +167,7 @@ def _charge(line: Mapping[str, Any], token_class: str, unit_price: Decimal) -> _
 def _row(charge: _Charge, num_tokens: int, cost: Decimal, account: str) -> dict[str, Any]:
     month = charge.day.replace(day=1)
     sku = f"{charge.provider}/{charge.model}/{charge.token_class}"
+    details = {"x_Model": charge.model, "x_TokenClass": charge.token_class}
     costs = dict.fromkeys(("BilledCost", "ContractedCost", "EffectiveCost", "ListCost"), cost)
     return {
         **costs,
@@ -182,6 +185,8 @@ def _row(charge: _Charge, num_tokens: int, cost: Decimal, account: str) -> dict[
         "ConsumedQuantity": Decimal(num_tokens),
         "ConsumedUnit": CONSUMED_UNIT,
         "ContractedUnitPrice": charge.unit_price,
+        # A run knows of no invoice; `reconcile` holds it against one later.
+        "InvoiceId": None,
         "InvoiceIssuerName": charge.provider,
         "ListUnitPrice": charge.unit_price,
         "PricingCategory": "Standard",
@@ -194,6 +199,7 @@ def _row(charge: _Charge, num_tokens: int, cost: Decimal, account: str) -> dict[
         "ServiceSubcategory": "Generative AI",
         "SkuId": sku,
         "SkuMeter": _CLASSES[charge.token_class][3],
+        "SkuPriceDetails": json.dumps(details, ensure_ascii=False),
         "SkuPriceId": sku,
         "SubAccountId": charge.tenant or None,
         "SubAccountName": charge.tenant or None,

@@ -168,6 +168,11 @@ def _run_table(manifest: Mapping[str, Any], groups: Mapping[GroupKey, GroupSums]
         rows.append(("attempts without a price", f"{whole.num_unpriced:,}"))
     if whole.num_upper_bound:
         rows.append(("attempts whose cost is an upper bound", f"{whole.num_upper_bound:,}"))
+    if num_lost := sum(part.get("num_lost_calls", 0) for part in (totals, wasted)):
+        rows.append(("calls that ended without a usage", f"{num_lost:,}"))
+    for name, part in (("", totals), (", of wasted work", wasted)):
+        for currency, amount in (part.get("lost_costs_at_most") or {}).items():
+            rows.append((f"billed for these at most, in {currency}{name}", amount))
     return ReportTable("run", "Run", (Column("what", "text"), Column("value", "text")), tuple(rows))
 
 

@@ -11,7 +11,7 @@ import faulthandler
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, TypeAlias
@@ -40,36 +40,58 @@ class _Link:
         return self._connection.recv()
 
 
-def serve(connection: "Connection[Any, Any]") -> None:
-    """Load the engine that comes first, then answer calls until the other side ends."""
+def engine_command(module: str, *args: str) -> list[str]:
+    """How a module of this package is run in a process of its own."""
+    return [sys.executable, "-m", module, *args]
+
+
+def engine_environment() -> dict[str, str]:
+    """The environment of such a process: it imports from where this one does, which may be known to this one alone."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def serve(connection: "Connection[Any, Any]", load: Callable[[EngineConfig], ModelRunner] = load_runner) -> None:
+    """Load the engine that comes first, then answer calls until the other side ends.
+
+    Raises:
+        EOFError, OSError: the other side ended.
+    """
     link = _Link(connection)
     config: EngineConfig = link.receive()
     try:
-        runner = load_runner(config)
+        runner = load(config)
     except MoebeamError as error:
         link.send("failed", error)
         return
     link.send("ready", _counters(runner))
     threading.Thread(target=_beat, args=(link, runner), daemon=True).start()
     calls: dict[int, _Requests] = {}
-    while True:
-        kind, call, *rest = link.receive()
-        if kind == "open":
-            calls[call] = SimpleQueue()
-            threading.Thread(target=_answer, args=(link, runner, call, calls[call]), daemon=True).start()
-        else:
-            calls[call].put(rest[0])
-
-
-def _answer(link: _Link, runner: ModelRunner, call: int, requests: _Requests) -> None:
     try:
-        for completion in runner.generate(_pulled(link, call, requests)):
-            link.send("completion", call, completion)
-        link.send("done", call, _counters(runner))
-    except MoebeamError as error:
-        link.send("broken", call, error)
-    except Exception as error:  # whatever an engine breaks with is told to the caller, whose error it is
-        link.send("broken", call, EngineContractError(f"{type(error).__name__}: {error}"))
+        while True:
+            kind, call, *rest = link.receive()
+            if kind == "open":
+                calls[call] = SimpleQueue()
+                threading.Thread(target=_answer, args=(link, runner, call, calls), daemon=True).start()
+            elif (requests := calls.get(call)) is not None:
+                requests.put(rest[0])
+    finally:
+        # What nobody waits for any more holds neither memory nor its turn.
+        for left in list(calls.values()):
+            left.put(None)
+
+
+def _answer(link: _Link, runner: ModelRunner, call: int, calls: dict[int, _Requests]) -> None:
+    with contextlib.suppress(OSError):
+        try:
+            for completion in runner.generate(_pulled(link, call, calls[call])):
+                link.send("completion", call, completion)
+            link.send("done", call, _counters(runner))
+        except MoebeamError as error:
+            link.send("broken", call, error)
+        except Exception as error:  # whatever an engine breaks with is told to the caller, whose error it is
+            link.send("broken", call, EngineContractError(f"{type(error).__name__}: {error}"))
+        finally:
+            del calls[call]
 
 
 def _pulled(link: _Link, call: int, requests: _Requests) -> Iterator[Request]:
@@ -82,9 +104,10 @@ def _pulled(link: _Link, call: int, requests: _Requests) -> Iterator[Request]:
 
 
 def _beat(link: _Link, runner: ModelRunner) -> None:
-    while True:
-        threading.Event().wait(BEAT_S)
-        link.send("beat", _counters(runner))
+    with contextlib.suppress(OSError):
+        while True:
+            threading.Event().wait(BEAT_S)
+            link.send("beat", _counters(runner))
 
 
 def _counters(runner: ModelRunner) -> Mapping[str, float]:

@@ -9,25 +9,22 @@ found that it dies over alone.
 
 import contextlib
 import logging
-import os
 import socket
 import subprocess
-import sys
 import threading
-import time
 import weakref
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from itertools import count
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from queue import Empty, SimpleQueue
-from typing import IO, Any, TypeAlias
+from queue import Empty
+from typing import Any
 
-from model_runner.protocol import EngineConfig
-from schemas.errors import EngineCrashed, EngineLoadError, EngineTimeout, RowError
-from schemas.records import Completion, Request, Usage
+from model_runner.engine_link import Calling, Death, EngineLink, Messages
+from model_runner.engine_process import engine_command, engine_environment
+from model_runner.process_log import ProcessLog
+from model_runner.protocol import EngineConfig, add_counters
+from schemas.errors import EngineCrashed, EngineLoadError, EngineTimeout, MoebeamError, RowError
+from schemas.records import Completion, Request
 
 MAX_DEATHS_ALONE = 2
 """Deaths over a request that was alone, after which it fails: one may have been somebody else's doing."""
@@ -42,20 +39,8 @@ _LOOK_S = 1.0
 _LOGGER = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Death:
-    """The end of a process: what is known of its cause, and how many calls it had open."""
-
-    cause: str
-    is_silence: bool
-    num_calls: int
-
-
-_Messages: TypeAlias = "SimpleQueue[tuple[Any, ...] | _Death]"
-
-
 class _EngineProcess:
-    """One engine, loaded. Safe for several threads."""
+    """One engine, loaded, in a process that ends with this object."""
 
     def __init__(self, config: EngineConfig) -> None:
         """Start the process and wait until its engine is loaded.
@@ -63,139 +48,53 @@ class _EngineProcess:
         Raises:
             EngineLoadError: the engine cannot be loaded, or died while it was.
         """
-        self._lock = threading.Lock()  # over calls, death and the time of the last sign
-        self._send_lock = threading.Lock()
-        self._owner_pid = os.getpid()
-        self._calls: dict[int, _Messages] = {}
-        self._call_ids = count()
-        self._death: _Death | None = None
         self._is_silence = False
-        self._counters: Mapping[str, float] = {}
-        self._last_sign = time.monotonic()
-        self._log: deque[str] = deque(maxlen=_NUM_LOG_LINES)
         ours, theirs = socket.socketpair()
         with theirs:
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "model_runner.engine_process", str(theirs.fileno())],
+                engine_command("model_runner.engine_process", str(theirs.fileno())),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 pass_fds=(theirs.fileno(),),
-                # The folder from which this process imports may be known to it alone.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                env=engine_environment(),
                 start_new_session=True,  # Ctrl-C is the launcher's to handle
             )
-        self._link: Connection[Any, Any] = Connection(ours.detach())
         assert self._popen.stderr is not None
-        self._log_reader = threading.Thread(target=self._read_log, args=(self._popen.stderr,), daemon=True)
-        self._log_reader.start()
+        self._log = ProcessLog(self._popen.stderr, _LOGGER, max_lines=_NUM_LOG_LINES)
+        self.link = EngineLink(Connection(ours.detach()), self._cause_of_death)
         try:
-            self._link.send(config)
-            kind, content = self._link.recv()
+            self.link.load(config)
         except (OSError, EOFError):
-            raise EngineLoadError(f"the engine's process died while it loaded: {self._cause()}") from None
-        if kind == "failed":
+            raise EngineLoadError(f"the engine's process died while it loaded: {self._cause_of_death()[0]}") from None
+        except MoebeamError:
             self._popen.wait()
-            raise content
-        self._counters = content
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    @property
-    def is_alive(self) -> bool:
-        with self._lock:
-            return self._death is None
-
-    @property
-    def counters(self) -> Mapping[str, float]:
-        """As of the last message that brought any."""
-        return self._counters
-
-    def open(self, messages: _Messages) -> int:
-        """Begin a call; what the process says of it, or its death, comes to `messages`."""
-        call = next(self._call_ids)
-        with self._lock:
-            if self._death is not None:
-                messages.put(self._death)
-                return call
-            if not self._calls:
-                self._last_sign = time.monotonic()
-            self._calls[call] = messages
-        self._send(("open", call))
-        return call
-
-    def close_call(self, call: int) -> None:
-        with self._lock:
-            self._calls.pop(call, None)
-
-    def send_request(self, call: int, request: Request | None) -> None:
-        self._send(("request", call, request))
+            raise
 
     def kill_if_silent(self, max_silence_s: float) -> None:
         """End the process if it has neither answered nor counted anything for so long while it had calls."""
-        with self._lock:
-            is_silent = bool(self._calls) and time.monotonic() - self._last_sign > max_silence_s
-            self._is_silence = self._is_silence or is_silent
-        if is_silent:
+        if self.link.silence_s > max_silence_s:
+            self._is_silence = True
             self._popen.kill()
 
     def close(self) -> None:
         """End the process: by the end of its socket, then by force."""
-        if os.getpid() != self._owner_pid:
-            return  # a fork of the owner ends, not the owner
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._link.fileno())) as link:
-            link.shutdown(socket.SHUT_RDWR)
+        if not self.link.close():
+            return
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(SHUTDOWN_TIMEOUT_S)
             return
         self._popen.kill()
         self._popen.wait()
 
-    def _send(self, message: tuple[object, ...]) -> None:
-        # Where the process is dead, `_read` tells everyone who waits.
-        with self._send_lock, contextlib.suppress(OSError):
-            self._link.send(message)
-
-    def _read(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            while True:
-                self._take(self._link.recv())
-        cause = self._cause()
-        with self._lock:
-            self._death = _Death(cause, self._is_silence, len(self._calls))
-            waiting = list(self._calls.values())
-            self._calls.clear()
-        self._link.close()
-        for messages in waiting:
-            messages.put(self._death)
-
-    def _take(self, message: tuple[Any, ...]) -> None:
-        kind = message[0]
-        counters = message[-1] if kind in ("beat", "done") else None
-        with self._lock:
-            if kind != "beat" or counters != self._counters:
-                self._last_sign = time.monotonic()
-            if counters is not None:
-                self._counters = counters
-            messages = None if kind == "beat" else self._calls.get(message[1])
-        if messages is not None:
-            messages.put(message)
-
-    def _cause(self) -> str:
+    def _cause_of_death(self) -> tuple[str, bool]:
         code = self._popen.wait()
-        self._log_reader.join(timeout=1.0)
+        self._log.wait(timeout_s=1.0)
         if self._is_silence:
-            return "it was ended because it had been silent for too long"
+            return "it was ended because it had been silent for too long", True
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
         told = [line for line in self._log if "Error" in line or line.startswith("Fatal")]
-        return "; ".join([f"its process ended with {how}", *told[-2:]])
-
-    def _read_log(self, stderr: IO[bytes]) -> None:
-        with stderr:
-            for line in stderr:
-                text = line.decode(errors="replace").rstrip()
-                self._log.append(text)
-                _LOGGER.debug("%s", text)
+        return "; ".join([f"its process ended with {how}", *told[-2:]]), False
 
 
 @dataclass(slots=True)
@@ -206,13 +105,39 @@ class _Group:
     num_deaths: int = 0
 
 
-@dataclass(slots=True)
-class _Calling:
-    """What one call of the engine has taken and not answered."""
+class _Turns:
+    """Lets any number of calls run side by side, or one alone that is suspected of killing the engine."""
 
-    in_flight: dict[str, Request] = field(default_factory=dict[str, Request])
-    has_answered: bool = False
-    is_exhausted: bool = False
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._num_open = 0
+        self._num_searches = 0
+
+    @contextlib.contextmanager
+    def search(self) -> Generator[None]:
+        """Hold back calls that have not begun, until it is found over what the engine died."""
+        self._add(searches=1)
+        try:
+            yield
+        finally:
+            self._add(searches=-1)
+
+    @contextlib.contextmanager
+    def taken(self, *, is_suspect: bool) -> Generator[None]:
+        """Wait for a turn, and hold it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._num_open if is_suspect else self._num_searches))
+            self._add(calls=1)
+        try:
+            yield
+        finally:
+            self._add(calls=-1)
+
+    def _add(self, *, calls: int = 0, searches: int = 0) -> None:
+        with self._changed:
+            self._num_open += calls
+            self._num_searches += searches
+            self._changed.notify_all()
 
 
 class IsolatedRunner:
@@ -231,6 +156,7 @@ class IsolatedRunner:
         self._lock = threading.Lock()  # over the processes and what dead ones counted
         self._num_barren_deaths = 0
         self._counted: dict[str, float] = {}
+        self._turns = _Turns()
         self._processes: list[_EngineProcess] = []
         self._finalizer = weakref.finalize(self, _close_all, self._processes)
         self._process()
@@ -242,7 +168,7 @@ class IsolatedRunner:
     def counters(self) -> Mapping[str, float]:
         """As `CountingRunner.counters`, over all processes so far; what a dead one did last may be missing."""
         with self._lock:
-            return _added(self._counted, self._processes[-1].counters)
+            return add_counters(self._counted, self._processes[-1].link.counters)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests as the engine does; those that it dies over, alone and twice, fail.
@@ -251,72 +177,43 @@ class IsolatedRunner:
             EngineLoadError: it died `MAX_BARREN_DEATHS` times without an answer in between, or cannot be started again.
         """
         source = iter(requests)
-        groups: list[_Group] = []
-        calling = _Calling()
-        while not calling.is_exhausted or groups:
-            if not groups:
-                calling = _Calling()
-                death = yield from self._call(source, calling)
-                if death is not None:
-                    self._note_death(death, calling.has_answered)
-                    groups += _halves(list(calling.in_flight.values()))
-                continue
+        calling = Calling()
+        while not calling.is_exhausted:
+            calling = Calling()
+            death = yield from self._call(source, calling, is_suspect=False)
+            if death is not None:
+                self._note_death(death, calling.has_answered)
+                with self._turns.search():
+                    yield from self._searched(list(calling.in_flight.values()))
+
+    def _searched(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Answers to requests over one of which the engine died, that one's failure among them."""
+        groups = _halves(requests)
+        while groups:
             group = groups.pop()
-            taken = _Calling()
+            taken = Calling()
             answered: set[str] = set()
-            death = yield from _noting(self._call(iter(group.requests), taken), answered)
+            death = yield from _noting(self._call(iter(group.requests), taken, is_suspect=True), answered)
             if death is None:
                 continue
             self._note_death(death, taken.has_answered)
             left = [request for request in group.requests if request.request_id not in answered]
             if len(group.requests) > 1:
                 groups += _halves(left)
-                continue
-            # With other calls open nobody knows over which one it died.
-            num_deaths = group.num_deaths + (death.num_calls <= 1)
-            if num_deaths >= MAX_DEATHS_ALONE:
+            elif group.num_deaths + 1 >= MAX_DEATHS_ALONE:
                 yield self._failed(group.requests[0], death)
             else:
-                groups.append(_Group(group.requests, num_deaths))
+                groups.append(_Group(group.requests, group.num_deaths + 1))
 
-    def _call(self, source: Iterator[Request], calling: _Calling) -> Generator[Completion, None, _Death | None]:
-        """One call of the engine, as long as it and the requests last; how it died, if it did."""
-        messages: _Messages = SimpleQueue()
-        process = self._process()
-        call = process.open(messages)
-        is_over = False
-        try:
-            while True:
-                message = self._next(process, messages)
-                if isinstance(message, _Death):
-                    is_over = True
-                    return message
-                match message[0]:
-                    case "pull":
-                        request = next(source, None)
-                        if request is None:
-                            calling.is_exhausted = True
-                        else:
-                            calling.in_flight[request.request_id] = request
-                        process.send_request(call, request)
-                    case "completion":
-                        completion: Completion = message[2]
-                        calling.in_flight.pop(completion.request_id, None)
-                        calling.has_answered = True
-                        yield completion
-                    case "broken":
-                        is_over = True
-                        raise message[2]
-                    case _:
-                        is_over = True
-                        calling.is_exhausted = True  # an engine that ends early leaves the rest to `transforms.run`
-                        return None
-        finally:
-            process.close_call(call)
-            if not is_over:  # nobody wants more answers; the engine ends with those that it has begun
-                process.send_request(call, None)
+    def _call(
+        self, source: Iterator[Request], calling: Calling, *, is_suspect: bool
+    ) -> Generator[Completion, None, Death | None]:
+        """One call of the engine; how it died, if it did. That of a suspect has the engine for itself."""
+        with self._turns.taken(is_suspect=is_suspect):
+            process = self._process()
+            return (yield from process.link.answers(source, calling, lambda messages: self._next(process, messages)))
 
-    def _next(self, process: _EngineProcess, messages: _Messages) -> tuple[Any, ...] | _Death:
+    def _next(self, process: _EngineProcess, messages: Messages) -> tuple[Any, ...] | Death:
         if self._max_silence_s is None:
             return messages.get()
         while True:
@@ -329,13 +226,13 @@ class IsolatedRunner:
         with self._lock:
             if not self._finalizer.alive:
                 raise EngineLoadError("the engine was closed; load it again")
-            if not self._processes or not self._processes[-1].is_alive:
+            if not self._processes or not self._processes[-1].link.is_alive:
                 if self._processes:
-                    self._counted = _added(self._counted, self._processes[-1].counters)
+                    self._counted = add_counters(self._counted, self._processes[-1].link.counters)
                 self._processes[:] = [_EngineProcess(self.config)]
             return self._processes[-1]
 
-    def _note_death(self, death: _Death, has_answered: bool) -> None:
+    def _note_death(self, death: Death, has_answered: bool) -> None:
         _LOGGER.warning("the engine %r died: %s; it is started again", self.config.engine, death.cause)
         with self._lock:
             self._num_barren_deaths = 0 if has_answered else self._num_barren_deaths + 1
@@ -345,29 +242,24 @@ class IsolatedRunner:
                     f"{death.cause}"
                 )
 
-    def _failed(self, request: Request, death: _Death) -> Completion:
+    def _failed(self, request: Request, death: Death) -> Completion:
         error: RowError = (
             EngineTimeout(f"the engine was silent for more than {self._max_silence_s:g} s over this request alone")
             if death.is_silence
             else EngineCrashed(f"the engine dies over this request: {death.cause}")
         )
-        return Completion(
-            request_id=request.request_id,
-            text="",
-            finish_reason="error",
-            usage=Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0),
-            started_at=datetime.now(UTC),
-            latency_ms=0.0,
+        return Completion.failed(
+            request.request_id,
+            error,
             provider="local",
             model=self.config.name,
             model_revision=self.config.revision,
-            error=error,
         )
 
 
 def _noting(
-    completions: Generator[Completion, None, _Death | None], answered: set[str]
-) -> Generator[Completion, None, _Death | None]:
+    completions: Generator[Completion, None, Death | None], answered: set[str]
+) -> Generator[Completion, None, Death | None]:
     while True:
         try:
             completion = next(completions)
@@ -381,13 +273,6 @@ def _halves(requests: Sequence[Request]) -> list[_Group]:
     """Two groups, the first one last, which is the next to be taken."""
     middle = (len(requests) + 1) // 2
     return [_Group(half) for half in (requests[middle:], requests[:middle]) if half]
-
-
-def _added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    return {
-        name: (max if name.startswith("peak_") else sum)((one.get(name, 0), other.get(name, 0)))
-        for name in {**one, **other}
-    }
 
 
 def _close_all(processes: Iterable[_EngineProcess]) -> None:

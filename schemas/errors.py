@@ -5,6 +5,7 @@
     │   ├── JobFileError            exit 2: job file or command
     │   ├── InputPatternError       exit 2: the input names nothing
     │   ├── OutputError             exit 2: the output cannot be used
+    │   ├── ClusterUnavailable      exit 2: the cluster cannot be reached or started
     │   ├── EngineLoadError         exit 1: the model cannot be loaded
     │   ├── EngineContractError     exit 1: the engine answered what it was not asked
     │   ├── EngineUnavailable       exit 1: no provider of a remote engine can answer anything now
@@ -56,6 +57,12 @@ class InputPatternError(JobError):
 
 class OutputError(JobError):
     """The output folder cannot be written, or belongs to another job."""
+
+    exit_code = 2
+
+
+class ClusterUnavailable(JobError):
+    """The cluster that is to run the job cannot be reached, or cannot be started; nothing was run."""
 
     exit_code = 2
 

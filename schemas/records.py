@@ -6,7 +6,7 @@ only around the model runner.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from schemas.canonical import Json
 from schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
 from schemas.errors import RowError
+from schemas.lost_calls import LostCall
 from schemas.prices import PriceMode
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
@@ -63,6 +64,7 @@ class Request:
         prompt_token_ids: the encoded prompt; int32, shape (num_prompt_tokens,).
         messages: the chat that was encoded; what remote engines send.
         tenant: rows of different tenants never share cached prefixes.
+        scope: what makes `request_id` unique in a run, such as the shard.
         options: tools, form of the answer and thinking, as they were rendered; what remote engines send.
         grammar: an llguidance grammar (JSON text) that the answer must follow; only engines in process hold to it.
     """
@@ -75,6 +77,7 @@ class Request:
     attempt: int = 1
     grammar: str | None = None
     options: ChatOptions = DEFAULT_OPTIONS
+    scope: str = ""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -100,6 +103,10 @@ class Usage:
         return None if self.cached_tokens is None else self.prompt_tokens - self.cached_tokens
 
 
+NOTHING_USED = Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0)
+"""Usage of a request that cost nothing: no engine took it, or none answered."""
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """A function call in an answer; `arguments` is JSON text."""
@@ -115,7 +122,8 @@ class Completion:
 
     `started_at` (UTC) decides the price; `latency_ms` is measured from there to the last token. `usage` counts what
     was paid, also for a failure; `price_mode` says at which of the provider's prices. `logprobs` are natural
-    logarithms, one for each completion token, where asked for.
+    logarithms, one for each completion token, where asked for. `lost_calls` are those before the one that ended this,
+    or all of a failure, that a provider may have worked on without telling what it used.
     """
 
     request_id: str
@@ -132,3 +140,38 @@ class Completion:
     logprobs: tuple[float, ...] | None = None
     error: RowError | None = None
     price_mode: PriceMode = "online"
+    lost_calls: tuple[LostCall, ...] = ()
+
+    @classmethod
+    def failed(
+        cls,
+        request_id: str,
+        error: RowError,
+        *,
+        usage: Usage = NOTHING_USED,
+        started_at: datetime | None = None,
+        latency_ms: float = 0.0,
+        provider: str = "",
+        model: str = "",
+        model_revision: str = "",
+        lost_calls: tuple[LostCall, ...] = (),
+    ) -> "Completion":
+        """A failure without any text.
+
+        Args:
+            started_at: None is now.
+            provider, model, model_revision: empty where none of them took the request.
+        """
+        return cls(
+            request_id=request_id,
+            text="",
+            finish_reason="error",
+            usage=usage,
+            started_at=started_at or datetime.now(UTC),
+            latency_ms=latency_ms,
+            provider=provider,
+            model=model,
+            model_revision=model_revision,
+            error=error,
+            lost_calls=lost_calls,
+        )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-TABLES_VERSION = 3
+TABLES_VERSION = 4
 
 MONEY = pa.decimal128(38, 12)
 """Type of every price, cost and sum of costs."""
@@ -129,6 +129,8 @@ LEDGER_SCHEMA = pa.schema(
         pa.field("accelerator_s", pa.float64()),
         pa.field("journal", pa.string()),
         pa.field("tags", pa.map_(pa.string(), pa.string())),
+        pa.field("num_lost_calls", pa.int32()),
+        pa.field("lost_cost_at_most", MONEY),
     ]
 )
 """One line an attempt of one request, with disjoint token classes; prices are per 1,000,000 tokens.
@@ -138,6 +140,8 @@ given up). Unknown cached tokens leave `cache_hit_tokens` null and count whole a
 `cost_basis = "upper_bound"`. The amounts of the four classes add up to `cost`. `accelerator_s` is this line's share of
 the engine's own seconds, by computed tokens; null where the engine does not count. `journal` names where a remote
 answer was kept as it arrived. `tags` holds the columns of `[accounting] tag_columns`, without those that are null.
+`num_lost_calls` counts the attempt's calls that ended without a usage, though the provider may have worked on them;
+`lost_cost_at_most` is what it may bill for them, in `currency`, and is in no other amount; null without a price.
 """
 
 PLAN_SCHEMA = pa.schema(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from decimal import Context, Decimal, Inexact, InvalidOperation, Overflow
 
 from schemas.prices import Charge, CostBasis, PriceLine
-from schemas.records import Usage
+from schemas.records import Completion, Usage
 from transforms.price_book import PriceBook
 from transforms.validate import ValidatedAnswer
 
@@ -34,12 +34,14 @@ class ClassAmounts:
 class AccountedAnswer:
     """A validated answer and what its attempt cost; None where no price is known, which is not zero.
 
-    `journal` is where the answer was kept as it arrived.
+    `lost_cost_at_most` is what calls without a usage may be billed at most, beside `charge` and in its currency; None
+    where there are none, or one of them has no price in it. `journal` is where the answer was kept as it arrived.
     """
 
     answer: ValidatedAnswer
     charge: Charge | None
     journal: str | None = None
+    lost_cost_at_most: Decimal | None = None
 
 
 def account(
@@ -61,7 +63,28 @@ def account(
             prompt_tokens=completion.usage.prompt_tokens,
             mode=completion.price_mode,
         )
-        yield AccountedAnswer(answer, charge(completion.usage, line) if line else None)
+        if not line:
+            yield AccountedAnswer(answer, None)
+            continue
+        lost = _lost_cost(completion, book, provider, model, line.currency)
+        yield AccountedAnswer(answer, charge(completion.usage, line), lost_cost_at_most=lost)
+
+
+def _lost_cost(
+    completion: Completion, book: PriceBook | None, provider: str | None, model: str | None, currency: str
+) -> Decimal | None:
+    """What the calls before an answer may be billed at most: their prompts as misses, and all of `max_tokens`."""
+    total: Decimal | None = None
+    for call in completion.lost_calls:
+        # The provider's own count of the prompt, where an answer brought one.
+        num_input = max(call.prompt_tokens, completion.usage.prompt_tokens)
+        line = book and book.find(
+            provider or call.provider, model or call.model, call.started_at, prompt_tokens=num_input
+        )
+        if not line or line.currency != currency:
+            return None
+        total = EXACT.add(total or Decimal(0), charge(Usage(num_input, call.max_output_tokens, None), line).cost)
+    return total
 
 
 def charge(usage: Usage, line: PriceLine) -> Charge:

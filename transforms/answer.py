@@ -13,13 +13,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam.utils.shared import Shared
 
 from model_runner.encoding.schema_in_prompt import with_schema_in_prompt
+from model_runner.host_runner import HostRunner
 from model_runner.isolated_runner import IsolatedRunner
 from model_runner.model_store import local_checkpoint
 from model_runner.prefix_tree import token_ids_of
@@ -32,6 +33,7 @@ from model_runner.protocol import (
     CountingRunner,
     EngineConfig,
     ModelRunner,
+    counters_since,
     load_runner,
 )
 from model_runner.remote_prompts import Encoder, load_encoder
@@ -42,14 +44,16 @@ from schemas.output_type import OutputType
 from schemas.records import Request
 from transforms.account import AccountedAnswer, account
 from transforms.answer_terms import TermsBook
-from transforms.budget import BudgetedRunner, JournaledSpending, Limits, RunSpending, ShardBudget, Spent
+from transforms.budget import BudgetedRunner, BudgetEnded, Limits, ShardBudget
 from transforms.chat_messages import parse_messages
 from transforms.commit import ShardCommit, commit_shard, read_commit
+from transforms.expectation import Ceiling
 from transforms.failure import recorded_failure
 from transforms.grammar_book import GrammarBook
 from transforms.heartbeat import Beat, Heartbeat
 from transforms.journal import JournaledRunner, ShardJournal
 from transforms.lease import POLL_S, ShardLease, has_lost_a_holder
+from transforms.observe import count, tell, tell_committed
 from transforms.plan import PlannedShard
 from transforms.price_book import PriceBook
 from transforms.render import SchemaInPrompt, sampling_of
@@ -58,6 +62,7 @@ from transforms.retry import AskAgain
 from transforms.reuse import EarlierAnswers, ReuseSource
 from transforms.shard_tables import PlannedRows, ShardNames, shard_tables
 from transforms.sorted_runs import read_rows
+from transforms.spending import JournaledSpending, Pricing, RunSpending, Spent
 from transforms.stop import ON_ERROR, StopReason, request_stop
 from transforms.validate import validate
 from transforms.waste import record_waste
@@ -94,6 +99,11 @@ class AnswerSpec:
     reuse: ReuseSource | None = None
 
     @property
+    def pricing(self) -> Pricing:
+        """Whose prices apply."""
+        return Pricing(self.prices, self.provider, self.model)
+
+    @property
     def is_journaled(self) -> bool:
         """Whether answers are kept as they arrive."""
         choice = self.failures.journal
@@ -101,17 +111,25 @@ class AnswerSpec:
 
 
 class AnswerShards(beam.PTransform[Any, Any]):
-    """Planned shards -> commit records."""
+    """Planned shards -> commit records.
 
-    def __init__(self, spec: AnswerSpec) -> None:
+    Args:
+        resources: Beam's resource hints for workers that answer, by name. They are on the one step that holds the
+            engine: on the whole transform they would reach into the steps that a runner fuses with its shuffle.
+    """
+
+    def __init__(self, spec: AnswerSpec, resources: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self._spec = spec
+        self._resources = resources or {}
 
     def expand(self, pcoll: "beam.PCollection[PlannedShard]") -> "beam.PCollection[ShardCommit]":
-        committed: Any = (
-            pcoll | "SpreadShards" >> beam.Reshuffle() | "AnswerShard" >> beam.ParDo(_AnswerShard(self._spec, Shared()))
-        )
+        answer = beam.ParDo(_AnswerShard(self._spec, Shared())).with_resource_hints(**self._resources)
+        committed: Any = pcoll | "SpreadShards" >> beam.Reshuffle() | "AnswerShard" >> answer
         return committed
+
+
+EngineProcess: TypeAlias = Literal["shared", "own", "host"]
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -123,19 +141,26 @@ class LoadedEngine:
 
     @classmethod
     def load(
-        cls, config: EngineConfig, *, is_isolated: bool = False, max_silence_s: float | None = None
+        cls, config: EngineConfig, process: EngineProcess = "shared", max_silence_s: float | None = None
     ) -> "LoadedEngine":
         """Load both.
 
         Args:
-            is_isolated: whether the engine gets a process of its own.
+            process: where the engine lives: in this process, in one of its own, or in one that the host shares.
             max_silence_s: see `IsolatedRunner`.
         Raises:
             EngineLoadError: the engine or its tokenizer cannot be loaded, or the checkpoint is not the job's.
         """
         if config.engine not in WEIGHTLESS_ENGINES:
             config = replace(config, path=local_checkpoint(config.path, config.revision))
-        runner = IsolatedRunner(config, max_silence_s=max_silence_s) if is_isolated else load_runner(config)
+        runner: ModelRunner
+        match process:
+            case "own":
+                runner = IsolatedRunner(config, max_silence_s=max_silence_s)
+            case "host":
+                runner = HostRunner(config, max_silence_s=max_silence_s)
+            case "shared":
+                runner = load_runner(config)
         return cls(runner, load_encoder(config.path, config.encoding, config.name))
 
 
@@ -145,9 +170,8 @@ class _AnswerShard(beam.DoFn):
     def __init__(self, spec: AnswerSpec, shared: Shared) -> None:
         self._spec = spec
         self._shared = shared
-        journaled = JournaledSpending(spec.layout, spec.prices, spec.provider, spec.model)
+        journaled = JournaledSpending(spec.layout, spec.pricing)
         self._spending = RunSpending(spec.layout, journaled if spec.is_journaled else None)
-        self._num_rows = beam.metrics.Metrics.counter("answer", "num_rows")
 
     def setup(self) -> None:
         """Leave the terminal's process group in a worker process, so that Ctrl-C drains instead of killing it."""
@@ -180,7 +204,8 @@ class _AnswerShard(beam.DoFn):
     def _answered(self, planned: PlannedShard) -> ShardCommit | None:
         """The shard's commit; None if the run has to stop before or within it."""
         spec = self._spec
-        budget = ShardBudget(spec.limits, lambda: self._spending.outside(planned.shard))
+        ceiling = Ceiling.of(spec.pricing, spec.engine)
+        budget = ShardBudget(spec.limits, lambda: self._spending.outside(planned.shard), ceiling)
         if spec.limits.has_any and planned.num_requests and spec.reuse is None:
             self._spending.forget_look()
             budget.stop = spec.limits.refused(budget.outside(), planned)
@@ -190,18 +215,27 @@ class _AnswerShard(beam.DoFn):
         rows = planned_rows(read_rows(spec.layout.shard_plan(planned.shard)), spec)
         # Loaded only once there is something to answer: a finished or empty run needs no model.
         engine = self._shared.acquire(self._load) if rows.asked else None
-        self._num_rows.inc(planned.num_rows)
-        return answer_rows(planned.shard, rows, engine, spec, budget)
+        count("answer", {"num_rows": planned.num_rows})
+        tell("shard_begun", run=spec.run_id, shard=planned.shard, num_rows=planned.num_rows, num_asked=len(rows.asked))
+        commit = answer_rows(planned.shard, rows, engine, spec, budget)
+        if commit is None and budget.stop is not None:
+            tell("shard_stopped", run=spec.run_id, shard=planned.shard, reason=str(budget.stop.kind))
+        return commit
 
     def _load(self) -> LoadedEngine:
-        spec = self._spec
-        is_isolated = spec.engine.engine not in SELF_HEALING_ENGINES and (
-            spec.failures.engine_process == "own"
-            or (spec.failures.engine_process == "auto" and spec.failures.max_silence_s is not None)
-            or (spec.failures.engine_process == "auto" and has_lost_a_holder(spec.layout))
-        )
-        engine = replace(spec.engine, run_id=spec.run_id)
-        return LoadedEngine.load(engine, is_isolated=is_isolated, max_silence_s=spec.failures.max_silence_s)
+        engine, failures = replace(self._spec.engine, run_id=self._spec.run_id), self._spec.failures
+        return LoadedEngine.load(engine, self._engine_process(), failures.max_silence_s)
+
+    def _engine_process(self) -> EngineProcess:
+        engine, failures = self._spec.engine.engine, self._spec.failures
+        if engine in REMOTE_ENGINES:
+            return "shared"
+        if engine in SELF_HEALING_ENGINES:
+            return "host" if failures.engine_process == "host" else "shared"
+        if failures.engine_process != "auto":
+            return failures.engine_process
+        is_in_danger = failures.max_silence_s is not None or has_lost_a_holder(self._spec.layout)
+        return "own" if is_in_danger else "shared"
 
 
 def planned_rows(table: pa.Table, spec: AnswerSpec) -> PlannedRows:
@@ -235,6 +269,7 @@ def answer_rows(
         None where the run is to stop before the shard is whole; what it paid is then kept as waste, or in the journal
         for the next attempt.
     """
+    started = time.monotonic()
     names = ShardNames(spec.run_id, shard, spec.prices.version if spec.prices else None, spec.tag_columns)
     budget = budget or ShardBudget(Limits(), Spent)
     runner = engine and engine.runner
@@ -245,8 +280,9 @@ def answer_rows(
         assert engine is not None, f"shard {shard} has requests but no engine"
         try:
             with _journal_of(shard, spec) as journal:
-                for answer in _accounted(shard, rows, engine, spec, budget, journal):
-                    answers.setdefault(int(answer.answer.completion.request_id), []).append(answer)
+                with contextlib.suppress(BudgetEnded):
+                    for answer in _accounted(shard, rows, engine, spec, budget, journal):
+                        answers.setdefault(int(answer.answer.completion.request_id), []).append(answer)
                 replayed = journal.counters if journal is not None else {}
         except Exception:
             if not spec.is_journaled:
@@ -259,12 +295,12 @@ def answer_rows(
             record_waste(spec.layout, rows, answers, names)
         request_stop(spec.layout, budget.stop)
         return None
-    counted = {
-        name: value if name.startswith("peak_") else value - before.get(name, 0)
-        for name, value in counters_of(runner).items()
-    }
+    counted = counters_since(before, counters_of(runner))
     tables = shard_tables(rows, answers, names, spec.output_type)
-    return commit_shard(spec.layout, spec.run_id, shard, tables, {**counted, **replayed})
+    commit = commit_shard(spec.layout, spec.run_id, shard, tables, {**counted, **replayed})
+    ids, kinds = (tables["rejects"].column(name).to_pylist() for name in ("custom_id", "error_type"))
+    tell_committed(commit, time.monotonic() - started, list(zip(ids, kinds, strict=True)))
+    return commit
 
 
 def _journal_of(shard: str, spec: AnswerSpec) -> contextlib.AbstractContextManager[ShardJournal | None]:
@@ -288,10 +324,10 @@ def _accounted(
     if journal is not None:
         # Counted at once, as spent before; what is taken from the journal is then not counted again.
         kept = (entry.completion for entry in journal.kept.entries)
-        budget.own += Spent.of_completions(kept, spec.prices, spec.provider, spec.model)
+        budget.own += spec.pricing.spent(kept)
         runner = JournaledRunner(runner, journal)
     validated = validate(
-        requests_of(rows, spec, engine.encoder),
+        requests_of(shard, rows, spec, engine.encoder),
         runner,
         lambda request_id: spec.terms.of(options[int(request_id)]),
         again := AskAgain(spec.failures, Repair(spec.repair, engine.encoder, spec.schema_in_prompt)),
@@ -302,9 +338,7 @@ def _accounted(
         if journal is not None:
             place = (answer.answer.completion.request_id, answer.answer.attempt)
             answer = replace(answer, journal=journal.references.get(place))
-            budget.note_answer(answer, is_counted=place in journal.replayed)
-        else:
-            budget.note_answer(answer)
+        budget.note_answer(answer)
         if spec.failures.on_error == "fail" and budget.stop is None:
             budget.stop = _failed_row(rows, answer)
         yield answer
@@ -325,7 +359,7 @@ def counters_of(runner: ModelRunner | None) -> Mapping[str, float]:
     return dict(runner.counters()) if isinstance(runner, CountingRunner) else {}
 
 
-def requests_of(rows: PlannedRows, spec: AnswerSpec, encoder: Encoder) -> Iterator[Request]:
+def requests_of(shard: str, rows: PlannedRows, spec: AnswerSpec, encoder: Encoder) -> Iterator[Request]:
     """The requests of a shard in token order, each made when it is pulled; `request_id` is the row's index."""
     columns = [rows.table.column(name) for name in ("prefix_key", "messages", "sampling", "options", "tenant")]
     is_constrained = spec.is_constrained and spec.engine.engine in CONSTRAINED_ENGINES
@@ -348,6 +382,7 @@ def requests_of(rows: PlannedRows, spec: AnswerSpec, encoder: Encoder) -> Iterat
             tenant=tenant,
             grammar=grammars.grammar_of(options, terms, token_ids) if grammars is not None else None,
             options=terms.options,
+            scope=shard,
         )
 
 

@@ -1,88 +1,31 @@
-"""Budgets: how much a run may spend, held against what all its workers have spent.
+"""Budgets: how much a run may spend, held against what it has spent and what is on its way.
 
-Part of *answer*. Looked at before each shard, and inside a shard before each request is handed out; requests that are
-under way are finished. What this worker's shard spends is known exactly; what other workers spend comes from commits,
-records of waste, and the heartbeats of shards at work. So the overshoot is at most what is under way in all engines at
-that moment, and what other workers spend in the seconds between two of their heartbeats and two looks at them
-(`heartbeat.INTERVAL_S` and `REFRESH_S`). Where answers are journaled, the journals of shards that an earlier attempt
-began say what it paid: a shard counts by its journal or its heartbeat, whichever says more, never by both.
+Part of *answer*. Looked at before each shard, and inside a shard before each request is sent: as long as what is spent
+and what requests on their way are expected to take (`transforms/expectation.py`) reaches a limit, nothing more is sent;
+what arrives then decides. Requests are counted exactly. Tokens and money pass a limit by what the requests on their way
+take beyond what was expected of them, so at most by all of these at their maximal price, and with several workers by
+what the others spend between two heartbeats and two looks at them (`heartbeat.INTERVAL_S`, `spending.REFRESH_S`).
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
+from threading import Lock
 
+from model_runner.admission import AdmittingRunner, Verdict
 from model_runner.protocol import ModelRunner
-from schemas import storage
 from schemas.job import LimitsSection
-from schemas.layout import RunLayout
 from schemas.records import Completion, Request
-from transforms.account import AccountedAnswer, account
-from transforms.commit import Totals, read_commit
-from transforms.heartbeat import Beat, read_beats
-from transforms.journal_file import read_journal
+from transforms.account import AccountedAnswer
+from transforms.expectation import Ceiling, Expectation
 from transforms.plan import PlannedShard
-from transforms.price_book import PriceBook
+from transforms.spending import Spent
 from transforms.stop import StopKind, StopReason
-from transforms.validate import ValidatedAnswer
-from transforms.waste import read_waste, waste_names
-
-REFRESH_S = 1.0
-"""Least seconds between two looks at what others have spent."""
-
-_REFRESH_SHARE = 10
-"""A look may take one part in so many of the time: on a slow store it is taken less often."""
 
 
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """What was asked and paid; input tokens are those of prompts, cached ones included."""
-
-    num_requests: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cost: Decimal = Decimal(0)
-
-    def __add__(self, other: "Spent") -> "Spent":
-        return Spent(
-            self.num_requests + other.num_requests,
-            self.input_tokens + other.input_tokens,
-            self.output_tokens + other.output_tokens,
-            self.cost + other.cost,
-        )
-
-    @classmethod
-    def of_totals(cls, totals: Totals) -> "Spent":
-        """What committed or wasted work took."""
-        cost = sum((Decimal(amount) for amount in (totals.costs or {}).values()), Decimal(0))
-        return cls(totals.num_attempts, totals.prompt_tokens, totals.completion_tokens, cost)
-
-    @classmethod
-    def of_beat(cls, beat: Beat) -> "Spent":
-        """What a shard at work took until its last heartbeat."""
-        return cls(beat.num_requests, beat.prompt_tokens, beat.completion_tokens, Decimal(beat.cost))
-
-    @classmethod
-    def of_completions(
-        cls, completions: Iterable[Completion], prices: PriceBook | None, provider: str | None, model: str | None
-    ) -> "Spent":
-        """What answers took that were journaled; prices as of `account`."""
-        spent = cls()
-        for answer in account((ValidatedAnswer(each, None, None) for each in completions), prices, provider, model):
-            usage = answer.answer.completion.usage
-            cost = answer.charge.cost if answer.charge is not None else Decimal(0)
-            spent += cls(1, usage.prompt_tokens, usage.completion_tokens, cost)
-        return spent
-
-    def or_more(self, other: "Spent") -> "Spent":
-        """The larger of each amount, of two accounts of the same work."""
-        return Spent(
-            max(self.num_requests, other.num_requests),
-            max(self.input_tokens, other.input_tokens),
-            max(self.output_tokens, other.output_tokens),
-            max(self.cost, other.cost),
-        )
+class BudgetEnded(Exception):
+    """Requests that were handed out were not sent any more; `ShardBudget.stop` says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,139 +95,168 @@ def _spelled(amount: Decimal | int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class JournaledSpending:
-    """What the journals of a run's shards say that was paid; prices as of `account`."""
+class _OnItsWay:
+    """What a request may take, and what it is expected to take beyond what was counted when it left."""
 
-    layout: RunLayout
-    prices: PriceBook | None
-    provider: str | None
-    model: str | None
-
-    def of(self, is_done: Collection[str]) -> Mapping[str, Spent]:
-        """By shard, but for those that are committed.
-
-        Raises:
-            OSError: the store failed.
-        """
-        paths = (path for path, _ in storage.list_files(self.layout.journal))
-        shards = {path.rpartition("/")[0].rpartition("/")[2] for path in paths} - {*is_done}
-        return {shard: self.of_shard(shard) for shard in sorted(shards)}
-
-    def of_shard(self, shard: str) -> Spent:
-        """What was paid for one shard."""
-        completions = (entry.completion for entry in read_journal(self.layout, shard).entries)
-        return Spent.of_completions(completions, self.prices, self.provider, self.model)
-
-
-class RunSpending:
-    """What a run has spent, read from its store; each commit and record of waste is read once.
-
-    Journals are read at the first look: of shards that are begun later, heartbeats tell.
-    """
-
-    def __init__(self, layout: RunLayout, journaled: JournaledSpending | None = None) -> None:
-        self._layout = layout
-        self._journaled = journaled
-        self._paid_before: Mapping[str, Spent] | None = None
-        self._committed: dict[str, Spent] = {}
-        self._wasted: dict[str, Spent] = {}
-        self._beats: dict[str, Spent] = {}
-        self._next_look = 0.0
-
-    def outside(self, shard: str) -> Spent:
-        """What was spent, but for what the shard's present attempt spends; looked up at most every `REFRESH_S`."""
-        if time.monotonic() >= self._next_look:
-            started = time.monotonic()
-            self._look()
-            ended = time.monotonic()
-            self._next_look = ended + max(REFRESH_S, _REFRESH_SHARE * (ended - started))
-        paid_before = self._paid_before or {}
-        at_work = [
-            self._beats.get(name, Spent()).or_more(paid_before.get(name, Spent()))
-            for name in {*self._beats, *paid_before}
-            if name not in self._committed and name != shard
-        ]
-        return sum((*self._committed.values(), *self._wasted.values(), *at_work), Spent())
-
-    def forget_look(self) -> None:
-        """Look again at the next question."""
-        self._next_look = 0.0
-
-    def _look(self) -> None:
-        layout = self._layout
-        # Beats before commits: a shard that commits in between is then counted as committed, never not at all.
-        self._beats = {shard: Spent.of_beat(beat) for shard, beat in read_beats(layout, "answer").items()}
-        for name in storage.list_names(layout.commits, ".json"):
-            shard = name.removesuffix(".json")
-            if shard not in self._committed and (commit := read_commit(layout, shard)) is not None:
-                self._committed[shard] = Spent.of_totals(commit.totals)
-        if self._paid_before is None and self._journaled is not None:
-            self._paid_before = self._journaled.of(self._committed)
-        for name in waste_names(layout):
-            if name not in self._wasted:
-                self._wasted[name] = Spent.of_totals(read_waste(layout, name).totals)
+    most: Spent
+    expected: Spent
 
 
 @dataclass(slots=True)
 class ShardBudget:
     """The budget as one attempt of a shard sees it; says once, and then for good, that it must stop.
 
+    An `Admission` for engines, which ask from other threads; what is outside is looked up by `look` alone, since the
+    store may take its time.
+
     Attributes:
         outside: what is spent beside this attempt.
-        stop: why no more requests may be handed out; None while they may.
+        own: what this attempt has spent; requests and their prompts count from when they are sent.
+        stop: why no more requests may be sent; None while they may.
     """
 
     limits: Limits
     outside: Callable[[], Spent]
+    ceiling: Ceiling = field(default_factory=Ceiling)
     own: Spent = field(default_factory=Spent)
     stop: StopReason | None = None
+    _expectation: Expectation = field(default_factory=Expectation)
+    _away: dict[str, _OnItsWay] = field(default_factory=dict[str, _OnItsWay])
+    _expected: Spent = field(default_factory=Spent)
+    _outside: Spent = field(default_factory=Spent)
+    _lock: Lock = field(default_factory=Lock)
+
+    def look(self) -> None:
+        """Look up what is spent outside, unless that was done a moment ago."""
+        if self.stop is None and self.limits.has_any:
+            self._outside = self.outside()
 
     def may_ask(self) -> bool:
-        """Whether one more request may be handed out."""
-        if self.stop is None and self.limits.has_any:
-            self.stop = self.limits.reached(self.outside() + self.own, time.time())
-        return self.stop is None
+        """Look up what is spent outside, and say whether anything is left."""
+        self.look()
+        with self._lock:
+            return self._is_open()
 
-    def note_request(self, request: Request) -> None:
-        self.own += Spent(num_requests=1, input_tokens=request.num_prompt_tokens)
+    def admit(self, request: Request) -> Verdict:
+        """Whether a request may be sent now; see `Admission.admit`."""
+        with self._lock:
+            if request.request_id in self._away:
+                return "send"
+            if not self._is_open():
+                return "stop"
+            if self.limits.has_any:
+                if self._away and self.limits.reached(self._outside + self.own + self._expected, 0.0) is not None:
+                    return "wait"
+                most = self.ceiling.most(request)
+                expected = self._expectation.of(most)
+                counted = Spent(num_requests=1, input_tokens=expected.input_tokens)
+                self.own += counted
+                self._expected += expected - counted
+                self._away[request.request_id] = _OnItsWay(most, expected)
+            return "send"
 
-    def note_answer(self, answer: AccountedAnswer, *, is_counted: bool = False) -> None:
-        """Count an answer's output and cost; its input was counted when it was asked.
+    def arrived(self, completion: Completion) -> None:
+        """Count what a request took instead of what was expected of it; replayed answers, which none sent, not at all.
 
-        Args:
-            is_counted: whether it is counted already, as one that an earlier attempt journaled.
+        Of one that failed without a usage the prompt stays counted.
         """
-        cost = answer.charge.cost if answer.charge is not None else Decimal(0)
-        if not is_counted:
-            self.own += Spent(output_tokens=answer.answer.completion.usage.completion_tokens, cost=cost)
+        with self._lock:
+            away = self._away.pop(completion.request_id, None)
+            if away is None:
+                return
+            counted = Spent(num_requests=1, input_tokens=away.expected.input_tokens)
+            self._expected -= away.expected - counted
+            taken = self.ceiling.pricing.spent([completion])
+            if taken.input_tokens:
+                self._expectation.learn(away.most, taken)
+                self.own += taken - counted
+
+    def end_round(self) -> None:
+        """Nothing is on its way any more; what an engine lost stays counted as far as it was."""
+        with self._lock:
+            self._away.clear()
+            self._expected = Spent()
+
+    def note_answer(self, answer: AccountedAnswer) -> None:
+        """Stop where money is limited and an answer has no price."""
         if self.limits.max_cost is not None and answer.charge is None and self.stop is None:
             self.stop = StopReason("max_cost", "[limits] max_cost: an answer has no price, so nobody knows the cost")
+
+    def _is_open(self) -> bool:
+        if self.stop is None and self.limits.has_any:
+            self.stop = self.limits.reached(self._outside + self.own, time.time())
+        return self.stop is None
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetedRunner:
-    """A runner that is handed requests as long as the budget lasts; what it was handed it finishes."""
+    """A runner that sends requests as long as the budget lasts; what is on its way it finishes.
+
+    Engines that ask before they send (`AdmittingRunner`) are let pull ahead. Others take what they are handed for sent:
+    they are handed what the budget is expected to bear, then, when all of it has arrived, as much as is left.
+    """
 
     runner: ModelRunner
     budget: ShardBudget
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """As `ModelRunner.generate`, for the requests that were pulled."""
-        num_counted: dict[str, int] = {}
-        for completion in self.runner.generate(self._handed_out(requests, num_counted)):
-            # Prompts of remote engines were counted by an estimate.
-            difference = completion.usage.prompt_tokens - num_counted.pop(completion.request_id, 0)
-            if completion.usage.prompt_tokens:
-                self.budget.own += Spent(input_tokens=difference)
-            yield completion
+        """As `ModelRunner.generate`, until the budget ends.
 
-    def _handed_out(self, requests: Iterable[Request], num_counted: dict[str, int]) -> Iterator[Request]:
-        waiting = iter(requests)
-        # Asked before the next one is pulled: a request that was pulled counts as under way.
-        while self.budget.may_ask():
-            request = next(waiting, None)
-            if request is None:
-                return
-            self.budget.note_request(request)
-            num_counted[request.request_id] = request.num_prompt_tokens
+        Raises:
+            BudgetEnded: it ended before all requests were sent that had been pulled; what was sent came out before.
+        """
+        waiting = _Waiting(iter(requests), self.budget)
+        if isinstance(self.runner, AdmittingRunner):
+            for completion in self.runner.generate_admitted(waiting.pulled(), self.budget):
+                waiting.unanswered.pop(completion.request_id, None)
+                yield completion
+                self.budget.look()
+        else:
+            while not waiting.is_over:
+                for completion in self.runner.generate(waiting.admitted()):
+                    waiting.unanswered.pop(completion.request_id, None)
+                    self.budget.arrived(completion)
+                    yield completion
+                self.budget.end_round()
+        if waiting.unanswered and self.budget.stop is not None:
+            raise BudgetEnded(self.budget.stop.message)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Requests on their way into an engine.
+
+    Attributes:
+        unanswered: ids of those that were pulled and have not come out again.
+        is_over: whether there are no more, or no more may be sent.
+    """
+
+    requests: Iterator[Request]
+    budget: ShardBudget
+    unanswered: dict[str, None] = field(default_factory=dict[str, None])
+    is_over: bool = False
+    _held: Request | None = None
+
+    def pulled(self) -> Iterator[Request]:
+        """All of them, while anything is left of the budget."""
+        while (request := self._next()) is not None:
             yield request
+
+    def admitted(self) -> Iterator[Request]:
+        """Those that may be sent now; the one after them is held for the next round."""
+        while (request := self._held or self._next()) is not None:
+            verdict = self.budget.admit(request)
+            self._held = request if verdict == "wait" else None
+            if verdict != "send":
+                self.is_over = verdict == "stop"
+                return
+            yield request
+
+    def _next(self) -> Request | None:
+        # Asked before the next one is pulled, so that where the budget ends none is pulled in vain.
+        request = next(self.requests, None) if self.budget.may_ask() else None
+        if request is None:
+            self.is_over = True
+            return None
+        self.unanswered[request.request_id] = None
+        return request

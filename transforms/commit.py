@@ -8,7 +8,7 @@ import hashlib
 import uuid
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -18,11 +18,12 @@ import pyarrow.compute as pc
 
 from schemas import storage
 from schemas.arrow import parquet_bytes, values_of
-from schemas.errors import CommitError, abbreviated
+from schemas.errors import CommitError
 from schemas.layout import TABLES, RunLayout, Table
 from transforms.accelerator_time import with_accelerator_seconds
 from transforms.account import EXACT
-from transforms.coders import RecordCoder, register_record
+from transforms.coders import register_record
+from transforms.record_json import RecordJson, read_record
 
 
 @register_record
@@ -49,6 +50,8 @@ class Totals:
         cached_tokens: None as soon as one attempt does not know.
         costs: currency -> sum, as decimal text; empty without prices.
         num_unpriced: attempts without a price.
+        num_lost_calls: calls to a provider that ended without a usage, and that it may bill all the same.
+        lost_costs_at_most: currency -> what it may bill for them, beside `costs`; those without a price are not in it.
     """
 
     num_results: int = 0
@@ -65,6 +68,8 @@ class Totals:
     reasoning_tokens: int = 0
     costs: Mapping[str, str] | None = None
     rejects_by_type: Mapping[str, int] | None = None
+    num_lost_calls: int = 0
+    lost_costs_at_most: Mapping[str, str] | None = None
 
     def __add__(self, other: "Totals") -> "Totals":
         unknown = self.cached_tokens is None or other.cached_tokens is None
@@ -83,6 +88,8 @@ class Totals:
             reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
             costs=_add_costs(self.costs or {}, other.costs or {}),
             rejects_by_type=_add_counts(self.rejects_by_type or {}, other.rejects_by_type or {}),
+            num_lost_calls=self.num_lost_calls + other.num_lost_calls,
+            lost_costs_at_most=_add_costs(self.lost_costs_at_most or {}, other.lost_costs_at_most or {}),
         )
 
 
@@ -109,13 +116,7 @@ def read_commit(layout: RunLayout, shard: str) -> ShardCommit | None:
     Raises:
         CommitError: the record is there but cannot be read.
     """
-    path = layout.shard_commit(shard)
-    if not storage.exists(path):
-        return None
-    try:
-        return RecordCoder(ShardCommit).decode(storage.read_bytes(path))
-    except ValueError as error:
-        raise CommitError(f"{path}: expected a commit record, found {abbreviated(str(error))}") from error
+    return read_record(layout.shard_commit(shard), ShardCommit, "a commit record")
 
 
 def commit_shard(
@@ -138,7 +139,7 @@ def commit_shard(
     tables = {**tables, "ledger": with_accelerator_seconds(tables["ledger"], engine)}
     files = tuple(_stage(layout, shard, attempt, table, tables[table]) for table in TABLES if tables[table].num_rows)
     commit = ShardCommit(shard, run_id, attempt, datetime.now(UTC).isoformat(timespec="seconds"), files, totals, engine)
-    if storage.create_exclusive(layout.shard_commit(shard), RecordCoder(ShardCommit).encode(commit)):
+    if storage.create_exclusive(layout.shard_commit(shard), RecordJson(ShardCommit).encode(commit)):
         return commit
     storage.remove_files([storage.join(layout.output, file.path) for file in files])
     winner = read_commit(layout, shard)
@@ -155,29 +156,43 @@ def totals_of(tables: Mapping[Table, pa.Table]) -> Totals:
     """
     rows = pa.concat_tables([tables["results"], tables["rejects"]])
     results, rejects, ledger = tables["results"], tables["rejects"], tables["ledger"]
+    paid = ledger_totals(ledger)
     is_row = pc.equal(rejects.column("scope"), pa.scalar("row"))
     row_rejects, unreadable = rejects.filter(is_row), rejects.filter(pc.invert(is_row))
     costs = costs_by_currency(rows, "cost")
-    for name in ("prompt_tokens", "completion_tokens", "reasoning_tokens"):
-        _check_equal(name, _sum(rows, name), _ledger_tokens(ledger)[name])
+    _check_equal("prompt_tokens", _sum(rows, "prompt_tokens"), paid.prompt_tokens)
+    _check_equal("completion_tokens", _sum(rows, "completion_tokens"), paid.completion_tokens)
+    _check_equal("reasoning_tokens", _sum(rows, "reasoning_tokens"), paid.reasoning_tokens)
     _check_equal("cost", costs, costs_by_currency(ledger, "cost"))
     _check_equal("cost_allocated of the rows", costs_by_currency(rows, "cost_allocated"), costs)
     _check_equal("cost_allocated of the ledger", costs_by_currency(ledger, "cost_allocated"), costs)
-    return Totals(
+    return replace(
+        paid,
         num_results=results.num_rows,
         num_reused=results.num_rows - results.column("reused_from").null_count,
         num_rejects=row_rejects.num_rows,
         num_unreadable=unreadable.num_rows,
         num_unreadable_rows=_sum(unreadable, "num_rows"),
+        rejects_by_type=_counts(rejects.column("error_type")),
+    )
+
+
+def ledger_totals(ledger: pa.Table) -> Totals:
+    """What a ledger alone can say: its attempts, their tokens and their cost, and nothing of rows."""
+    hits, reasoning = _sum(ledger, "cache_hit_tokens"), _sum(ledger, "reasoning_tokens")
+    lost = costs_by_currency(ledger, "lost_cost_at_most")
+    return Totals(
         num_attempts=ledger.num_rows,
         num_unpriced=ledger.column("cost").null_count,
-        num_upper_bound=_count(ledger.column("cost_basis"), "upper_bound"),
-        prompt_tokens=_sum(rows, "prompt_tokens"),
-        cached_tokens=None if ledger.column("cache_hit_tokens").null_count else _sum(ledger, "cache_hit_tokens"),
-        completion_tokens=_sum(rows, "completion_tokens"),
-        reasoning_tokens=_sum(rows, "reasoning_tokens"),
-        costs={currency: format(amount, "f") for currency, amount in costs.items()},
-        rejects_by_type=_counts(rejects.column("error_type")),
+        num_upper_bound=_counts(ledger.column("cost_basis")).get("upper_bound", 0),
+        prompt_tokens=hits + _sum(ledger, "cache_miss_tokens"),
+        cached_tokens=None if ledger.column("cache_hit_tokens").null_count else hits,
+        completion_tokens=_sum(ledger, "visible_output_tokens") + reasoning,
+        reasoning_tokens=reasoning,
+        costs={currency: format(amount, "f") for currency, amount in costs_by_currency(ledger, "cost").items()},
+        rejects_by_type={},
+        num_lost_calls=_sum(ledger, "num_lost_calls"),
+        lost_costs_at_most={currency: format(amount, "f") for currency, amount in lost.items()},
     )
 
 
@@ -187,14 +202,6 @@ def _stage(layout: RunLayout, shard: str, attempt: str, table: Table, rows: pa.T
     storage.write_whole(path, content)
     relative = path.removeprefix(layout.output.rstrip("/") + "/")
     return StagedFile(table, relative, rows.num_rows, len(content), hashlib.sha256(content).hexdigest())
-
-
-def _ledger_tokens(ledger: pa.Table) -> dict[str, int]:
-    return {
-        "prompt_tokens": _sum(ledger, "cache_hit_tokens") + _sum(ledger, "cache_miss_tokens"),
-        "completion_tokens": _sum(ledger, "visible_output_tokens") + _sum(ledger, "reasoning_tokens"),
-        "reasoning_tokens": _sum(ledger, "reasoning_tokens"),
-    }
 
 
 def _check_equal(what: str, rows: object, ledger: object) -> None:
@@ -208,16 +215,12 @@ def _sum(table: pa.Table, name: str) -> int:
     return int(pc.sum(table.column(name)).as_py() or 0)
 
 
-def _count(column: "pa.ChunkedArray[Any]", value: str) -> int:
-    return _counts(column).get(value, 0)
-
-
 def _counts(column: "pa.ChunkedArray[Any]") -> dict[str, int]:
     return dict(sorted(Counter(value for value in column.to_pylist() if value is not None).items()))
 
 
 def costs_by_currency(table: pa.Table, column: str) -> dict[str, Decimal]:
-    """Sums of `cost` or `cost_allocated` of a table of rows or of ledger lines, in order of currency.
+    """Sums of a column of amounts, such as `cost`, of a table of rows or of ledger lines, in order of currency.
 
     Rows whose attempts were priced in several currencies add to each of them.
     """
@@ -230,17 +233,6 @@ def costs_by_currency(table: pa.Table, column: str) -> dict[str, Decimal]:
         if currency is not None and amount is not None:
             sums[currency] = EXACT.add(sums.get(currency, Decimal(0)), amount)
     return dict(sorted(sums.items()))
-
-
-def add_engine_counters(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    """Counters of two shards together: sums, or maxima where the name begins with `peak_`."""
-    names = [*one, *(name for name in other if name not in one)]
-    return {
-        name: max(one.get(name, 0), other.get(name, 0))
-        if name.startswith("peak_")
-        else one.get(name, 0) + other.get(name, 0)
-        for name in names
-    }
 
 
 def _add_costs(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:

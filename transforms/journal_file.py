@@ -19,6 +19,7 @@ from schemas import storage
 from schemas.appended_file import AppendedFile
 from schemas.errors import EngineFailed, RowError
 from schemas.layout import RunLayout
+from schemas.lost_calls import LostCall
 from schemas.records import Completion, ToolCall, Usage
 
 DISK_DELAY_S = 0.2
@@ -195,6 +196,7 @@ def _line_of(key: str, attempt: int, completion: Completion) -> bytes:
         "logprobs": completion.logprobs,
         "price_mode": completion.price_mode,
         "error": error and {"type": error.error_type, "message": str(error)},
+        "lost_calls": [{**asdict(call), "started_at": call.started_at.isoformat()} for call in completion.lost_calls],
     }
     # A provider's JSON may spell half a surrogate pair, and two halves are not the whole: each is kept as it is.
     content = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
@@ -214,6 +216,7 @@ def _entry_of(line: bytes, reference: str) -> Entry:
     key, attempt, error, logprobs = (values.pop(name) for name in ("key", "attempt", "error", "logprobs"))
     usage, calls = Usage(**values.pop("usage")), tuple(ToolCall(**call) for call in values.pop("tool_calls"))
     started_at = datetime.fromisoformat(values.pop("started_at"))
+    lost_calls = tuple(_lost_call(**call) for call in values.pop("lost_calls", ()))
     completion = Completion(
         **values,
         usage=usage,
@@ -221,8 +224,13 @@ def _entry_of(line: bytes, reference: str) -> Entry:
         tool_calls=calls,
         logprobs=None if logprobs is None else tuple(logprobs),
         error=None if error is None else _error_types().get(error["type"], EngineFailed)(error["message"]),
+        lost_calls=lost_calls,
     )
     return Entry(reference, key, attempt, completion)
+
+
+def _lost_call(*, started_at: str, **values: Any) -> LostCall:
+    return LostCall(**values, started_at=datetime.fromisoformat(started_at))
 
 
 def _error_types() -> dict[str, type[RowError]]:

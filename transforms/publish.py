@@ -16,6 +16,7 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.pvalue import AsSingleton
 
+from model_runner.protocol import add_counters
 from schemas import storage
 from schemas.arrow import parquet_bytes
 from schemas.canonical import Json
@@ -23,9 +24,10 @@ from schemas.errors import CommitError
 from schemas.layout import TABLES, RunLayout, Table
 from schemas.output_type import OutputType
 from schemas.tables import LEDGER_SCHEMA, TABLES_VERSION, result_schema
-from transforms.commit import ShardCommit, StagedFile, Totals, add_engine_counters
+from transforms.commit import ShardCommit, StagedFile, Totals
 from transforms.failure import recorded_failure
 from transforms.invariants import RowSums, SumRows, check_invariants
+from transforms.observe import count
 from transforms.plan import read_plan
 from transforms.rollup import Rollup, RollUpLedger
 from transforms.stop import read_stop
@@ -95,7 +97,8 @@ def _publish(commit: ShardCommit, spec: PublishSpec) -> Iterator[ShardCommit]:
         publish_shard(commit, spec.layout)
         if spec.waste is not None:
             record_unused(spec.layout, commit.shard, spec.waste)
-    beam.metrics.Metrics.counter("publish", "num_shards").inc()
+    num_bytes = sum(file.num_bytes for file in commit.files)
+    count("publish", {"num_shards": 1, "num_files": len(commit.files), "num_bytes": num_bytes})
     yield commit
 
 
@@ -154,7 +157,7 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec, accounts: 
     totals = _sum(commit.totals for commit in ordered)
     if is_complete:
         _check_rows(totals, spec)
-    engine = reduce(add_engine_counters, (commit.engine or {} for commit in ordered), {})
+    engine = reduce(add_counters, (commit.engine or {} for commit in ordered), {})
     checks = accounts and check_invariants(accounts.ledger, accounts.rows, totals, engine)
     wasted = publish_waste(layout)
     stop = None if is_complete else read_stop(layout)
@@ -270,8 +273,12 @@ def _published_files(
 
 def cost_of(totals: Totals) -> tuple[Decimal | None, str | None]:
     """A run's cost and its currency; None where nothing was priced, or in more than one currency."""
-    costs = totals.costs or {}
-    if len(costs) != 1:
+    return sole_amount(totals.costs)
+
+
+def sole_amount(amounts: Mapping[str, str] | None) -> tuple[Decimal | None, str | None]:
+    """The amount of the only currency, and that currency; None for none or several."""
+    if amounts is None or len(amounts) != 1:
         return None, None
-    ((currency, amount),) = costs.items()
+    ((currency, amount),) = amounts.items()
     return Decimal(amount), currency

@@ -43,7 +43,14 @@ _AMOUNTS = (
     "cost_allocated",
 )
 _COLUMNS = tuple(
-    name for name in LEDGER_SCHEMA.names if name not in {*_COUNTED, *_AMOUNTS, "started_at", "accelerator_s", "tags"}
+    name
+    for name in LEDGER_SCHEMA.names
+    if name
+    not in {
+        *_COUNTED,
+        *_AMOUNTS,
+        *("started_at", "accelerator_s", "tags", "num_lost_calls", "lost_cost_at_most"),
+    }
 )
 
 GroupKey: TypeAlias = tuple[str | None, ...]

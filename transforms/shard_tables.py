@@ -326,6 +326,8 @@ def _ledger(
                     "error_type": accounted.answer.error and accounted.answer.error.error_type,
                     "tags": tags[row],
                     "journal": accounted.journal,
+                    "num_lost_calls": len(completion.lost_calls),
+                    "lost_cost_at_most": accounted.lost_cost_at_most,
                     **_charged(accounted),
                 }
             )

@@ -18,7 +18,7 @@ from model_runner.openai_engine.failures import redacted
 from model_runner.openai_engine.responses import Answer
 from model_runner.protocol import EngineConfig
 from schemas.errors import EngineLoadError, EngineUnavailable, MalformedResponse, RowError
-from schemas.records import Completion, Request, Usage
+from schemas.records import Completion, Request
 
 _TOO_MUCH_QUEUED = "token_limit_exceeded"
 _MAX_AWAY = 4
@@ -224,15 +224,11 @@ class BatchRunner:
 
     def _failed(self, request_id: str, error: RowError, times: _Times) -> Completion:
         spec = self.service.spec
-        return Completion(
-            request_id=request_id,
-            text="",
-            finish_reason="error",
-            usage=Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0),
+        return Completion.failed(
+            request_id,
+            error,
             started_at=times.started_at,
             latency_ms=times.latency_ms,
             provider=spec.profile.name,
             model=spec.model,
-            model_revision="",
-            error=error,
         )

@@ -7,7 +7,6 @@ that it costs over the client's default transport, and stays there with 1,000 in
 """
 
 import asyncio
-import hashlib
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -22,11 +21,14 @@ from openai.types.chat import ChatCompletionChunk
 from tenacity import AsyncRetrying, RetryCallState
 
 from model_runner.openai_engine.concurrency import AdaptiveLimit, MachineShare
+from model_runner.openai_engine.door import Door
 from model_runner.openai_engine.failures import CallFailure, failure_of
 from model_runner.openai_engine.profiles import Profile
 from model_runner.openai_engine.request_body import ChatBody, chat_body
 from model_runner.openai_engine.responses import Answer, StreamedAnswer, read_answer
+from schemas.canonical import fingerprint
 from schemas.errors import AnswerInterrupted, EngineOverloaded, RowError
+from schemas.lost_calls import LostCall
 from schemas.records import Request
 
 _PATH = "/chat/completions"
@@ -57,6 +59,7 @@ class EndpointSpec:
         model: the model as the provider names it.
         max_concurrency: most requests in flight from this machine.
         timeout_s: most seconds without a byte.
+        run_id: of the run; part of idempotency keys.
     """
 
     profile: Profile
@@ -66,6 +69,7 @@ class EndpointSpec:
     timeout_s: float
     is_stream: bool
     max_retries: int
+    run_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,22 +100,28 @@ class Endpoint:
         self._client: openai.AsyncOpenAI | None = None
         self._strict_client: openai.AsyncOpenAI | None = None
 
-    async def ask(self, request: Request) -> Arrived:
+    async def ask(self, request: Request, door: Door, lost: list[LostCall]) -> Arrived:
         """Answer one request, as often as patience and `max_retries` allow.
 
+        Args:
+            door: passed with a place here, before the first call.
+            lost: calls that the provider may bill although they brought no usage are added.
         Raises:
             CallFailure: there is no answer from here.
+            NotAdmitted: it may not be sent any more.
         """
         body = self._body(request)
         self.limit.cap(self._share.part_of(self.spec.max_concurrency))
         await self.limit.acquire()
         try:
+            if self.down is None:
+                await door.enter(request)
             # Another request may have found the endpoint closed meanwhile.
             if self.down is not None:
                 raise CallFailure("endpoint", self.down)
             arrived = await AsyncRetrying(
                 sleep=asyncio.sleep, retry=self._is_passing, stop=self._is_enough, wait=self._wait_s, reraise=True
-            )(self._once, body)
+            )(self._once, request, body, lost)
         except CallFailure as failure:
             self._note_given_up(failure)
             raise
@@ -133,14 +143,16 @@ class Endpoint:
         except RowError as error:
             raise CallFailure("row", error) from error
 
-    async def _once(self, body: ChatBody) -> Arrived:
+    async def _once(self, request: Request, body: ChatBody, lost: list[LostCall]) -> Arrived:
         self.counts["num_calls"] += 1
         started_at, started = datetime.now(UTC), perf_counter()
         try:
-            answer = await self._exchanged(body)
+            answer = await self._exchanged(body, self._options(request, body))
         except Exception as error:
             failure = failure_of(error, self.spec.profile, self._secret)
             self.counts[f"num_{failure.error.error_type}"] += 1
+            if failure.may_be_billed:
+                self._lose(request, failure.error, started_at, lost)
             self.limit.note(is_refused=failure.consequence == "overload")
             raise failure from error
         usage = answer.usage
@@ -151,13 +163,23 @@ class Endpoint:
             self.limit.note(is_refused=is_overload)
             raise CallFailure("overload" if is_overload else "retry", EngineOverloaded(str(answer.error)))
         self.limit.note(is_refused=False)
+        if not answer.is_usage_known:
+            assert answer.error is not None, "an answer without a usage has an error"
+            self._lose(request, answer.error, started_at, lost)
         return Arrived(answer, started_at, (perf_counter() - started) * 1000)
 
-    async def _exchanged(self, body: ChatBody) -> Answer:
+    def _lose(self, request: Request, error: RowError, started_at: datetime, lost: list[LostCall]) -> None:
+        self.counts["num_lost_calls"] += 1
+        spec, most = self.spec, request.sampling.max_tokens
+        lost.append(
+            LostCall(spec.profile.name, spec.model, error.error_type, started_at, request.num_prompt_tokens, most)
+        )
+
+    async def _exchanged(self, body: ChatBody, options: Any) -> Answer:
         client = self._client_for(body)
         profile = self.spec.profile
         if not self.spec.is_stream:
-            response = await client.post(_PATH, body=body.fields, cast_to=httpx2.Response, options=self._options(body))
+            response = await client.post(_PATH, body=body.fields, cast_to=httpx2.Response, options=options)
             return read_answer(response.content, profile)
         stream = await client.post(
             _PATH,
@@ -165,7 +187,7 @@ class Endpoint:
             cast_to=ChatCompletionChunk,
             stream=True,
             stream_cls=openai.AsyncStream[ChatCompletionChunk],
-            options=self._options(body),
+            options=options,
         )
         answer = StreamedAnswer()
         try:
@@ -176,12 +198,17 @@ class Endpoint:
             await stream.close()
         return answer.answer(profile)
 
-    def _options(self, body: ChatBody) -> Any:
+    def _options(self, request: Request, body: ChatBody) -> Any:
+        """The key that tells the provider which calls are tries of one and the same attempt.
+
+        Not the content alone: two rows may ask the same and want an answer each, and an answer that was not accepted is
+        asked for again.
+        """
         header = self.spec.profile.idempotency_header
         if header is None:
             return {}
-        content = repr(sorted(body.fields.items(), key=lambda item: item[0])).encode()
-        return {"headers": {header: hashlib.sha256(content).hexdigest()}}
+        attempt = [self.spec.run_id, request.scope, request.request_id, request.attempt]
+        return {"headers": {header: fingerprint([*attempt, body.fields])}}
 
     def _client_for(self, body: ChatBody) -> openai.AsyncOpenAI:
         if self._client is None:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeAlias, cast
 
+import aiohttp
 import httpx2
 import openai
 
@@ -32,6 +33,9 @@ MAX_MESSAGE_CHARACTERS = 200
 _OVERLOADED = frozenset({429, 503, 529})
 _FAILED = frozenset({408, 409, 425, 500, 502, 504})
 _CLOSED = frozenset({401, 402, 403, 404, 405, 407})
+_GIVEN_UP_BETWEEN = frozenset({408, 502, 504, 524})
+"""Told by a server between here and the model, which may go on working."""
+_NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, httpx2.ConnectError, httpx2.PoolTimeout)
 
 
 @dataclass(eq=False)
@@ -41,11 +45,13 @@ class CallFailure(Exception):
     Attributes:
         error: what the row is rejected with, if nothing better comes.
         retry_after_s: how long the provider asked to be left alone; None where it did not say.
+        may_be_billed: whether the provider may have worked on the request all the same.
     """
 
     consequence: Consequence
     error: RowError
     retry_after_s: float | None = None
+    may_be_billed: bool = False
 
 
 def failure_of(error: Exception, profile: Profile, secret: str) -> CallFailure:
@@ -55,7 +61,8 @@ def failure_of(error: Exception, profile: Profile, secret: str) -> CallFailure:
         secret: the key; it never stands in the message.
     """
     if isinstance(error, MalformedResponse):
-        return CallFailure("retry", MalformedResponse(f"{profile.name}: {redacted(str(error), secret)}"))
+        text = f"{profile.name}: {redacted(str(error), secret)}"
+        return CallFailure("retry", MalformedResponse(text), may_be_billed=True)
     if isinstance(error, RowError):
         return CallFailure("row", error)
     if isinstance(error, openai.APIStatusError):
@@ -64,13 +71,15 @@ def failure_of(error: Exception, profile: Profile, secret: str) -> CallFailure:
         # A stream breaks off outside of the client's own reading, with the transport's error itself. Over aiohttp a
         # refused or lost connection is a ConnectTimeout too.
         transport = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
+        was_sent = _was_sent(error)
         if isinstance(transport, httpx2.TimeoutException) and not isinstance(transport, httpx2.ConnectTimeout):
-            return CallFailure("retry", EngineTimeout(f"{profile.name}: silent for longer than timeout_s"))
-        return CallFailure(
-            "retry", EngineFailed(f"{profile.name}: no connection, or it broke off ({_innermost(error)})")
-        )
+            silent = EngineTimeout(f"{profile.name}: silent for longer than timeout_s")
+            return CallFailure("retry", silent, may_be_billed=was_sent)
+        broken = EngineFailed(f"{profile.name}: no connection, or it broke off ({type(_causes(error)[-1]).__name__})")
+        return CallFailure("retry", broken, may_be_billed=was_sent)
     text = redacted(str(error), secret)
-    return CallFailure("retry", EngineFailed(f"{profile.name}: {type(error).__name__}: {text}"))
+    unknown = EngineFailed(f"{profile.name}: {type(error).__name__}: {text}")
+    return CallFailure("retry", unknown, may_be_billed=True)
 
 
 def _status_failure(error: openai.APIStatusError, profile: Profile, secret: str) -> CallFailure:
@@ -85,17 +94,30 @@ def _status_failure(error: openai.APIStatusError, profile: Profile, secret: str)
     if status in _OVERLOADED:
         return CallFailure("overload", EngineOverloaded(text), retry_after_s(error.response.headers))
     if status in _FAILED or status >= 500:
-        return CallFailure("retry", EngineFailed(text), retry_after_s(error.response.headers))
+        wait_s, is_between = retry_after_s(error.response.headers), status in _GIVEN_UP_BETWEEN
+        return CallFailure("retry", EngineFailed(text), wait_s, may_be_billed=is_between)
     if status in _CLOSED:
         return CallFailure("endpoint", EngineFailed(text))
     return CallFailure("row", RequestRefused(text))
 
 
-def _innermost(error: BaseException) -> str:
-    """The kind of error at the bottom: aiohttp's or the system's own word for it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return type(error).__name__
+def _was_sent(error: BaseException) -> bool:
+    """Whether a request may have reached the provider: all but what failed while a connection was made.
+
+    A time-out of connecting has a cause of its own only where it is something else, such as a connection that was lost.
+    """
+    causes = _causes(error)
+    return not isinstance(causes[-1], httpx2.ConnectTimeout) and not any(
+        isinstance(cause, _NEVER_SENT) for cause in causes
+    )
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and what caused it, down to aiohttp's or the system's own word for it."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None:
+        causes.append(cause)
+    return causes
 
 
 def _told(body: object) -> tuple[str, str]:

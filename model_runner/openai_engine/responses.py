@@ -73,6 +73,7 @@ class Answer:
 
     Attributes:
         error: why it is no answer although it came, and was paid for; None if it is one.
+        is_usage_known: whether it says what it cost.
         model: the model as the provider names it; empty where it does not.
         fingerprint: the provider's mark of the configuration that answered; empty where it gives none.
     """
@@ -86,6 +87,7 @@ class Answer:
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[float, ...] | None = None
     error: RowError | None = None
+    is_usage_known: bool = True
 
 
 def read_answer(content: bytes, profile: Profile) -> Answer:
@@ -186,6 +188,7 @@ class _Pieces:
 
     def answer(self, profile: Profile) -> Answer:
         usage, error = _usage(self.usage, profile)
+        is_usage_known = error is None
         finish_reason = _FINISH_REASONS.get(self.finish_reason or "")
         if finish_reason is None:
             found = abbreviated(self.finish_reason)
@@ -208,6 +211,7 @@ class _Pieces:
             ),
             logprobs=tuple(self.logprobs) if self.logprobs else None,
             error=error,
+            is_usage_known=is_usage_known,
         )
 
 

@@ -13,10 +13,13 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
+from model_runner.admission import Admission
 from model_runner.openai_engine.batch_service import BatchService
 from model_runner.openai_engine.batches import BatchRunner
+from model_runner.openai_engine.door import Door, NotAdmitted
 from model_runner.openai_engine.endpoint import Arrived, Endpoint, EndpointSpec, Patience
 from model_runner.openai_engine.event_loop import BackgroundLoop
 from model_runner.openai_engine.failures import CallFailure
@@ -24,7 +27,8 @@ from model_runner.openai_engine.prefix_gate import PrefixGate, WarmPrefixes
 from model_runner.openai_engine.profiles import profile_of
 from model_runner.protocol import EngineConfig, Fallback, RemoteMode
 from schemas.errors import EngineLoadError, EngineUnavailable, RowError
-from schemas.records import Completion, Request, Usage
+from schemas.lost_calls import LostCall
+from schemas.records import Completion, Request
 
 _LOOK_AHEAD = 64
 """Requests pulled beyond those that may be in flight, so that no place stays empty while input is read."""
@@ -41,10 +45,18 @@ class _Unanswered:
 
 
 @dataclass(frozen=True, slots=True)
+class _Unsent:
+    """A request that was not admitted."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Broken:
     """An error of our own; it ends the run."""
 
     error: BaseException
+
+
+_Arrival: TypeAlias = Completion | _Unanswered | _Unsent | _Broken
 
 
 class OpenAIRunner:
@@ -72,9 +84,16 @@ class OpenAIRunner:
         Raises:
             EngineUnavailable: no endpoint is left that could answer; what was in flight came out before.
         """
+        return self._generate(requests, Door())
+
+    def generate_admitted(self, requests: Iterable[Request], admission: Admission) -> Iterator[Completion]:
+        """As `generate`, but each request is asked about once it has a place; see `AdmittingRunner`."""
+        return self._generate(requests, Door(admission))
+
+    def _generate(self, requests: Iterable[Request], door: Door) -> Iterator[Completion]:
         profile = self.endpoints[0].spec.profile
         gate = PrefixGate(num_leaders=profile.num_leaders, min_prefix_tokens=profile.min_prefix_tokens, warm=self._warm)
-        arrivals: queue.SimpleQueue[Completion | _Unanswered | _Broken] = queue.SimpleQueue()
+        arrivals: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
         tasks: set[asyncio.Task[None]] = set()
         source, num_away, reason, is_over = iter(requests), 0, "", False
         try:
@@ -84,18 +103,22 @@ class OpenAIRunner:
                     if request is None:
                         is_over = True
                     else:
-                        num_away += self._send(gate.offer(request), arrivals, tasks)
+                        num_away += self._send(gate.offer(request), door, arrivals, tasks)
                 if num_away == 0:
                     break
                 arrival = arrivals.get()
                 if isinstance(arrival, _Broken):
                     raise arrival.error
                 num_away -= 1
+                if isinstance(arrival, _Unsent):
+                    # What the gate still holds would not be admitted either.
+                    is_over = True
+                    continue
                 if isinstance(arrival, _Unanswered):
                     reason = reason or arrival.reason
                     continue
                 if not reason:
-                    num_away += self._send(gate.finished(arrival.request_id), arrivals, tasks)
+                    num_away += self._send(gate.finished(arrival.request_id), door, arrivals, tasks)
                 yield arrival
         finally:
             if num_away:
@@ -118,52 +141,63 @@ class OpenAIRunner:
     def _send(
         self,
         requests: Sequence[Request],
-        arrivals: "queue.SimpleQueue[Completion | _Unanswered | _Broken]",
+        door: Door,
+        arrivals: "queue.SimpleQueue[_Arrival]",
         tasks: set[asyncio.Task[None]],
     ) -> int:
         if requests:
-            self._background.call(self._start, requests, arrivals, tasks)
+            self._background.call(self._start, requests, door, arrivals, tasks)
         return len(requests)
 
     def _start(
         self,
         requests: Sequence[Request],
-        arrivals: "queue.SimpleQueue[Completion | _Unanswered | _Broken]",
+        door: Door,
+        arrivals: "queue.SimpleQueue[_Arrival]",
         tasks: set[asyncio.Task[None]],
     ) -> None:
         for request in requests:
-            task = self._background.spawn(self._arrive(request, arrivals))
+            task = self._background.spawn(self._arrive(request, door, arrivals))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
-    async def _arrive(
-        self, request: Request, arrivals: "queue.SimpleQueue[Completion | _Unanswered | _Broken]"
-    ) -> None:
+    async def _arrive(self, request: Request, door: Door, arrivals: "queue.SimpleQueue[_Arrival]") -> None:
         try:
-            arrivals.put(await self._completed(request))
+            arrival = await self._completed(request, door)
+            if isinstance(arrival, Completion):
+                door.arrived(arrival)
+            else:
+                door.close()
+            arrivals.put(arrival)
+        except NotAdmitted:
+            arrivals.put(_Unsent())
         except Exception as error:
             arrivals.put(_Broken(error))
 
-    async def _completed(self, request: Request) -> Completion | _Unanswered:
+    async def _completed(self, request: Request, door: Door) -> Completion | _Unanswered:
         failed: tuple[Endpoint, RowError] | None = None
+        lost: list[LostCall] = []
         for endpoint in self.endpoints:
             if endpoint.down is not None:
                 continue
             started_at = datetime.now(UTC)
             try:
-                return _completion(request, endpoint, await endpoint.ask(request), self.config)
+                arrived = await endpoint.ask(request, door, lost)
+                return _completion(request, endpoint, arrived, self.config, lost)
             except CallFailure as failure:
                 if failure.consequence == "row":
-                    return _failed(request, endpoint, failure.error, started_at)
+                    return _failed(request, endpoint, failure.error, started_at, lost)
                 if failure.consequence != "endpoint":
                     failed = endpoint, failure.error
         if failed is not None and any(endpoint.down is None for endpoint in self.endpoints):
-            return _failed(request, *failed, started_at=datetime.now(UTC))
+            return _failed(request, *failed, datetime.now(UTC), lost)
         told = "; ".join(str(endpoint.down) for endpoint in self.endpoints if endpoint.down is not None)
         return _Unanswered(request.request_id, f"no provider can answer: {told}")
 
 
-def _completion(request: Request, endpoint: Endpoint, arrived: Arrived, config: EngineConfig) -> Completion:
+def _completion(
+    request: Request, endpoint: Endpoint, arrived: Arrived, config: EngineConfig, lost: Sequence[LostCall]
+) -> Completion:
     answer, model = arrived.answer, endpoint.spec.model
     # Prices are looked up by the name that was asked for; what stood behind it belongs to the revision.
     served = [answer.model if answer.model != model else "", answer.fingerprint]
@@ -181,21 +215,21 @@ def _completion(request: Request, endpoint: Endpoint, arrived: Arrived, config: 
         tool_calls=answer.tool_calls,
         logprobs=answer.logprobs,
         error=answer.error,
+        lost_calls=tuple(lost),
     )
 
 
-def _failed(request: Request, endpoint: Endpoint, error: RowError, started_at: datetime) -> Completion:
-    return Completion(
-        request_id=request.request_id,
-        text="",
-        finish_reason="error",
-        usage=Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0),
+def _failed(
+    request: Request, endpoint: Endpoint, error: RowError, started_at: datetime, lost: Sequence[LostCall]
+) -> Completion:
+    return Completion.failed(
+        request.request_id,
+        error,
         started_at=started_at,
         latency_ms=(datetime.now(UTC) - started_at).total_seconds() * 1000,
         provider=endpoint.spec.profile.name,
         model=endpoint.spec.model,
-        model_revision="",
-        error=error,
+        lost_calls=tuple(lost),
     )
 
 
@@ -255,6 +289,7 @@ def _spec(config: EngineConfig, wanted: Fallback, where: str) -> EndpointSpec:
         timeout_s=config.timeout_s or profile.timeout_s,
         is_stream=_is_stream(config.mode, profile.mode),
         max_retries=config.max_retries,
+        run_id=config.run_id,
     )
 
 

@@ -1,18 +1,22 @@
 """Jobs whose answers a provider gives: without its tokenizer, repaired, priced, resumed, and never with its key."""
 
+import io
 import json
 import logging
 import re
 from collections import Counter
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from apache_beam.internal.cloudpickle import cloudpickle
+from rich.console import Console
 
 from jobs.launch import launch, resume
 from jobs.preflight import check_job
+from jobs.progress import print_summary
 from jobs.retry import prepare_retry, retry_job
 from jobs.run_record import read_record
 from schemas.errors import JobFileError, OutputError, PipelineFailed
@@ -264,3 +268,34 @@ def test_a_schema_that_is_always_told_is_in_the_prompt_once_whatever_the_provide
         never = check_job(remote_job(folder, folder / "never", endpoint, output={"schema_in_prompt": "never"}))
     assert any("with the schema in the prompt all the same" in warning for warning in never.warnings)
     assert any("prompt tokens are estimated" in warning for warning in never.warnings)
+
+
+def test_calls_that_may_be_billed_without_a_usage_are_counted_beside_the_cost(folder: Path) -> None:
+    answers = Answers()
+
+    def reply(call: Call) -> Reply:
+        answered = answers(call)
+        row = int(call.last_user_text.split("ticket ")[1].split(":")[0])
+        # Each third row is cut off once; row 7 never comes through.
+        is_cut = row == 7 or (row % 3 == 0 and answers.num_calls[row] == 1)
+        return replace(answered, fault="half_body") if is_cut else answered
+
+    with FakeEndpoint(reply) as endpoint:
+        summary = launch(remote_job(folder, folder / "out", endpoint))
+        num_lost = len(endpoint.calls) - (NUM_ROWS - 1)
+    ledger, totals = read_table(folder / "out", "ledger"), manifest_of(folder / "out")["totals"]
+    by_row = {line["source_row"]: line for line in ledger}
+    assert {row for row, line in by_row.items() if line["num_lost_calls"]} == {7, *range(0, NUM_ROWS, 3)}
+    assert (by_row[7]["outcome"], by_row[7]["num_lost_calls"], by_row[7]["cost"]) == ("rejected", 2, 0)
+    assert by_row[1]["lost_cost_at_most"] is None
+    # max_tokens is 64; the provider counted more of the prompt than was estimated here, or less.
+    for row in range(0, NUM_ROWS, 3):
+        least = cost(0, by_row[row]["cache_hit_tokens"] + by_row[row]["cache_miss_tokens"], 64)
+        assert by_row[row]["lost_cost_at_most"] >= least > by_row[row]["cost"]
+    at_most = sum((line["lost_cost_at_most"] or Decimal(0) for line in ledger), Decimal(0))
+    assert (totals["num_lost_calls"], Decimal(totals["lost_costs_at_most"]["USD"])) == (num_lost, at_most)
+    assert (summary.num_lost_calls, summary.lost_cost_at_most) == (num_lost, at_most)
+    assert summary.cost == sum(line["cost"] for line in ledger), "what is not known is in no sum"
+    told = io.StringIO()
+    print_summary(Console(file=told, width=200), summary)
+    assert f"{num_lost} ended without a usage; the provider may bill them" in told.getvalue()

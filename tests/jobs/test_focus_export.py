@@ -1,5 +1,6 @@
 """FOCUS rows: the specification's columns, and quantity times price is cost, to the last place."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -86,6 +87,15 @@ def test_the_mandatory_columns_are_there_and_ours_come_last() -> None:
     for name in MANDATORY - nullable:
         assert table.column(name).null_count == 0, name
     assert set(table.column("ServiceCategory").to_pylist()) == {"AI and Machine Learning"}
+
+
+def test_columns_that_version_1_2_asks_of_providers_with_price_lists_and_invoices_are_there() -> None:
+    # `focus-validator` 2.2.1 found these two missing.
+    table, _ = focus_table([ledger(line(1, 2, 3, 4))], "run r")
+    details = [json.loads(text) for text in table.column("SkuPriceDetails").to_pylist()]
+    assert [found["x_TokenClass"] for found in details] == table.column("x_TokenClass").to_pylist()
+    assert all(name.startswith("x_") for found in details for name in found), "keys of our own"
+    assert table.column("InvoiceId").null_count == table.num_rows, "a run knows of no invoice"
 
 
 def test_a_charge_lies_in_its_day_and_month_in_utc() -> None:

@@ -106,6 +106,33 @@ def test_only_the_row_that_kills_the_engine_fails(
         assert all('"echo"' in text for text in found.values())
 
 
+def test_of_two_calls_side_by_side_only_the_row_that_kills_the_engine_fails(
+    tmp_path: Path, isolated: list[IsolatedRunner]
+) -> None:
+    given = config(tmp_path, rules=[{"contains": "poison", "accident": "crash"}], latency_ms=5)
+    isolated.append(runner := IsolatedRunner(given))
+    found: dict[str, dict[str, Any]] = {}
+
+    def call(name: str, *texts: str) -> None:
+        found[name] = said(list(runner.generate(requests(*texts))))
+
+    calls = [
+        threading.Thread(target=call, args=("one", "a", "b", "poison", "c")),
+        threading.Thread(target=call, args=("two", *(f"row {row}" for row in range(40)))),
+        threading.Thread(target=call, args=("three", "poison")),
+    ]
+    for thread in calls:
+        thread.start()
+    for thread in calls:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert {(name, row) for name, rows in found.items() for row, text in rows.items() if text == "EngineCrashed"} == {
+        ("one", "2"),
+        ("three", "0"),
+    }
+    assert [len(found[name]) for name in ("one", "two", "three")] == [4, 40, 1]
+
+
 def test_an_engine_that_pulls_all_at_once_and_dies_late_is_bisected(
     tmp_path: Path, isolated: list[IsolatedRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas.errors import EngineFailed
+from schemas.lost_calls import LostCall
 from schemas.prices import PriceLine
 from schemas.records import Completion, Usage
 from schemas.tables import MONEY
@@ -151,3 +152,32 @@ def test_the_length_of_the_prompt_chooses_the_tier_of_its_price() -> None:
     answers = [replace(given, completion=replace(given.completion, usage=usage)) for usage in usages]
     ids = [accounted.charge.line.line_id for accounted in account(answers, book, "p", "m") if accounted.charge]
     assert ids == ["2", "3"]
+
+
+def lost(provider: str = "p", model: str = "m", at: datetime = NOON, prompt_tokens: int = 1500) -> LostCall:
+    return LostCall(provider, model, "engine_timeout", at, prompt_tokens, 300)
+
+
+@pytest.mark.parametrize(
+    ("calls", "expected"),
+    [
+        ((), None),
+        ((lost(),), "0.0021"),
+        # The provider's own count of the prompt, where it is the larger one.
+        ((lost(prompt_tokens=1),), "0.0016"),
+        ((lost(), lost(model="n"), lost(at=NOON.replace(hour=1))), "0.0114"),
+        ((lost(), lost(model="unknown")), None),
+        ((lost(), lost(provider="q")), None),
+    ],
+)
+def test_calls_without_a_usage_cost_at_most_a_missed_prompt_and_all_of_max_tokens(
+    calls: tuple[LostCall, ...], expected: str | None
+) -> None:
+    one = answer()
+    one = replace(one, completion=replace(one.completion, lost_calls=calls))
+    (found,) = account([one], BOOK, None, None)
+    assert found.lost_cost_at_most == (None if expected is None else Decimal(expected))
+    (plain,) = account([answer()], BOOK, None, None)
+    assert found.charge == plain.charge, "it is in no amount that was billed"
+    (unpriced,) = account([one], None, None, None)
+    assert unpriced.lost_cost_at_most is None

@@ -1,30 +1,27 @@
 """Budgets: what a run may spend, held against everything that was spent."""
 
+import contextlib
 import itertools
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model_runner.protocol import EngineConfig, Fallback
+from schemas.errors import EngineFailed
 from schemas.job import LimitsSection
-from schemas.layout import RunLayout
 from schemas.records import Completion, Request, Sampling, Usage
-from tests.transforms.test_commit import LINE, ROW, tables
-from transforms import budget
 from transforms.account import AccountedAnswer
-from transforms.budget import BudgetedRunner, JournaledSpending, Limits, RunSpending, ShardBudget, Spent
-from transforms.commit import commit_shard
-from transforms.heartbeat import Beat, Heartbeat
-from transforms.journal_file import JournalWriter
+from transforms.budget import BudgetedRunner, BudgetEnded, Limits, ShardBudget
+from transforms.expectation import Ceiling
 from transforms.plan import PlannedShard
+from transforms.price_book import PriceBook
+from transforms.spending import Pricing, Spent
 from transforms.validate import ValidatedAnswer
 
 NOW = 1_000_000.0
@@ -112,10 +109,12 @@ def test_requests_are_handed_out_up_to_the_limit_and_those_under_way_are_finishe
 
 @given(num=st.integers(1, 40), window=st.integers(1, 7), most=st.integers(1, 40))
 def test_output_passes_its_limit_by_no_more_than_what_was_under_way(num: int, window: int, most: int) -> None:
+    engine = Engine(window)
     shard = ShardBudget(Limits(max_output_tokens=most), Spent)
-    for _ in BudgetedRunner(Engine(window), shard).generate([request(name) for name in range(num)]):
-        shard.note_answer(answer(3))
-    assert shard.own.output_tokens < most + 3 * window
+    with contextlib.suppress(BudgetEnded):
+        assert list(BudgetedRunner(engine, shard).generate([request(name) for name in range(num)]))
+    # Once one has arrived, the others are expected to take as much; only the last one passes the limit.
+    assert shard.own.output_tokens == 3 * len(engine.pulled) < most + 3
 
 
 def test_what_others_spend_counts() -> None:
@@ -131,62 +130,6 @@ def test_an_answer_without_a_price_ends_a_run_with_a_budget_of_money() -> None:
     assert not shard.may_ask()
 
 
-def test_spending_is_commits_and_shards_at_work_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout = RunLayout(str(tmp_path))
-    monkeypatch.setattr(budget, "REFRESH_S", 0.0)
-    monkeypatch.setattr(budget, "_REFRESH_SHARE", 0)
-    spending = RunSpending(layout)
-    assert spending.outside("s0") == Spent()
-    beats = Heartbeat(layout, "answer")
-    for shard in ("s0", "s1", "s2"):
-        beats.beat(shard, Beat(num_requests=1, prompt_tokens=10, completion_tokens=2, cost="0.25"))
-    assert spending.outside("s0") == Spent(2, 20, 4, Decimal("0.5"))
-    commit_shard(layout, "r", "s1", tables([ROW], [LINE]))
-    assert spending.outside("s0") == Spent(1, 10, 2, Decimal("0.25")) + Spent(1, 10, 3, Decimal("0.5"))
-
-
-def test_the_store_is_looked_at_no_more_often_than_it_is_worth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[float] = []
-
-    def look(*unused: Any) -> dict[str, Beat]:
-        looks.append(time.monotonic())
-        return {}
-
-    monkeypatch.setattr(budget, "read_beats", look)
-    spending = RunSpending(RunLayout(str(tmp_path)))
-    for _ in range(100):
-        spending.outside("s0")
-    assert len(looks) == 1
-    spending.forget_look()
-    spending.outside("s0")
-    assert len(looks) == 2
-
-
-def test_a_shard_counts_by_its_journal_or_its_heartbeat_but_not_by_both(tmp_path: Path) -> None:
-    layout = RunLayout(str(tmp_path))
-    for shard, num_answers in (("s1", 3), ("s2", 2), ("s3", 1), ("s4", 1)):
-        writer = JournalWriter(layout, shard)
-        for number in range(num_answers):
-            writer.append(str(number), 1, answer(5).answer.completion)
-        writer.close()
-    heartbeat = Heartbeat(layout, "answer")
-    heartbeat.beat("s2", Beat(num_requests=4, prompt_tokens=40, completion_tokens=20))
-    heartbeat.beat("s4", Beat(num_requests=1, prompt_tokens=10, completion_tokens=5))
-    commit_shard(layout, "r", "s4", tables([ROW], [LINE]))
-    committed = RunSpending(layout).outside("s1").num_requests - 4
-    spending = RunSpending(layout, JournaledSpending(layout, None, None, None))
-    # s2 by its heartbeat, which says more; s3 by its journal; s4 by its commit; s1 is the one that asks.
-    assert spending.outside("s1").num_requests == 4 + 1 + committed
-    assert spending.outside("s9").num_requests == 3 + 4 + 1 + committed
-
-
-def test_an_answer_that_was_counted_with_its_journal_is_not_counted_again() -> None:
-    shard = ShardBudget(Limits(max_output_tokens=100), Spent)
-    shard.note_answer(answer(7))
-    shard.note_answer(answer(7), is_counted=True)
-    assert shard.own.output_tokens == 7
-
-
 def test_prompts_that_were_estimated_are_counted_as_the_provider_reports_them() -> None:
     class Provider:
         def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -196,5 +139,90 @@ def test_prompts_that_were_estimated_are_counted_as_the_provider_reports_them() 
 
     shard = ShardBudget(Limits(max_input_tokens=100), Spent)
     assert len(list(BudgetedRunner(Provider(), shard).generate(map(request, range(2))))) == 2
-    # The second one failed without a count: what was estimated stays counted.
-    assert shard.own.input_tokens == 25 + 10
+    # The second one failed without a count: what was expected of it, after the first one, stays counted.
+    assert shard.own.input_tokens == 25 + 25
+
+
+MAX_TOKENS, PRICE = 5, Decimal("0.00001")
+"""`request` asks for 10 prompt tokens and at most 5 of output, at 10 USD a million of either."""
+MOST = 15 * PRICE
+BOOK = b"""\
+provider,model,effective_from_utc,effective_to_utc,window_utc,currency,cache_hit_per_mtok,cache_miss_per_mtok,\
+output_per_mtok,evidence,note
+fake,m,2020-01-01T00:00:00Z,,,USD,10,10,10,made up,
+"""
+
+
+def priced(limits: Limits) -> ShardBudget:
+    pricing = Pricing(PriceBook.parse(BOOK, "prices.csv"))
+    return ShardBudget(limits, Spent, Ceiling(pricing, (("fake", "m"),)))
+
+
+def arrived(name: int, num_output_tokens: int) -> Completion:
+    return replace(answer(num_output_tokens).answer.completion, request_id=str(name))
+
+
+def test_a_request_waits_while_what_is_on_its_way_may_reach_the_limit_and_stops_once_it_has() -> None:
+    shard = priced(Limits(max_cost=2 * MOST))
+    assert [shard.admit(request(name)) for name in (0, 1, 2)] == ["send", "send", "wait"]
+    assert shard.admit(request(1)) == "send", "it is on its way already"
+    # It took two thirds of what it might, and so will the other one: a third one fits in.
+    shard.arrived(arrived(0, 0))
+    assert [shard.admit(request(name)) for name in (2, 3)] == ["send", "wait"]
+    shard.arrived(arrived(1, 5))
+    shard.arrived(arrived(2, 5))
+    assert shard.own == Spent(3, 30, 10, 40 * PRICE)
+    assert shard.admit(request(3)) == "stop"
+    assert shard.stop is not None and shard.stop.kind == "max_cost"
+
+
+def test_a_wait_ends_where_nothing_is_on_its_way() -> None:
+    shard = priced(Limits(max_cost=MOST / 2))
+    assert [shard.admit(request(name)) for name in (0, 1)] == ["send", "wait"]
+    failed = Completion.failed("0", EngineFailed("broke"))
+    shard.arrived(failed)
+    assert shard.admit(request(1)) == "send"
+
+
+@given(st.lists(st.integers(0, MAX_TOKENS), max_size=40), st.integers(1, 7), st.integers(1, 600))
+def test_money_passes_its_limit_by_no_more_than_a_window_at_its_maximal_price(
+    outputs: list[int], window: int, num_affordable_tokens: int
+) -> None:
+    class Varying(Engine):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            for completion in super().generate(requests):
+                yield arrived(int(completion.request_id), outputs[int(completion.request_id)])
+
+    engine, most = Varying(window), num_affordable_tokens * PRICE
+    shard = priced(Limits(max_cost=most))
+    with contextlib.suppress(BudgetEnded):
+        for _ in BudgetedRunner(engine, shard).generate([request(name) for name in range(len(outputs))]):
+            pass
+    spent = sum((10 + outputs[int(name)] for name in engine.pulled), 0) * PRICE
+    assert shard.own.cost == spent < most + window * MOST
+    # What is only expected stops nothing: it ends where the limit is reached, or where nothing is left to ask.
+    assert spent >= most or len(engine.pulled) == len(outputs)
+
+
+def test_an_engine_that_loses_requests_does_not_make_the_rest_wait_for_ever() -> None:
+    class Losing:
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            for each in requests:
+                if int(each.request_id) % 2:
+                    yield arrived(int(each.request_id), 0)
+
+    shard = priced(Limits(max_cost=MOST * 3))
+    found = list(BudgetedRunner(Losing(), shard).generate(map(request, range(6))))
+    assert [completion.request_id for completion in found] == ["1", "3", "5"]
+
+
+def test_the_ceiling_is_the_dearest_of_those_who_may_answer() -> None:
+    lines = [
+        f"{name},m,2020-01-01T00:00:00Z,,,USD,1,{miss},10,made up,".encode() for name, miss in (("a", 1), ("b", 9))
+    ]
+    book = PriceBook.parse(b"\n".join([BOOK.splitlines()[0], *lines]), "prices.csv")
+    engine = EngineConfig("openai", "", "m", "r", provider="a", fallbacks=(Fallback("b"), Fallback("c", name="other")))
+    ceiling = Ceiling.of(Pricing(book), engine)
+    assert ceiling.candidates == (("a", "m"), ("b", "m"), ("c", "other"))
+    assert ceiling.most(request(0)) == Spent(1, 10, 5, (10 * 9 + 5 * 10) * Decimal("0.000001"))
+    assert Ceiling.of(Pricing(book, "p", "q"), engine).candidates == (("p", "q"),)

@@ -13,7 +13,7 @@ import pytest
 from schemas.errors import CommitError
 from schemas.layout import RunLayout, Table
 from schemas.tables import LEDGER_SCHEMA, RESULT_SCHEMA
-from transforms.commit import ShardCommit, Totals, commit_shard, read_commit, totals_of
+from transforms.commit import ShardCommit, Totals, commit_shard, ledger_totals, read_commit, totals_of
 from transforms.publish import publish_shard
 
 ROW: dict[str, Any] = {
@@ -128,6 +128,15 @@ def test_totals_count_rows_tokens_and_reasons() -> None:
     assert totals.cached_tokens is None
     assert totals.costs == {"USD": "1.000000000000"}
     assert totals.rejects_by_type == {"not_json": 1, "unreadable_row_group": 1}
+
+
+def test_a_ledger_alone_says_what_was_paid_and_nothing_of_rows() -> None:
+    unpriced = {**LINE, "cost": None, "currency": None, "cache_hit_tokens": None, "cost_basis": "upper_bound"}
+    alone = ledger_totals(tables([ROW], [LINE, unpriced])["ledger"])
+    assert (alone.num_attempts, alone.num_unpriced, alone.num_upper_bound) == (2, 1, 1)
+    assert alone.costs == {"USD": "0.500000000000"}
+    assert alone.cached_tokens is None
+    assert (alone.num_results, alone.num_rejects) == (0, 0)
 
 
 def test_totals_add_up_with_unknown_staying_unknown() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from schemas import storage
 from schemas.errors import ContentRefused, EngineOverloaded, EngineTimeout, RowError
 from schemas.layout import RunLayout
+from schemas.lost_calls import LostCall
 from schemas.records import Completion, Message, Request, Sampling, ToolCall, Usage
 from transforms import journal_file
 from transforms.journal import JournaledRunner, ShardJournal, request_key
@@ -41,6 +42,9 @@ COMPLETIONS = st.builds(
     tool_calls=st.lists(st.builds(ToolCall, TEXT, TEXT, TEXT), max_size=2).map(tuple),
     logprobs=st.one_of(st.none(), st.lists(st.floats(max_value=0, allow_nan=False), max_size=3).map(tuple)),
     error=st.sampled_from(ERRORS),
+    lost_calls=st.lists(
+        st.builds(LostCall, TEXT, TEXT, TEXT, st.just(NOW), st.integers(0, 9), st.integers(0, 9)), max_size=2
+    ).map(tuple),
 )
 
 

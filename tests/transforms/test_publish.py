@@ -12,7 +12,7 @@ from schemas.errors import CommitError
 from schemas.layout import RunLayout
 from tests.disturbed_runs import Work, problems_of, tables_of
 from transforms.commit import read_commit
-from transforms.plan import ShardRange, cut_shards, read_plan
+from transforms.plan import ShardRange, cut_ranges, read_plan
 from transforms.publish import publish_shard
 
 
@@ -84,7 +84,7 @@ def test_a_plan_that_another_launcher_finished_meanwhile_is_taken(work: Work) ->
     plan = read_plan(layout)
     assert plan is not None
     # Its runs are gone, and so are those that this launcher wrote into the same folder.
-    assert list(cut_shards([], layout)) == [ShardRange(shard.shard, "", "", ()) for shard in plan.shards]
+    assert list(cut_ranges([], layout)) == [ShardRange(shard.shard, "", "", ()) for shard in plan.shards]
 
 
 def test_a_damaged_plan_is_named(work: Work) -> None:

@@ -54,7 +54,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
         monkeypatch.setenv(name, KEY)
     for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
         monkeypatch.setenv(name, "foreign")
-    monkeypatch.setattr(concurrency.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(concurrency, "host_folder", lambda: tmp_path)
     yield
     gc.collect()
 
