@@ -22,7 +22,6 @@ from benchmarks.sharding_simulator import (
     Caches,
     Outcome,
     TokenOrder,
-    expected_output_tokens,
     hashed_workers,
     most_prefill_tokens,
     next_free_worker,
@@ -31,6 +30,7 @@ from benchmarks.sharding_simulator import (
     token_order,
 )
 from benchmarks.sharding_workloads import WORKLOADS, Ints, Workload
+from schemas.job import PlanSection
 
 NUM_WORKERS = (1, 2, 5, 10, 30, 100, 300, 1000)
 PLANNED = "contiguous"
@@ -64,8 +64,6 @@ class Comparison:
     """A workload under all ways.
 
     Attributes:
-        planned_over_one_run: what the plan expects all rows to cost over what it would expect of a single run; above 1
-            where rows that share stand in different runs, as each run reckons alone.
         cache_tokens: what the cache of the least recently used tokens holds, at each worker.
     """
 
@@ -77,7 +75,6 @@ class Comparison:
     tree_tokens: int
     deepest_tokens: int
     num_runs: int
-    planned_over_one_run: float
     cache_tokens: int
     outcomes: tuple[Outcome, ...]
 
@@ -176,7 +173,6 @@ def compare(workload: Workload, options: Options) -> Comparison:
                 _outcome(way, cache, num_groups, prefill, prefill + outputs, ideal_cost)
                 for cache, prefill in zip(KEPT_CACHES, (unlimited, bounded), strict=True)
             ]
-    one_run_cost = order.tree_tokens + int(expected_output_tokens(workload).sum())
     return Comparison(
         name=workload.name,
         title=workload.title,
@@ -186,7 +182,6 @@ def compare(workload: Workload, options: Options) -> Comparison:
         tree_tokens=order.tree_tokens,
         deepest_tokens=order.deepest_tokens,
         num_runs=len(order.runs),
-        planned_over_one_run=order.planned_cost / one_run_cost,
         cache_tokens=cache_tokens,
         outcomes=tuple(outcomes),
     )
@@ -205,8 +200,10 @@ def divide_by_plan(
         starts = planned_starts(
             order,
             Path(folder),
-            max_shard_tokens=max(1, -(-order.planned_cost // (num_workers * shards_a_worker))),
-            max_shard_rows=workload.num_rows,
+            PlanSection(
+                max_shard_tokens=max(1, -(-order.planned_cost // (num_workers * shards_a_worker))),
+                max_shard_rows=workload.num_rows,
+            ),
         )
     prefill = shard_prefill(order.lengths, order.lcps, starts)
     costs = prefill + np.add.reduceat(workload.num_output_tokens[order.rows], starts)
@@ -268,8 +265,7 @@ def table_lines(found: Comparison) -> list[str]:
         f"{found.name}: {found.title}",
         f"{found.num_rows:,} prompts, {found.num_prompt_tokens:,} tokens, tree {found.tree_tokens:,} "
         f"(h* {found.max_hit_rate:.1%}), deepest path {found.deepest_tokens:,}; answers {found.num_output_tokens:,}; "
-        f"{found.num_runs} runs, planned cost {found.planned_over_one_run:.2f} of a single run's; "
-        f"lru holds {found.cache_tokens:,}",
+        f"{found.num_runs} runs; lru holds {found.cache_tokens:,}",
     ]
     kinds: list[tuple[str, Cache]] = [(way, cache) for way in OTHERS for cache in KEPT_CACHES]
     others = "".join(f"{way:>15}" for way in OTHERS)

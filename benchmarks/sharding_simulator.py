@@ -1,8 +1,8 @@
 """Who answers which prompt, and what is then computed: the plan's shards and the ways that others take.
 
-The plan's side is the product's own arithmetic: `common_prefix_lengths` and `num_tree_tokens` count, `sample_keys`
-samples runs of rows as they arrive, `cut_shards` finds the borders. A shard begins with an empty cache. The
-others keep one cache for as long as a worker lives, without limit or of the least recently used tokens.
+The plan's side is the product's own arithmetic: `common_prefix_lengths` and `num_tree_tokens` count, `sample_places`
+samples runs of rows as they arrive, `cut_ranges` finds the ranges and `cut_rows` their shards. A shard begins with an
+empty cache. The others keep one for as long as a worker lives, without limit or of the least recently used tokens.
 
 A worker's cost is what the plan reckons in: computed prompt tokens and output tokens, one as much as the other.
 """
@@ -11,22 +11,30 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 
 from benchmarks.sharding_workloads import NO_NODE, Ints, Workload
 from model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens, prefix_key
+from schemas.job import PlanSection
 from schemas.layout import RunLayout
 from transforms.input_scan import GROUP_ROWS
-from transforms.plan import cut_shards
+from transforms.row_place import Place
+from transforms.shard_cut import RowCosts, cut_rows, expected_output_tokens
+from transforms.shard_ranges import cut_ranges
 from transforms.sorted_runs import (
-    EXPECTED_OUTPUT_TOKENS,
     MAX_RUN_BYTES,
+    ROW_BYTES,
     SHARD_WEIGHT,
     RunFile,
-    sample_keys,
+    sample_places,
+    sampled_rows,
+    samples_table,
+    share_of,
     write_rows,
 )
 
@@ -38,10 +46,11 @@ TOKEN_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A sorted run of the plan: keys, and what each row is expected to cost beside its neighbour in the run."""
+    """A sorted run of the plan: keys, bytes of each row, and what its rows are expected to cost with no other run."""
 
     keys: Sequence[bytes]
-    costs: Ints
+    num_bytes: Ints
+    planned_cost: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +61,14 @@ class TokenOrder:
         rows: rows of the workload; shape (num_rows,), like all others.
         lengths: tokens of each prompt.
         lcps: tokens that each shares with the one before.
+        outputs: tokens that the plan expects of each answer.
     """
 
     rows: Ints
     keys: Sequence[bytes]
     lengths: Ints
     lcps: Ints
+    outputs: Ints
     runs: Sequence[Run]
 
     @property
@@ -71,8 +82,8 @@ class TokenOrder:
 
     @property
     def planned_cost(self) -> int:
-        """What the plan expects all rows to cost."""
-        return sum(int(run.costs.sum()) for run in self.runs)
+        """What the plan expects all rows to cost, uncut."""
+        return self.tree_tokens + int(self.outputs.sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +137,15 @@ def token_order(workload: Workload, *, run_rows: int | None = None) -> TokenOrde
     words = workload.paths.astype(np.int32)
     keys = [prefix_key("", path[:depth]) for path, depth in zip(words, depths.tolist(), strict=True)]
     rows = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
-    expected_outputs = expected_output_tokens(workload)
+    outputs = expected_outputs(workload)
     runs: list[Run] = []
     by_run = np.argsort(rows // run_rows, kind="stable")
     for run in np.split(rows[by_run], range(run_rows, len(keys), run_rows)):
-        uncached = workload.lengths[run] - _shared_tokens(workload, keys, run)
-        runs.append(Run([keys[row] for row in run], uncached + expected_outputs[run]))
-    return TokenOrder(
-        rows, [keys[row] for row in rows], workload.lengths[rows], _shared_tokens(workload, keys, rows), runs
-    )
+        lengths, lcps = workload.lengths[run], _shared_tokens(workload, keys, run)
+        cost = num_tree_tokens(lengths, lcps) + int(outputs[run].sum())
+        runs.append(Run([keys[row] for row in run], lengths * TOKEN_BYTES + ROW_BYTES, cost))
+    lcps = _shared_tokens(workload, keys, rows)
+    return TokenOrder(rows, [keys[row] for row in rows], workload.lengths[rows], lcps, outputs[rows], runs)
 
 
 def _shared_tokens(workload: Workload, keys: Sequence[bytes], rows: Ints) -> Ints:
@@ -145,32 +156,62 @@ def _shared_tokens(workload: Workload, keys: Sequence[bytes], rows: Ints) -> Int
     return np.where(num_shared_nodes > 0, up_to[np.arange(len(rows)), last], 0)
 
 
-def expected_output_tokens(workload: Workload) -> Ints:
+def expected_outputs(workload: Workload) -> Ints:
     """Output tokens that the plan expects of each row; shape (num_rows,)."""
-    return np.minimum(workload.max_tokens, EXPECTED_OUTPUT_TOKENS)
+    return np.array([expected_output_tokens(most) for most in workload.max_tokens.tolist()], dtype=np.int64)
 
 
-def row_weights(costs: Ints, *, max_shard_tokens: int, max_shard_rows: int) -> Ints:
-    """What each row adds to a shard, as `transforms.sorted_runs.row_weights` has it, bytes left out."""
-    return np.maximum(costs * SHARD_WEIGHT // max_shard_tokens, -(-SHARD_WEIGHT // max_shard_rows))
-
-
-def planned_starts(order: TokenOrder, folder: Path, *, max_shard_tokens: int, max_shard_rows: int) -> Ints:
-    """Positions in token order at which the shards of `cut_shards` begin; the first is 0, and none is empty.
+def planned_starts(order: TokenOrder, folder: Path, section: PlanSection) -> Ints:
+    """Positions in token order at which the shards of the plan begin; the first is 0, and none is empty.
 
     Args:
-        folder: a place for the samples of runs, which are all that the borders depend on.
+        folder: a place for the samples of runs, which are all that the ranges depend on.
     """
     layout = RunLayout(str(folder))
-    runs: list[RunFile] = []
-    for number, run in enumerate(order.runs):
-        weights = row_weights(run.costs, max_shard_tokens=max_shard_tokens, max_shard_rows=max_shard_rows)
-        name = f"{number:06d}-requests"
-        write_rows(layout.samples_file(name), sample_keys(run.keys, weights))
-        runs.append(RunFile(name, "requests", len(run.keys), 0, int(weights.sum())))
-    lower = [bytes.fromhex(shard.lower) for shard in cut_shards(runs, layout)]
-    starts = np.searchsorted(np.array(order.keys, dtype=object), np.array(lower, dtype=object), side="left")
-    return np.unique(starts[starts < len(order.keys)]).astype(np.int64)
+    runs = [_sampled(run, f"{number:06d}-requests", layout, section) for number, run in enumerate(order.runs)]
+    lower = [Place.of_text(part.lower).key for part in cut_ranges(runs, layout)]
+    keys = np.array(order.keys, dtype=object)
+    ranges = np.unique(np.searchsorted(keys, np.array(lower, dtype=object), side="left"))
+    starts: list[int] = []
+    for start, end in pairwise([*ranges[ranges < len(keys)].tolist(), len(keys)]):
+        starts += [start + row for row in cut_rows(_costs_of(order, start, end), section)]
+    return np.array(starts, dtype=np.int64)
+
+
+def _sampled(run: Run, name: str, layout: RunLayout, section: PlanSection) -> RunFile:
+    """Write the samples of a run as the plan does; a prompt's row number stands for all else that orders equal ones."""
+    num_rows = len(run.keys)
+    rows = pa.table(
+        {
+            "prefix_key": pa.array(run.keys, pa.large_binary()),
+            "sampling": ["{}"] * num_rows,
+            "options": pa.nulls(num_rows, pa.string()),
+            "cost_center": [""] * num_rows,
+            "unit": [0] * num_rows,
+            "source_row": range(num_rows),
+        }
+    )
+    bytes_before = np.append(0, np.cumsum(run.num_bytes))
+    picked = sampled_rows(bytes_before, offset_share=share_of(name))
+    unmerged = section.model_copy(update={"merge": "never"})
+    samples = samples_table(sample_places(rows, picked, unmerged), bytes_before, batch_rows=1)
+    write_rows(layout.samples_file(name), samples)
+    by_tokens = run.planned_cost * SHARD_WEIGHT // section.max_shard_tokens
+    weight = max(by_tokens, num_rows * SHARD_WEIGHT // section.max_shard_rows)
+    return RunFile(name, "requests", num_rows, int(bytes_before[-1]), weight)
+
+
+def _costs_of(order: TokenOrder, start: int, end: int) -> RowCosts:
+    """What the rows of a range cost; its first row shares with nobody."""
+    shared = order.lcps[start:end].copy()
+    shared[0] = 0
+    return RowCosts(
+        tokens=order.lengths[start:end] - shared + order.outputs[start:end],
+        shared_tokens=shared,
+        num_rows=np.ones(end - start, dtype=np.int64),
+        num_bytes=order.lengths[start:end] * TOKEN_BYTES + ROW_BYTES,
+        can_begin=np.ones(end - start, dtype=np.bool_),
+    )
 
 
 def shard_prefill(lengths: Ints, lcps: Ints, starts: Ints) -> Ints:

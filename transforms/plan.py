@@ -1,18 +1,21 @@
 """*plan*: rendered rows become shards, contiguous ranges in token order, kept on the store.
 
 Before it: *render*. After it: *answer*. The number of shards and their borders depend on the input and the job alone.
-Sorted runs go to the store; their key samples give the borders; each shard then merges its range of every run,
-marks duplicates of ids and of requests, and is written to `_moebeam/plan/<shard>.arrow`.
+Sorted runs go to the store; their samples divide the order of all rows into ranges that one worker can sort; a worker
+then merges its range of every run, marks duplicates of ids and of requests, and cuts it into shards by what their rows
+cost in that order. Each is written to `_moebeam/plan/<shard>.arrow`.
 """
 
 import contextlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import apache_beam as beam
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from apache_beam.pvalue import AsList
@@ -22,51 +25,33 @@ from apache_beam.utils.windowed_value import WindowedValue
 from model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens
 from schemas import storage
 from schemas.arrow import values_of, with_column
-from schemas.errors import CommitError, DuplicateId
+from schemas.errors import DuplicateId
 from schemas.job import PlanSection
 from schemas.layout import RunLayout
 from schemas.tables import plan_schema
 from transforms.coders import register_record
 from transforms.failure import recorded_failure
 from transforms.heartbeat import Beat, Heartbeat
+from transforms.observe import count
 from transforms.plan_record import PlannedShard, PlanRecord, read_plan
 from transforms.record_json import RecordJson
 from transforms.renderer import sampling_of
+from transforms.row_place import Place, can_merge, sort_rows
+from transforms.shard_cut import RowCosts, cut_rows, expected_output_tokens
+from transforms.shard_ranges import ShardRange, cut_ranges
 from transforms.sorted_runs import (
     MAX_RUN_BYTES,
-    MAX_SHARD_BYTES,
-    SHARD_WEIGHT,
     RunFile,
-    read_key_range,
+    read_range,
     read_rows,
-    read_samples,
+    row_bytes,
     run_name,
-    sort_rows,
     write_rows,
     write_runs,
 )
 
-register_record(RunFile)
 register_record(PlannedShard)
 register_record(PlanRecord)
-
-MAX_REJECT_ROWS = 65_536
-"""Most rows of a shard that holds rejects only."""
-
-
-@register_record
-@dataclass(frozen=True, slots=True)
-class ShardRange:
-    """What a shard will hold: the rows of `runs` whose key is in `[lower, upper)`.
-
-    Keys are hexadecimal; an empty `upper` means no end. A shard of rejects holds its runs whole.
-    """
-
-    shard: str
-    lower: str
-    upper: str
-    runs: tuple[str, ...]
-    is_rejects: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +83,9 @@ class PlanShards(beam.PTransform[Any, Any]):
             pcoll
             | "WriteRuns" >> beam.ParDo(_WriteRuns(spec))
             | "GatherRuns" >> beam.combiners.ToList()
-            | "CutShards" >> beam.FlatMap(cut_shards, spec.layout).with_output_types(ShardRange)
+            | "CutRanges" >> beam.FlatMap(cut_ranges, spec.layout).with_output_types(ShardRange)
             | "SpreadRanges" >> beam.Reshuffle()
-            | "BuildShard" >> beam.ParDo(_BuildShard(spec), duplicates)
+            | "BuildShards" >> beam.ParDo(_BuildShards(spec), duplicates)
             | "GatherShards" >> beam.combiners.ToList()
             | "WritePlan" >> beam.FlatMap(write_plan, spec.layout).with_output_types(PlannedShard)
         )
@@ -139,7 +124,7 @@ class _WriteRuns(beam.DoFn):
             try:
                 runs = list(write_runs(self._batches, layout, self._spec.section))
             except FileNotFoundError:
-                # Another launcher has finished this plan and removed the folder of its runs; `cut_shards` takes it.
+                # Another launcher has finished this plan and removed the folder of its runs; `cut_ranges` takes it.
                 if read_plan(layout) is None:
                     raise
                 runs = []
@@ -157,115 +142,89 @@ class _WriteRuns(beam.DoFn):
         return run_name(self._batches[0])
 
 
-class _BuildShard(beam.DoFn):
+class _BuildShards(beam.DoFn):
     def __init__(self, spec: PlanSpec) -> None:
         self._spec = spec
-        self._num_shards = beam.metrics.Metrics.counter("plan", "num_shards")
 
     def process(self, element: ShardRange, duplicates: list[tuple[int, list[int]]]) -> Iterator[PlannedShard]:
         by_unit: dict[int, set[int]] = {}
         for unit, rows in duplicates:
             by_unit.setdefault(unit, set()).update(rows)
-        self._num_shards.inc()
         with recorded_failure(self._spec.layout, "plan"):
-            planned = self._built(element, by_unit)
-        yield planned
+            shards = self._built(element, by_unit)
+        num_rows, num_requests = (
+            sum(getattr(shard, name) for shard in shards) for name in ("num_rows", "num_requests")
+        )
+        count("plan", {"num_shards": len(shards), "num_rows": num_rows, "num_requests": num_requests})
+        yield from shards
 
-    def _built(self, shard: ShardRange, duplicates: Mapping[int, set[int]]) -> PlannedShard:
+    def _built(self, element: ShardRange, duplicates: Mapping[int, set[int]]) -> list[PlannedShard]:
         try:
-            if shard.runs:
-                return build_shard(shard, self._spec, duplicates)
+            if element.runs:
+                return build_shards(element, self._spec, duplicates)
         except FileNotFoundError:
             if read_plan(self._spec.layout) is None:
                 raise
         plan = read_plan(self._spec.layout)
-        assert plan is not None, f"shard {shard.shard} has no runs and no plan"
-        return next(planned for planned in plan.shards if planned.shard == shard.shard)
+        assert plan is not None, f"range {element.shard} has no runs and no plan"
+        return [shard for shard in plan.shards if element.holds(shard.shard)]
 
 
-def cut_shards(runs: Sequence[RunFile], layout: RunLayout) -> Iterator[ShardRange]:
-    """Cut all requests into contiguous ranges of about equal weight; rejects into shards of their own.
-
-    Equal keys are never cut apart. The result does not depend on the order of `runs`. If another launcher has finished
-    the same plan meanwhile, and dropped the runs that both wrote, its shards come out, with ranges of no run.
-    """
-    with recorded_failure(layout, "plan"):
-        try:
-            ranges = list(_ranges(runs, layout))
-        except FileNotFoundError:
-            ranges = None
-        if (plan := read_plan(layout)) is not None:
-            ranges = [ShardRange(shard.shard, "", "", ()) for shard in plan.shards]
-        if ranges is None:
-            raise CommitError(f"{layout.runs}: expected the runs that were written for the plan, found some missing")
-    yield from ranges
-
-
-def _ranges(runs: Sequence[RunFile], layout: RunLayout) -> Iterator[ShardRange]:
-    ordered = sorted(runs, key=lambda run: run.run_id)
-    requests = [run for run in ordered if run.kind == "requests"]
-    names = tuple(run.run_id for run in requests)
-    borders = _borders([read_samples(layout, run) for run in requests])
-    for index, lower in enumerate(borders):
-        upper = borders[index + 1].hex() if index + 1 < len(borders) else ""
-        yield ShardRange(f"s{index:06d}", lower.hex(), upper, names)
-    for index, group in enumerate(_reject_groups([run for run in ordered if run.kind == "rejects"])):
-        yield ShardRange(f"x{index:06d}", "", "", tuple(run.run_id for run in group), is_rejects=True)
-
-
-def _borders(samples: Sequence[pa.Table]) -> list[bytes]:
-    """The first key of each shard, in order; the first shard begins at the empty key."""
-    if not samples:
-        return []
-    table = pa.concat_tables(samples)
-    table = table.sort_by([("key", "ascending"), ("weight", "ascending")])
-    weights = table.column("weight").to_numpy()
-    num_shards = max(1, -(-int(weights.sum()) // SHARD_WEIGHT))
-    middles = np.cumsum(weights) - weights // 2
-    targets = [int(weights.sum()) * index // num_shards for index in range(1, num_shards)]
-    positions = np.searchsorted(middles, targets, side="left")
-    keys = table.column("key")
-    first = keys[0].as_py()
-    cuts = {keys[int(position)].as_py() for position in positions if position < len(weights)} - {first}
-    return [b"", *sorted(cuts)]
-
-
-def _reject_groups(runs: Sequence[RunFile]) -> Iterator[list[RunFile]]:
-    """Runs of rejects, in input order, as many together as a shard may hold."""
-    group: list[RunFile] = []
-    num_rows = num_bytes = 0
-    for run in runs:
-        num_rows, num_bytes = num_rows + run.num_rows, num_bytes + run.num_bytes
-        if group and (num_rows > MAX_REJECT_ROWS or num_bytes > MAX_SHARD_BYTES):
-            yield group
-            group, num_rows, num_bytes = [], run.num_rows, run.num_bytes
-        group.append(run)
-    if group:
-        yield group
-
-
-def build_shard(shard: ShardRange, spec: PlanSpec, duplicates: Mapping[int, set[int]]) -> PlannedShard:
-    """Merge a shard's range of every run, mark duplicates, and write the shard's plan.
+def build_shards(element: ShardRange, spec: PlanSpec, duplicates: Mapping[int, set[int]]) -> list[PlannedShard]:
+    """Merge a range of every run, mark duplicates, cut it, and write the plan of each shard; no rows make none.
 
     Args:
         duplicates: input unit -> rows of its file whose id came before.
     """
-    if shard.is_rejects:
-        table = pa.concat_tables([read_rows(spec.layout.run_file(run)) for run in shard.runs])
-    else:
-        lower, upper = bytes.fromhex(shard.lower), bytes.fromhex(shard.upper) if shard.upper else None
-        parts = [read_key_range(spec.layout, run, lower, upper) for run in shard.runs]
-        table = sort_rows(pa.concat_tables([part for part in parts if part.num_rows] or parts[:1]))
-        table = _reject_duplicate_ids(table, duplicates)
-        table = _merge_requests(table, spec.section)
-    return write_shard(spec.layout, shard.shard, table.cast(plan_schema(spec.passthrough)))
+    layout, schema = spec.layout, plan_schema(spec.passthrough)
+    if element.is_rejects:
+        table = pa.concat_tables([read_rows(layout.run_file(run)) for run in element.runs])
+        return [write_shard(layout, element.shard, table.cast(schema))]
+    lower, upper = Place.of_text(element.lower), Place.of_text(element.upper) if element.upper else None
+    parts = [read_range(layout, run, lower, upper) for run in element.runs]
+    table = sort_rows(pa.concat_tables([part for part in parts if part.num_rows] or parts[:1]))
+    del parts
+    table = _reject_duplicate_ids(table, duplicates).cast(schema)
+    keys = values_of(table, "prefix_key")
+    table, can_begin = _merge_requests(table, keys, spec.section)
+    costs = _costs_of(table, keys, can_begin)
+    del keys
+    starts = cut_rows(costs, spec.section)
+    return [
+        write_shard(layout, element.shard_name(number), table.slice(start, end - start))
+        for number, (start, end) in enumerate(pairwise([*starts, table.num_rows]))
+    ]
+
+
+def _costs_of(table: pa.Table, keys: Sequence[bytes], can_begin: npt.NDArray[np.bool_]) -> RowCosts:
+    """What each planned row costs, beside the others in their order."""
+    asked = np.flatnonzero(_is_asked(table))
+    texts = values_of(table, "sampling")
+    outputs = {text: expected_output_tokens(sampling_of(text).max_tokens) for text in set(texts)}
+    shared = common_prefix_lengths([keys[row] for row in asked.tolist()])
+    tokens = np.zeros(table.num_rows, dtype=np.int64)
+    tokens[asked] = table.column("num_prompt_tokens").to_numpy()[asked] - shared
+    tokens[asked] += np.array([outputs[texts[row]] for row in asked.tolist()], dtype=np.int64)
+    # A row that is not asked shares what the next one does, with which the tree of its shard begins.
+    following = np.searchsorted(asked, np.arange(table.num_rows))
+    return RowCosts(
+        tokens=tokens,
+        shared_tokens=np.append(shared, 0)[following],
+        num_rows=np.ones(table.num_rows, dtype=np.int64),
+        num_bytes=row_bytes(table),
+        can_begin=can_begin,
+    )
+
+
+def _is_asked(table: pa.Table) -> Any:
+    """A mask of the rows that are asked: not rejected, and not merged into another."""
+    return pc.and_(pc.is_null(table.column("error_type")), pc.is_null(table.column("merged_into")))
 
 
 def write_shard(layout: RunLayout, shard: str, table: pa.Table) -> PlannedShard:
     """Write the plan of one shard, rows of `schemas.tables.plan_schema` in token order."""
     write_rows(layout.shard_plan(shard), table)
-    is_request = pc.and_(pc.is_null(table.column("error_type")), pc.is_null(table.column("merged_into")))
-    requests = table.filter(is_request)
+    requests = table.select(["prefix_key", "num_prompt_tokens"]).filter(_is_asked(table))
     keys = values_of(requests, "prefix_key")
     lengths = requests.column("num_prompt_tokens").to_numpy().astype(np.int64)
     return PlannedShard(
@@ -300,29 +259,33 @@ def _reject_duplicate_ids(table: pa.Table, duplicates: Mapping[int, set[int]]) -
     return table
 
 
-def _merge_requests(table: pa.Table, section: PlanSection) -> pa.Table:
-    """Let each request that repeats the one before it, in a table in `RUN_ORDER`, name that one's first copy."""
+def _merge_requests(
+    table: pa.Table, keys: Sequence[bytes], section: PlanSection
+) -> tuple[pa.Table, npt.NDArray[np.bool_]]:
+    """Let each request that repeats the one before it, in a table in `RUN_ORDER`, name that one's first copy.
+
+    Returns:
+        The table, and whether a shard may begin with a row: not with one that repeats a request which may be merged.
+    """
+    can_begin = np.ones(table.num_rows, dtype=np.bool_)
     if section.merge == "never":
-        return table
-    names = ("prefix_key", "sampling", "options", "cost_center", "custom_id", "error_type")
+        return table, can_begin
+    mergeable = {text: can_merge(text, section) for text in set(values_of(table, "sampling"))}
+    names = ("sampling", "options", "cost_center", "custom_id", "error_type")
     merged: list[str | None] = []
-    first: tuple[Any, ...] = ()
-    first_id = ""
-    can_merge: dict[str, bool] = {}
-    for key, sampling, options, cost_center, custom_id, error in zip(
-        *(values_of(table, name) for name in names), strict=True
+    before: tuple[Any, ...] = ()
+    first_id: str | None = None
+    for row, (key, sampling, options, cost_center, custom_id, error) in enumerate(
+        zip(keys, *(values_of(table, name) for name in names), strict=True)
     ):
-        if sampling not in can_merge:
-            can_merge[sampling] = section.merge == "always" or sampling_of(sampling).is_greedy
         request = (key, sampling, options, cost_center)
-        if error is not None:
-            merged.append(None)
-        elif request == first and can_merge[sampling]:
-            merged.append(first_id)
-        else:
-            first, first_id = request, custom_id
-            merged.append(None)
-    return with_column(table, "merged_into", merged)
+        can_begin[row] = not mergeable[sampling] or request != before
+        if can_begin[row]:
+            before, first_id = request, None
+        merged.append(first_id if error is None else None)
+        if error is None and first_id is None:
+            first_id = custom_id
+    return with_column(table, "merged_into", merged), can_begin
 
 
 def write_plan(shards: Iterable[PlannedShard], layout: RunLayout) -> tuple[PlannedShard, ...]:

@@ -5,10 +5,8 @@ Written by *plan* when the plan is complete. Free of Beam, because status, quote
 
 from dataclasses import dataclass
 
-from schemas import storage
-from schemas.errors import CommitError, abbreviated
 from schemas.layout import RunLayout
-from transforms.record_json import RecordJson
+from transforms.record_json import read_record
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +44,4 @@ def read_plan(layout: RunLayout) -> PlanRecord | None:
     Raises:
         CommitError: the record is there but cannot be read.
     """
-    path = layout.plan_record
-    if not storage.exists(path):
-        return None
-    try:
-        return RecordJson(PlanRecord).decode(storage.read_bytes(path))
-    except ValueError as error:
-        raise CommitError(f"{path}: expected the record of a plan, found {abbreviated(str(error))}") from error
+    return read_record(layout.plan_record, PlanRecord, "the record of a plan")

@@ -22,7 +22,8 @@ from schemas.job import PlanSection
 from transforms.input_rows import ReadColumns, read_unit
 from transforms.input_scan import InputScan, InputUnit
 from transforms.renderer import Renderer, sampling_of
-from transforms.sorted_runs import EXPECTED_OUTPUT_TOKENS, SHARD_WEIGHT
+from transforms.row_place import can_merge
+from transforms.shard_cut import RowCosts, cut_rows, expected_output_tokens
 
 MAX_SURVEY_BYTES = 1 << 30
 """Most memory for the keys of a survey, four bytes a prompt token; a larger input is sampled instead."""
@@ -177,15 +178,13 @@ def _counted(collected: _Collected, kinds: _Kinds, plan: PlanSection, num_rows: 
     """Put the requests into token order and merge equal ones, as *plan* does."""
     order = sorted(range(len(collected.keys)), key=lambda index: (collected.keys[index], collected.kinds[index]))
     sampling_texts = [sampling for sampling, _, _ in kinds.of]
-    can_merge = [
-        plan.merge == "always" or (plan.merge == "auto" and sampling_of(text).is_greedy) for text in sampling_texts
-    ]
+    is_mergeable = [can_merge(text, plan) for text in sampling_texts]
     keys: list[bytes] = []
     kept: list[int] = []
     group_rows: list[int] = []
     for index in order:
         key, kind = collected.keys[index], collected.kinds[index]
-        if keys and can_merge[kind] and kind == kept[-1] and key == keys[-1]:
+        if keys and is_mergeable[kind] and kind == kept[-1] and key == keys[-1]:
             group_rows[-1] += 1
             continue
         keys.append(key)
@@ -196,6 +195,7 @@ def _counted(collected: _Collected, kinds: _Kinds, plan: PlanSection, num_rows: 
     has_options = np.array([options is not None for _, options, _ in kinds.of], dtype=np.bool_)
     lengths = np.array([(len(key) - 8) // 4 for key in keys], dtype=np.int64)
     shared = common_prefix_lengths(keys)
+    num_group_rows = np.array(group_rows, dtype=np.int64)
     outputs = max_tokens[kind_of] if len(kept) else np.zeros(0, dtype=np.int64)
     return PromptSurvey(
         num_rows=num_rows,
@@ -205,25 +205,27 @@ def _counted(collected: _Collected, kinds: _Kinds, plan: PlanSection, num_rows: 
         num_shared_tokens=shared,
         num_nearest_tokens=np.maximum(shared, np.append(shared[1:], 0)) if len(kept) else shared,
         max_output_tokens=outputs,
-        num_group_rows=np.array(group_rows, dtype=np.int64),
-        starts_shard=_shard_starts(lengths - shared, outputs, plan),
+        num_group_rows=num_group_rows,
+        starts_shard=_shard_starts(lengths - shared, shared, outputs, num_group_rows, plan),
         own_terms=has_options[kind_of] if len(kept) else np.zeros(0, dtype=np.bool_),
     )
 
 
-def _shard_starts(uncached: Counts, max_outputs: Counts, plan: PlanSection) -> npt.NDArray[np.bool_]:
-    """About where the plan cuts: it weighs samples of the keys, so its cuts may lie some rows away from these."""
-    tokens = uncached + np.minimum(max_outputs, EXPECTED_OUTPUT_TOKENS)
-    weights = np.maximum(tokens * SHARD_WEIGHT // plan.max_shard_tokens, -(-SHARD_WEIGHT // plan.max_shard_rows))
-    starts = np.zeros(len(weights), dtype=np.bool_)
-    if not len(weights):
-        return starts
-    total = int(weights.sum())
-    num_shards = max(1, -(-total // SHARD_WEIGHT))
-    targets = [total * shard // num_shards for shard in range(1, num_shards)]
-    cuts = np.searchsorted(np.cumsum(weights), targets, side="left")
-    starts[0] = True
-    starts[cuts[cuts < len(weights)]] = True
+def _shard_starts(
+    uncached: Counts, shared: Counts, max_outputs: Counts, group_rows: Counts, plan: PlanSection
+) -> npt.NDArray[np.bool_]:
+    """About where the plan cuts: a large input it divides into ranges first, and it weighs bytes and rejects too."""
+    limits, places = np.unique(max_outputs, return_inverse=True)
+    outputs = np.array([expected_output_tokens(limit) for limit in limits.tolist()], dtype=np.int64)
+    costs = RowCosts(
+        tokens=uncached + outputs[places],
+        shared_tokens=shared,
+        num_rows=group_rows,
+        num_bytes=np.zeros_like(uncached),
+        can_begin=np.ones(len(uncached), dtype=np.bool_),
+    )
+    starts = np.zeros(len(uncached), dtype=np.bool_)
+    starts[cut_rows(costs, plan)] = True
     return starts
 
 

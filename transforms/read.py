@@ -12,6 +12,7 @@ import pyarrow as pa
 from transforms.coders import register_record
 from transforms.input_rows import JSONL_INPUT_FIELDS, MAX_BATCH_ROWS, ReadColumns, read_unit, struct_of
 from transforms.input_scan import InputScan, InputUnit, UnitGroup
+from transforms.observe import count
 
 __all__ = ["JSONL_INPUT_FIELDS", "MAX_BATCH_ROWS", "ReadColumns", "ReadPrompts", "read_unit", "struct_of"]
 
@@ -39,10 +40,10 @@ class ReadPrompts(beam.PTransform[Any, Any]):
 class _ReadUnits(beam.DoFn):
     def __init__(self, columns: ReadColumns) -> None:
         self._columns = columns
-        self._num_rows = beam.metrics.Metrics.counter("read", "num_rows")
 
     def process(self, element: UnitGroup) -> Iterator[pa.RecordBatch]:
         for unit in element.units:
             for batch in read_unit(unit, self._columns):
-                self._num_rows.inc(batch.num_rows)
+                num_bad = batch.num_rows - batch.column("error_type").null_count
+                count("read", {"num_rows": batch.num_rows - num_bad, "num_rejects": num_bad, "num_bytes": batch.nbytes})
                 yield batch

@@ -9,7 +9,9 @@ from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from transforms.observe import count
 from transforms.renderer import (
     Renderer,
     RenderSpec,
@@ -47,11 +49,13 @@ class RenderPrompts(beam.PTransform[Any, Any]):
 class _RenderBatch(beam.DoFn):
     def __init__(self, spec: RenderSpec) -> None:
         self._spec = spec
-        self._num_rows = beam.metrics.Metrics.counter("render", "num_rows")
 
     def setup(self) -> None:
         self._renderer = Renderer(self._spec)
 
     def process(self, element: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-        self._num_rows.inc(element.num_rows)
-        yield self._renderer.render_batch(element)
+        rendered = self._renderer.render_batch(element)
+        num_bad = element.column("error_type").null_count - rendered.column("error_type").null_count
+        tokens = pc.sum(rendered.column("num_prompt_tokens")).as_py() or 0
+        count("render", {"num_rows": element.num_rows, "num_rejects": num_bad, "prompt_tokens": tokens})
+        yield rendered

@@ -2,7 +2,8 @@
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import sharding, sharding_simulator
+from benchmarks import sharding, sharding_plans, sharding_torch
 from benchmarks.sharding_simulator import (
     Caches,
     hashed_workers,
@@ -30,9 +31,9 @@ from schemas.job import PlanSection
 from schemas.layout import RunLayout
 from schemas.records import Sampling
 from schemas.tables import plan_schema
-from transforms.plan import PlannedShard, PlanSpec, build_shard, cut_shards
+from transforms.plan import PlannedShard, PlanSpec, build_shards, cut_ranges
 from transforms.renderer import sampling_json
-from transforms.sorted_runs import read_rows, row_weights, write_runs
+from transforms.sorted_runs import read_rows, write_runs
 
 # Few token values and short prompts, so that prefixes, forks and repeated prompts are common.
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=50)
@@ -84,7 +85,7 @@ def real_plan(
         for start in range(0, len(prompts), run_rows)
         for run in write_runs([batch.slice(start, run_rows)], spec.layout, spec.section)
     ]
-    shards = [build_shard(shard, spec, {}) for shard in cut_shards(runs, spec.layout)]
+    shards = [shard for part in cut_ranges(runs, spec.layout) for shard in build_shards(part, spec, {})]
     return shards, [read_rows(spec.layout.shard_plan(shard.shard)).to_pylist() for shard in shards]
 
 
@@ -185,28 +186,22 @@ def test_a_hot_subtree_larger_than_a_shard_is_split_below_its_root(tmp_path: Pat
     ), "what is repeated is the root, and the branch where a cut goes through one"
 
 
-def test_heavy_expected_outputs_take_more_shards(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("most", "expected"), [(256, 256), (4096, 1024), (65_536, 4096)])
+def test_heavy_expected_outputs_take_more_shards(tmp_path: Path, most: int, expected: int) -> None:
     prompts = [[half, row, *([3] * 20)] for half in range(2) for row in range(100)]
     _, rows = real_plan(
         tmp_path,
         prompts,
-        max_tokens=[8] * 100 + [256] * 100,
+        max_tokens=[8] * 100 + [most] * 100,
         run_rows=200,
-        max_shard_tokens=1000,
+        max_shard_tokens=5000,
         max_shard_rows=1000,
     )
-    light = [len(shard) for shard in rows if shard[-1]["source_row"] < 100]
+    rows_a_shard = 5000 // (21 + expected)
     heavy = [len(shard) for shard in rows if shard[0]["source_row"] >= 100]
-    assert len(light) == pytest.approx(100 * 29 / 1000, abs=1)
-    assert len(heavy) == pytest.approx(100 * 277 / 1000, abs=2)
-    assert max(heavy) < min(light[:-1])
-
-
-def test_answers_beyond_what_is_expected_weigh_no_more(tmp_path: Path) -> None:
-    section = PlanSection(max_shard_tokens=10_000)
-    tables = [pa.Table.from_batches([rendered([[1], [2]], [most, most])]) for most in (255, 256, 100_000)]
-    fewer, most, more = (row_weights(table, section).tolist() for table in tables)
-    assert fewer < most == more
+    assert max(heavy) <= rows_a_shard
+    assert len(heavy) == pytest.approx(100 / rows_a_shard, abs=1)
+    assert len(rows) - len(heavy) == 1, "all of the light ones and a few of the heavy"
 
 
 @settings(max_examples=25)
@@ -235,14 +230,12 @@ def test_the_simulation_cuts_where_the_product_does(
         merge="never",
     )
     order = token_order(workload, run_rows=run_rows)
-    starts = planned_starts(
-        order, folder / "simulated", max_shard_tokens=max_shard_tokens, max_shard_rows=max_shard_rows
-    )
+    section = PlanSection(max_shard_tokens=max_shard_tokens, max_shard_rows=max_shard_rows, merge="never")
+    starts = planned_starts(order, folder / "simulated", section)
     ends = [*starts[1:].tolist(), workload.num_rows]
-    # The plan may hold a shard without rows, where all rows of a run stand before a border of another.
-    assert np.diff([*starts, workload.num_rows]).tolist() == [s.num_rows for s in shards if s.num_rows]
+    assert np.diff([*starts, workload.num_rows]).tolist() == [shard.num_rows for shard in shards]
     computed = shard_prefill(order.lengths, order.lcps, starts)
-    assert computed.tolist() == [shard.num_tree_tokens for shard in shards if shard.num_rows]
+    assert computed.tolist() == [shard.num_tree_tokens for shard in shards]
     groups = [[prompts[row] for row in order.rows[start:end]] for start, end in zip(starts, ends, strict=True)]
     assert computed.sum() == naive_prefill(groups)
 
@@ -349,7 +342,7 @@ def test_a_plan_that_breaks_the_bound_fails_the_benchmark(
         sharding, "shard_prefill", lambda lengths, lcps, starts: shard_prefill(lengths, 0 * lcps, starts)
     )
     assert sharding.main(["--rows", "200", "--workloads", "hot_subtree", "--workers", "2"]) == 1
-    assert "the bound is broken: hot_subtree, 2 workers, 8 shards: expected between" in capsys.readouterr().err
+    assert "the bound is broken: hot_subtree, 2 workers, 9 shards: expected between" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -377,11 +370,66 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     assert "<svg" in target.read_text()
 
 
-def test_costs_of_rows_are_those_of_the_product() -> None:
-    workload = WORKLOADS["hot_subtree"](12, np.random.default_rng(0))
-    (run,) = token_order(workload).runs
-    table = pa.Table.from_batches([rendered(tokens_of(workload), workload.max_tokens.tolist())]).sort_by("prefix_key")
-    section = PlanSection(max_shard_tokens=20_000, max_shard_rows=900)
-    expected = row_weights(table, section)
-    found = sharding_simulator.row_weights(run.costs, max_shard_tokens=20_000, max_shard_rows=900)
-    assert found.tolist() == expected.tolist()
+@pytest.mark.parametrize("name", sharding_plans.INPUTS)
+def test_real_plans_of_made_inputs_keep_every_row_and_the_bound(name: str) -> None:
+    section = PlanSection(max_shard_tokens=20_000, max_shard_rows=50)
+    found = sharding_plans.plan_input(name, 600, section)
+    assert found.num_rows == 600
+    assert found.keeps_bound
+    assert found.most_rows <= 50
+    assert len(found.expected_tokens) >= 12
+    if name != "equal":
+        assert found.tree_tokens < found.num_prompt_tokens or name == "distinct"
+    assert max(found.expected_tokens) <= 20_000 + found.deepest_tokens
+
+
+def test_the_sorted_input_is_sorted() -> None:
+    keys = [key for batch in sharding_plans.rendered_batches("sorted", 400) for key in batch.column("prefix_key")]
+    assert keys == sorted(keys, key=lambda key: key.as_py())
+
+
+def test_a_plan_that_loses_rows_fails_the_benchmark(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sharding_plans, "ProcessPoolExecutor", _ThisProcess)
+    assert sharding_plans.main(["--rows", "30", "--inputs", "zipf", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["plans"]
+    assert (found["name"], found["num_rows"]) == ("zipf", 30)
+    monkeypatch.setattr(sharding_plans, "build_shards", lambda *_: [])
+    assert sharding_plans.main(["--rows", "30", "--inputs", "zipf"]) == 1
+    assert "zipf: expected 30 rows" in capsys.readouterr().err
+
+
+class _ThisProcess:
+    """Runs what a pool of processes would, here."""
+
+    def __init__(self, *_: Any, initializer: Callable[..., Any] | None = None, initargs: tuple[Any, ...] = ()) -> None:
+        if initializer is not None:
+            initializer(*initargs)
+
+    def __enter__(self) -> "_ThisProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*arguments))
+        return done
+
+    def map(self, function: Callable[..., Any], items: Sequence[Any]) -> list[Any]:
+        return [function(item) for item in items]
+
+
+def test_the_torch_engine_loses_one_path_a_cut_at_most_and_answers_alike(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding_torch, "ProcessPoolExecutor", _ThisProcess)
+    found = sharding_torch.compare("zipf", 24, str(tiny_checkpoint), num_shards=6, num_workers=2)
+    assert found.num_rows == 24
+    assert found.num_shards >= 6
+    assert found.one_shard_tokens < found.num_prompt_tokens
+    assert found.computed_tokens == found.planned_tokens
+    assert 0 < found.lost_tokens <= found.most_lost_tokens
+    assert found.num_other_answers == 0
