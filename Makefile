@@ -29,7 +29,10 @@ test: setup
 test-integration: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements requirements-integration.lock
 	$(BIN)/python -m tests.s3_server
+	$(BIN)/python -m tests.gcs_server
+	$(BIN)/python -m tests.beam_boot
 	$(BIN)/python -m tests.aimock_server
+	$(BIN)/python -m tests.flink_cluster
 	$(BIN)/python -m pytest -m integration
 
 lint: setup
@@ -53,6 +56,8 @@ lock:
 	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --extra dev --python-version 3.11 pyproject.toml --output-file requirements.lock
 	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --extra dev --extra integration --python-version 3.11 \
 	  --constraints requirements.lock pyproject.toml --output-file requirements-integration.lock
+	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --no-annotate --extra gcp --extra s3 --python-version 3.11 \
+	  --constraints requirements-integration.lock pyproject.toml --output-file jobs/containers/requirements.lock
 
 clean:
 	rm -rf .venv $(DEMO_FOLDER) build dist *.egg-info

@@ -19,7 +19,7 @@ from benchmarks.prompts import BenchmarkFiles
 from jobs.preflight import check_job
 from pipelines.main_job import MainJob
 from transforms.answer import LoadedEngine, answer_shard
-from transforms.plan import PlannedShard, build_shard, cut_shards, write_plan
+from transforms.plan import PlannedShard, build_shards, cut_ranges, write_plan
 from transforms.publish import publish_shard, write_manifest
 from transforms.read import read_unit
 from transforms.render import Renderer
@@ -102,8 +102,9 @@ def _write_run(rendered: list[pa.RecordBatch], job: MainJob, clock: StageClock) 
 
 def _build_shards(job: MainJob, runs: list[RunFile], clock: StageClock) -> tuple[PlannedShard, ...]:
     with clock.timed("plan: shards"):
-        ranges = list(cut_shards(runs, job.plan.layout))
-        shards = write_plan([build_shard(shard, job.plan, {}) for shard in ranges], job.plan.layout)
+        ranges = list(cut_ranges(runs, job.plan.layout))
+        planned = [shard for part in ranges for shard in build_shards(part, job.plan, {})]
+        shards = write_plan(planned, job.plan.layout)
     return shards
 
 

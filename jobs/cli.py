@@ -133,10 +133,9 @@ def run(
 
                 beam_options(beam_args)
             from jobs.launch import launch
-            from jobs.output_commands import folder_of
             from jobs.reuse import prepare_reuse
 
-            source = None if reuse is None else prepare_reuse(folder_of(reuse, "--reuse OUTPUT"))
+            source = None if reuse is None else prepare_reuse(output_commands.folder_of(reuse, "--reuse OUTPUT"))
             with nullcontext() if is_quiet else show_progress(console) as progress:
                 summary = launch(loaded, limit=limit, beam_args=beam_args, stop=stop, progress=progress, reuse=source)
         if not is_quiet:

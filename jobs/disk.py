@@ -18,7 +18,7 @@ from schemas.layout import RunLayout
 from transforms.input_rows import ReadColumns
 from transforms.input_scan import InputScan
 from transforms.plan_record import read_plan
-from transforms.sorted_runs import EXPECTED_OUTPUT_TOKENS
+from transforms.shard_cut import USUAL_OUTPUT_TOKENS
 
 _PLAN_ROW_BYTES = 64
 """A planned row's identity, sampling and options, compressed."""
@@ -60,7 +60,7 @@ def estimate_disk(
     """
     prompt_bytes = input_bytes + num_rows * template_chars // 10
     plan_bytes = _PLAN_COPIES * (_PROMPT_FORMS * prompt_bytes + num_rows * _PLAN_ROW_BYTES)
-    answer_bytes = _TOKEN_BYTES * min(max_tokens, EXPECTED_OUTPUT_TOKENS)
+    answer_bytes = _TOKEN_BYTES * min(max_tokens, USUAL_OUTPUT_TOKENS)
     tables_bytes = num_rows * (_TABLES_ROW_BYTES + answer_bytes) + input_bytes
     return DiskEstimate(0 if is_planned else plan_bytes, tables_bytes)
 

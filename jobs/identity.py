@@ -35,6 +35,8 @@ _FREE_KEYS = (
     ("model", "max_retries"),
     ("model", "mode"),
     ("model", "fallbacks"),
+    ("model", "accelerator"),
+    ("model", "min_ram"),
 )
 """Keys of a job that are no part of its identity."""
 

@@ -10,7 +10,8 @@ _INTRODUCTION = """\
 
 A job file is TOML. Unknown keys are refused with the nearest known name. Every key can be overridden on the command
 line: `moebeam run job.toml --set sampling.max_tokens=64`. Paths in the file are relative to the file, paths in `--set`
-to the working directory; URLs such as `s3://bucket/folder` stay as they are (`pip install moebeam[s3]`).
+to the working directory; URLs such as `s3://bucket/folder` stay as they are (`pip install moebeam[s3]`,
+or `moebeam[gcp]` for `gs://`).
 """
 
 

@@ -9,8 +9,12 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import apache_beam as beam
+import grpc
 
 from jobs.beam_options import beam_options
+from jobs.dataflow.dataflow_options import settle_options
+from jobs.dataflow.job_template import staged_summary, template_location, write_template
+from jobs.job_service import prepare_job_service, spell_rpc_error
 from jobs.preflight import CheckedJob, check_job
 from jobs.retry import write_retry_plan
 from jobs.reuse import keep_fences
@@ -28,7 +32,7 @@ from transforms.commit import Totals
 from transforms.failure import WorkerWatch, read_failure
 from transforms.input_scan import InputScan
 from transforms.plan import PlanRecord, read_plan
-from transforms.publish import cost_of
+from transforms.publish import cost_of, sole_amount
 from transforms.reuse import ReuseSource
 from transforms.stop import BY_SIGNAL, ON_ERROR, StopReason, request_stop
 
@@ -67,6 +71,8 @@ def launch(
     """
     started = time.monotonic()
     options = beam_options(beam_args)
+    settle_options(options, job, reuse and reuse.output)
+    prepare_job_service(options)
     with _store_errors(job.output.path):
         checked = check_job(job, limit=limit, retry_of=retry_of, retried=retried, reuse=reuse)
         layout = checked.layout
@@ -85,6 +91,9 @@ def launch(
         planned = _plan_of(checked)
     pipeline = beam.Pipeline(options=options)
     build(pipeline, main_job := checked.main_job(planned))
+    if (location := template_location(options)) is not None:
+        write_template(pipeline, location)
+        return staged_summary(checked, location, started)
     run = _PipelineThread(pipeline)
     _wait_for(run, checked, main_job.answer.limits.deadline_at, stop, progress)
     run.raise_failure(layout)
@@ -268,9 +277,13 @@ def summary_of(manifest: dict[str, Any], job: Job, status: RunStatus, started: f
         message=message,
         reason=manifest.get("reason"),
         cost_wasted=cost_of(wasted)[0],
+        num_lost_calls=totals.num_lost_calls + wasted.num_lost_calls,
+        lost_cost_at_most=sole_amount((totals + wasted).lost_costs_at_most)[0],
     )
 
 
 def _last_line(error: Exception) -> str:
+    if isinstance(error, grpc.RpcError):
+        return f"the job server is gone: {spell_rpc_error(error)}; the job may still run on its cluster"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

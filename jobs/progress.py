@@ -13,9 +13,9 @@ from decimal import Decimal
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
+from jobs.facts_table import facts_table
 from jobs.summary import EXIT_DONE, EXIT_STOPPED, LIMITS, CheckReport, ProgressSnapshot, RunSummary
 
 ShowSnapshot = Callable[[ProgressSnapshot], None]
@@ -145,14 +145,12 @@ def _details(snapshot: ProgressSnapshot, rates: Rates) -> Iterator[str]:
 
 def print_summary(console: Console, summary: RunSummary) -> None:
     """The end of a run for a person: what came out, what it cost, where it lies, what to type next."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in _summary_lines(summary):
-        table.add_row(name, Text(value))
     style = "bold green" if summary.exit_code == EXIT_DONE else "bold yellow"
     console.print(Text(_headline(summary), style=style), soft_wrap=True)
-    console.print(table)
+    if summary.status == "staged":
+        console.print(Text(summary.message or ""), soft_wrap=True)
+        return
+    console.print(facts_table(_summary_lines(summary)))
     for line in _next_steps(summary):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
@@ -160,6 +158,8 @@ def print_summary(console: Console, summary: RunSummary) -> None:
 def _headline(summary: RunSummary) -> str:
     if summary.status == "already_done":
         return "already done: nothing was run, nothing was paid"
+    if summary.status == "staged":
+        return "a job template is written; nothing was run, nothing was paid"
     if summary.exit_code == EXIT_STOPPED:
         return "stopped before the end; nothing is lost"
     done = f"done in {spell_duration(summary.elapsed_s)}"
@@ -183,8 +183,16 @@ def _summary_lines(summary: RunSummary) -> Iterator[tuple[str, str]]:
         yield "reused", f"{summary.num_reused:,} of the results, answered by an earlier run"
     if summary.cost_wasted:
         yield "wasted", f"{spell_money(summary.cost_wasted, summary.currency)} beside it, for answers not used"
+    if summary.num_lost_calls:
+        yield "lost calls", _spell_lost(summary)
     if summary.message:
         yield "note", summary.message
+
+
+def _spell_lost(summary: RunSummary) -> str:
+    most = summary.lost_cost_at_most
+    billed = "" if most is None else f", at most {spell_money(most, summary.currency)}"
+    return f"{summary.num_lost_calls:,} ended without a usage; the provider may bill them beside it{billed}"
 
 
 def _spell_tokens(summary: RunSummary) -> str:
@@ -243,13 +251,8 @@ def duckdb_command(query: str, path: str) -> str:
 
 def print_report(console: Console, report: CheckReport) -> None:
     """What `validate` found, for a person."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in _report_lines(report):
-        table.add_row(name, Text(value))
     console.print(Text("the job is valid; nothing was run", style="bold green"))
-    console.print(table)
+    console.print(facts_table(_report_lines(report)))
     for warning in report.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
 

@@ -20,7 +20,7 @@ LIMITS = frozenset({"max_cost", "max_input_tokens", "max_output_tokens", "max_re
 PIPELINE_THREAD = "pipeline"
 """Name of the launcher's thread in which a pipeline runs."""
 
-RunStatus = Literal["succeeded", "incomplete", "already_done"]
+RunStatus = Literal["succeeded", "incomplete", "already_done", "staged"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +65,8 @@ class RunSummary:
         message: what a person should know besides, for example why the run is incomplete.
         num_reused: results that an earlier run's answers became, of `num_results`.
         cost_wasted: what was billed beside `cost` for answers that were not used; None without any.
+        num_lost_calls: calls that ended without a usage, and that the provider may bill all the same.
+        lost_cost_at_most: what it may bill for them, beside `cost`; None where nobody can say.
     """
 
     status: RunStatus
@@ -92,6 +94,8 @@ class RunSummary:
     reason: str | None = None
     cost_wasted: Decimal | None = None
     num_reused: int = 0
+    num_lost_calls: int = 0
+    lost_cost_at_most: Decimal | None = None
 
     def to_json(self) -> dict[str, object]:
         """The record as JSON values: decimals as plain strings, rejects by type in order of name."""

@@ -1,6 +1,7 @@
 """The way of a row: read -> render -> plan -> answer -> publish."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import apache_beam as beam
@@ -21,6 +22,7 @@ class MainJob:
     Attributes:
         has_ids: whether rows bring ids of their own, which may then repeat.
         planned: the plan of an earlier attempt; the input is then not read again.
+        resources: what workers need to answer, by the names of Beam's resource hints.
     """
 
     scan: InputScan
@@ -31,12 +33,13 @@ class MainJob:
     publish: PublishSpec
     has_ids: bool
     planned: PlanRecord | None = None
+    resources: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 def build(pipeline: beam.Pipeline, job: MainJob) -> "beam.PCollection[str]":
     """Wire the whole job; the one element that comes out is the manifest's text."""
     shards = plan_input(pipeline, job) if job.planned is None else reuse_plan(pipeline, job.planned)
-    commits = shards | "Answer" >> AnswerShards(job.answer)
+    commits = shards | "Answer" >> AnswerShards(job.answer, job.resources)
     manifest: Any = commits | "Publish" >> PublishRun(job.publish)
     return manifest
 

@@ -4,6 +4,7 @@ Frozen and picklable; every stage receives the section it needs. Reading TOML, `
 `jobs/job_file.py`; what can only be known by looking at files is checked by `jobs/preflight.py`.
 """
 
+import re
 from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Literal
@@ -11,6 +12,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from schemas.endpoint import Address, KeyVariable
+
+_ACCELERATOR = re.compile(r"type:[^\s;:=]+(;[a-z][a-z0-9_-]*(:[^\s;]+)?)*")
+_RAM = re.compile(r"[0-9]+(\.[0-9]+)? ?([KMGTP]i?)?B")
 
 
 class Section(BaseModel):
@@ -154,6 +158,34 @@ class ModelSection(Section):
         description="Providers to be asked, in this order, where the one before could not answer, as "
         "`[[model.fallbacks]]` with `provider`, `name`, `base_url`, `api_key_variable`, `max_concurrency`",
     )
+    accelerator: str | None = Field(
+        default=None,
+        description="Accelerator that a runner's workers need to answer, and for nothing else: Beam's resource hint, "
+        "such as `type:nvidia-l4;count:1;install-nvidia-driver`; for runners that know such hints, as Dataflow does",
+    )
+    min_ram: str | None = Field(
+        default=None, description="Memory of such a worker, such as `64GB`: Beam's resource hint, as `accelerator`"
+    )
+
+    @field_validator("accelerator")
+    @classmethod
+    def _check_accelerator(cls, value: str | None) -> str | None:
+        if value is not None and not _ACCELERATOR.fullmatch(value):
+            raise ValueError(f"expected `type:…;count:…` with further options after `;`, found {value!r}")
+        return value
+
+    @field_validator("min_ram")
+    @classmethod
+    def _check_ram(cls, value: str | None) -> str | None:
+        if value is not None and not _RAM.fullmatch(value):
+            raise ValueError(f"expected a number with its unit, such as 64GB, found {value!r}")
+        return value
+
+    @property
+    def resource_hints(self) -> dict[str, str]:
+        """What a worker needs to answer, in Beam's names."""
+        hints = {"accelerator": self.accelerator, "min_ram": self.min_ram}
+        return {name: value for name, value in hints.items() if value is not None}
 
 
 class SamplingSection(Section):
@@ -208,10 +240,12 @@ class PlanSection(Section):
     """`[plan]`: how rows are cut into shards."""
 
     max_shard_tokens: int = Field(
-        default=1_000_000, gt=0, description="Expected uncached plus output tokens a shard, about"
+        default=1_000_000,
+        gt=0,
+        description="Most expected tokens a shard, uncached plus output, beside the prefix that it begins with",
     )
     max_shard_rows: int = Field(
-        default=1024, gt=0, description="Rows a shard, about; equal requests are never cut apart"
+        default=1024, gt=0, description="Most rows a shard; requests that are answered together are never cut apart"
     )
     merge: Literal["auto", "always", "never"] = Field(
         default="auto", description="Answer identical requests once: `auto` where sampling is greedy"
@@ -285,10 +319,12 @@ class FailuresSection(Section):
     retry_wait_s: float = Field(
         default=1.0, ge=0, le=60, description="Seconds before the first retry; each further one waits twice as long"
     )
-    engine_process: Literal["auto", "own", "shared"] = Field(
+    engine_process: Literal["auto", "own", "host", "shared"] = Field(
         default="auto",
-        description="`own` gives the engine a process of its own: a row that kills it is found and rejected alone; "
-        "`auto` does so where `max_silence_s` is set or an earlier attempt of the run was killed",
+        description="`own` gives the engine of each worker a process of its own: a row that kills it is found and "
+        "rejected alone; `host` does the same with one engine, and one copy of the weights, for all workers of a host; "
+        "`shared` leaves it in the worker's process; `auto` is `own` where `max_silence_s` is set or an earlier "
+        "attempt of the run was killed, else `shared`",
     )
     max_silence_s: Annotated[float, Field(gt=0)] | None = Field(
         default=None,

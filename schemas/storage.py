@@ -44,7 +44,7 @@ def file_system(path: str) -> tuple[Any, str]:
     try:
         found: tuple[Any, str] = fsspec.core.url_to_fs(path, use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        reason = f"no reader for such a path ({error}); for s3:// install moebeam[s3]"
+        reason = f"no reader for such a path ({error}); for s3:// install moebeam[s3], for gs:// moebeam[gcp]"
         raise StoreError(errno.EPROTONOSUPPORT, reason, path) from error
     return found
 
@@ -98,14 +98,21 @@ def _kind(fs: Any, inner: str) -> str | None:
 
 
 def list_names(folder: str, suffix: str = "") -> list[str]:
-    """Names of the files right below a folder that end in `suffix`, sorted; empty if there is no such folder."""
+    """Names of the files right below a folder that end in `suffix`, sorted; empty if there is no such folder.
+
+    A link on disk is a file unless it leads to a folder, as for `list_files`.
+    """
     found: list[Mapping[str, Any]] = []
     with named_errors(folder), contextlib.suppress(FileNotFoundError):
         fs, inner = file_system(folder)
         found = fs.ls(inner, detail=True)
-    paths = (str(entry["name"]) for entry in found if entry["type"] == "file")
+    paths = (str(entry["name"]) for entry in found if entry["type"] == "file" or _is_link_to_file(entry))
     names = (path.rpartition("/")[2] for path in paths if not path.endswith("/"))
     return sorted(name for name in names if name.endswith(suffix))
+
+
+def _is_link_to_file(entry: Mapping[str, Any]) -> bool:
+    return bool(entry.get("islink")) and not Path(entry["name"]).is_dir()
 
 
 def spelled(path: str) -> str:
@@ -140,7 +147,7 @@ def _found(fs: Any, inner: str, folders: set[str]) -> Iterator[tuple[str, Mappin
         if not info.get("islink"):
             if info.get("type", "file") == "file":
                 yield name, info
-        elif not Path(name).is_dir():
+        elif _is_link_to_file(info):
             yield name, _followed(name, info)
         elif (real := os.path.realpath(name)) not in folders:
             folders.add(real)

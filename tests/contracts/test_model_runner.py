@@ -19,6 +19,7 @@ from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
 
+from model_runner.checkpoint import checkpoint_revision
 from model_runner.handler import MoebeamModelHandler
 from model_runner.prompt_encoder import PromptEncoder
 from model_runner.protocol import ENGINES as LOADERS
@@ -50,7 +51,8 @@ def config(
     with _endpoint(tiny_checkpoint) as served:
         if "provider" in values:
             values["base_url"] = served.base_url
-        yield EngineConfig(engine=request.param, path=str(tiny_checkpoint), name="tiny", revision="r", **values)
+        path = str(tiny_checkpoint)
+        yield EngineConfig(request.param, path, name="tiny", revision=checkpoint_revision(path), **values)
 
 
 def _endpoint(checkpoint: Path) -> FakeEndpoint:

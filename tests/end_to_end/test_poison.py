@@ -30,6 +30,7 @@ def rejects(output: Path) -> list[tuple[str, int]]:
     ("accident", "failures", "error_type"),
     [
         ("crash", {"engine_process": "own"}, "engine_crashed"),
+        ("crash", {"engine_process": "host"}, "engine_crashed"),
         ("hang", {"max_silence_s": 0.5, "max_retries": 0}, "engine_timeout"),
     ],
 )

@@ -72,3 +72,17 @@ def test_folder_without_a_config_is_refused(tmp_path: Path) -> None:
         checkpoint_revision(str(tmp_path))
     with pytest.raises(EngineLoadError, match=r"config\.json"):
         checkpoint_revision(str(tmp_path / "missing"))
+
+
+def test_links_count_as_the_files_that_they_lead_to(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """As the cache of a model hub lays its snapshots out."""
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    for file in tiny_checkpoint.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    (snapshot / "original").symlink_to(tmp_path)
+    assert checkpoint_revision(str(snapshot)) == checkpoint_revision(str(tiny_checkpoint))
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(EngineLoadError, match=r"model\.safetensors: expected a readable file"):
+        checkpoint_revision(str(snapshot))
