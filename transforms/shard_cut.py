@@ -56,12 +56,12 @@ class RowCosts:
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """Most that a shard may add up to; with `counts_paths` its tokens include the path that it begins with."""
+    """Most that a shard may add up to, without the path that it begins with and, where that is asked, with it."""
 
     tokens: int
     num_rows: int
     num_bytes: int
-    counts_paths: bool = False
+    tokens_and_path: int | None = None
 
 
 class _Cutter:
@@ -92,9 +92,11 @@ class _Cutter:
             if len(begins) == most_shards:
                 return None
             begins.append(first)
-            path = self._shared[first] if limits.counts_paths else 0
+            tokens = limits.tokens
+            if limits.tokens_and_path is not None:
+                tokens = min(tokens, limits.tokens_and_path - self._shared[first])
             end = min(
-                bisect_right(self._tokens, self._tokens[first] + limits.tokens - path, first),
+                bisect_right(self._tokens, self._tokens[first] + tokens, first),
                 bisect_right(self._rows, self._rows[first] + limits.num_rows, first),
                 bisect_right(self._bytes, self._bytes[first] + limits.num_bytes, first),
             )
@@ -116,13 +118,14 @@ def cut_rows(costs: RowCosts, section: PlanSection) -> list[int]:
     cutter = _Cutter(costs)
     limits = _Limits(section.max_shard_tokens, section.max_shard_rows, MAX_SHARD_BYTES)
     best = cutter.cut(limits) or []
-    # Of whole limits with a path this many parts are enough for the cut that is found already.
+    num_shards = len(best)
+    # Of the limits with a path this many parts are enough for the cut that is found already.
     low, high = 0, _SCALE + -(-_SCALE * cutter.longest_path // limits.tokens)
     while high - low > 1:
         share = (low + high) // 2
         tokens, rows, size = (limit * share // _SCALE for limit in (limits.tokens, limits.num_rows, limits.num_bytes))
-        scaled = _Limits(tokens, min(rows, limits.num_rows), min(size, limits.num_bytes), counts_paths=True)
-        found = cutter.cut(scaled, most_shards=len(best))
+        scaled = _Limits(limits.tokens, min(rows, limits.num_rows), min(size, limits.num_bytes), tokens_and_path=tokens)
+        found = cutter.cut(scaled, most_shards=num_shards)
         if found is None:
             low = share
         else:

@@ -61,10 +61,9 @@ def test_no_cut_within_the_limits_has_fewer_shards_or_a_smaller_largest_one(
 
     cuts = [cut for k in range(num) for cut in combinations(range(1, num), k)]
     fewest = min(len(cut) for cut in cuts if is_allowed(cut))
-    assert len(starts) - 1 <= fewest, "each shard took all it may before they were made even"
-    others = [
-        cut for cut in cuts if len(cut) <= fewest and all(e - s <= max_shard_rows for s, e in pairwise([0, *cut, num]))
-    ]
+    assert len(starts) - 1 == fewest
+    assert is_allowed(tuple(starts[1:]))
+    others = [cut for cut in cuts if len(cut) == fewest and is_allowed(cut)]
     assert thousandths(tuple(starts[1:])) == min(map(thousandths, others))
 
 
