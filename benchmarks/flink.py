@@ -282,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--row_bytes", type=int, default=512, help="UTF-8 bytes of text a row")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--task_managers", type=int, default=2)
+    parser.add_argument("--task_manager_mib", type=int, default=2048, help="bare pipelines of many rows die with 1024")
     parser.add_argument("--checkpoint", default=str(CHECKPOINT_PATH), help="folder whose tokenizer is used")
     parser.add_argument("--plot", type=Path, help="picture of seconds over rows, .png or .svg; needs matplotlib")
     parser.add_argument("--json", action="store_true", help="one line of JSON on stdout, the tables on stderr")
@@ -291,10 +292,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # In worker processes as here: threads of small matrices only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     runs: list[FlinkRun] = []
+    has_failed = False
     sink = sys.stderr if options.json else sys.stdout
     with tempfile.TemporaryDirectory(prefix="moebeam-flink-") as temporary:
         folder = Path(temporary)
-        cluster = make_cluster(folder / "cluster", ClusterSize(num_task_managers=options.task_managers))
+        cluster = make_cluster(folder / "cluster", _size_of(options))
         started = time.monotonic()
         cluster.start()
         start_s = time.monotonic() - started
@@ -310,8 +312,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     runs.append(run)
                     print(f"{contender}, {num_rows:,} rows: {run.seconds:.1f} s", file=sys.stderr, flush=True)
         except RunFailed as error:
+            # What was measured before is still told.
             print(error, file=sys.stderr)
-            return 1
+            has_failed = True
         finally:
             cluster.stop()
     facts = machine_facts()
@@ -320,7 +323,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         plot([asdict(run) for run in runs], TITLES, options.plot)
     if options.json:
         print(json.dumps({"benchmark": "flink", "machine": facts, "runs": [asdict(run) for run in runs]}))
-    return 0
+    return int(has_failed)
+
+
+def _size_of(options: argparse.Namespace) -> ClusterSize:
+    return ClusterSize(num_task_managers=options.task_managers, task_manager_mib=options.task_manager_mib)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ TASK_MANAGER = "org.apache.flink.runtime.taskexecutor.TaskManagerRunner"
 JOB_SERVER = "org.apache.beam.runners.flink.FlinkJobServerDriver"
 RESOURCES = "org.apache.flink.runtime.util.bash.BashJavaUtils"
 JOB_SERVER_HEAP = "-Xmx384m"
+EXIT_ON_LACK = "-XX:+ExitOnOutOfMemoryError"
+"""A task manager whose gRPC threads run out of memory would else live on, and its jobs wait for ever."""
 
 _RESULT = "BASH_JAVA_UTILS_EXEC_RESULT:"
 _TIMEOUT_S = 60
@@ -146,7 +148,7 @@ def _flink_process(
 ) -> list[str]:
     stated = [word for name, value in settings.items() for word in ("-D", f"{name}={value}")]
     memory, parts = _resources(files, resources, stated)
-    java = _java(files, (*memory, *jvm_options), files.class_path)
+    java = _java(files, (EXIT_ON_LACK, *memory, *jvm_options), files.class_path)
     return [*java, main, "--configDir", str(files.conf), *stated, *parts]
 
 
