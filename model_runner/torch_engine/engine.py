@@ -46,6 +46,8 @@ class EngineCounters:
         num_tree_tokens: T, tokens of the prefix trees of all windows.
         num_computed_prefill_tokens: prompt tokens that went through the first layer.
         num_decode_tokens: tokens of answers that did.
+        num_uncomputed_answer_tokens: tokens of answers that did not: the last of each, and what a constraint had forced
+            right before the end.
         num_preemptions: how often a prompt gave its memory back.
         flops: of products with weights; attention and head are not counted.
         peak_cache_bytes, peak_expanded_bytes: most memory held by live nodes, and by expanded copies.
@@ -57,6 +59,7 @@ class EngineCounters:
     num_tree_tokens: int = 0
     num_computed_prefill_tokens: int = 0
     num_decode_tokens: int = 0
+    num_uncomputed_answer_tokens: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
     flops: float = 0.0
@@ -237,6 +240,7 @@ class _Run:
         counters.num_prompt_tokens += schedule.num_prompt_tokens
         counters.num_tree_tokens += schedule.num_tree_tokens
         counters.num_preemptions += schedule.num_preemptions
+        counters.num_uncomputed_answer_tokens += schedule.num_uncomputed_answer_tokens
         counters.peak_live_bytes = max(counters.peak_live_bytes, schedule.peak_bytes)
         counters.peak_cache_bytes = max(counters.peak_cache_bytes, cache.peak_bytes)
         counters.peak_expanded_bytes = max(counters.peak_expanded_bytes, cache.peak_expanded_bytes)

@@ -155,6 +155,7 @@ class Schedule:
         self.num_tree_tokens = 0
         self.num_prompt_tokens = 0
         self.num_preemptions = 0
+        self.num_uncomputed_answer_tokens = 0
 
     def has_work(self) -> bool:
         """Whether anything waits, runs, or may still come."""
@@ -213,6 +214,7 @@ class Schedule:
     def append(self, running: Running, token_id: int, logprob: float | None) -> Finished | None:
         """Take the next token of an answer, and those that its constraint forces; tells if the answer is over."""
         token_ids = [token_id]
+        num_before = len(running.answer)
         constraint = running.prompt.constraint
         while token_ids:
             running.answer.append(token_ids.pop(0))
@@ -220,6 +222,7 @@ class Schedule:
                 running.logprobs.append(logprob)
             reason = self._end_of(running)
             if reason is not None:
+                self.num_uncomputed_answer_tokens += len(running.answer) - num_before
                 return self._finish(running, reason)
             if constraint is not None:
                 try:
@@ -227,6 +230,7 @@ class Schedule:
                 except RowError as error:
                     return self.fail(running, error)
                 if constraint.is_over:
+                    self.num_uncomputed_answer_tokens += len(running.answer) - num_before
                     return self._finish(running, "stop")
                 if not token_ids:
                     token_ids = constraint.forced_token_ids()

@@ -61,6 +61,25 @@ def test_the_torch_engine_counts_what_the_ledger_says(tmp_path: Path, source: Pa
     )
 
 
+@pytest.mark.parametrize("max_tokens", [1, 3, 5, 40])
+def test_accounts_agree_where_answers_are_cut_in_text_that_the_schema_forces(
+    tmp_path: Path, source: Path, tiny_checkpoint: Path, max_tokens: int
+) -> None:
+    """Tokens that are forced right before the cut are paid for, though the engine never computes them."""
+    schema = {"type": "object", "properties": {"category": {"type": "string"}}, "required": ["category"]}
+    (tmp_path / "schema.json").write_text(json.dumps({**schema, "additionalProperties": False}))
+    changes = sections(
+        tmp_path,
+        accounting={**priced(tmp_path), "provider": "fake", "model": "tiny"},
+        model={"engine": "torch"},
+        sampling={"max_tokens": max_tokens},
+        output={"schema": str(tmp_path / "schema.json"), "max_reject_share": 1.0},
+    )
+    summary = launch(fake_job(source.parent, tmp_path / "out", tiny_checkpoint, **changes))
+    assert summary.num_results + summary.num_rejects == NUM_ROWS
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["checks"]["ledger_and_engine"] == "equal"
+
+
 def test_the_manifest_holds_the_sums_by_tenant_cost_center_and_day(
     tmp_path: Path, source: Path, tiny_checkpoint: Path
 ) -> None:

@@ -49,6 +49,8 @@ def check(
 
 def test_accounts_that_agree_are_said_to_be_equal() -> None:
     assert set(check().values()) == {"equal"}
+    forced_at_the_end = {**ENGINE, "num_decode_tokens": 0, "num_uncomputed_answer_tokens": 3}
+    assert set(check(engine=forced_at_the_end).values()) == {"equal"}
 
 
 @pytest.mark.parametrize(
