@@ -25,6 +25,7 @@ class StepBatch:
         token_ids, positions: int64, shape (num_rows,).
         logit_rows: int64, shape (num_logit_rows,).
         reads: one plan for each of the architecture's kinds.
+        drawn_reads: the same of the rows with logits alone, numbered among themselves: all that the last layer answers.
     """
 
     step: Step
@@ -32,20 +33,32 @@ class StepBatch:
     positions: Tensor
     logit_rows: Tensor
     reads: list[ReadPlan]
+    drawn_reads: list[ReadPlan]
 
     @property
     def num_rows(self) -> int:
         return int(self.token_ids.shape[0])
 
+    @property
+    def last_rows(self) -> Tensor | None:
+        """Which rows the last layer goes on with, where those are not all: `logit_rows`, else None."""
+        return None if self.logit_rows.shape[0] == self.token_ids.shape[0] else self.logit_rows
+
 
 def place_step(step: Step, kinds: Sequence[SegmentKind], device: torch.device) -> StepBatch:
     """Bring a step to the device and plan its reads."""
+    reads = [plan_reads(step.spans, index, kind, device) for index, kind in enumerate(kinds)]
+    drawn_reads = reads
+    if len(step.logit_rows) < step.num_rows:
+        drawn = step.drawn_spans()
+        drawn_reads = [plan_reads(drawn, index, kind, device).without_writes() for index, kind in enumerate(kinds)]
     return StepBatch(
         step,
         torch.from_numpy(step.token_ids).to(device, torch.long),
         torch.from_numpy(step.positions).to(device),
         torch.tensor(step.logit_rows, dtype=torch.long, device=device),
-        [plan_reads(step.spans, index, kind, device) for index, kind in enumerate(kinds)],
+        reads,
+        drawn_reads,
     )
 
 
@@ -69,8 +82,8 @@ class Architecture(Protocol):
         """
         ...
 
-    def flops_per_row(self) -> float:
-        """Floating point operations of the products with weights for one row, without attention and head."""
+    def flops(self, num_rows: int, num_logit_rows: int) -> float:
+        """Floating point operations of a step's products with weights, without attention and head."""
         ...
 
 

@@ -66,15 +66,22 @@ class DeepseekV3:
         rows = functional.embedding(batch.token_ids, self._embedding)  # (num_rows, hidden_size)
         cos, sin = cos.to(rows.dtype), sin.to(rows.dtype)
         expanded, absorbed = self._expansion.choose(batch.reads[0].wide, cache)
-        reads = _plan_reads(batch, expanded, absorbed)
-        for layer in self._layers:
+        reads = _plan_reads(batch.reads[0], batch.num_rows, expanded, absorbed, rows.device)
+        for layer in self._layers[:-1]:
             rows = layer(rows, cos, sin, batch, reads)
+        if batch.last_rows is not None:
+            drawn = batch.drawn_reads[0]
+            split = self._expansion.split(drawn.wide)
+            reads = _plan_reads(drawn, int(batch.last_rows.shape[0]), *split, rows.device)
+        rows = self._layers[-1](rows, cos, sin, batch, reads, batch.last_rows)
         self._expansion.forget_idle(expanded, cache)
-        return self._head(self._norm(rows[batch.logit_rows])).float()
+        return self._head(self._norm(rows)).float()
 
-    def flops_per_row(self) -> float:
-        """See `Architecture.flops_per_row`."""
-        return sum(layer.flops_per_row for layer in self._layers)
+    def flops(self, num_rows: int, num_logit_rows: int) -> float:
+        """See `Architecture.flops`."""
+        last = self._layers[-1]
+        before = sum(layer.flops_per_row for layer in self._layers[:-1]) + last.attention.input_flops_per_row
+        return num_rows * before + num_logit_rows * (last.flops_per_row - last.attention.input_flops_per_row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,26 +96,29 @@ class _Reads:
     expanded: list[WideRead]
     absorbed_rows: Tensor | None
     absorbed: ReadPlan
+    fresh: list[FreshRead]
 
     @property
     def has_absorbed(self) -> bool:
         return self.absorbed_rows is None or self.absorbed_rows.shape[0] > 0
 
 
-def _plan_reads(batch: StepBatch, expanded: list[WideRead], absorbed: list[WideRead]) -> _Reads:
+def _plan_reads(
+    plan: ReadPlan, num_rows: int, expanded: list[WideRead], absorbed: list[WideRead], device: torch.device
+) -> _Reads:
     """Number the rows that read latents among themselves."""
-    is_absorbed = np.zeros(batch.num_rows, dtype=bool)
+    is_absorbed = np.zeros(num_rows, dtype=bool)
     for read in absorbed:
         is_absorbed[read.first_row : read.end_row] = True
-    batches = batch.reads[0].batches
+    batches = plan.batches
     for read in batches:
         is_absorbed[read.row_numbers] = True
     if is_absorbed.all():
-        return _Reads(expanded, None, ReadPlan([], absorbed, batches))
+        return _Reads(expanded, None, ReadPlan([], absorbed, batches), plan.fresh)
     compact = np.cumsum(is_absorbed) - 1
-    rows = torch.from_numpy(np.flatnonzero(is_absorbed)).to(batch.token_ids.device)
-    plan = ReadPlan([], [read.among(compact) for read in absorbed], [read.among(compact) for read in batches])
-    return _Reads(expanded, rows, plan)
+    rows = torch.from_numpy(np.flatnonzero(is_absorbed)).to(device)
+    among = ReadPlan([], [read.among(compact) for read in absorbed], [read.among(compact) for read in batches])
+    return _Reads(expanded, rows, among, plan.fresh)
 
 
 class _Layer:
@@ -131,8 +141,16 @@ class _Layer:
             self._mlp = _MoE(config, weights, placement, f"{name}.mlp")
         self.flops_per_row = self.attention.flops_per_row + self._mlp.flops_per_row
 
-    def __call__(self, rows: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch, reads: _Reads) -> Tensor:
-        rows = rows + self.attention(self._input_norm(rows), cos, sin, batch, reads, self._index)
+    def __call__(
+        self, rows: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch, reads: _Reads, chosen: Tensor | None = None
+    ) -> Tensor:
+        """Rows to rows; all are kept, but only the `chosen` ones, if any are named, are gone on with."""
+        normed = self._input_norm(rows)
+        rows = rows if chosen is None else rows[chosen]
+        attended = self.attention(normed, cos, sin, batch, reads, self._index, chosen)
+        if not rows.shape[0]:
+            return rows
+        rows = rows + attended
         return rows + self._mlp(self._after_norm(rows))
 
 
@@ -176,21 +194,35 @@ class _LatentAttention:
         num_weights = first.numel() + latent.numel() + up.numel() + math.prod(out_shape)
         num_weights += num_query * self._query_rank if self._query_rank is not None else 0
         self.flops_per_row = 2.0 * num_weights
+        self.input_flops_per_row = 2.0 * (first.numel() + latent.numel())
 
-    def __call__(self, rows: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch, reads: _Reads, layer: int) -> Tensor:
-        num_rows = rows.shape[0]
+    def __call__(
+        self,
+        rows: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: StepBatch,
+        reads: _Reads,
+        layer: int,
+        chosen: Tensor | None,
+    ) -> Tensor:
         first, latent = self._first(rows).split([self._num_first, self.rank + self.rotated], dim=-1)
-        if self._query is not None and self._query_norm is not None:
-            first = self._query(self._query_norm(first))
-        query = first.reshape(num_rows, self.num_heads, -1) * self._scale  # (num_rows, num_heads, nope + rotated)
-        query[..., self.nope :] = self._rotate(query[..., self.nope :], cos, sin)
         entries = torch.empty_like(latent, memory_format=torch.contiguous_format)  # (num_rows, rank + rotated)
         entries[:, : self.rank] = self._latent_norm(latent[:, : self.rank])
         entries[:, self.rank :] = self._rotate(latent[:, self.rank :], cos, sin)
         write_entries(batch.reads[0], layer, "latent", entries)
+        if chosen is not None:
+            first, cos, sin = first[chosen], cos[chosen], sin[chosen]
+        num_rows = first.shape[0]
+        if not num_rows:
+            return rows[:0]
+        if self._query is not None and self._query_norm is not None:
+            first = self._query(self._query_norm(first))
+        query = first.reshape(num_rows, self.num_heads, -1) * self._scale  # (num_rows, num_heads, nope + rotated)
+        query[..., self.nope :] = self._rotate(query[..., self.nope :], cos, sin)
         merged = Merged(num_rows, self.num_heads, self.value_width, rows.device)
         self._read_expanded(reads.expanded, layer, query, merged)
-        for read in batch.reads[0].fresh:
+        for read in reads.fresh:
             self._read_fresh(read, entries, query, merged)
         if reads.has_absorbed:
             self._read_absorbed(reads, layer, query, merged)
@@ -276,12 +308,17 @@ class _Expansion:
             (expanded if self._has_room(read, cache) else absorbed).append(read)
         return expanded, absorbed
 
+    def split(self, wide: list[WideRead]) -> tuple[list[WideRead], list[WideRead]]:
+        """Split wide reads by whether there is a copy already."""
+        expanded = [read for read in wide if _has_copy(read)]
+        return expanded, [read for read in wide if not _has_copy(read)]
+
     def _has_room(self, read: WideRead, cache: Cache) -> bool:
         node = read.node
         memory: NodeMemory = node.memory
+        if _has_copy(read):
+            return True
         if memory.expanded:
-            if next(iter(memory.expanded.values()))[0].shape[1] >= read.num_keys:
-                return True
             cache.drop_expanded(memory)
         num_reads = read.end_row - read.first_row + 32 * node.num_prompts * (not node.is_private)
         num_keys = max(node.num_tokens, read.num_keys)
@@ -313,6 +350,12 @@ class _Expansion:
                 del self._idle[node]
             else:
                 self._idle[node] = num_steps + 1
+
+
+def _has_copy(read: WideRead) -> bool:
+    """Whether a node has expanded copies with room for what is read."""
+    memory: NodeMemory = read.node.memory
+    return any(key.shape[1] >= read.num_keys for key, _ in memory.expanded.values())
 
 
 class _MoE:

@@ -75,14 +75,16 @@ class DeepseekV4:
         streams = functional.embedding(batch.token_ids, self._embedding)
         # (num_rows, num_streams, hidden_size)
         streams = streams.unsqueeze(1).expand(-1, self._num_streams, -1).contiguous()
-        for layer in self._layers:
+        for layer in self._layers[:-1]:
             streams = layer(streams, plan)
-        last = self._hyper_head(streams[batch.logit_rows])
-        return self._head(self._norm(last)).float()
+        streams = self._layers[-1](streams, plan, batch.last_rows)
+        return self._head(self._norm(self._hyper_head(streams))).float()
 
-    def flops_per_row(self) -> float:
-        """See `Architecture.flops_per_row`."""
-        return sum(layer.flops_per_row for layer in self._layers)
+    def flops(self, num_rows: int, num_logit_rows: int) -> float:
+        """See `Architecture.flops`."""
+        last = self._layers[-1]
+        before = sum(layer.flops_per_row for layer in self._layers[:-1]) + last.input_flops_per_row
+        return num_rows * before + num_logit_rows * (last.flops_per_row - last.input_flops_per_row)
 
     def _plan(self, batch: StepBatch, cache: Cache) -> "_StepPlan":
         device = batch.token_ids.device
@@ -102,7 +104,8 @@ class DeepseekV4:
                 compressions[layer_type] = _Compression(
                     windows, kinds[layer_type], cos, sin, num_visible, needs_selection, rings[layer_type]
                 )
-        window = plan_window(spans, rings["window"], device)
+        drawn = [] if batch.last_rows is None else batch.step.drawn_spans()
+        window = plan_window(spans, drawn, rings["window"], device)
         return _StepPlan(batch, window, rings["window"], angles, compressions)
 
 
@@ -145,12 +148,20 @@ class _Layer:
         self.flops_per_row = sum(
             part.flops_per_row for part in (self._attention_streams, self._mlp_streams, self._attention, self._mlp)
         )
+        self.input_flops_per_row = self._attention_streams.flops_per_row + self._attention.input_flops_per_row
 
-    def __call__(self, streams: Tensor, plan: _StepPlan) -> Tensor:
+    def __call__(self, streams: Tensor, plan: _StepPlan, chosen: Tensor | None = None) -> Tensor:
+        """Streams to streams; all rows are kept, but only the `chosen` ones, if any are named, are gone on with."""
+        token_ids = plan.batch.token_ids
         rows, after, comb = self._attention_streams.collapse(streams)
-        streams = expand(streams, self._attention(self._before_norm(rows), plan), after, comb)
+        attended = self._attention(self._before_norm(rows), plan, chosen)
+        if chosen is not None:
+            streams, after, comb, token_ids = streams[chosen], after[chosen], comb[chosen], token_ids[chosen]
+        if not streams.shape[0]:
+            return streams
+        streams = expand(streams, attended, after, comb)
         rows, after, comb = self._mlp_streams.collapse(streams)
-        return expand(streams, self._mlp(self._after_norm(rows), plan.batch.token_ids), after, comb)
+        return expand(streams, self._mlp(self._after_norm(rows), token_ids), after, comb)
 
 
 class _Attention:
@@ -201,48 +212,61 @@ class _Attention:
         last_out = weights.get(f"{name}.o_b_proj.weight", (hidden_size, self._num_groups * out_rank))
         self._last_out = make_linear([last_out], placement)
         self._sinks = weights.get(f"{name}.sinks", (self._num_heads,), torch.float32).to(device)
+        self.input_flops_per_row = 2.0 * sum(part.numel() for part in parts)
         num_weights = sum(part.numel() for part in (*parts, query, first_out, last_out))
         self.flops_per_row = 2.0 * num_weights + (self._indexer.flops_per_row if self._indexer is not None else 0.0)
 
-    def __call__(self, rows: Tensor, plan: _StepPlan) -> Tensor:
-        num_rows = rows.shape[0]
+    def __call__(self, rows: Tensor, plan: _StepPlan, chosen: Tensor | None) -> Tensor:
         cos, sin = plan.angles["main" if self._layer_type == "sliding_attention" else "compress"]
         low, key, *compressed = self._parts(rows).split(self._part_widths, dim=-1)
+        keys = self._rotated(self._key_norm(key.contiguous()), cos, sin)  # (num_rows, width)
+        if chosen is not None:
+            low, cos, sin = low[chosen], cos[chosen], sin[chosen]
+        num_rows = low.shape[0]
         residual = self._query_norm(low.contiguous())
         query = self._query(residual).view(num_rows, self._num_heads, self._width)
         query = self._rotated(unit_rows(query.float(), self._eps).to(query.dtype), cos, sin) * self._width**-0.5
-        keys = self._rotated(self._key_norm(key.contiguous()), cos, sin)  # (num_rows, width)
         merged = Merged.of_sinks(self._sinks, num_rows, self._width)
-        plan.window.read(plan.window_ring, self._index, keys, query, merged)
+        read_window = plan.window.read if chosen is None else plan.window.read_drawn
+        read_window(plan.window_ring, self._index, keys, query, merged)
         if self._compressor is not None:
-            self._read_compressed(compressed, residual, query, cos, sin, plan, merged)
+            self._keep_compressed(compressed, plan)
+        if not num_rows:
+            return rows[:0]
+        if self._compressor is not None:
+            head_weights = compressed[-1] if chosen is None else compressed[-1][chosen]
+            self._read_compressed(head_weights, residual, query, cos, sin, plan, merged, chosen)
         attended = self._rotated(merged.result(), cos, -sin).to(rows.dtype)  # (num_rows, num_heads, width)
         grouped = attended.reshape(num_rows, self._num_groups, -1).transpose(0, 1)
         made = torch.bmm(grouped, self._first_out).transpose(0, 1)  # (num_rows, num_groups, out_rank)
         return self._last_out(made.flatten(1))
 
+    def _keep_compressed(self, parts: Sequence[Tensor], plan: _StepPlan) -> None:
+        step = plan.compressions[self._layer_type]
+        kept = torch.cat(tuple(parts if self._indexer is None else parts[:-1]), dim=-1)
+        windows = step.windows.gather(step.ring, self._number, kept)  # (num_windows, num_window_rows, ring width)
+        if step.windows.num_windows:
+            self._write_entries(windows, step, plan)
+
     def _read_compressed(
         self,
-        parts: Sequence[Tensor],
+        head_weights: Tensor,
         residual: Tensor,
         query: Tensor,
         cos: Tensor,
         sin: Tensor,
         plan: _StepPlan,
         merged: Merged,
+        chosen: Tensor | None,
     ) -> None:
-        assert self._compressor is not None
         step = plan.compressions[self._layer_type]
-        reads = plan.batch.reads[step.kind_index]
-        head_weights = parts[-1]
-        kept = torch.cat(tuple(parts if self._indexer is None else parts[:-1]), dim=-1)
-        windows = step.windows.gather(step.ring, self._number, kept)  # (num_windows, num_window_rows, ring width)
-        if step.windows.num_windows:
-            self._write_entries(windows, step, plan)
+        reads, num_visible = plan.batch.reads[step.kind_index], step.num_visible
+        if chosen is not None:
+            reads, num_visible = plan.batch.drawn_reads[step.kind_index], num_visible[chosen]
         columns = Columns("key", 0, self._width)
         selection = None
         if self._indexer is not None and step.needs_selection:
-            selection = self._indexer.select(residual, head_weights, cos, sin, reads, self._number, step.num_visible)
+            selection = self._indexer.select(residual, head_weights, cos, sin, reads, self._number, num_visible)
         read_shared_keys(reads, self._number, query, merged, key=columns, value=columns, selection=selection)
 
     def _write_entries(self, windows: Tensor, step: _Compression, plan: _StepPlan) -> None:

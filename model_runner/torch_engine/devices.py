@@ -43,6 +43,15 @@ def keep_freed_memory(device: torch.device) -> None:
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def touch_memory(device: torch.device, num_bytes: int) -> None:
+    """Have the system hand out memory now, which `keep_freed_memory` keeps, and not during the first steps.
+
+    First touches were 1.5 to 2.4 of the first 11 seconds of a run (`docs/adr/0003`).
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        torch.zeros(num_bytes, dtype=torch.uint8)
+
+
 @contextmanager
 def num_threads(num: int) -> Generator[None]:
     """Let torch compute on this many CPU threads meanwhile."""

@@ -20,7 +20,7 @@ from model_runner.prompt_limits import why_not_runnable
 from model_runner.torch_engine.architecture import Architecture, build_architecture, place_step
 from model_runner.torch_engine.cache import Cache
 from model_runner.torch_engine.constraint import MaskFiller
-from model_runner.torch_engine.devices import Placement, available_bytes, keep_freed_memory, num_threads
+from model_runner.torch_engine.devices import Placement, available_bytes, keep_freed_memory, num_threads, touch_memory
 from model_runner.torch_engine.reading import commit_entries
 from model_runner.torch_engine.sampler import Draw, Drawn, sample
 from model_runner.torch_engine.schedule import Running, Schedule, Step
@@ -34,6 +34,7 @@ DEFAULT_BATCH_SIZE = 128
 MAX_STEP_ROWS = 1024
 MIN_STEP_ROWS = 64
 NUM_PROBES = 64
+MAX_TOUCHED_BYTES = 3 << 29
 NUM_PROBED_TOKENS = 4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -141,6 +142,7 @@ class TorchEngine:
             max_step_rows=max_step_rows,
         )
         engine.claim = taken.claim
+        touch_memory(placement.device, min(engine.max_cache_bytes, MAX_TOUCHED_BYTES, 3 * weights.num_bytes))
         engine.calibrate()
         return engine
 
@@ -279,7 +281,7 @@ class _Run:
         engine.counters.num_steps += 1
         engine.counters.num_computed_prefill_tokens += step.num_prompt_rows
         engine.counters.num_decode_tokens += step.num_rows - step.num_prompt_rows
-        engine.counters.flops += engine.model.flops_per_row() * step.num_rows
+        engine.counters.flops += engine.model.flops(step.num_rows, len(step.logit_rows))
         return logits, self._lap("extend", planned)
 
     def _sample(

@@ -54,9 +54,9 @@ class GroupedQuery:
             rows = layer(rows, cos, sin, batch, index)
         return self._head(self._norm(rows[batch.logit_rows])).float()
 
-    def flops_per_row(self) -> float:
-        """See `Architecture.flops_per_row`."""
-        return sum(layer.flops_per_row for layer in self._layers)
+    def flops(self, num_rows: int, num_logit_rows: int) -> float:
+        """See `Architecture.flops`."""
+        return num_rows * sum(layer.flops_per_row for layer in self._layers)
 
 
 class _Layer:

@@ -184,6 +184,10 @@ class ReadPlan:
     batches: list[BatchRead]
     fresh: list[FreshRead] = field(default_factory=list[FreshRead])
 
+    def without_writes(self) -> "ReadPlan":
+        """The reads alone."""
+        return ReadPlan([], self.wide, self.batches, self.fresh)
+
 
 @dataclass(frozen=True, slots=True)
 class SlotRead:

@@ -123,6 +123,14 @@ class Step:
     def num_rows(self) -> int:
         return int(self.token_ids.shape[0])
 
+    def drawn_spans(self) -> list[Span]:
+        """The rows whose logits are needed as spans of one row each, numbered among themselves."""
+        is_drawn = set(self.logit_rows)
+        drawn = [span for span in self.spans if span.end_row - 1 in is_drawn]
+        return [
+            Span(span.node, span.position + span.num_rows - 1, row, 1, span.running) for row, span in enumerate(drawn)
+        ]
+
 
 class Schedule:
     """The policy of one run."""

@@ -117,6 +117,11 @@ class CheckpointWeights:
         found = list(_stored_tensors(path))
         return cls(path, _under_module_names(found, model_type), dtype, fp8_block)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the files."""
+        return sum(Path(file).stat().st_size for file in {stored.file for stored in self._tensors.values()})
+
     def has(self, name: str) -> bool:
         """Whether the files hold a tensor of this name."""
         return name in self._tensors

@@ -52,11 +52,16 @@ class WindowRead:
 
 @dataclass(frozen=True, slots=True)
 class WindowPlan:
-    """How a step uses a sliding window: single rows read their slot in place, after the update; others before it."""
+    """How a step uses a sliding window: single rows read their slot in place, after the update; others before it.
+
+    Attributes:
+        drawn: reads of the rows with logits alone, numbered among themselves; all of them come after the update.
+    """
 
     update: RingUpdate
     blocks: list[WindowRead]
     singles: list[BatchRead]
+    drawn: list[BatchRead]
 
     def read(self, ring: Ring, layer: int, new_rows: Tensor, query: Tensor, merged: Merged) -> None:
         """Attend to the last `ring.kind.size` positions, and keep the step's rows.
@@ -72,8 +77,17 @@ class WindowPlan:
             found = attend(query[block.rows], keys, keys, block.bias)
             merged.merge_at(block.merged_rows, found, block.places)
         keep_rows(ring, layer, new_rows, self.update)
+        self._read_slots(self.singles, ring, layer, query, merged)
+
+    def read_drawn(self, ring: Ring, layer: int, new_rows: Tensor, query: Tensor, merged: Merged) -> None:
+        """The same, where `query` and `merged` are of the rows with logits, each the last of its span."""
+        ring.put_step_rows(layer, new_rows)
+        keep_rows(ring, layer, new_rows, self.update)
+        self._read_slots(self.drawn, ring, layer, query, merged)
+
+    def _read_slots(self, reads: Sequence[BatchRead], ring: Ring, layer: int, query: Tensor, merged: Merged) -> None:
         slots = ring.slots(layer)
-        for batch in self.singles:
+        for batch in reads:
             keys = batch.pick(slots)
             batch.merge(merged, attend(batch.gather(query), keys, keys, batch.bias))
 
@@ -111,20 +125,26 @@ def keep_rows(ring: Ring, layer: int, new_rows: Tensor, update: RingUpdate) -> N
     ring.rows[layer].index_copy_(0, update.targets, kept)
 
 
-def plan_window(spans: Sequence[Span], ring: Ring, device: torch.device) -> WindowPlan:
-    """Plan the reads of a sliding window of `ring.kind.size` positions, a row's own included."""
+def plan_window(spans: Sequence[Span], drawn: Sequence[Span], ring: Ring, device: torch.device) -> WindowPlan:
+    """Plan the reads of a sliding window of `ring.kind.size` positions, a row's own included.
+
+    Args:
+        drawn: the rows with logits, as spans of one row each.
+    """
     singles: list[SlotRead] = []
     blocks: dict[int, list[tuple[Span, int]]] = {}
     for span in spans:
         if span.num_rows == 1:
-            num_keys = min(span.position + 1, ring.kind.size)
-            singles.append(SlotRead(_slot(span), span.first_row, num_keys))
+            singles.append(_slot_read(span, ring))
         else:
             num_block = next((n for n in _ROW_BLOCKS if span.num_rows <= n), _ROW_BLOCKS[-1])
             for first in range(0, span.num_rows, num_block):
                 blocks.setdefault(num_block, []).append((span, first))
     reads = [_window_read(pieces, num_block, ring, device) for num_block, pieces in blocks.items()]
-    return WindowPlan(_update(spans, ring, device), reads, plan_slot_reads(singles, device))
+    last = [_slot_read(span, ring) for span in drawn]
+    return WindowPlan(
+        _update(spans, ring, device), reads, plan_slot_reads(singles, device), plan_slot_reads(last, device)
+    )
 
 
 def plan_compression(
@@ -179,6 +199,10 @@ def _window_read(pieces: Sequence[tuple[Span, int]], num_block: int, ring: Ring,
         torch.from_numpy(rows.reshape(-1)[used]).to(device),
         torch.from_numpy(used).to(device),
     )
+
+
+def _slot_read(span: Span, ring: Ring) -> SlotRead:
+    return SlotRead(_slot(span), span.first_row, min(span.position + 1, ring.kind.size))
 
 
 def _update(spans: Sequence[Span], ring: Ring, device: torch.device) -> RingUpdate:

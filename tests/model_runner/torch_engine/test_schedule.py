@@ -142,6 +142,9 @@ class FakeModel:
         last_rows = {span.running or span.node: span.end_row - 1 for span in step.spans}
         assert step.logit_rows == [last_rows[who] for who in step.drawn]
         assert step.logit_rows == sorted(step.logit_rows)
+        drawn = step.drawn_spans()
+        assert [span.position for span in drawn] == step.positions[step.logit_rows].tolist()
+        assert [(span.first_row, span.num_rows) for span in drawn] == [(row, 1) for row in range(len(drawn))]
 
     def _check_bytes(self) -> None:
         """Live bytes are those of running prompts and of nodes that are still waited for."""
