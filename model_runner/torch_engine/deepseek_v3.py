@@ -302,6 +302,9 @@ class _Expansion:
 
     def choose(self, wide: list[WideRead], cache: Cache) -> tuple[list[WideRead], list[WideRead]]:
         """Split wide reads into those done expanded and those done absorbed; makes room for copies."""
+        for read in wide:
+            if read.node in self._idle:
+                self._idle[read.node] = 0
         expanded: list[WideRead] = []
         absorbed: list[WideRead] = []
         for read in wide:
@@ -323,7 +326,10 @@ class _Expansion:
         num_reads = read.end_row - read.first_row + 32 * node.num_prompts * (not node.is_private)
         num_keys = max(node.num_tokens, read.num_keys)
         num_bytes = num_keys * self._key_bytes
-        if num_reads < self._num_worth or cache.expanded_bytes + num_bytes > cache.max_expanded_bytes:
+        if num_reads < self._num_worth:
+            return False
+        self._make_room(num_bytes, cache)
+        if cache.expanded_bytes + num_bytes > cache.max_expanded_bytes:
             return False
         attention = self._attention
         options: Mapping[str, Any] = {"dtype": self._placement.dtype, "device": self._placement.device}
@@ -336,6 +342,16 @@ class _Expansion:
         cache.expanded_bytes += num_bytes
         cache.peak_expanded_bytes = max(cache.peak_expanded_bytes, cache.expanded_bytes)
         return True
+
+    def _make_room(self, num_bytes: int, cache: Cache) -> None:
+        """Drop copies that this step does not read, the longest unread first, until there is room or none is left."""
+        for node in sorted(self._idle, key=self._idle.__getitem__, reverse=True):
+            if self._idle[node] == 0 or cache.expanded_bytes + num_bytes <= cache.max_expanded_bytes:
+                return
+            del self._idle[node]
+            memory: NodeMemory | None = node.memory
+            if memory is not None:
+                cache.drop_expanded(memory)
 
     def forget_idle(self, used: list[WideRead], cache: Cache) -> None:
         """Drop copies that have not been read for some steps, or that only one answer would read."""
