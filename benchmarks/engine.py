@@ -1,8 +1,8 @@
 """An engine on a checkpoint and a file of prompts: `python -m benchmarks.engine --engine torch --checkpoint DIR ...`.
 
-Our engine, `transformers` and vLLM do the same work, each in a run of its own, and are held against the least time
-that any engine could need (`benchmarks.engine_bound`). The same command makes reference work (`--make`,
-`--make-prompts`) and compares two results (`--compare`).
+Our engine, `transformers`, vLLM and our `vllm` engine (`vllm-runner`) do the same work, each in a run of its own, and
+are held against the least time that any engine could need (`benchmarks.engine_bound`). The same command makes reference
+work (`--make`, `--make-prompts`) and compares two results (`--compare`).
 """
 
 import argparse
@@ -22,6 +22,7 @@ from benchmarks.engine_contenders import (
     run_torch,
     run_transformers,
     run_vllm,
+    run_vllm_runner,
 )
 from benchmarks.engine_work import (
     LAYOUTS,
@@ -37,7 +38,7 @@ from benchmarks.engine_work import (
 from benchmarks.pipeline import QuietClock
 from benchmarks.report import machine_facts
 
-ENGINES = ("torch", "transformers", "vllm")
+ENGINES = ("torch", "transformers", "vllm", "vllm-runner")
 ORDERS = ("given", "sorted")
 
 
@@ -127,8 +128,9 @@ def run_contender(options: Options, work: Work) -> Run:
     Raises:
         ContenderFailed: it failed, or left a row without an answer.
     """
-    if options.engine == "vllm":
-        run = run_vllm(work, options.python or sys.executable)
+    if options.engine in ("vllm", "vllm-runner"):
+        runs = {"vllm": run_vllm, "vllm-runner": run_vllm_runner}
+        run = runs[options.engine](work, options.python or sys.executable)
     else:
         run = {"torch": run_torch, "transformers": run_transformers}[options.engine](work)
     empty = [row for row, answer in enumerate(run.output_tokens) if not answer]
@@ -270,7 +272,7 @@ def _measure(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--engine needs --checkpoint and --prompts")
     if args.max_tokens < 1:
         parser.error(f"--max-tokens: expected at least 1, found {args.max_tokens}")
-    if args.engine == "vllm" and args.device != "auto":
+    if args.engine in ("vllm", "vllm-runner") and args.device != "auto":
         parser.error("--device: vLLM computes where it was built for")
     options = Options(
         engine=args.engine,

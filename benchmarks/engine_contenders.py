@@ -1,4 +1,5 @@
-"""Who answers in `benchmarks.engine`: our torch engine, `transformers`, and vLLM in an interpreter of its own.
+"""Who answers in `benchmarks.engine`: our torch engine, `transformers`, vLLM in an interpreter of its own, and our
+`vllm` engine, which feeds the same vLLM in planned order.
 
 Each loads the checkpoint, warms up on foreign prompts, and is timed from the first prompt to the last answer. Run as a
 script, this file is vLLM's side: `PYTHON engine_contenders.py WORK.json RUN.json`. So it imports nothing at its top
@@ -270,6 +271,77 @@ def run_vllm(work: Work, python: str) -> Run:
             last_words = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
             raise ContenderFailed(f"{' '.join(command)}: exit code {done.returncode}\n{last_words}")
         return Run(**json.loads(found.read_text()))
+
+
+def run_vllm_runner(work: Work, python: str) -> Run:
+    """Our `vllm` engine: vLLM in an interpreter of its own, fed in token order.
+
+    Raises:
+        ContenderFailed: a prompt got an error.
+        EngineLoadError: vLLM could not be started.
+    """
+    from model_runner.protocol import EngineConfig
+    from model_runner.vllm_runner import VllmRunner
+
+    os.environ.update(vllm_environment(work))
+    started = time.perf_counter()
+    runner = VllmRunner(
+        EngineConfig("vllm", work.checkpoint, "benchmark", "", encoding="deepseek_v3_2"),
+        python=python,
+        engine_arguments={
+            "model": work.checkpoint,
+            "skip_tokenizer_init": True,
+            "dtype": work.dtype,
+            "enable_prefix_caching": True,
+            "max_model_len": max(len(prompt) for prompt in work.prompts) + work.max_tokens,
+            **({"max_num_seqs": work.batch_size} if work.batch_size else {}),
+        },
+        tokenizer=_spelling_tokenizer(work.checkpoint),
+        end_token_ids=work.stop_token_ids,
+    )
+    try:
+        load_s = time.perf_counter() - started
+        _answer_with_runner(runner, work.warm_up, NUM_WARM_UP_TOKENS)
+        started = time.perf_counter()
+        completions = _answer_with_runner(runner, work.prompts, work.max_tokens)
+        wall_s = time.perf_counter() - started
+        peak_rss_bytes = _tree_peak_rss_bytes()
+    finally:
+        runner.close()
+    num_cached_tokens = sum(completion.usage.cached_tokens or 0 for completion in completions)
+    return Run(
+        wall_s=wall_s,
+        load_s=load_s,
+        output_tokens=[[int(word) for word in completion.text.split()] for completion in completions],
+        computed_prefill_tokens=sum(len(prompt) for prompt in work.prompts) - num_cached_tokens,
+        peak_rss_bytes=peak_rss_bytes,
+        versions={"torch": version("torch")},
+        counters={"num_cached_tokens": num_cached_tokens},
+    )
+
+
+def _answer_with_runner(runner: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Any]:
+    import numpy as np
+
+    from schemas.records import Request, Sampling
+
+    asked = (
+        Request(str(row), np.asarray(prompt, dtype=np.int32), (), Sampling(max_tokens=max_tokens))
+        for row, prompt in enumerate(prompts)
+    )
+    answers = {completion.request_id: completion for completion in runner.generate(asked)}
+    for request_id, completion in answers.items():
+        if completion.error is not None:
+            raise ContenderFailed(f"prompt {request_id}: {type(completion.error).__name__}: {completion.error}")
+    return [answers[str(row)] for row in range(len(prompts))]
+
+
+def _spelling_tokenizer(checkpoint: str) -> Any:
+    """Writes a token as its number, so that the tokens of a text can be told."""
+    from tokenizers import Tokenizer, models
+
+    vocab_size = json.loads((Path(checkpoint) / "config.json").read_text())["vocab_size"]
+    return Tokenizer(models.WordLevel({str(token_id): token_id for token_id in range(vocab_size)}, unk_token="0"))
 
 
 def vllm_environment(work: Work) -> dict[str, str]:

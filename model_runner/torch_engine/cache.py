@@ -72,7 +72,11 @@ class Ring:
 
 
 class Cache:
-    """What an architecture keeps between steps."""
+    """What an architecture keeps between steps.
+
+    Attributes:
+        num_idle_steps: for how many steps a node's expanded copies have not been read.
+    """
 
     def __init__(
         self,
@@ -91,6 +95,7 @@ class Cache:
         self._element_bytes = torch.empty(0, dtype=dtype).element_size()
         self.expanded_bytes = 0
         self.peak_expanded_bytes = 0
+        self.num_idle_steps: dict[Node, int] = {}
         self.peak_bytes = 0
 
     @property
@@ -145,6 +150,13 @@ class Cache:
             self._free_slots.append(memory.state_slot)
             self._free_slots.sort(reverse=True)
         node.memory = None
+
+    def forget_expanded(self, node: Node) -> None:
+        """Drop a node's expanded copies, where it is still kept and has any, and no longer watch them."""
+        del self.num_idle_steps[node]
+        memory: NodeMemory | None = node.memory
+        if memory is not None:
+            self.drop_expanded(memory)
 
     def drop_expanded(self, memory: NodeMemory) -> None:
         """Forget expanded copies of a node's entries."""

@@ -26,7 +26,6 @@ from model_runner.torch_engine.norms import RmsNorm
 from model_runner.torch_engine.reading import Columns, FreshRead, ReadPlan, WideRead, read_shared_keys, write_entries
 from model_runner.torch_engine.rotary import Rotary, rotate_halves, rotate_pairs_apart
 from model_runner.torch_engine.segments import NodeMemory, SegmentKind
-from model_runner.torch_engine.tree import Node
 from model_runner.torch_engine.weights import CheckpointWeights
 
 _LATENT_EPS = 1e-6
@@ -293,7 +292,6 @@ class _Expansion:
         self._num_layers = num_layers
         self._attention = attention
         self._placement = placement
-        self._idle: dict[Node, int] = {}
         widths = attention.nope + attention.rotated, attention.value_width
         absorbed, expanded = 2 * attention.rank + attention.rotated, sum(widths)
         per_key = attention.rank * (attention.nope + attention.value_width)
@@ -303,8 +301,8 @@ class _Expansion:
     def choose(self, wide: list[WideRead], cache: Cache) -> tuple[list[WideRead], list[WideRead]]:
         """Split wide reads into those done expanded and those done absorbed; makes room for copies."""
         for read in wide:
-            if read.node in self._idle:
-                self._idle[read.node] = 0
+            if read.node in cache.num_idle_steps:
+                cache.num_idle_steps[read.node] = 0
         expanded: list[WideRead] = []
         absorbed: list[WideRead] = []
         for read in wide:
@@ -345,27 +343,22 @@ class _Expansion:
 
     def _make_room(self, num_bytes: int, cache: Cache) -> None:
         """Drop copies that this step does not read, the longest unread first, until there is room or none is left."""
-        for node in sorted(self._idle, key=self._idle.__getitem__, reverse=True):
-            if self._idle[node] == 0 or cache.expanded_bytes + num_bytes <= cache.max_expanded_bytes:
+        idle = cache.num_idle_steps
+        for node in sorted(idle, key=idle.__getitem__, reverse=True):
+            if idle[node] == 0 or cache.expanded_bytes + num_bytes <= cache.max_expanded_bytes:
                 return
-            del self._idle[node]
-            memory: NodeMemory | None = node.memory
-            if memory is not None:
-                cache.drop_expanded(memory)
+            cache.forget_expanded(node)
 
     def forget_idle(self, used: list[WideRead], cache: Cache) -> None:
         """Drop copies that have not been read for some steps, or that only one answer would read."""
+        idle = cache.num_idle_steps
         for read in used:
-            self._idle[read.node] = 0
-        for node, num_steps in list(self._idle.items()):
-            memory: NodeMemory | None = node.memory
-            if memory is None or not memory.expanded:
-                del self._idle[node]
-            elif num_steps >= (1 if node.is_private else _NUM_IDLE_STEPS):
-                cache.drop_expanded(memory)
-                del self._idle[node]
+            idle[read.node] = 0
+        for node, num_steps in list(idle.items()):
+            if num_steps >= (1 if node.is_private else _NUM_IDLE_STEPS):
+                cache.forget_expanded(node)
             else:
-                self._idle[node] = num_steps + 1
+                idle[node] = num_steps + 1
 
 
 def _has_copy(read: WideRead) -> bool:

@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from model_runner.torch_engine import deepseek_v3
 from model_runner.torch_engine.engine import TorchEngine
 from schemas.records import Sampling
 from tests.model_runner.torch_engine.checkpoint_layouts import (
@@ -255,7 +257,12 @@ def test_counters_add_up(open_layout: OpenLayout) -> None:
     num_tree_tokens = counters.num_tree_tokens
     assert num_prompt_tokens - num_cached == num_tree_tokens == counters.num_computed_prefill_tokens
     assert counters.num_decode_tokens == 2 * len(prompts)
-    assert counters.flops > 0
+    # The last layer of a row from which nothing is drawn is not gone through.
+    assert (
+        0
+        < counters.flops
+        < engine.model.flops(num_tree_tokens, num_tree_tokens) + counters.num_decode_tokens * (engine.model.flops(1, 1))
+    )
     assert counters.peak_live_bytes > 0
     assert all(seconds > 0 for seconds in counters.seconds.values())
     run_all(engine, prompts_of(prompts, 3))
@@ -295,3 +302,29 @@ def test_any_batch_gives_the_answers_of_transformers(
     for i, finished in run_all(engine, asked).items():
         assert len(finished.token_ids) == lengths[int(i)]
         layout.oracle.check(prompts[int(i)], finished.token_ids)
+
+
+def test_idle_expanded_copies_give_way_to_those_of_the_next_document(
+    open_layout: OpenLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = open_layout("v3")
+    documents = [random_tokens(900 + i, 60) for i in range(6)]
+    prompts = [[*document, *random_tokens(10 * i, 2)] for document in documents for i in range(3)]
+    engine = layout.engine(max_step_rows=60)
+    expected = greedy(engine, prompts, 3)
+    num_document_bytes = 115_200
+    assert engine.counters.peak_expanded_bytes > 2 * num_document_bytes
+    engine = layout.engine(max_step_rows=60, max_cache_bytes=2 * num_document_bytes)  # half of it for copies
+    num_absorbed = 0
+    choose = deepseek_v3._Expansion.choose
+
+    def counted(expansion: Any, wide: Any, cache: Any) -> Any:
+        nonlocal num_absorbed
+        expanded, absorbed = choose(expansion, wide, cache)
+        num_absorbed += len(absorbed)
+        return expanded, absorbed
+
+    monkeypatch.setattr(deepseek_v3._Expansion, "choose", counted)
+    assert greedy(engine, prompts, 3) == expected
+    assert engine.counters.peak_expanded_bytes == num_document_bytes
+    assert num_absorbed == 0
