@@ -25,8 +25,18 @@ class Admission(Protocol):
         ...
 
     def arrived(self, completion: Completion) -> None:
-        """What became of a request that was admitted."""
+        """What became of a request that was admitted, told before another one gets its place at the provider."""
         ...
+
+
+class Unlimited:
+    """The admission of requests that nothing holds back."""
+
+    def admit(self, request: Request) -> Verdict:
+        return "send"
+
+    def arrived(self, completion: Completion) -> None:
+        return None
 
 
 @runtime_checkable

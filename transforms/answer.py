@@ -51,7 +51,7 @@ from transforms.expectation import Ceiling
 from transforms.failure import recorded_failure
 from transforms.grammar_book import GrammarBook
 from transforms.heartbeat import Beat, Heartbeat
-from transforms.journal import JournaledRunner, ShardJournal
+from transforms.journal import JournaledRunner, ShardJournal, keeping_runner
 from transforms.lease import POLL_S, ShardLease, has_lost_a_holder
 from transforms.observe import count, tell, tell_committed
 from transforms.plan import PlannedShard
@@ -320,7 +320,9 @@ def _accounted(
     """The way of a shard's requests to answers that say what they cost, until the budget ends."""
     options = rows.text("options")
     has_stops = spec.limits.has_any or spec.failures.on_error == "fail"
-    runner = BudgetedRunner(engine.runner, budget) if has_stops else engine.runner
+    runner = engine.runner if journal is None else keeping_runner(engine.runner, journal)
+    if has_stops:
+        runner = BudgetedRunner(runner, budget)
     if journal is not None:
         # Counted at once, as spent before; what is taken from the journal is then not counted again.
         kept = (entry.completion for entry in journal.kept.entries)

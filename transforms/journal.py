@@ -1,10 +1,12 @@
 """Journal: answers that are paid to a provider are kept as they arrive, and used again when a shard is answered anew.
 
-Part of *answer*, around the engine: `JournaledRunner` stands between *run* and the runner. A shard whose process was
-killed is answered again by another attempt; what the first one had received it finds here (`journal_file.py`), and asks
-only for the rest. Replayed completions are what they were, with their usage, provider and start, so they cost what they
-cost. What was kept and never used, because two attempts were at work at once, becomes waste when the shard is published
-(`transforms/waste.py`); so each answer is priced exactly once.
+Part of *answer*, around the engine: `JournaledRunner` takes kept answers out before anything is asked, and
+`keeping_runner`, next to the engine, puts new ones in. A shard whose process was killed is answered again by another
+attempt; what the first one had received it finds here (`journal_file.py`), and asks only for the rest. An engine that
+asks before it sends (`AdmittingRunner`) has an answer kept before it gives the answer's place to another request, so
+that no more is paid again than was in flight. Replayed completions are what they were, with their usage, provider and
+start, so they cost what they cost. What was kept and never used, because two attempts were at work at once, becomes
+waste when the shard is published (`transforms/waste.py`); so each answer is priced exactly once.
 """
 
 import logging
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from model_runner.admission import Admission, AdmittingRunner, Unlimited, Verdict
 from model_runner.protocol import ModelRunner
 from schemas.canonical import fingerprint
 from schemas.chat_options import options_json
@@ -70,6 +73,7 @@ class ShardJournal:
             the run could never go on.
         references: (request id, attempt) -> where its answer is kept, of all answers of this attempt.
         replayed: those of them that earlier attempts had kept.
+        asked: request id -> attempt and key of what is on its way.
     """
 
     kept: JournalContent
@@ -77,6 +81,7 @@ class ShardJournal:
     takes_failures: bool = True
     references: dict[tuple[str, int], str] = field(default_factory=dict[tuple[str, int], str])
     replayed: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
+    asked: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
     _by_key: dict[str, deque[Entry]] = field(default_factory=dict[str, deque[Entry]])
 
     @classmethod
@@ -110,10 +115,12 @@ class ShardJournal:
         with suppress(OSError):
             self.writer.close()
 
-    def replay(self, request: Request, key: str) -> Completion | None:
-        """The next kept answer to a request, each once; None where none is left."""
+    def replay(self, request: Request) -> Completion | None:
+        """The next kept answer to a request, each once; None where none is left, and it is to be asked."""
+        key = request_key(request)
         waiting = self._by_key.get(key)
         if not waiting:
+            self.asked[request.request_id] = (request.attempt, key)
             return None
         entry = waiting.popleft()
         place = (request.request_id, request.attempt)
@@ -121,14 +128,16 @@ class ShardJournal:
         self.replayed.add(place)
         return entry.completion
 
-    def keep(self, request_id: str, attempt: int, key: str, completion: Completion) -> None:
-        """Keep an answer that has just arrived, if it was paid.
+    def keep(self, completion: Completion) -> None:
+        """Keep an answer that has just arrived, if it was asked for and paid; from any thread.
 
         Raises:
             OSError: the store failed.
         """
-        if is_paid(completion):
-            self.references[request_id, attempt] = self.writer.append(key, attempt, completion)
+        place = self.asked.pop(completion.request_id, None)
+        if place is not None and is_paid(completion):
+            attempt, key = place
+            self.references[completion.request_id, attempt] = self.writer.append(key, attempt, completion)
 
     @property
     def counters(self) -> Mapping[str, float]:
@@ -140,35 +149,66 @@ class ShardJournal:
 
 @dataclass(frozen=True, slots=True)
 class JournaledRunner:
-    """A runner that is asked only for what the journal does not hold; its answers are kept before anybody sees them."""
+    """A runner that is asked only for what the journal does not hold."""
 
     runner: ModelRunner
     journal: ShardJournal
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """As `ModelRunner.generate`; kept answers come as soon as their requests are pulled.
-
-        Raises:
-            OSError: an answer could not be kept.
-        """
-        journal = self.journal
+        """As `ModelRunner.generate`; kept answers come as soon as their requests are pulled."""
         replayed: deque[Completion] = deque()
-        asked: dict[str, tuple[int, str]] = {}
 
         def unanswered() -> Iterator[Request]:
             for request in requests:
-                key = request_key(request)
-                completion = journal.replay(request, key)
+                completion = self.journal.replay(request)
                 if completion is not None:
                     replayed.append(completion)
                 else:
-                    asked[request.request_id] = (request.attempt, key)
                     yield request
 
         for completion in self.runner.generate(unanswered()):
-            if (place := asked.pop(completion.request_id, None)) is not None:
-                journal.keep(completion.request_id, *place, completion)
             while replayed:
                 yield replayed.popleft()
             yield completion
         yield from replayed
+
+
+def keeping_runner(runner: ModelRunner, journal: ShardJournal) -> ModelRunner:
+    """The same runner, whose answers are kept before anybody sees them; its calls raise OSError where that fails."""
+    return _KeepingAdmitting(runner, journal) if isinstance(runner, AdmittingRunner) else _Keeping(runner, journal)
+
+
+@dataclass(frozen=True, slots=True)
+class _Keeping:
+    runner: ModelRunner
+    journal: ShardJournal
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        for completion in self.runner.generate(requests):
+            self.journal.keep(completion)
+            yield completion
+
+
+@dataclass(frozen=True, slots=True)
+class _KeepingAdmitting:
+    runner: AdmittingRunner
+    journal: ShardJournal
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        return self.generate_admitted(requests, Unlimited())
+
+    def generate_admitted(self, requests: Iterable[Request], admission: Admission) -> Iterator[Completion]:
+        return self.runner.generate_admitted(requests, _KeepingAdmission(admission, self.journal))
+
+
+@dataclass(frozen=True, slots=True)
+class _KeepingAdmission:
+    admission: Admission
+    journal: ShardJournal
+
+    def admit(self, request: Request) -> Verdict:
+        return self.admission.admit(request)
+
+    def arrived(self, completion: Completion) -> None:
+        self.journal.keep(completion)
+        self.admission.arrived(completion)

@@ -90,7 +90,7 @@ def _read_lines(name: str, content: bytes) -> tuple[list[Entry], int]:
 
 
 class JournalWriter:
-    """Keeps the answers of one attempt of a shard; used by one thread, its own thread makes them durable.
+    """Keeps the answers of one attempt of a shard, from any thread; its own thread makes them durable.
 
     Raises:
         OSError: `append` and `close`, once the store has failed; answers before that may be lost.
@@ -114,10 +114,13 @@ class JournalWriter:
 
         Raises:
             OSError: the store failed, now or since the last answer.
+            ValueError: it was closed.
         """
         line = _line_of(key, attempt, completion)
         with self._state:
             self._raise_error()
+            if self._is_closing:
+                raise ValueError("the journal was closed before this answer arrived")
             if self._is_disk:
                 if self._file is None:
                     self._file = AppendedFile(storage.join(self._folder, self._name()))

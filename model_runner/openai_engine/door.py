@@ -8,7 +8,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from model_runner.admission import Admission
+from model_runner.admission import Admission, Unlimited
 from schemas.records import Completion, Request
 
 
@@ -20,7 +20,7 @@ class Door:
     """Lets requests through in the order in which they came; without an admission all at once."""
 
     def __init__(self, admission: Admission | None = None) -> None:
-        self._admission = admission
+        self._admission = admission or Unlimited()
         self._is_closed = False
         self._waiting: deque[asyncio.Future[None]] = deque()
 
@@ -30,13 +30,10 @@ class Door:
         Raises:
             NotAdmitted: it may not.
         """
-        admission = self._admission
-        if admission is None:
-            return
         if self._waiting:
             await self._turn(self._waiting.append)
         while not self._is_closed:
-            match admission.admit(request):
+            match self._admission.admit(request):
                 case "send":
                     # What one arrival sets free may be enough for more than one.
                     self._wake_first()
@@ -53,11 +50,11 @@ class Door:
         enqueue(turn)
         await turn
 
-    def arrived(self, completion: Completion) -> None:
-        """Tell what became of a request; the first that waits is asked about again."""
-        if self._admission is not None:
-            self._admission.arrived(completion)
-            self._wake_first()
+    def arrived(self, completion: Completion) -> Completion:
+        """Tell what became of a request, and give it back; the first that waits is asked about again."""
+        self._admission.arrived(completion)
+        self._wake_first()
+        return completion
 
     def close(self) -> None:
         """Let nobody through any more."""

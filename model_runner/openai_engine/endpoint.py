@@ -9,7 +9,8 @@ that it costs over the client's default transport, and stays there with 1,000 in
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from time import perf_counter
@@ -100,19 +101,27 @@ class Endpoint:
         self._client: openai.AsyncOpenAI | None = None
         self._strict_client: openai.AsyncOpenAI | None = None
 
+    @asynccontextmanager
+    async def place(self) -> AsyncGenerator[None]:
+        """A place among the requests in flight, waited for and given back at the end."""
+        self.limit.cap(self._share.part_of(self.spec.max_concurrency))
+        await self.limit.acquire()
+        try:
+            yield
+        finally:
+            self.limit.release()
+
     async def ask(self, request: Request, door: Door, lost: list[LostCall]) -> Arrived:
-        """Answer one request, as often as patience and `max_retries` allow.
+        """Answer one request that has a place here, by as many calls as patience and `max_retries` allow.
 
         Args:
-            door: passed with a place here, before the first call.
+            door: passed before the first call.
             lost: calls that the provider may bill although they brought no usage are added.
         Raises:
             CallFailure: there is no answer from here.
             NotAdmitted: it may not be sent any more.
         """
         body = self._body(request)
-        self.limit.cap(self._share.part_of(self.spec.max_concurrency))
-        await self.limit.acquire()
         try:
             if self.down is None:
                 await door.enter(request)
@@ -125,8 +134,6 @@ class Endpoint:
         except CallFailure as failure:
             self._note_given_up(failure)
             raise
-        finally:
-            self.limit.release()
         self._num_failed_in_a_row = 0
         return arrived
 

@@ -164,9 +164,7 @@ class OpenAIRunner:
     async def _arrive(self, request: Request, door: Door, arrivals: "queue.SimpleQueue[_Arrival]") -> None:
         try:
             arrival = await self._completed(request, door)
-            if isinstance(arrival, Completion):
-                door.arrived(arrival)
-            else:
+            if isinstance(arrival, _Unanswered):
                 door.close()
             arrivals.put(arrival)
         except NotAdmitted:
@@ -182,15 +180,17 @@ class OpenAIRunner:
                 continue
             started_at = datetime.now(UTC)
             try:
-                arrived = await endpoint.ask(request, door, lost)
-                return _completion(request, endpoint, arrived, self.config, lost)
+                async with endpoint.place():
+                    arrived = await endpoint.ask(request, door, lost)
+                    # While it has its place: no other request is sent before this answer is kept.
+                    return door.arrived(_completion(request, endpoint, arrived, self.config, lost))
             except CallFailure as failure:
                 if failure.consequence == "row":
-                    return _failed(request, endpoint, failure.error, started_at, lost)
+                    return door.arrived(_failed(request, endpoint, failure.error, started_at, lost))
                 if failure.consequence != "endpoint":
                     failed = endpoint, failure.error
         if failed is not None and any(endpoint.down is None for endpoint in self.endpoints):
-            return _failed(request, *failed, datetime.now(UTC), lost)
+            return door.arrived(_failed(request, *failed, datetime.now(UTC), lost))
         told = "; ".join(str(endpoint.down) for endpoint in self.endpoints if endpoint.down is not None)
         return _Unanswered(request.request_id, f"no provider can answer: {told}")
 

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import time
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -13,13 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model_runner.openai_engine.runner import load_openai_runner
+from model_runner.protocol import EngineConfig
 from schemas import storage
 from schemas.errors import ContentRefused, EngineOverloaded, EngineTimeout, RowError
 from schemas.layout import RunLayout
 from schemas.lost_calls import LostCall
 from schemas.records import Completion, Message, Request, Sampling, ToolCall, Usage
+from tests.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
 from transforms import journal_file
-from transforms.journal import JournaledRunner, ShardJournal, request_key
+from transforms.journal import JournaledRunner, ShardJournal, keeping_runner, request_key
 from transforms.journal_file import JournalWriter, read_journal
 
 NOW = datetime(2026, 11, 24, 1, 2, 3, 456789, UTC)
@@ -88,10 +92,14 @@ def any_layout(request: pytest.FixtureRequest, tmp_path: Path) -> RunLayout:
     return RunLayout(str(tmp_path / "out") if request.param == "disk" else f"memory://{tmp_path.name}/out")
 
 
+def journaled(engine: Engine, journal: ShardJournal) -> JournaledRunner:
+    return JournaledRunner(keeping_runner(engine, journal), journal)
+
+
 def answers_of(layout: RunLayout, engine: Engine, *requests: Request, takes_failures: bool = True) -> list[Completion]:
     """One attempt of a shard."""
     with ShardJournal.open(layout, "s0", takes_failures=takes_failures) as journal:
-        return list(JournaledRunner(engine, journal).generate(requests))
+        return list(journaled(engine, journal).generate(requests))
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), COMPLETIONS), max_size=6))
@@ -121,8 +129,25 @@ def test_a_second_attempt_asks_only_for_what_was_not_kept(any_layout: RunLayout)
 
 def test_an_answer_is_on_disk_before_anybody_sees_it(layout: RunLayout) -> None:
     with ShardJournal.open(layout, "s0") as journal:
-        for number, _ in enumerate(JournaledRunner(Engine(), journal).generate(map(request, range(3)))):
+        for number, _ in enumerate(journaled(Engine(), journal).generate(map(request, range(3)))):
             assert len(read_journal(layout, "s0").entries) == number + 1
+
+
+def test_no_request_is_sent_before_the_answer_whose_place_it_takes_is_kept(layout: RunLayout) -> None:
+    num_unkept: list[int] = []
+
+    def reply(call: Call) -> Reply:
+        num_unkept.append(len(served.calls) - len(read_journal(layout, "s0").entries))
+        return Reply(deepseek())
+
+    with FakeEndpoint(reply) as served, ShardJournal.open(layout, "s0") as journal:
+        config = EngineConfig("openai", "", "m", "r", base_url=served.base_url, max_concurrency=3)
+        engine = load_openai_runner(config)
+        for _ in JournaledRunner(keeping_runner(engine, journal), journal).generate(map(request, range(40))):
+            # Who takes the answers may be slow.
+            time.sleep(0.005)
+    assert len(num_unkept) == 40
+    assert max(num_unkept) == 3
 
 
 def test_a_change_of_what_is_sent_or_of_the_tenant_is_another_request() -> None:
@@ -157,7 +182,7 @@ def test_a_kept_answer_is_used_once_and_in_the_order_of_attempts(layout: RunLayo
     found = [answers_of_one.text for answers_of_one in answers_of(layout, engine, request(0))]
     assert found == ["first"]
     with ShardJournal.open(layout, "s0") as journal:
-        runner = JournaledRunner(engine, journal)
+        runner = journaled(engine, journal)
         texts = [each.text for attempt in (1, 2, 3) for each in runner.generate([request(0, attempt=attempt)])]
         assert texts == ["first", "second", "answer 1"]
         assert journal.replayed == {("0", 1), ("0", 2)}
@@ -204,7 +229,7 @@ def test_a_damaged_line_is_told_and_its_answer_asked_again(layout: RunLayout, ca
     content = path.read_bytes().replace(b"answer 1", b"answer 9", 1)
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING), ShardJournal.open(layout, "s0") as journal:
-        assert [each.text for each in JournaledRunner(engine, journal).generate([request(0)])] == ["answer 3"]
+        assert [each.text for each in journaled(engine, journal).generate([request(0)])] == ["answer 3"]
         assert journal.counters["num_damaged_journal_lines"] == 1
     assert "1 lines are damaged" in caplog.text
 
@@ -234,7 +259,7 @@ def test_answers_reach_a_store_in_few_objects_that_keep_their_order(monkeypatch:
     assert len(read_journal(layout, "s0").entries) == 95
     references = {entry.reference for entry in read_journal(layout, "s0").entries}
     with ShardJournal.open(layout, "s0") as journal:
-        list(JournaledRunner(Engine(), journal).generate(map(request, range(95))))
+        list(journaled(Engine(), journal).generate(map(request, range(95))))
         assert {*journal.references.values()} == references
 
 
