@@ -24,7 +24,7 @@ from model_runner.torch_engine.experts import Experts, GatedMlp
 from model_runner.torch_engine.linear import Linear, make_linear
 from model_runner.torch_engine.norms import RmsNorm
 from model_runner.torch_engine.reading import Columns, FreshRead, ReadPlan, WideRead, read_shared_keys, write_entries
-from model_runner.torch_engine.rotary import Rotary, rotate_halves, rotate_pairs_apart
+from model_runner.torch_engine.rotary import Rotary, rotate_halves, rotate_pairs
 from model_runner.torch_engine.segments import NodeMemory, SegmentKind
 from model_runner.torch_engine.weights import CheckpointWeights
 
@@ -63,7 +63,6 @@ class DeepseekV3:
         """See `Architecture.extend`."""
         cos, sin = self._rotary(batch.positions)  # (num_rows, num_pairs)
         rows = functional.embedding(batch.token_ids, self._embedding)  # (num_rows, hidden_size)
-        cos, sin = cos.to(rows.dtype), sin.to(rows.dtype)
         expanded, absorbed = self._expansion.choose(batch.reads[0].wide, cache)
         reads = _plan_reads(batch.reads[0], batch.num_rows, expanded, absorbed, rows.device)
         for layer in self._layers[:-1]:
@@ -162,7 +161,7 @@ class _LatentAttention:
         self.rotated = int(config.qk_rope_head_dim)
         self.value_width = int(config.v_head_dim)
         self.rank = int(config.kv_lora_rank)
-        self._rotate = rotate_pairs_apart if config.rope_interleave else rotate_halves
+        self._rotate = rotate_pairs if config.rope_interleave else rotate_halves
         key_width = self.nope + self.rotated
         self._scale = key_width**-0.5 * _yarn_scale(config.rope_parameters)
         self._query_rank = int(config.q_lora_rank) if config.q_lora_rank is not None else None

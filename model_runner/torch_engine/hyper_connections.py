@@ -89,7 +89,8 @@ def mix_of(streams: Tensor, mixer: Any, eps: float) -> Tensor:
         float32, shape (num_rows, num_mixed).
     """
     flat = streams.flatten(1).float()
-    norm = torch.rsqrt(torch.linalg.vecdot(flat, flat).div_(flat.shape[1]).add_(eps))
+    # One pass; `vecdot` writes the squares first.
+    norm = torch.linalg.vector_norm(flat, dim=1).square_().div_(flat.shape[1]).add_(eps).rsqrt_()
     return mixer(flat) * norm.unsqueeze(-1)
 
 

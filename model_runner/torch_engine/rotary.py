@@ -45,24 +45,18 @@ def rotate_pairs(part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         part: shape (num_rows, ..., 2 * num_pairs).
-        cos, sin: shape (num_rows, num_pairs).
+        cos, sin: float32, shape (num_rows, num_pairs).
     Returns:
         float32, the shape of `part`.
     """
     cos, sin = _spread(cos, part), _spread(sin, part)
-    pairs = part.float().unflatten(-1, (-1, 2))
+    pairs = part.float().contiguous().unflatten(-1, (-1, 2))
+    if part.device.type == "cpu":
+        # One pass where the products below are seven; not every accelerator knows complex numbers.
+        turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+        return torch.view_as_real(turned).flatten(-2)
     first, second = pairs[..., 0], pairs[..., 1]
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
-
-
-def rotate_pairs_apart(part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbours (x0, x1), ... and write first elements into the first half, second ones into the second.
-
-    The order in which DeepSeek-V3 keeps rotated elements; scores do not depend on it, as queries and keys share it.
-    """
-    cos, sin = _spread(cos, part), _spread(sin, part)
-    first, second = part[..., 0::2], part[..., 1::2]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def rotate_halves(part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
