@@ -229,27 +229,36 @@ class _LatentAttention:
 
     def _read_expanded(self, wide: list[WideRead], layer: int, query: Tensor, merged: Merged) -> None:
         for read in wide:
-            key, value = self._expanded(read, layer)
+            assert read.extent.block is not None
+            latent = read.extent.block.fields["latent"][layer, read.extent.slot]  # (capacity, rank + rotated)
+            kept = self._kept(read, layer, latent) if _has_copy(read) else None
             for first, end, first_row in read.tiles(self.num_heads):
+                if kept is not None:
+                    key, value = kept[0][:, first:end], kept[1][:, first:end]
+                else:
+                    key, value = self._expanded(latent[first:end])
                 bias = read.bias(first, end, first_row, query.device)
-                found = attend_by_head(query[first_row : read.end_row], key[:, first:end], value[:, first:end], bias)
-                merged.merge(first_row, read.end_row, found)
+                merged.merge(first_row, read.end_row, attend_by_head(query[first_row : read.end_row], key, value, bias))
 
-    def _expanded(self, read: WideRead, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of each head of a node's entries, made where they are missing."""
+    def _kept(self, read: WideRead, layer: int, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """The copies of a node's entries, completed where they are missing."""
         memory: NodeMemory = read.node.memory
         key, value = memory.expanded[layer]
         num_before = memory.num_expanded[layer]
         if num_before < read.num_keys:
-            assert read.extent.block is not None
-            latent = read.extent.block.fields["latent"][layer, read.extent.slot, num_before : read.num_keys]
-            made = self._expand(latent[:, : self.rank].contiguous())
-            made = made.view(-1, self.num_heads, self.nope + self.value_width).transpose(0, 1)
-            key[:, num_before : read.num_keys, : self.nope] = made[..., : self.nope]
-            key[:, num_before : read.num_keys, self.nope :] = latent[:, self.rank :]
-            value[:, num_before : read.num_keys] = made[..., self.nope :]
+            new = slice(num_before, read.num_keys)
+            key[:, new], value[:, new] = self._expanded(latent[new])
             memory.num_expanded[layer] = read.num_keys
         return key, value
+
+    def _expanded(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Entries, shape (num_keys, rank + rotated), as keys and values of each head, (num_heads, num_keys, width)."""
+        made = self._expand(latent[:, : self.rank].contiguous())
+        made = made.view(-1, self.num_heads, self.nope + self.value_width).transpose(0, 1)
+        key = latent.new_empty((self.num_heads, latent.shape[0], self.nope + self.rotated))
+        key[..., : self.nope] = made[..., : self.nope]
+        key[..., self.nope :] = latent[:, self.rank :]
+        return key, made[..., self.nope :]
 
     def _read_fresh(self, read: FreshRead, entries: Tensor, query: Tensor, merged: Merged) -> None:
         """Read the step's own entries of nodes that begin with it, expanded and forgotten."""
@@ -284,7 +293,8 @@ class _LatentAttention:
 class _Expansion:
     """Decides which segments are read expanded, and keeps their copies under a limit.
 
-    By operations alone, expanding pays from `num_worth` queries a key on; the copies cost memory and bandwidth.
+    By operations alone, expanding pays from `num_worth` queries a key on; the copies cost memory and bandwidth. What a
+    step alone reads that often is expanded tile by tile and forgotten where there is no room for a copy.
     """
 
     def __init__(self, num_layers: int, attention: _LatentAttention, placement: Placement) -> None:
@@ -298,14 +308,15 @@ class _Expansion:
         self._key_bytes = attention.num_heads * sum(widths) * num_layers * placement.dtype.itemsize
 
     def choose(self, wide: list[WideRead], cache: Cache) -> tuple[list[WideRead], list[WideRead]]:
-        """Split wide reads into those done expanded and those done absorbed; makes room for copies."""
+        """Split wide reads into those done expanded, with a copy or without, and those done absorbed; makes copies."""
         for read in wide:
             if read.node in cache.num_idle_steps:
                 cache.num_idle_steps[read.node] = 0
         expanded: list[WideRead] = []
         absorbed: list[WideRead] = []
         for read in wide:
-            (expanded if self._has_room(read, cache) else absorbed).append(read)
+            is_expanded = self._has_room(read, cache) or read.num_pairs >= self._num_worth * read.num_keys
+            (expanded if is_expanded else absorbed).append(read)
         return expanded, absorbed
 
     def split(self, wide: list[WideRead]) -> tuple[list[WideRead], list[WideRead]]:
@@ -351,7 +362,7 @@ class _Expansion:
     def forget_idle(self, used: list[WideRead], cache: Cache) -> None:
         """Drop copies that have not been read for some steps, or that only one answer would read."""
         idle = cache.num_idle_steps
-        for read in used:
+        for read in filter(_has_copy, used):
             idle[read.node] = 0
         for node, num_steps in list(idle.items()):
             if num_steps >= (1 if node.is_private else _NUM_IDLE_STEPS):

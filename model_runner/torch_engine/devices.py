@@ -40,7 +40,7 @@ def keep_freed_memory(device: torch.device) -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):
         library.mallopt(_M_MMAP_MAX, 0)
-        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        library.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def touch_memory(device: torch.device, num_bytes: int) -> None:

@@ -142,7 +142,7 @@ class TorchEngine:
             max_step_rows=max_step_rows,
         )
         engine.claim = taken.claim
-        touch_memory(placement.device, min(engine.max_cache_bytes, MAX_TOUCHED_BYTES, 3 * weights.num_bytes))
+        touch_memory(placement.device, min(MAX_TOUCHED_BYTES, 3 * weights.num_bytes))
         engine.calibrate()
         return engine
 

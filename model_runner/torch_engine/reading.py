@@ -54,6 +54,11 @@ class WideRead:
         first_row = int(compact[self.first_row])
         return replace(self, first_row=first_row, end_row=first_row + self.end_row - self.first_row, _bias={})
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a row and a key that it sees."""
+        return (self.end_row - self.first_row) * self.num_keys if self.limits is None else int(self.limits.sum())
+
     def tiles(self, num_heads: int) -> "list[tuple[int, int, int]]":
         """(first key, end key, first row) of products that hold at most `MAX_SCORES` scores, about."""
         num_rows = self.end_row - self.first_row

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -304,27 +305,61 @@ def test_any_batch_gives_the_answers_of_transformers(
         layout.oracle.check(prompts[int(i)], finished.token_ids)
 
 
-def test_idle_expanded_copies_give_way_to_those_of_the_next_document(
-    open_layout: OpenLayout, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layout = open_layout("v3")
-    documents = [random_tokens(900 + i, 60) for i in range(6)]
-    prompts = [[*document, *random_tokens(10 * i, 2)] for document in documents for i in range(3)]
-    engine = layout.engine(max_step_rows=60)
-    expected = greedy(engine, prompts, 3)
-    num_document_bytes = 115_200
-    assert engine.counters.peak_expanded_bytes > 2 * num_document_bytes
-    engine = layout.engine(max_step_rows=60, max_cache_bytes=2 * num_document_bytes)  # half of it for copies
-    num_absorbed = 0
+@dataclass
+class WideReads:
+    """How the wide reads of all steps were done, as (rows, keys)."""
+
+    copied: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    expanded_once: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    absorbed: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+
+
+@pytest.fixture
+def wide_reads(monkeypatch: pytest.MonkeyPatch) -> WideReads:
+    found = WideReads()
     choose = deepseek_v3._Expansion.choose
 
     def counted(expansion: Any, wide: Any, cache: Any) -> Any:
-        nonlocal num_absorbed
         expanded, absorbed = choose(expansion, wide, cache)
-        num_absorbed += len(absorbed)
+        for read in expanded:
+            kind = found.copied if deepseek_v3._has_copy(read) else found.expanded_once
+            kind.append((read.end_row - read.first_row, read.num_keys))
+        found.absorbed += [(read.end_row - read.first_row, read.num_keys) for read in absorbed]
         return expanded, absorbed
 
     monkeypatch.setattr(deepseek_v3._Expansion, "choose", counted)
+    return found
+
+
+DOCUMENTS = [random_tokens(900 + i, 60) for i in range(6)]
+QUESTIONS = [[*document, *random_tokens(10 * i, 2)] for document in DOCUMENTS for i in range(3)]
+NUM_DOCUMENT_BYTES = 115_200
+"""Of the expanded copies of one document."""
+
+
+def test_idle_expanded_copies_give_way_to_those_of_the_next_document(
+    open_layout: OpenLayout, wide_reads: WideReads
+) -> None:
+    layout = open_layout("v3")
+    engine = layout.engine(max_step_rows=60)
+    expected = greedy(engine, QUESTIONS, 3)
+    assert engine.counters.peak_expanded_bytes > 2 * NUM_DOCUMENT_BYTES
+    engine = layout.engine(max_step_rows=60, max_cache_bytes=2 * NUM_DOCUMENT_BYTES)  # half of it for copies
+    assert greedy(engine, QUESTIONS, 3) == expected
+    assert engine.counters.peak_expanded_bytes == NUM_DOCUMENT_BYTES
+    assert wide_reads.copied
+    assert wide_reads.expanded_once == wide_reads.absorbed == []
+
+
+def test_what_has_no_room_for_copies_is_expanded_for_the_step_alone(
+    open_layout: OpenLayout, wide_reads: WideReads
+) -> None:
+    layout = open_layout("v3")
+    prompts = [[*random_tokens(50 + i, 200), 10 + i] for i in range(3)]
+    expected = greedy(layout.engine(max_step_rows=200), prompts, 3)
+    wide_reads.copied.clear()
+    engine = layout.engine(max_step_rows=200, max_cache_bytes=NUM_DOCUMENT_BYTES)
     assert greedy(engine, prompts, 3) == expected
-    assert engine.counters.peak_expanded_bytes == num_document_bytes
-    assert num_absorbed == 0
+    assert engine.counters.peak_expanded_bytes == 0
+    assert wide_reads.copied == []
+    assert wide_reads.expanded_once[0] == (200, 200)
