@@ -150,6 +150,20 @@ def test_no_request_is_sent_before_the_answer_whose_place_it_takes_is_kept(layou
     assert max(num_unkept) == 3
 
 
+def test_a_provider_is_asked_no_more_once_an_answer_cannot_be_kept(
+    layout: RunLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*unused: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(journal_file.AppendedFile, "write", full)
+    with FakeEndpoint(lambda call: Reply(deepseek(), delay_s=0.05)) as served:
+        engine = load_openai_runner(EngineConfig("openai", "", "m", "r", base_url=served.base_url, max_concurrency=3))
+        with pytest.raises(OSError, match="no space left"), ShardJournal.open(layout, "s0") as journal:
+            list(JournaledRunner(keeping_runner(engine, journal), journal).generate(map(request, range(40))))
+        assert len(served.calls) < 40
+
+
 def test_a_change_of_what_is_sent_or_of_the_tenant_is_another_request() -> None:
     base = request(0)
     others = [
