@@ -17,6 +17,7 @@ from torch.nn import functional
 from model_runner.torch_engine.architecture import StepBatch, refuse_settings
 from model_runner.torch_engine.attention import Merged
 from model_runner.torch_engine.cache import Cache, Ring, RingKind
+from model_runner.torch_engine.chosen_entries import MIN_ENTRIES_A_CHOSEN, EntryPlaces, plan_entry_places, read_chosen
 from model_runner.torch_engine.compression import Compressor, Indexer
 from model_runner.torch_engine.devices import Placement
 from model_runner.torch_engine.experts import Experts, GatedMlp
@@ -100,9 +101,19 @@ class DeepseekV4:
                 windows = plan_compression(spans, rings[layer_type], rate, num_overlap, device)
                 cos, sin = self._rotaries["compress"](windows.positions)
                 num_visible = (batch.positions + 1) // rate
-                needs_selection = layer_type == _SPARSE and int(num_visible.max()) > self._num_chosen
+                most_visible = int(num_visible.max()) if layer_type == _SPARSE else 0
+                places = None
+                if most_visible >= MIN_ENTRIES_A_CHOSEN * self._num_chosen:
+                    places = plan_entry_places(spans, kinds[layer_type], device)
                 compressions[layer_type] = _Compression(
-                    windows, kinds[layer_type], cos, sin, num_visible, needs_selection, rings[layer_type]
+                    windows,
+                    kinds[layer_type],
+                    cos,
+                    sin,
+                    num_visible,
+                    needs_selection=most_visible > self._num_chosen,
+                    places=places,
+                    ring=rings[layer_type],
                 )
         drawn = [] if batch.last_rows is None else batch.step.drawn_spans()
         window = plan_window(spans, drawn, rings["window"], device)
@@ -111,7 +122,11 @@ class DeepseekV4:
 
 @dataclass(frozen=True, slots=True)
 class _Compression:
-    """What a step does with one type of compressed layers; `cos` and `sin` are of the windows that close."""
+    """What a step does with one type of compressed layers; `cos` and `sin` are of the windows that close.
+
+    Attributes:
+        places: where entries are, if chosen ones are gathered; None where others are masked.
+    """
 
     windows: CompressionPlan
     kind_index: int
@@ -119,6 +134,7 @@ class _Compression:
     sin: Tensor
     num_visible: Tensor
     needs_selection: bool
+    places: EntryPlaces | None
     ring: Ring
 
 
@@ -260,13 +276,18 @@ class _Attention:
         chosen: Tensor | None,
     ) -> None:
         step = plan.compressions[self._layer_type]
-        reads, num_visible = plan.batch.reads[step.kind_index], step.num_visible
+        reads, num_visible, places = plan.batch.reads[step.kind_index], step.num_visible, step.places
         if chosen is not None:
             reads, num_visible = plan.batch.drawn_reads[step.kind_index], num_visible[chosen]
+            places = places and places.among(chosen)
         columns = Columns("key", 0, self._width)
         selection = None
         if self._indexer is not None and step.needs_selection:
             selection = self._indexer.select(residual, head_weights, cos, sin, reads, self._number, num_visible)
+            if places is not None:
+                num_chosen = min(self._indexer.num_chosen, selection.shape[1])
+                read_chosen(places, self._number, query, merged, selection, num_chosen, columns)
+                return
         read_shared_keys(reads, self._number, query, merged, key=columns, value=columns, selection=selection)
 
     def _write_entries(self, windows: Tensor, step: _Compression, plan: _StepPlan) -> None:

@@ -4,6 +4,7 @@
 `schedule.py`, memory in `cache.py`.
 """
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,6 +37,7 @@ MIN_STEP_ROWS = 64
 NUM_PROBES = 64
 MAX_TOUCHED_BYTES = 3 << 29
 NUM_PROBED_TOKENS = 4
+_LOGGER = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,6 +52,7 @@ class EngineCounters:
         num_uncomputed_answer_tokens: tokens of answers that did not: the last of each, and what a constraint had forced
             right before the end.
         num_preemptions: how often a prompt gave its memory back.
+        num_failed_steps: steps that broke off, most for want of memory, and were done again in halves.
         flops: of products with weights; attention and head are not counted.
         peak_cache_bytes, peak_expanded_bytes: most memory held by live nodes, and by expanded copies.
         seconds: by phase: plan, extend, sample, retire.
@@ -63,6 +66,7 @@ class EngineCounters:
     num_uncomputed_answer_tokens: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
+    num_failed_steps: int = 0
     flops: float = 0.0
     peak_cache_bytes: int = 0
     peak_live_bytes: int = 0
@@ -305,6 +309,8 @@ class _Run:
     def _retreat(self, failure: EngineFailed) -> list[Finished]:
         """After a failed step: begin again with half as many prompts. What fails alone in small steps is at fault."""
         schedule, most = self.schedule, self._engine.max_step_rows
+        self._engine.counters.num_failed_steps += 1
+        _LOGGER.warning("a step of %d rows failed and is done again in halves: %s", self._num_step_rows, failure)
         is_small = self._num_step_rows <= MIN_STEP_ROWS
         culprit = schedule.running[0] if schedule.num_running == 1 and is_small else None
         schedule.max_running = max(1, schedule.num_running // 2)

@@ -10,8 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model_runner.torch_engine import deepseek_v3
+from model_runner.torch_engine import chosen_entries, deepseek_v3, deepseek_v4
+from model_runner.torch_engine import engine as engine_module
 from model_runner.torch_engine.engine import TorchEngine
+from schemas.errors import EngineFailed
 from schemas.records import Sampling
 from tests.model_runner.torch_engine.checkpoint_layouts import (
     LAYOUTS,
@@ -63,6 +65,16 @@ def prefixes_of_each_other() -> Prompts:
 def branches_everywhere() -> Prompts:
     """A branch at every position modulo 4, 8 and 16, so inside each kind of window and between two."""
     return [[*BASE[:p], (BASE[p] + 1) % 97, *random_tokens(p, p % 6)] for p in range(34)] + [BASE]
+
+
+@pytest.fixture(autouse=True)
+def _no_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that fails is done again in halves, which would hide a fault of ours here."""
+
+    def retreat(run: Any, failure: EngineFailed) -> Any:
+        raise AssertionError(str(failure))
+
+    monkeypatch.setattr(engine_module._Run, "_retreat", retreat)
 
 
 CASES: list[Callable[[], Prompts]] = [
@@ -303,6 +315,28 @@ def test_any_batch_gives_the_answers_of_transformers(
     for i, finished in run_all(engine, asked).items():
         assert len(finished.token_ids) == lengths[int(i)]
         layout.oracle.check(prompts[int(i)], finished.token_ids)
+
+
+@pytest.mark.parametrize("min_entries_a_chosen", [0, 4, 10**9])
+def test_chosen_entries_are_gathered_or_others_masked(
+    open_layout: OpenLayout, monkeypatch: pytest.MonkeyPatch, min_entries_a_chosen: int
+) -> None:
+    """Rows with many entries beside rows with few and none; chunks that end inside a compression window."""
+    layout = open_layout("v4 choosing entries")
+    num_gathered: list[int] = []
+    read_chosen = deepseek_v4.read_chosen
+
+    def counted(places: Any, layer: int, query: torch.Tensor, *others: Any) -> None:
+        num_gathered.append(query.shape[0])
+        read_chosen(places, layer, query, *others)
+
+    monkeypatch.setattr(deepseek_v4, "read_chosen", counted)
+    monkeypatch.setattr(deepseek_v4, "MIN_ENTRIES_A_CHOSEN", min_entries_a_chosen)
+    monkeypatch.setattr(chosen_entries, "_MAX_GATHERED", 1000)
+    prompts = [*nested_sharing(), *no_sharing(), *prefixes_of_each_other()]
+    for max_step_rows, num_tokens in ((2048, 1), (2048, NUM_ANSWER_TOKENS), (37, NUM_ANSWER_TOKENS)):
+        check(layout, prompts, greedy(layout.engine(max_step_rows=max_step_rows), prompts, num_tokens))
+    assert bool(num_gathered) == (min_entries_a_chosen < 10**9)
 
 
 @dataclass

@@ -190,7 +190,7 @@ def fragile(layout: Layout, fails: Callable[[list[int]], bool], **options: Any) 
 @pytest.mark.parametrize("name", MODEL_TYPES)
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
 def test_step_that_fails_for_one_prompt_bisects_to_it(
-    open_layout: OpenLayout, name: str, error: type[RuntimeError]
+    open_layout: OpenLayout, caplog: pytest.LogCaptureFixture, name: str, error: type[RuntimeError]
 ) -> None:
     layout = open_layout(name)
     shared = random_tokens(3, 19)
@@ -204,6 +204,8 @@ def test_step_that_fails_for_one_prompt_bisects_to_it(
     assert f"{error.__name__}: out of memory" in str(found["bad"].error)
     assert answers(found) == expected
     assert 1 < model.num_failed <= 6
+    assert engine.counters.num_failed_steps == model.num_failed
+    assert "rows failed and is done again in halves" in caplog.text
 
 
 def test_answers_continue_where_a_failed_step_left_them(open_layout: OpenLayout) -> None:
