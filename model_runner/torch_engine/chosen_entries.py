@@ -16,7 +16,7 @@ from model_runner.torch_engine.reading import Columns
 from model_runner.torch_engine.schedule import Span
 from model_runner.torch_engine.segments import Block, NodeMemory
 
-MIN_ENTRIES_A_CHOSEN = 4
+MIN_ENTRIES_A_CHOSEN = 5
 """From so many entries for each chosen one on gathering is faster than masking (`docs/adr/0003`)."""
 
 _MAX_GATHERED = 4 * 1024 * 1024

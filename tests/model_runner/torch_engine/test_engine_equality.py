@@ -317,7 +317,7 @@ def test_any_batch_gives_the_answers_of_transformers(
         layout.oracle.check(prompts[int(i)], finished.token_ids)
 
 
-@pytest.mark.parametrize("min_entries_a_chosen", [0, 4, 10**9])
+@pytest.mark.parametrize("min_entries_a_chosen", [0, 5, 10**9])
 def test_chosen_entries_are_gathered_or_others_masked(
     open_layout: OpenLayout, monkeypatch: pytest.MonkeyPatch, min_entries_a_chosen: int
 ) -> None:
