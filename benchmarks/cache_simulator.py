@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from model_runner.openai_engine.prefix_gate import PrefixGate, WarmPrefixes
-from model_runner.openai_engine.profiles import profile_of
-from model_runner.prefix_tree import common_prefix_length
-from schemas.records import Message, Request, Sampling, TokenIds
+from moebeam.model_runner.openai_engine.prefix_gate import PrefixGate, WarmPrefixes
+from moebeam.model_runner.openai_engine.profiles import profile_of
+from moebeam.model_runner.prefix_tree import common_prefix_length
+from moebeam.schemas.records import Message, Request, Sampling, TokenIds
 
 
 class PrefixCache:

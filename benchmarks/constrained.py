@@ -28,12 +28,12 @@ from llguidance.numpy import fill_next_token_bitmask
 
 from benchmarks.report import machine_facts
 from benchmarks.synthetic_tokenizer import DEEPSEEK_VOCAB_SIZE, END_TOKEN_ID, synthetic_tokenizer
-from jobs.demo.checkpoint_path import CHECKPOINT_PATH
-from model_runner.json_grammar import Relaxation, enforceable_schema, json_schema_grammar
-from model_runner.torch_engine.constraint import Constraint, ConstraintCompiler
-from schemas.answer_schema import AnswerSchema
-from schemas.canonical import Json
-from schemas.errors import InvalidGrammar, JobFileError, RowError
+from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
+from moebeam.model_runner.grammar.constraint import Constraint, ConstraintCompiler
+from moebeam.model_runner.grammar.json_grammar import Relaxation, enforceable_schema, json_schema_grammar
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.contract.answer_schema import AnswerSchema
+from moebeam.schemas.errors import InvalidGrammar, JobFileError, RowError
 
 TOKENIZERS = ("synthetic", "demo")
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens, prefix_key, shared_spans
+from moebeam.model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens, prefix_key, shared_spans
 
 Counts = npt.NDArray[np.int64]
 Flops = npt.NDArray[np.float64]

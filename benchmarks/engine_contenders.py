@@ -90,7 +90,7 @@ def run_torch(work: Work) -> Run:
     """
     import torch
 
-    from model_runner.torch_engine.engine import TorchEngine
+    from moebeam.model_runner.torch_engine.engine import TorchEngine
 
     _set_threads(work.num_threads)
     started = time.perf_counter()
@@ -125,8 +125,8 @@ def _answer_with_torch(
 ) -> list[list[int]]:
     import numpy as np
 
-    from model_runner.torch_engine.sequences import Prompt
-    from schemas.records import Sampling
+    from moebeam.model_runner.torch_engine.schedule.sequences import Prompt
+    from moebeam.schemas.records import Sampling
 
     answers: dict[str, list[int]] = {}
     asked = (
@@ -280,8 +280,8 @@ def run_vllm_runner(work: Work, python: str) -> Run:
         ContenderFailed: a prompt got an error.
         EngineLoadError: vLLM could not be started.
     """
-    from model_runner.protocol import EngineConfig
-    from model_runner.vllm_runner import VllmRunner
+    from moebeam.model_runner.protocol import EngineConfig
+    from moebeam.model_runner.vllm_engine.runner import VllmRunner
 
     os.environ.update(vllm_environment(work))
     started = time.perf_counter()
@@ -323,7 +323,7 @@ def run_vllm_runner(work: Work, python: str) -> Run:
 def _answer_with_runner(runner: Any, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Any]:
     import numpy as np
 
-    from schemas.records import Request, Sampling
+    from moebeam.schemas.records import Request, Sampling
 
     asked = (
         Request(str(row), np.asarray(prompt, dtype=np.int32), (), Sampling(max_tokens=max_tokens))

@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.demo.checkpoint_path import CHECKPOINT_PATH
-from model_runner.prompt_encoder import PromptEncoder
+from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
+from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 
 _RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024
 _NUM_CUSTOMERS = 500
@@ -79,7 +79,7 @@ def quote(folder: Path, *args: str) -> dict[str, Any]:
     Its peak is what it says itself when it ends, as the parent's counter takes all children together.
     """
     words = ["estimate", str(folder / "job.toml"), "--json", *args]
-    told = "import resource, sys; from jobs.cli import run_command; code = run_command(sys.argv[1:]); "
+    told = "import resource, sys; from moebeam.jobs.commands.cli import run_command; code = run_command(sys.argv[1:]); "
     told += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
     program = [sys.executable, "-c", told, *words]
     start = time.perf_counter()

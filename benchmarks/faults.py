@@ -21,11 +21,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from jobs.demo.checkpoint_path import CHECKPOINT_PATH
-from jobs.launch import launch
-from tests.disturbed_runs import Tables, Work, tables_of
-from tests.faulty_storage import Fault, Outcome, faults_of, operations_of, outcome_of
-from tests.killed_runs import WORKERS, KillCount, Victim, kill_series, undisturbed_run
+from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
+from moebeam.jobs.run.launch import launch
+from tests.support.disturbed_runs import Tables, Work, tables_of
+from tests.support.faulty_storage import Fault, Outcome, faults_of, operations_of, outcome_of
+from tests.support.killed_runs import WORKERS, KillCount, Victim, kill_series, undisturbed_run
 
 # (share of the kills, victims, arguments of the run)
 MIXTURE: tuple[tuple[float, tuple[Victim, ...], tuple[str, ...]], ...] = (

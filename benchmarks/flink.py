@@ -26,10 +26,10 @@ from benchmarks.flink_plot import plot
 from benchmarks.prompts import BenchmarkFiles, write_files
 from benchmarks.report import machine_facts, machine_line
 from benchmarks.sharding_plot import can_plot
-from jobs.demo.checkpoint_path import CHECKPOINT_PATH
-from jobs.flink.cluster import ClusterSize, LocalCluster, read_processes
-from jobs.flink.worker_pool import WORKER_MODULE
-from tests.flink_cluster import make_cluster
+from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
+from moebeam.jobs.deploy.flink.cluster import ClusterSize, LocalCluster, read_processes
+from moebeam.jobs.deploy.flink.worker_pool import WORKER_MODULE
+from tests.support.flink_cluster import make_cluster
 
 MAX_RATIO = 1.5
 """Goal: the whole way in at most so many times the seconds of the bare pipeline."""
@@ -225,7 +225,7 @@ def command_of(
     job_file = files.folder / "job.toml"
     job = benchmark_job(files, output, checkpoint).model_dump(mode="json", by_alias=True, exclude_unset=True)
     job_file.write_text(_toml(job))
-    code = "from jobs.cli import main; main()"
+    code = "from moebeam.jobs.commands.cli import main; main()"
     return [sys.executable, "-c", code, "run", str(job_file), "--json", "--quiet", *beam_options]
 
 

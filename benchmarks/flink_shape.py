@@ -17,17 +17,17 @@ import pyarrow.parquet as pq
 
 from benchmarks.contenders.plain_loop import results_table
 from benchmarks.prompts import ANSWER, SYSTEM, TEMPLATE, BenchmarkFiles
-from jobs.beam_options import beam_options
-from jobs.job_service import prepare_job_service
-from model_runner.prompt_encoder import PromptEncoder
-from schemas.answer_schema import AnswerSchema
-from schemas.job import PromptSection
-from schemas.output_column import output_column
-from schemas.output_type import OutputType, output_type
-from schemas.tables import OUTPUT
-from transforms.coders import RecordBatchCoder
-from transforms.prompt_template import PromptTemplate
-from transforms.read import MAX_BATCH_ROWS
+from moebeam.jobs.check.beam_options import beam_options
+from moebeam.jobs.deploy.job_service import prepare_job_service
+from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
+from moebeam.schemas.contract.answer_schema import AnswerSchema
+from moebeam.schemas.contract.output_column import output_column
+from moebeam.schemas.contract.output_type import OutputType, output_type
+from moebeam.schemas.job.sections import PromptSection
+from moebeam.schemas.tables import OUTPUT
+from moebeam.transforms.beam.coders import RecordBatchCoder
+from moebeam.transforms.read.step import MAX_BATCH_ROWS
+from moebeam.transforms.render.prompt_template import PromptTemplate
 
 Contender = Literal["shape", "work"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.contenders import NAMES, Name, load_contender
 from benchmarks.prompts import BenchmarkFiles, write_files
-from jobs.demo.checkpoint_path import CHECKPOINT_PATH
+from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
 
 # Linux counts in KiB, macOS in bytes.
 _RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024

@@ -123,7 +123,14 @@ def measured(way: Way, folder: Path, checkpoint: Path, *, num_rows: int, max_tok
             process=json.dumps(way.engine_process),
         )
     )
-    command = [sys.executable, "-c", "from jobs.cli import main; main()", "run", str(job_file), "--quiet"]
+    command = [
+        sys.executable,
+        "-c",
+        "from moebeam.jobs.commands.cli import main; main()",
+        "run",
+        str(job_file),
+        "--quiet",
+    ]
     if way.num_workers > 1:
         command += ["--direct_running_mode=multi_processing", f"--direct_num_workers={way.num_workers}"]
     started = time.perf_counter()

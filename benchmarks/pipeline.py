@@ -31,7 +31,7 @@ from benchmarks.report import (
     ratio_lines,
     timing_lines,
 )
-from jobs.demo.checkpoint_path import CHECKPOINT_PATH
+from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
 
 WARM_UP_ROWS = 256
 TIMED = ("whole_way", "plain_loop", "bare_beam")

@@ -13,11 +13,11 @@ from typing import Any
 
 import genai_prices
 
-from jobs.price_cross_check import TOLERANCE, cost_elsewhere
-from jobs.prices.shipped import SHIPPED_BOOK
-from schemas.records import Usage
-from transforms.account import charge
-from transforms.price_book import PriceBook
+from moebeam.jobs.prices.shipped import SHIPPED_BOOK
+from moebeam.jobs.reports.price_cross_check import TOLERANCE, cost_elsewhere
+from moebeam.schemas.records import Usage
+from moebeam.transforms.money.account import charge
+from moebeam.transforms.money.price_book import PriceBook
 
 MODELS = ("deepseek-v4-flash", "deepseek-v4-pro", "deepseek-flash")
 _EDGES_MINUTES = (60, 240, 360, 600)

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import openai
 
-from model_runner.openai_engine.runner import load_openai_runner
-from model_runner.protocol import EngineConfig, ModelRunner
-from schemas.records import Message, Request, Sampling
-from transforms.budget import BudgetedRunner, Limits, ShardBudget
-from transforms.expectation import Ceiling
-from transforms.price_book import PriceBook
-from transforms.spending import Pricing, Spent
+from moebeam.model_runner.openai_engine.runner import load_openai_runner
+from moebeam.model_runner.protocol import EngineConfig, ModelRunner
+from moebeam.schemas.records import Message, Request, Sampling
+from moebeam.transforms.answer.budget import BudgetedRunner, Limits, ShardBudget
+from moebeam.transforms.answer.expectation import Ceiling
+from moebeam.transforms.answer.spending import Pricing, Spent
+from moebeam.transforms.money.price_book import PriceBook
 
 MODEL = "deepseek-v4-flash"
 KEY_VARIABLE = "MOEBEAM_BENCHMARK_KEY"
@@ -51,7 +51,7 @@ def endpoint(*args: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    command = [sys.executable, "-m", "tests.fake_endpoint", "--port", str(port), *args]
+    command = [sys.executable, "-m", "tests.support.fake_endpoint", "--port", str(port), *args]
     with subprocess.Popen(command) as served:
         try:
             while True:

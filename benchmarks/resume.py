@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.report import machine_facts, machine_line
-from jobs.demo.checkpoint_path import CHECKPOINT_PATH
+from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
 
 ROWS_A_GROUP = 50_000
-_COMMAND = [sys.executable, "-c", "from jobs.cli import main; main()"]
+_COMMAND = [sys.executable, "-c", "from moebeam.jobs.commands.cli import main; main()"]
 
 
 @dataclass(frozen=True, slots=True)

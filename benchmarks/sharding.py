@@ -30,7 +30,7 @@ from benchmarks.sharding_simulator import (
     token_order,
 )
 from benchmarks.sharding_workloads import WORKLOADS, Ints, Workload
-from schemas.job import PlanSection
+from moebeam.schemas.job.sections import PlanSection
 
 NUM_WORKERS = (1, 2, 5, 10, 30, 100, 300, 1000)
 PLANNED = "contiguous"

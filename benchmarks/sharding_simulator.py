@@ -19,14 +19,13 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.sharding_workloads import NO_NODE, Ints, Workload
-from model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens, prefix_key
-from schemas.job import PlanSection
-from schemas.layout import RunLayout
-from transforms.input_scan import GROUP_ROWS
-from transforms.row_place import Place
-from transforms.shard_cut import RowCosts, cut_rows, expected_output_tokens
-from transforms.shard_ranges import cut_ranges
-from transforms.sorted_runs import (
+from moebeam.model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens, prefix_key
+from moebeam.schemas.job.sections import PlanSection
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.plan.row_order import Place
+from moebeam.transforms.plan.shard_cut import RowCosts, cut_rows, expected_output_tokens
+from moebeam.transforms.plan.shard_ranges import cut_ranges
+from moebeam.transforms.plan.sorted_runs import (
     MAX_RUN_BYTES,
     ROW_BYTES,
     SHARD_WEIGHT,
@@ -37,6 +36,7 @@ from transforms.sorted_runs import (
     share_of,
     write_rows,
 )
+from moebeam.transforms.read.input_scan import GROUP_ROWS
 
 Cache: TypeAlias = Literal["a shard", "unlimited", "lru"]
 

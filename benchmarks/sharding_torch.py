@@ -17,15 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.sharding_plans import INPUTS, rendered_batches, write_all_runs
-from jobs.demo.checkpoint_path import CHECKPOINT_PATH
-from model_runner.prefix_tree import token_ids_of
-from model_runner.protocol import EngineConfig, ModelRunner, load_runner
-from schemas.arrow import values_of
-from schemas.job import PlanSection
-from schemas.layout import RunLayout
-from schemas.records import Request, Sampling
-from transforms.plan import PlannedShard, PlanSpec, build_shards, cut_ranges
-from transforms.sorted_runs import read_rows
+from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
+from moebeam.model_runner.prefix_tree import token_ids_of
+from moebeam.model_runner.protocol import EngineConfig, ModelRunner, load_runner
+from moebeam.schemas.arrow import values_of
+from moebeam.schemas.job.sections import PlanSection
+from moebeam.schemas.records import Request, Sampling
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.plan.sorted_runs import read_rows
+from moebeam.transforms.plan.step import PlannedShard, PlanSpec, build_shards, cut_ranges
 
 SAMPLING = Sampling(max_tokens=8)
 

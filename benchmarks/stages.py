@@ -16,14 +16,14 @@ import pyarrow as pa
 
 from benchmarks.contenders.whole_way import benchmark_job
 from benchmarks.prompts import BenchmarkFiles
-from jobs.preflight import check_job
-from pipelines.main_job import MainJob
-from transforms.answer import LoadedEngine, answer_shard
-from transforms.plan import PlannedShard, build_shards, cut_ranges, write_plan
-from transforms.publish import publish_shard, write_manifest
-from transforms.read import read_unit
-from transforms.render import Renderer
-from transforms.sorted_runs import MAX_RUN_BYTES, RunFile, read_rows, write_runs
+from moebeam.jobs.check.preflight import check_job
+from moebeam.pipelines.main_job import MainJob
+from moebeam.transforms.answer.step import LoadedEngine, answer_shard
+from moebeam.transforms.plan.sorted_runs import MAX_RUN_BYTES, RunFile, read_rows, write_runs
+from moebeam.transforms.plan.step import PlannedShard, build_shards, cut_ranges, write_plan
+from moebeam.transforms.publish.step import publish_shard, write_manifest
+from moebeam.transforms.read.step import read_unit
+from moebeam.transforms.render.step import Renderer
 
 PACKAGES = ("schemas", "model_runner", "transforms", "pipelines", "jobs")
 _ROOT = Path(__file__).resolve().parent.parent

@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from model_runner.encoding.deepseek_v4 import DeepSeekV4
-from model_runner.encoding.strict_arguments import parse_object
-from schemas.answer_schema import AnswerSchema
-from schemas.canonical import Json, canonical_json
-from schemas.chat_options import Tool, parse_tools
-from schemas.errors import InvalidMessages, InvalidTools, JobFileError, RowError
-from schemas.records import ToolCall
+from moebeam.model_runner.encoding.deepseek.deepseek_v4 import DeepSeekV4
+from moebeam.model_runner.encoding.strict_arguments import parse_object
+from moebeam.schemas.canonical import Json, canonical_json
+from moebeam.schemas.chat_options import Tool, parse_tools
+from moebeam.schemas.contract.answer_schema import AnswerSchema
+from moebeam.schemas.errors import InvalidMessages, InvalidTools, JobFileError, RowError
+from moebeam.schemas.records import ToolCall
 
 _MAX_FAILURES = 1000
 _ENCODING = DeepSeekV4()

@@ -8,7 +8,7 @@ being sent does.
 from collections.abc import Iterable, Iterator
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
-from schemas.records import Completion, Request
+from moebeam.schemas.records import Completion, Request
 
 Verdict: TypeAlias = Literal["send", "wait", "stop"]
 """`send`: now. `wait`: ask again after the next arrival. `stop`: neither this request nor any other."""

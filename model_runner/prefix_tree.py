@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from schemas.records import TokenIds
+from moebeam.schemas.records import TokenIds
 
 NUM_TENANT_BYTES = 8
 _NUM_TENANT_WORDS = NUM_TENANT_BYTES // 4

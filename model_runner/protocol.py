@@ -1,6 +1,6 @@
 """The one protocol behind which every engine stands, and how an engine is named and loaded.
 
-Stands inside the *answer* stage: `transforms/run.py` pulls completions from `ModelRunner.generate`.
+Stands inside the *answer* stage: `transforms/answer/run.py` pulls completions from `ModelRunner.generate`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal, Protocol, TypeAlias, cast, runtime_checkable
 
-from schemas.errors import EngineLoadError
-from schemas.records import Completion, Request
+from moebeam.schemas.errors import EngineLoadError
+from moebeam.schemas.records import Completion, Request
 
 RemoteMode: TypeAlias = Literal["auto", "plain", "stream", "batch"]
 
@@ -116,11 +116,11 @@ def _is_peak(name: str) -> bool:
 
 
 ENGINES: dict[str, str] = {
-    "fake": "model_runner.fake:load_fake_runner",
-    "openai": "model_runner.openai_engine.runner:load_openai_runner",
-    "torch": "model_runner.torch_runner:load_torch_runner",
-    "transformers": "model_runner.transformers_runner:load_transformers_runner",
-    "vllm": "model_runner.vllm_runner:load_vllm_runner",
+    "fake": "moebeam.model_runner.fake_engine.runner:load_fake_runner",
+    "openai": "moebeam.model_runner.openai_engine.runner:load_openai_runner",
+    "torch": "moebeam.model_runner.torch_engine.runner:load_torch_runner",
+    "transformers": "moebeam.model_runner.transformers_engine.runner:load_transformers_runner",
+    "vllm": "moebeam.model_runner.vllm_engine.runner:load_vllm_runner",
 }
 """Engine names and where their loaders live; imported on first use, so a job pays only for its own engine."""
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import apache_beam as beam
 
-from transforms.answer import AnswerShards, AnswerSpec
-from transforms.duplicate_ids import FindDuplicates
-from transforms.input_scan import InputScan
-from transforms.plan import PlannedShard, PlanRecord, PlanShards, PlanSpec
-from transforms.publish import PublishRun, PublishSpec
-from transforms.read import ReadColumns, ReadPrompts
-from transforms.render import RenderPrompts, RenderSpec
+from moebeam.transforms.answer.step import AnswerShards, AnswerSpec
+from moebeam.transforms.plan.duplicate_ids import FindDuplicates
+from moebeam.transforms.plan.step import PlannedShard, PlanRecord, PlanShards, PlanSpec
+from moebeam.transforms.publish.step import PublishRun, PublishSpec
+from moebeam.transforms.read.input_scan import InputScan
+from moebeam.transforms.read.step import ReadColumns, ReadPrompts
+from moebeam.transforms.render.step import RenderPrompts, RenderSpec
 
 
 @dataclass(frozen=True, slots=True)

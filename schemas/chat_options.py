@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias, cast
 
-from schemas.canonical import Json
-from schemas.errors import InvalidResponseFormat, InvalidSampling, InvalidTools, abbreviated
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.errors import InvalidResponseFormat, InvalidSampling, InvalidTools, abbreviated
 
 MAX_TOOLS = 128
 """Most tools of one request, as DeepSeek's API documents it."""

@@ -1,6 +1,6 @@
 """The frozen records that stages and engines exchange, one request or answer each.
 
-Between stages rows travel as Arrow record batches (`schemas.tables`); they become these records
+Between stages rows travel as Arrow record batches (`moebeam.schemas.tables`); they become these records
 only around the model runner.
 """
 
@@ -12,11 +12,11 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from schemas.canonical import Json
-from schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
-from schemas.errors import RowError
-from schemas.lost_calls import LostCall
-from schemas.prices import PriceMode
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
+from moebeam.schemas.errors import RowError
+from moebeam.schemas.lost_calls import LostCall
+from moebeam.schemas.prices import PriceMode
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
 FinishReason: TypeAlias = Literal[

@@ -165,10 +165,10 @@ PLAN_SCHEMA = pa.schema(
         pa.field("merged_into", pa.string()),
     ]
 )
-"""A planned row, before its `passthrough` struct: a request in `prefix_key` (see `model_runner.prefix_tree`),
-`messages` and `sampling` (canonical JSON) and `options` (`schemas.chat_options`; null means the job's own), or a reject
-in the `error_*` columns, never both. `unit` is the ordinal of the input unit (file, row group), `source_row` the row's
-index in its file."""
+"""A planned row, before its `passthrough` struct: a request in `prefix_key` (see `moebeam.model_runner.prefix_tree`),
+`messages` and `sampling` (canonical JSON) and `options` (`moebeam.schemas.chat_options`; null means the job's own), or
+a reject in the `error_*` columns, never both. `unit` is the ordinal of the input unit (file, row group), `source_row`
+the row's index in its file."""
 
 PASSTHROUGH = "passthrough"
 OUTPUT = "output"

@@ -11,8 +11,8 @@ from datetime import datetime
 from decimal import ROUND_HALF_EVEN, Context, Decimal, Inexact, InvalidOperation, Overflow
 from typing import Literal, TypeAlias
 
-from schemas.errors import JobFileError
-from schemas.records import Usage
+from moebeam.schemas.errors import JobFileError
+from moebeam.schemas.records import Usage
 
 Recognition: TypeAlias = Literal["gross", "net"]
 """Revenue of a principal, all that it charges, or of an agent, its margin alone."""

@@ -24,7 +24,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     import torch
 
-    from tests.checkpoints import save_tiny_checkpoint
+    from tests.support.checkpoints import save_tiny_checkpoint
 
     torch.set_num_threads(1)
     return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))

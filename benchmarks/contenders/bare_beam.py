@@ -12,7 +12,7 @@ from apache_beam.io.parquetio import ReadFromParquet, WriteToParquet
 from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from benchmarks.prompts import BenchmarkFiles
-from jobs.beam_options import beam_options
+from moebeam.jobs.check.beam_options import beam_options
 
 
 class ReturnRows(ModelHandler[dict[str, str], dict[str, str], object]):

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.prompts import BenchmarkFiles
-from jobs.beam_options import beam_options
-from transforms.coders import RecordBatchCoder
-from transforms.read import MAX_BATCH_ROWS
+from moebeam.jobs.check.beam_options import beam_options
+from moebeam.transforms.beam.coders import RecordBatchCoder
+from moebeam.transforms.read.step import MAX_BATCH_ROWS
 
 NUM_KEYS = 16
 

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.prompts import ANSWER, NUM_ANSWER_TOKENS, SYSTEM, TEMPLATE, BenchmarkFiles
-from model_runner.prompt_encoder import PromptEncoder
-from schemas.answer_schema import AnswerSchema
-from schemas.job import PromptSection
-from schemas.output_column import output_column
-from schemas.output_type import output_type
-from schemas.tables import OUTPUT, RESULT_SCHEMA, result_schema
-from transforms.prompt_template import PromptTemplate
-from transforms.read import MAX_BATCH_ROWS
+from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
+from moebeam.schemas.contract.answer_schema import AnswerSchema
+from moebeam.schemas.contract.output_column import output_column
+from moebeam.schemas.contract.output_type import output_type
+from moebeam.schemas.job.sections import PromptSection
+from moebeam.schemas.tables import OUTPUT, RESULT_SCHEMA, result_schema
+from moebeam.transforms.read.step import MAX_BATCH_ROWS
+from moebeam.transforms.render.prompt_template import PromptTemplate
 
 
 def run(files: BenchmarkFiles, output: Path, checkpoint: str) -> int:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from benchmarks.prompts import SYSTEM, TEMPLATE, BenchmarkFiles
-from jobs.launch import launch
-from schemas.job import Job
+from moebeam.jobs.run.launch import launch
+from moebeam.schemas.job.sections import Job
 
 MAX_TOKENS = 128
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from schemas.errors import EngineLoadError
+from moebeam.schemas.errors import EngineLoadError
 
 SECRETS_VARIABLE = "MOEBEAM_SECRETS"
 """Such as `DEEPSEEK_API_KEY=projects/my-project/secrets/deepseek/versions/latest`; several are parted by spaces."""

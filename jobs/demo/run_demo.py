@@ -1,4 +1,4 @@
-"""The demo: `python -m jobs.demo.run_demo --rows 2000 --folder demo_run`.
+"""The demo: `python -m moebeam.jobs.demo.run_demo --rows 2000 --folder demo_run`.
 
 Makes support tickets as Parquet, writes a job file beside them, runs it with the embedded checkpoint as `moebeam run`
 would, and shows five answers and the query that an analyst would type.
@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from jobs.cli import run_command
-from jobs.demo.tickets import SYSTEM_PROMPT, USER_TEMPLATE, expected_answers, generate_tickets, tickets_table
+from moebeam.jobs.commands.cli import run_command
+from moebeam.jobs.demo.tickets import SYSTEM_PROMPT, USER_TEMPLATE, expected_answers, generate_tickets, tickets_table
 
 SEED = 2026
 NUM_SHOWN = 5

@@ -21,8 +21,8 @@ from typing import Literal
 
 import pyarrow as pa
 
-from jobs.demo import wordings
-from jobs.demo.wordings import HELD_OUT, TRAIN, Wordings
+from moebeam.jobs.demo import wordings
+from moebeam.jobs.demo.wordings import HELD_OUT, TRAIN, Wordings
 
 Split = Literal["train", "held_out"]
 

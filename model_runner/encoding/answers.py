@@ -8,9 +8,9 @@ it.
 
 from dataclasses import dataclass, replace
 
-from model_runner.encoding.call_formats import CallFormat
-from schemas.errors import MalformedToolCall
-from schemas.records import ToolCall
+from moebeam.model_runner.encoding.call_formats import CallFormat
+from moebeam.schemas.errors import MalformedToolCall
+from moebeam.schemas.records import ToolCall
 
 THINK, END_OF_THINKING = "<think>", "</think>"
 

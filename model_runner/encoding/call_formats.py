@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from model_runner.encoding.strict_arguments import arguments_text, parse_object, value_at
-from model_runner.encoding.token_marks import NO_MARKS, TokenMarks
-from schemas.canonical import Json
-from schemas.errors import InvalidMessages, MalformedToolCall, NotJson, abbreviated
-from schemas.records import ToolCall
+from moebeam.model_runner.encoding.strict_arguments import arguments_text, parse_object, value_at
+from moebeam.model_runner.encoding.token_marks import NO_MARKS, TokenMarks
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.errors import InvalidMessages, MalformedToolCall, NotJson, abbreviated
+from moebeam.schemas.records import ToolCall
 
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-"""The names that functions may have, as `schemas.chat_options` checks them where they are declared."""
+"""The names that functions may have, as `moebeam.schemas.chat_options` checks them where they are declared."""
 
 _SPACE = re.compile(r"\s*")
 _MAX_EXCERPT = 40

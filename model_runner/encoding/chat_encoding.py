@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, cast, get_args
 
-from model_runner.checkpoint import read_json_object
-from model_runner.encoding.answers import ParsedAnswer
-from model_runner.encoding.call_formats import CallFormat
-from model_runner.encoding.chat_template import SETTINGS_FILE, TEMPLATE_FILE, ChatTemplate
-from model_runner.encoding.deepseek_v3_2 import DeepSeekV32
-from model_runner.encoding.deepseek_v4 import DeepSeekV4
-from model_runner.encoding.deepseek_v4_1 import DeepSeekV41
-from model_runner.encoding.effort import V4_1_RELEASE, V4_RELEASE, read_v4_1_efforts, read_v4_efforts
-from model_runner.encoding.token_marks import TokenMarks
-from schemas import storage
-from schemas.chat_options import ChatOptions
-from schemas.errors import EngineLoadError
-from schemas.records import Message, ToolCall
+from moebeam.model_runner.checkpoint.files import read_json_object
+from moebeam.model_runner.encoding.answers import ParsedAnswer
+from moebeam.model_runner.encoding.call_formats import CallFormat
+from moebeam.model_runner.encoding.chat_template import SETTINGS_FILE, TEMPLATE_FILE, ChatTemplate
+from moebeam.model_runner.encoding.deepseek.deepseek_v3_2 import DeepSeekV32
+from moebeam.model_runner.encoding.deepseek.deepseek_v4 import DeepSeekV4
+from moebeam.model_runner.encoding.deepseek.deepseek_v4_1 import DeepSeekV41
+from moebeam.model_runner.encoding.deepseek.effort import V4_1_RELEASE, V4_RELEASE, read_v4_1_efforts, read_v4_efforts
+from moebeam.model_runner.encoding.token_marks import TokenMarks
+from moebeam.schemas.chat_options import ChatOptions
+from moebeam.schemas.errors import EngineLoadError
+from moebeam.schemas.records import Message, ToolCall
+from moebeam.schemas.store import files as storage
 
 __all__ = ["ChatEncoding", "EncodingName", "ParsedAnswer", "encoding_of"]
 

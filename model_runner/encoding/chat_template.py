@@ -15,16 +15,16 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from model_runner.checkpoint import read_checkpoint_file, read_json_object
-from model_runner.encoding.answers import END_OF_THINKING, THINK, ParsedAnswer, parse_answer
-from model_runner.encoding.call_formats import JsonCallFormat, format_of_template
-from model_runner.encoding.conversation import check_messages, is_prefix
-from model_runner.encoding.token_marks import NO_MARKS, TokenMarks
-from schemas import storage
-from schemas.canonical import Json
-from schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
-from schemas.errors import EngineLoadError, InvalidMessages
-from schemas.records import Message, ToolCall
+from moebeam.model_runner.checkpoint.files import read_checkpoint_file, read_json_object
+from moebeam.model_runner.encoding.answers import END_OF_THINKING, THINK, ParsedAnswer, parse_answer
+from moebeam.model_runner.encoding.call_formats import JsonCallFormat, format_of_template
+from moebeam.model_runner.encoding.conversation import check_messages, is_prefix
+from moebeam.model_runner.encoding.token_marks import NO_MARKS, TokenMarks
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
+from moebeam.schemas.errors import EngineLoadError, InvalidMessages
+from moebeam.schemas.records import Message, ToolCall
+from moebeam.schemas.store import files as storage
 
 TEMPLATE_FILE = "chat_template.jinja"
 SETTINGS_FILE = "tokenizer_config.json"

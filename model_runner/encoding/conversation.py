@@ -8,11 +8,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from model_runner.encoding.strict_arguments import arguments_text
-from schemas.canonical import Json
-from schemas.chat_options import ChatOptions, Tool, parse_tools
-from schemas.errors import InvalidMessages, abbreviated
-from schemas.records import Message, ToolCall
+from moebeam.model_runner.encoding.strict_arguments import arguments_text
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.chat_options import ChatOptions, Tool, parse_tools
+from moebeam.schemas.errors import InvalidMessages, abbreviated
+from moebeam.schemas.records import Message, ToolCall
 
 TASKS = frozenset({"action", "query", "authority", "domain", "title", "read_url"})
 

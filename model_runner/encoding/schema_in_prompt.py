@@ -9,10 +9,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import cast
 
-from schemas.answer_schema import AnswerSchema
-from schemas.canonical import Json
-from schemas.errors import JobFileError, RowError
-from schemas.records import Message
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.contract.answer_schema import AnswerSchema
+from moebeam.schemas.errors import JobFileError, RowError
+from moebeam.schemas.records import Message
 
 _MAX_DEPTH = 8
 _TEXTS = {

@@ -1,17 +1,17 @@
 """The JSON of a call's arguments, read by the letter: an object that every reader understands alike.
 
 `ToolCall.arguments` is JSON text. What two readers could read differently is refused: a key twice in an object, numbers
-that are not finite, lone surrogates, more nesting than `schemas.strict_json.MAX_DEPTH`. Numbers are those of Python:
-integers exact, all others the nearest double.
+that are not finite, lone surrogates, more nesting than `moebeam.schemas.contract.strict_json.MAX_DEPTH`. Numbers are
+those of Python: integers exact, all others the nearest double.
 """
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from schemas.canonical import Json
-from schemas.errors import NotJson, abbreviated
-from schemas.strict_json import parse_json
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.contract.strict_json import parse_json
+from moebeam.schemas.errors import NotJson, abbreviated
 
 
 def parse_value(text: str) -> Json:

@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import TypeAlias
 
-from schemas.canonical import Json
+from moebeam.schemas.canonical import Json
 
 MARK = "\ufdd0"
 """Unicode reserves it for the inside of programs: no text that is meant to be exchanged holds it."""

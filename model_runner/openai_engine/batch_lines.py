@@ -15,13 +15,13 @@ import httpx2
 import openai
 from pydantic import BaseModel, ValidationError
 
-from model_runner.openai_engine.failures import CallFailure, failure_of
-from model_runner.openai_engine.profiles import Profile
-from model_runner.openai_engine.request_body import chat_body
-from model_runner.openai_engine.responses import Answer, read_answer
-from schemas.canonical import fingerprint
-from schemas.errors import EngineFailed, EngineTimeout, MalformedResponse, RowError
-from schemas.records import Request
+from moebeam.model_runner.openai_engine.failures import CallFailure, failure_of
+from moebeam.model_runner.openai_engine.profiles import Profile
+from moebeam.model_runner.openai_engine.request_body import chat_body
+from moebeam.model_runner.openai_engine.responses import Answer, read_answer
+from moebeam.schemas.canonical import fingerprint
+from moebeam.schemas.errors import EngineFailed, EngineTimeout, MalformedResponse, RowError
+from moebeam.schemas.records import Request
 
 CHAT_URL = "/v1/chat/completions"
 MAX_LINES = 50_000

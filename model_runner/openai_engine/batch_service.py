@@ -19,10 +19,10 @@ import openai
 from openai.types import Batch, FileObject
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from model_runner.openai_engine.batch_lines import CHAT_URL, DIGEST_KEY, BatchWindow, may_hold
-from model_runner.openai_engine.endpoint import EndpointSpec
-from model_runner.openai_engine.failures import failure_of
-from schemas.errors import EngineUnavailable
+from moebeam.model_runner.openai_engine.batch_lines import CHAT_URL, DIGEST_KEY, BatchWindow, may_hold
+from moebeam.model_runner.openai_engine.endpoint import EndpointSpec
+from moebeam.model_runner.openai_engine.failures import failure_of
+from moebeam.schemas.errors import EngineUnavailable
 
 _ENDED = frozenset({"completed", "expired", "cancelled", "failed"})
 _MAX_AGE = timedelta(days=30)

@@ -15,7 +15,7 @@ from collections import deque
 from pathlib import Path
 from typing import IO
 
-from model_runner.host_folder import host_folder
+from moebeam.model_runner.host_folder import host_folder
 
 START = 16
 """Requests in flight before anything is known of an endpoint."""

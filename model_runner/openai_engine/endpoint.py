@@ -21,16 +21,16 @@ import openai
 from openai.types.chat import ChatCompletionChunk
 from tenacity import AsyncRetrying, RetryCallState
 
-from model_runner.openai_engine.concurrency import AdaptiveLimit, MachineShare
-from model_runner.openai_engine.door import Door
-from model_runner.openai_engine.failures import CallFailure, failure_of
-from model_runner.openai_engine.profiles import Profile
-from model_runner.openai_engine.request_body import ChatBody, chat_body
-from model_runner.openai_engine.responses import Answer, StreamedAnswer, read_answer
-from schemas.canonical import fingerprint
-from schemas.errors import AnswerInterrupted, EngineOverloaded, RowError
-from schemas.lost_calls import LostCall
-from schemas.records import Request
+from moebeam.model_runner.openai_engine.admission_queue import Door
+from moebeam.model_runner.openai_engine.concurrency import AdaptiveLimit, MachineShare
+from moebeam.model_runner.openai_engine.failures import CallFailure, failure_of
+from moebeam.model_runner.openai_engine.profiles import Profile
+from moebeam.model_runner.openai_engine.request_body import ChatBody, chat_body
+from moebeam.model_runner.openai_engine.responses import Answer, StreamedAnswer, read_answer
+from moebeam.schemas.canonical import fingerprint
+from moebeam.schemas.errors import AnswerInterrupted, EngineOverloaded, RowError
+from moebeam.schemas.lost_calls import LostCall
+from moebeam.schemas.records import Request
 
 _PATH = "/chat/completions"
 _CONNECT_TIMEOUT_S = 30.0

@@ -14,8 +14,8 @@ import aiohttp
 import httpx2
 import openai
 
-from model_runner.openai_engine.profiles import Profile
-from schemas.errors import (
+from moebeam.model_runner.openai_engine.profiles import Profile
+from moebeam.schemas.errors import (
     ContentRefused,
     EngineFailed,
     EngineOverloaded,

@@ -12,8 +12,8 @@ import threading
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
-from model_runner.prefix_tree import common_prefix_length
-from schemas.records import Request
+from moebeam.model_runner.prefix_tree import common_prefix_length
+from moebeam.schemas.records import Request
 
 _MAX_WARM_PREFIXES = 65_536
 

@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from schemas.chat_options import ResponseType
-from schemas.errors import EngineLoadError
+from moebeam.schemas.chat_options import ResponseType
+from moebeam.schemas.errors import EngineLoadError
 
 DEFAULT_PROFILE = "openai"
 """What an endpoint without a named provider is taken for."""
@@ -31,7 +31,7 @@ class Profile(BaseModel):
         mode: `stream` where the provider cuts connections that are silent for long.
         thinking: how thinking is switched: DeepSeek's `thinking: {type}`, Alibaba's `enable_thinking`, an argument of
             the chat template (`template:NAME`), or not at all.
-        effort: `reasoning_effort` as it is asked for, mapped by `schemas/model_limits.py`, or not sent.
+        effort: `reasoning_effort` as it is asked for, mapped by `model_runner/checkpoint/model_limits.py`, or not sent.
         strict_tools: whether `strict` may stand in a function.
         response_types: forms of answers it takes; a schema goes into the prompt where `json_schema` is missing.
         unsupported: fields of `Sampling` that it refuses or does not know.
@@ -85,7 +85,7 @@ def profiles() -> dict[str, Profile]:
     Raises:
         EngineLoadError: the file is damaged; names the profile and the field.
     """
-    text = resources.files("model_runner.openai_engine").joinpath("profiles.toml").read_text("utf-8")
+    text = resources.files("moebeam.model_runner.openai_engine").joinpath("profiles.toml").read_text("utf-8")
     tables = tomllib.loads(text)
     named = {name: {"name": name, **table} for name, table in tables.items()}
     try:

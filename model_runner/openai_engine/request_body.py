@@ -14,13 +14,13 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
-from model_runner.encoding.schema_in_prompt import with_schema_in_prompt
-from model_runner.openai_engine.profiles import Profile
-from schemas.canonical import Json
-from schemas.chat_options import ChatOptions, Tool
-from schemas.errors import RequestRefused
-from schemas.model_limits import mapped_effort, strict_tool_problems
-from schemas.records import Message, Request, Sampling
+from moebeam.model_runner.checkpoint.model_limits import mapped_effort, strict_tool_problems
+from moebeam.model_runner.encoding.schema_in_prompt import with_schema_in_prompt
+from moebeam.model_runner.openai_engine.profiles import Profile
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.chat_options import ChatOptions, Tool
+from moebeam.schemas.errors import RequestRefused
+from moebeam.schemas.records import Message, Request, Sampling
 
 _log = logging.getLogger(__name__)
 _NUM_TENANT_CHARACTERS = 32

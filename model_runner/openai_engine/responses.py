@@ -11,9 +11,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from model_runner.openai_engine.profiles import Profile
-from schemas.errors import AnswerInterrupted, EngineFailed, MalformedResponse, RowError, abbreviated
-from schemas.records import FinishReason, ToolCall, Usage
+from moebeam.model_runner.openai_engine.profiles import Profile
+from moebeam.schemas.errors import AnswerInterrupted, EngineFailed, MalformedResponse, RowError, abbreviated
+from moebeam.schemas.records import FinishReason, ToolCall, Usage
 
 _FINISH_REASONS: Mapping[str, FinishReason] = {
     **{reason: reason for reason in get_args(FinishReason) if reason != "error"},

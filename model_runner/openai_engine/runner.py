@@ -16,19 +16,19 @@ from datetime import UTC, datetime
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
-from model_runner.admission import Admission
-from model_runner.openai_engine.batch_service import BatchService
-from model_runner.openai_engine.batches import BatchRunner
-from model_runner.openai_engine.door import Door, NotAdmitted
-from model_runner.openai_engine.endpoint import Arrived, Endpoint, EndpointSpec, Patience
-from model_runner.openai_engine.event_loop import BackgroundLoop
-from model_runner.openai_engine.failures import CallFailure
-from model_runner.openai_engine.prefix_gate import PrefixGate, WarmPrefixes
-from model_runner.openai_engine.profiles import profile_of
-from model_runner.protocol import EngineConfig, Fallback, RemoteMode
-from schemas.errors import EngineLoadError, EngineUnavailable, RowError
-from schemas.lost_calls import LostCall
-from schemas.records import Completion, Request
+from moebeam.model_runner.admission import Admission
+from moebeam.model_runner.openai_engine.admission_queue import Door, NotAdmitted
+from moebeam.model_runner.openai_engine.batch_runner import BatchRunner
+from moebeam.model_runner.openai_engine.batch_service import BatchService
+from moebeam.model_runner.openai_engine.endpoint import Arrived, Endpoint, EndpointSpec, Patience
+from moebeam.model_runner.openai_engine.event_loop import BackgroundLoop
+from moebeam.model_runner.openai_engine.failures import CallFailure
+from moebeam.model_runner.openai_engine.prefix_gate import PrefixGate, WarmPrefixes
+from moebeam.model_runner.openai_engine.profiles import profile_of
+from moebeam.model_runner.protocol import EngineConfig, Fallback, RemoteMode
+from moebeam.schemas.errors import EngineLoadError, EngineUnavailable, RowError
+from moebeam.schemas.lost_calls import LostCall
+from moebeam.schemas.records import Completion, Request
 
 _LOOK_AHEAD = 64
 """Requests pulled beyond those that may be in flight, so that no place stays empty while input is read."""

@@ -1,6 +1,6 @@
 """The torch engine at the level of tokens: plan -> extend -> sample -> retire.
 
-`model_runner/torch_runner.py` puts texts around it. Architectures stand behind `Architecture`; policy is in
+`model_runner/torch_engine/runner.py` puts texts around it. Architectures stand behind `Architecture`; policy is in
 `schedule.py`, memory in `cache.py`.
 """
 
@@ -16,20 +16,26 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from model_runner.accelerators import pick_device
-from model_runner.prompt_limits import why_not_runnable
-from model_runner.torch_engine.architecture import Architecture, build_architecture, place_step
-from model_runner.torch_engine.cache import Cache
-from model_runner.torch_engine.constraint import MaskFiller
-from model_runner.torch_engine.devices import Placement, available_bytes, keep_freed_memory, num_threads, touch_memory
-from model_runner.torch_engine.reading import commit_entries
-from model_runner.torch_engine.sampler import Draw, Drawn, sample
-from model_runner.torch_engine.schedule import Running, Schedule, Step
-from model_runner.torch_engine.sequences import Finished, Prompt
-from model_runner.torch_engine.tree import Node
-from model_runner.torch_engine.weights import CheckpointWeights
-from schemas.errors import EngineFailed, EngineLoadError
-from schemas.records import Sampling
+from moebeam.model_runner.checkpoint.prompt_limits import why_not_runnable
+from moebeam.model_runner.grammar.constraint import MaskFiller
+from moebeam.model_runner.torch_engine.accelerators import pick_device
+from moebeam.model_runner.torch_engine.memory.cache import Cache
+from moebeam.model_runner.torch_engine.memory.reading import commit_entries
+from moebeam.model_runner.torch_engine.models.architecture import Architecture, build_architecture, place_step
+from moebeam.model_runner.torch_engine.sampler import Draw, Drawn, sample
+from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node
+from moebeam.model_runner.torch_engine.schedule.schedule import Running, Schedule, Step
+from moebeam.model_runner.torch_engine.schedule.sequences import Finished, Prompt
+from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
+from moebeam.model_runner.torch_engine.weights.devices import (
+    Placement,
+    available_bytes,
+    keep_freed_memory,
+    num_threads,
+    touch_memory,
+)
+from moebeam.schemas.errors import EngineFailed, EngineLoadError
+from moebeam.schemas.records import Sampling
 
 DEFAULT_BATCH_SIZE = 128
 MAX_STEP_ROWS = 1024

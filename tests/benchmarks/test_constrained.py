@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import constrained
 from benchmarks.synthetic_tokenizer import END_TOKEN_ID, SPECIAL_TOKENS, synthetic_tokenizer
-from model_runner.json_grammar import EnforceableSchema
-from schemas.canonical import Json
+from moebeam.model_runner.grammar.json_grammar import EnforceableSchema
+from moebeam.schemas.canonical import Json
 
 
 def run(folder: Path, schemas: dict[str, Any], *arguments: str) -> tuple[int, dict[str, Any]]:

@@ -26,8 +26,8 @@ from transformers import (
 from benchmarks import engine, engine_bound, engine_contenders, engine_work
 from benchmarks.engine_bound import ModelFlops, count_work, gemm_rate, model_flops
 from benchmarks.engine_contenders import ContenderFailed, Run, Work
-from model_runner.torch_engine.sequences import Finished, Prompt
-from schemas.errors import EngineFailed
+from moebeam.model_runner.torch_engine.schedule.sequences import Finished, Prompt
+from moebeam.schemas.errors import EngineFailed
 
 VOCAB_SIZE = 61
 PROMPTS = [[7, 8, 9, 10], [7, 8, 9, 11], [20, 21], [7, 8, 9, 10, 12, 13]]
@@ -377,9 +377,9 @@ class StandInEngine:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = ModuleType("model_runner.torch_engine.engine")
+    module = ModuleType("moebeam.model_runner.torch_engine.engine")
     module.TorchEngine = StandInEngine  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "model_runner.torch_engine.engine", module)
+    monkeypatch.setitem(sys.modules, "moebeam.model_runner.torch_engine.engine", module)
 
 
 @pytest.mark.usefixtures("stand_in")

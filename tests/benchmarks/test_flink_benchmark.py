@@ -12,7 +12,7 @@ import pytest
 from benchmarks import flink, flink_shape
 from benchmarks.flink import FlinkRun, MemoryWatch, Stages, command_of, growth, lines_of
 from benchmarks.prompts import BenchmarkFiles, write_files
-from jobs.job_file import load_job
+from moebeam.jobs.check.job_file import load_job
 
 NUM_ROWS = 30
 

@@ -13,7 +13,7 @@ from benchmarks.contenders import NAMES, Name, load_contender
 from benchmarks.measure import measure
 from benchmarks.prompts import BenchmarkFiles, write_files, write_prompts
 from benchmarks.stages import profile_stages, walk_stages
-from schemas.tables import OUTPUT, RESULT_SCHEMA
+from moebeam.schemas.tables import OUTPUT, RESULT_SCHEMA
 
 NUM_ROWS = 40
 ROW_BYTES = 160
@@ -90,7 +90,7 @@ def test_stages_called_one_by_one_give_the_tables_of_the_whole_way(
 def test_profile_names_functions_of_moebeam_alone(files: BenchmarkFiles, checkpoint: str, tmp_path: Path) -> None:
     found = profile_stages(files, tmp_path / "output", checkpoint, num_functions=200)
     by_name = {function.name: function for function in found}
-    assert by_name["model_runner/prompt_encoder.py:PromptEncoder.render"].num_calls == NUM_ROWS
+    assert by_name["model_runner/encoding/prompt_encoder.py:PromptEncoder.render"].num_calls == NUM_ROWS
     assert {name.split("/")[0] for name in by_name} <= {"schemas", "model_runner", "transforms", "pipelines", "jobs"}
     assert [function.total_s for function in found] == sorted((f.total_s for f in found), reverse=True)
 

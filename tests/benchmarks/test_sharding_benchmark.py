@@ -26,14 +26,14 @@ from benchmarks.sharding_simulator import (
     token_order,
 )
 from benchmarks.sharding_workloads import NO_NODE, WORKLOADS, Workload
-from model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens, prefix_key
-from schemas.job import PlanSection
-from schemas.layout import RunLayout
-from schemas.records import Sampling
-from schemas.tables import plan_schema
-from transforms.plan import PlannedShard, PlanSpec, build_shards, cut_ranges
-from transforms.renderer import sampling_json
-from transforms.sorted_runs import read_rows, write_runs
+from moebeam.model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens, prefix_key
+from moebeam.schemas.job.sections import PlanSection
+from moebeam.schemas.records import Sampling
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.tables import plan_schema
+from moebeam.transforms.plan.sorted_runs import read_rows, write_runs
+from moebeam.transforms.plan.step import PlannedShard, PlanSpec, build_shards, cut_ranges
+from moebeam.transforms.render.render_rows import sampling_json
 
 # Few token values and short prompts, so that prefixes, forks and repeated prompts are common.
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=50)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from benchmarks import toolcalls
-from model_runner.encoding.answers import ParsedAnswer
-from model_runner.encoding.deepseek_v4 import DeepSeekV4
-from schemas.records import ToolCall
+from moebeam.model_runner.encoding.answers import ParsedAnswer
+from moebeam.model_runner.encoding.deepseek.deepseek_v4 import DeepSeekV4
+from moebeam.schemas.records import ToolCall
 
 TOOL = {
     "type": "function",

@@ -19,14 +19,14 @@ from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
 
-from model_runner.checkpoint import checkpoint_revision
-from model_runner.handler import MoebeamModelHandler
-from model_runner.prompt_encoder import PromptEncoder
-from model_runner.protocol import ENGINES as LOADERS
-from model_runner.protocol import EngineConfig, ModelRunner, load_runner
-from schemas.errors import RowError
-from schemas.records import Completion, Message, Request, Sampling
-from tests.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error, with_usage
+from moebeam.model_runner.checkpoint.files import checkpoint_revision
+from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
+from moebeam.model_runner.protocol import ENGINES as LOADERS
+from moebeam.model_runner.protocol import EngineConfig, ModelRunner, load_runner
+from moebeam.model_runner.run_inference.handler import MoebeamModelHandler
+from moebeam.schemas.errors import RowError
+from moebeam.schemas.records import Completion, Message, Request, Sampling
+from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error, with_usage
 
 ENGINES: dict[str, dict[str, str]] = {
     "fake": {"script": "script.json"},
@@ -92,7 +92,8 @@ def answers(completions: Iterator[Completion]) -> dict[str, Answer]:
 
 
 def test_every_engine_stands_under_this_contract() -> None:
-    # `vllm` needs an interpreter of its own and a model that it knows: tests/model_runner/test_vllm_runner.py.
+    # `vllm` needs an interpreter of its own and a model that it knows:
+    # tests/model_runner/vllm_engine/test_vllm_runner.py.
     assert {*ENGINES, "vllm"} == set(LOADERS)
 
 
@@ -204,7 +205,8 @@ def test_plain_run_inference_keeps_answers_with_their_rows(
 
 def test_planning_and_fake_runs_need_neither_torch_nor_beam() -> None:
     code = (
-        "import sys, model_runner.prefix_tree, model_runner.prompt_encoder, model_runner.fake; "
+        "import sys, moebeam.model_runner.prefix_tree, moebeam.model_runner.encoding.prompt_encoder, "
+        "moebeam.model_runner.fake_engine.runner; "
         "print([name for name in ('torch', 'transformers', 'apache_beam') if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.launch import launch
-from schemas import storage
-from schemas.errors import PipelineFailed
-from schemas.layout import RunLayout
-from tests.jobs_for_tests import fake_job, priced, write_parquet
+from moebeam.jobs.run.launch import launch
+from moebeam.schemas.errors import PipelineFailed
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.run_layout import RunLayout
+from tests.support.jobs_for_tests import fake_job, priced, write_parquet
 
 NUM_ROWS = 24
 

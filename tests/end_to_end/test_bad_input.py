@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.launch import launch
-from jobs.preflight import check_job
-from schemas import storage
-from schemas.errors import InputPatternError, JobFileError, OutputError
-from tests.jobs_for_tests import column, fake_job, read_table, run_fake_job, write_parquet, write_script
+from moebeam.jobs.check.preflight import check_job
+from moebeam.jobs.run.launch import launch
+from moebeam.schemas.errors import InputPatternError, JobFileError, OutputError
+from moebeam.schemas.store import files as storage
+from tests.support.jobs_for_tests import column, fake_job, read_table, run_fake_job, write_parquet, write_script
 
 TEXTS = [f"ticket number {row}" for row in range(30)]
 

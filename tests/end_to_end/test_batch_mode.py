@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from jobs.launch import launch
-from model_runner.openai_engine.batch_service import BatchPatience
-from schemas.errors import JobFileError
-from tests.batch_endpoint import BatchEndpoint
-from tests.fake_endpoint import deepseek
-from tests.jobs_for_tests import read_table
-from tests.remote_jobs import KEY, KEY_VARIABLE, MODEL, remote_job, write_tickets
+from moebeam.jobs.run.launch import launch
+from moebeam.model_runner.openai_engine.batch_service import BatchPatience
+from moebeam.schemas.errors import JobFileError
+from tests.support.batch_endpoint import BatchEndpoint
+from tests.support.fake_endpoint import deepseek
+from tests.support.jobs_for_tests import read_table
+from tests.support.remote_jobs import KEY, KEY_VARIABLE, MODEL, remote_job, write_tickets
 
 PRICES = f"""\
 provider,model,effective_from_utc,effective_to_utc,window_utc,currency,cache_hit_per_mtok,cache_miss_per_mtok,\

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.launch import launch
-from tests.disturbed_runs import Tables, Work, problems_of, tables_of
-from tests.faulty_storage import Fault, faults_of, operations_of, outcome_of
+from moebeam.jobs.run.launch import launch
+from tests.support.disturbed_runs import Tables, Work, problems_of, tables_of
+from tests.support.faulty_storage import Fault, faults_of, operations_of, outcome_of
 
 NUM_SAMPLES = 20
 

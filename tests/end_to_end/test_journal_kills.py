@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from schemas.job import Job
-from tests.disturbed_runs import tables_of
-from tests.fake_endpoint import FakeEndpoint
-from tests.jobs_for_tests import read_table
-from tests.killed_runs import RUN_TIMEOUT_S, kill, run_to_end, start
-from tests.remote_jobs import KEY, KEY_VARIABLE, Answers, remote_job, write_tickets
+from moebeam.schemas.job.sections import Job
+from tests.support.disturbed_runs import tables_of
+from tests.support.fake_endpoint import FakeEndpoint
+from tests.support.jobs_for_tests import read_table
+from tests.support.killed_runs import RUN_TIMEOUT_S, kill, run_to_end, start
+from tests.support.remote_jobs import KEY, KEY_VARIABLE, Answers, remote_job, write_tickets
 
 NUM_ROWS = 150
 MAX_IN_FLIGHT = 6

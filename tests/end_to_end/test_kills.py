@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.disturbed_runs import Work
-from tests.killed_runs import WORKERS, KillCount, Victim, kill_series, undisturbed_run
+from tests.support.disturbed_runs import Work
+from tests.support.killed_runs import WORKERS, KillCount, Victim, kill_series, undisturbed_run
 
 NUM_KILLS = int(os.environ.get("MOEBEAM_KILLS", "20"))
 

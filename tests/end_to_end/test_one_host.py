@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jobs.demo.checkpoint_path import CHECKPOINT_PATH
-from tests.disturbed_runs import tables_of
-from tests.jobs_for_tests import write_parquet
-from tests.killed_runs import ROOT, RUN_TIMEOUT_S
+from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
+from tests.support.disturbed_runs import tables_of
+from tests.support.jobs_for_tests import write_parquet
+from tests.support.killed_runs import ROOT, RUN_TIMEOUT_S
 
 JOB = """\
 [input]
@@ -39,7 +39,15 @@ def run(folder: Path, output: str, process: str, *args: str) -> str:
     """Run the job; what its processes said."""
     job_file = folder / f"{output}.toml"
     job_file.write_text(JOB.format(output=output, model=CHECKPOINT_PATH, process=process))
-    command = [sys.executable, "-c", "from jobs.cli import main; main()", "run", str(job_file), "--debug", *args]
+    command = [
+        sys.executable,
+        "-c",
+        "from moebeam.jobs.commands.cli import main; main()",
+        "run",
+        str(job_file),
+        "--debug",
+        *args,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import run_command
-from tests.disturbed_runs import tables_of
-from tests.jobs_for_tests import run_fake_job, write_parquet, write_script
+from moebeam.jobs.commands.cli import run_command
+from tests.support.disturbed_runs import tables_of
+from tests.support.jobs_for_tests import run_fake_job, write_parquet, write_script
 
 NUM_ROWS = 40
 
@@ -74,7 +74,14 @@ def test_a_run_that_died_with_its_engine_goes_on_and_rejects_the_row(
         max_shard_rows = 16
         """
     )
-    command = [sys.executable, "-c", "from jobs.cli import main; main()", "run", str(job_file), "--quiet"]
+    command = [
+        sys.executable,
+        "-c",
+        "from moebeam.jobs.commands.cli import main; main()",
+        "run",
+        str(job_file),
+        "--quiet",
+    ]
     died = subprocess.run(command, capture_output=True, timeout=120, check=False)
     assert died.returncode == -signal.SIGKILL
     assert run_command(["resume", str(tmp_path / "out"), "--quiet"]) == 3

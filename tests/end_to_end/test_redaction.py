@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import run_command
-from tests.disturbed_runs import tables_of
-from tests.jobs_for_tests import priced, write_parquet, write_script
-from transforms.sorted_runs import read_rows
+from moebeam.jobs.commands.cli import run_command
+from moebeam.transforms.plan.sorted_runs import read_rows
+from tests.support.disturbed_runs import tables_of
+from tests.support.jobs_for_tests import priced, write_parquet, write_script
 
 CANARY = "Wer-das-liest-ist-neugierig"
 

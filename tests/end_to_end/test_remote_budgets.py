@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from jobs.launch import launch
-from tests.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
-from tests.jobs_for_tests import read_table
-from tests.remote_jobs import KEY, KEY_VARIABLE, remote_job, write_tickets
+from moebeam.jobs.run.launch import launch
+from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
+from tests.support.jobs_for_tests import read_table
+from tests.support.remote_jobs import KEY, KEY_VARIABLE, remote_job, write_tickets
 
 NUM_ROWS, NUM_IN_FLIGHT, MAX_TOKENS = 600, 64, 200
 PROMPT_TOKENS = 100

@@ -14,18 +14,18 @@ import pytest
 from apache_beam.internal.cloudpickle import cloudpickle
 from rich.console import Console
 
-from jobs.launch import launch, resume
-from jobs.preflight import check_job
-from jobs.progress import print_summary
-from jobs.retry import prepare_retry, retry_job
-from jobs.run_record import read_record
-from schemas.errors import JobFileError, OutputError, PipelineFailed
-from schemas.job import Job
-from schemas.layout import RunLayout
-from tests.fake_endpoint import Call, FakeEndpoint, Reply, error
-from tests.jobs_for_tests import read_table
-from tests.remote_jobs import KEY, KEY_VARIABLE, MODEL, Answers, remote_job, write_tickets
-from transforms.journal_file import JournalWriter, read_journal
+from moebeam.jobs.check.preflight import check_job
+from moebeam.jobs.output.run_record import read_record
+from moebeam.jobs.run.launch import launch, resume
+from moebeam.jobs.run.progress import print_summary
+from moebeam.jobs.run.retry_failed import prepare_retry, retry_job
+from moebeam.schemas.errors import JobFileError, OutputError, PipelineFailed
+from moebeam.schemas.job.sections import Job
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.durable.journal_file import JournalWriter, read_journal
+from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, error
+from tests.support.jobs_for_tests import read_table
+from tests.support.remote_jobs import KEY, KEY_VARIABLE, MODEL, Answers, remote_job, write_tickets
 
 NUM_ROWS = 20
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import run_command
-from tests.disturbed_runs import Work
+from moebeam.jobs.commands.cli import run_command
+from moebeam.transforms.read import input_scan
 from tests.end_to_end.test_stopped_runs import manifest_of, spoken
-from tests.jobs_for_tests import read_table, write_script
-from transforms import input_scan
+from tests.support.disturbed_runs import Work
+from tests.support.jobs_for_tests import read_table, write_script
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from jobs.cli import run_command
-from jobs.launch import launch, resume
-from jobs.reuse import prepare_reuse
-from jobs.run_record import read_record
-from jobs.summary import RunSummary
-from schemas.errors import OutputError
-from tests.disturbed_runs import tables_of
-from tests.jobs_for_tests import TEMPLATE, fake_job, priced, run_fake_job, write_parquet, write_script
-from transforms.answer import LoadedEngine
+from moebeam.jobs.check.reuse import prepare_reuse
+from moebeam.jobs.commands.cli import run_command
+from moebeam.jobs.console.summary import RunSummary
+from moebeam.jobs.output.run_record import read_record
+from moebeam.jobs.run.launch import launch, resume
+from moebeam.schemas.errors import OutputError
+from moebeam.transforms.answer.step import LoadedEngine
+from tests.support.disturbed_runs import tables_of
+from tests.support.jobs_for_tests import TEMPLATE, fake_job, priced, run_fake_job, write_parquet, write_script
 
 PARAGRAPH = "the same long beginning of every prompt, " * 3
 YESTERDAY = [f"{PARAGRAPH} row {row}" for row in range(60)] + ["BAD", "again", "again"]

@@ -16,11 +16,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.launch import launch
-from jobs.notebook import run_job
-from jobs.summary import ProgressSnapshot
-from schemas.errors import JobError
-from tests.jobs_for_tests import column, fake_job, priced, read_table, run_fake_job, write_parquet, write_script
+from moebeam.jobs.commands.notebook import run_job
+from moebeam.jobs.console.summary import ProgressSnapshot
+from moebeam.jobs.run.launch import launch
+from moebeam.schemas.errors import JobError
+from tests.support.jobs_for_tests import column, fake_job, priced, read_table, run_fake_job, write_parquet, write_script
+from tests.support.paths import ROOT
 
 ANSWER_COLUMNS = (
     "custom_id",
@@ -211,10 +212,11 @@ def test_kill_9_in_mid_run_loses_nothing_and_leaves_only_whole_files(tmp_path: P
     job = fake_job(source, tmp_path / "out", tiny_checkpoint, model={"script": str(script)}, plan={"max_shard_rows": 5})
     (tmp_path / "job.json").write_text(job.model_dump_json(by_alias=True))
     code = (
-        "import sys, pathlib; from schemas.job import Job; from jobs.launch import launch; "
+        "import sys, pathlib; "
+        "from moebeam.schemas.job.sections import Job; from moebeam.jobs.run.launch import launch; "
         "launch(Job.model_validate_json(pathlib.Path(sys.argv[1]).read_text()))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "job.json")], cwd=Path(__file__).parents[2])
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "job.json")], cwd=ROOT)
     commits = tmp_path / "out" / "_moebeam" / "commits"
     deadline = time.monotonic() + 120
     while not (commits.is_dir() and len(list(commits.glob("*.json"))) >= 2):
@@ -240,7 +242,7 @@ def test_a_failing_step_is_told_in_its_own_words_and_the_next_run_continues(
 ) -> None:
     source = tickets(tmp_path / "in")
     sections = {"plan": {"max_shard_rows": 20}}
-    import transforms.commit as commit_module
+    import moebeam.transforms.durable.commit as commit_module
 
     real = commit_module.storage.create_exclusive
     calls: list[str] = []

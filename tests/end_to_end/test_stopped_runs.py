@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.cli import run_command
-from tests.disturbed_runs import Tables, Work, problems_of, tables_of
-from transforms import input_scan
+from moebeam.jobs.commands.cli import run_command
+from moebeam.transforms.read import input_scan
+from tests.support.disturbed_runs import Tables, Work, problems_of, tables_of
 
 NUM_ROWS = 120
 

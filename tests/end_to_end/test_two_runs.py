@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.disturbed_runs import Work, problems_of
-from tests.killed_runs import ROOT, RUN_TIMEOUT_S, undisturbed_run
+from tests.support.disturbed_runs import Work, problems_of
+from tests.support.killed_runs import ROOT, RUN_TIMEOUT_S, undisturbed_run
 
 COUNTED = """
 import os, sys
-from model_runner.fake import FakeRunner
+from moebeam.model_runner.fake_engine.runner import FakeRunner
 real, log = FakeRunner._answer, sys.argv.pop()
 def counted(self, request, num_shared):
     answer = real(self, request, num_shared)
@@ -26,7 +26,7 @@ def counted(self, request, num_shared):
         sink.write(f"{os.getpid()}\\n")
     return answer
 FakeRunner._answer = counted
-from jobs.cli import main
+from moebeam.jobs.commands.cli import main
 main()
 """
 

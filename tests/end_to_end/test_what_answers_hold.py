@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from schemas.errors import JobFileError
-from tests.jobs_for_tests import column, priced, read_table, run_fake_job, write_parquet, write_script
+from moebeam.schemas.errors import JobFileError
+from tests.support.jobs_for_tests import column, priced, read_table, run_fake_job, write_parquet, write_script
 
 WEATHER = {
     "type": "function",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 def _run(*command: str, cwd: Path) -> str:
@@ -43,6 +43,6 @@ def test_the_installed_wheel_runs_the_demo_outside_the_checkout(wheel: Path, tmp
     (site / "dependencies.pth").write_text(f"{ours}\n")
     where = _run(str(python), "-c", "import jobs; print(jobs.__file__)", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(site)
-    shown = _run(str(python), "-m", "jobs.demo.run_demo", "--rows", "6", "--folder", "demo", cwd=tmp_path)
+    shown = _run(str(python), "-m", "moebeam.jobs.demo.run_demo", "--rows", "6", "--folder", "demo", cwd=tmp_path)
     assert "of 6 answers are exactly right" in shown
     assert (tmp_path / "demo" / "output" / "manifest.json").exists()

@@ -8,9 +8,9 @@ from typing import Any
 import fsspec
 import pytest
 
-from schemas import storage
-from tests.gcs_server import GcsServer
-from tests.s3_jobs import run_moebeam, tables, upload, write_job
+from moebeam.schemas.store import files as storage
+from tests.support.gcs_server import GcsServer
+from tests.support.s3_jobs import run_moebeam, tables, upload, write_job
 
 pytestmark = pytest.mark.integration
 

@@ -2,7 +2,7 @@
 
 The command, the launcher of the flex template and the workers all come from the images' lock and the wheel, in a
 virtual environment of their own; the checkout is not on their path. What a container would be is a process with the
-image's entry point and environment, see `tests/staged_pipelines.py`.
+image's entry point and environment, see `tests/support/staged_pipelines.py`.
 """
 
 import base64
@@ -21,11 +21,11 @@ import httpx2
 import pytest
 from apache_beam.portability.api import beam_runner_api_pb2
 
-from tests import beam_boot
-from tests.clean_environment import ROOT, clean_environment, image_entry_point, image_variables
-from tests.gcs_server import GcsServer
-from tests.s3_jobs import NUM_ROWS, tables, write_job
-from tests.staged_pipelines import Image, run_staged
+from tests.support import beam_boot
+from tests.support.clean_environment import ROOT, clean_environment, image_entry_point, image_variables
+from tests.support.gcs_server import GcsServer
+from tests.support.s3_jobs import NUM_ROWS, tables, write_job
+from tests.support.staged_pipelines import Image, run_staged
 
 pytestmark = pytest.mark.integration
 
@@ -281,7 +281,9 @@ def test_the_staged_pipeline_gives_the_tables_of_the_local_runner(
 
 def test_the_flex_template_stages_the_same_pipeline_and_ends(launcher: Launcher, staged: Staged) -> None:
     python = launcher.programs / "python"
-    where = launcher.run(str(python), "-c", "import jobs.dataflow.flex_launcher as found; print(found.__file__)")
+    where = launcher.run(
+        str(python), "-c", "import moebeam.jobs.containers.flex_launcher as found; print(found.__file__)"
+    )
     parameters = [f"--job_file={launcher.bucket}/job/job.toml", f"--output={launcher.bucket}/flex", "--limit=7"]
     parameters += ["--max_requests=500", f'--overrides=["model.accelerator={L4}", "model.min_ram=64GB"]']
     ended = launcher.run(str(python), where.stdout.strip(), *parameters, *launcher.dataflow("flex"))

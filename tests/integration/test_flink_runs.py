@@ -13,12 +13,12 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs.flink.cluster import LocalCluster
-from jobs.flink.worker_pool import WORKER_MODULE
-from tests.disturbed_runs import Tables, Work, problems_of, tables_of
-from tests.flink_cluster import make_cluster
-from tests.killed_runs import ROOT, run_to_end, start
-from tests.local_servers import free_port
+from moebeam.jobs.deploy.flink.cluster import LocalCluster
+from moebeam.jobs.deploy.flink.worker_pool import WORKER_MODULE
+from tests.support.disturbed_runs import Tables, Work, problems_of, tables_of
+from tests.support.flink_cluster import make_cluster
+from tests.support.killed_runs import ROOT, run_to_end, start
+from tests.support.local_servers import free_port
 
 pytestmark = pytest.mark.integration
 
@@ -96,7 +96,7 @@ def worker_of(cluster: LocalCluster, index: int) -> psutil.Process:
 
 def command(*args: str) -> subprocess.CompletedProcess[str]:
     """A command line of moebeam, run to its end."""
-    words = [sys.executable, "-c", "from jobs.cli import main; main()", *args]
+    words = [sys.executable, "-c", "from moebeam.jobs.commands.cli import main; main()", *args]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_TIMEOUT_S, check=False)
 
 

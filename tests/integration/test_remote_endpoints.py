@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model_runner.openai_engine.endpoint import Patience
-from model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
-from model_runner.protocol import EngineConfig
-from schemas.errors import EngineOverloaded
-from schemas.records import Message, Request, Sampling, ToolCall, Usage
-from tests.aimock_server import Aimock
-from tests.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
+from moebeam.model_runner.openai_engine.endpoint import Patience
+from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
+from moebeam.model_runner.protocol import EngineConfig
+from moebeam.schemas.errors import EngineOverloaded
+from moebeam.schemas.records import Message, Request, Sampling, ToolCall, Usage
+from tests.support.aimock_server import Aimock
+from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
 
 pytestmark = pytest.mark.integration
 

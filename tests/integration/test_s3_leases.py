@@ -2,9 +2,9 @@
 
 import pytest
 
-from schemas.layout import RunLayout
-from tests.racing_leases import race_for_shard, write_lease
-from transforms.lease import ShardLease, host_identity, read_leases
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.durable.lease import ShardLease, host_identity, read_leases
+from tests.support.racing_leases import race_for_shard, write_lease
 
 pytestmark = pytest.mark.integration
 

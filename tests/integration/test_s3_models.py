@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from jobs.demo.checkpoint_path import CHECKPOINT_PATH as CHECKPOINT
-from jobs.launch import launch
-from model_runner.checkpoint import checkpoint_files, checkpoint_revision
-from model_runner.model_store import FOLDER_VARIABLE
-from schemas import storage
-from schemas.errors import OutputError
-from schemas.job import Job
-from tests.jobs_for_tests import fake_job, read_table, write_parquet
+from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH as CHECKPOINT
+from moebeam.jobs.run.launch import launch
+from moebeam.model_runner.checkpoint.files import checkpoint_files, checkpoint_revision
+from moebeam.model_runner.checkpoint.model_store import FOLDER_VARIABLE
+from moebeam.schemas.errors import OutputError
+from moebeam.schemas.job.sections import Job
+from moebeam.schemas.store import files as storage
+from tests.support.jobs_for_tests import fake_job, read_table, write_parquet
 
 pytestmark = pytest.mark.integration
 

@@ -17,15 +17,18 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.job_file import load_job
-from jobs.preflight import check_job
-from pipelines.main_job import build
-from schemas import storage
-from schemas.errors import JobError
-from schemas.layout import RunLayout
-from schemas.object_store import StoreError
-from schemas.tables import LEDGER_SCHEMA, RESULT_SCHEMA
-from tests.s3_jobs import (
+from moebeam.jobs.check.job_file import load_job
+from moebeam.jobs.check.preflight import check_job
+from moebeam.pipelines.main_job import build
+from moebeam.schemas.errors import JobError
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.object_store import StoreError
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.tables import LEDGER_SCHEMA, RESULT_SCHEMA
+from moebeam.transforms.durable.commit import commit_shard
+from moebeam.transforms.read.input_scan import scan_input
+from moebeam.transforms.read.step import read_unit
+from tests.support.s3_jobs import (
     NUM_ROWS,
     Ended,
     assert_no_secret,
@@ -36,10 +39,7 @@ from tests.s3_jobs import (
     wait_for,
     write_job,
 )
-from tests.s3_server import S3Server
-from transforms.commit import commit_shard
-from transforms.input_scan import scan_input
-from transforms.read import read_unit
+from tests.support.s3_server import S3Server
 
 pytestmark = pytest.mark.integration
 

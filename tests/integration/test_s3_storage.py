@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from schemas import storage
-from schemas.errors import CommitError
-from schemas.object_store import StoreAccessDenied, StoreError
-from tests.s3_server import S3Server
+from moebeam.schemas.errors import CommitError
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.object_store import StoreAccessDenied, StoreError
+from tests.support.paths import ROOT
+from tests.support.s3_server import S3Server
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
 NUM_RACERS = 6
 
 

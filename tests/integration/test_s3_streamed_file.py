@@ -3,8 +3,8 @@
 import fsspec
 import pytest
 
-from schemas import storage
-from schemas.streamed_file import streamed_file
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.streamed_file import streamed_file
 
 pytestmark = pytest.mark.integration
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_runner.prefix_tree import (
+from moebeam.model_runner.prefix_tree import (
     Span,
     common_prefix_lengths,
     max_hit_rate,

@@ -5,9 +5,9 @@ import types
 
 import pytest
 
-from model_runner import protocol
-from model_runner.protocol import EngineConfig, add_counters, counters_since, load_runner
-from schemas.errors import EngineLoadError
+from moebeam.model_runner import protocol
+from moebeam.model_runner.protocol import EngineConfig, add_counters, counters_since, load_runner
+from moebeam.schemas.errors import EngineLoadError
 
 
 def config(engine: str) -> EngineConfig:

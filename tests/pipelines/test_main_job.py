@@ -6,10 +6,10 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.pipeline import PipelineVisitor
 
-from jobs.preflight import check_job
-from pipelines.main_job import build
-from tests.jobs_for_tests import fake_job, write_parquet
-from transforms.plan import PlannedShard, PlanRecord
+from moebeam.jobs.check.preflight import check_job
+from moebeam.pipelines.main_job import build
+from moebeam.transforms.plan.step import PlannedShard, PlanRecord
+from tests.support.jobs_for_tests import fake_job, write_parquet
 
 
 class _Stages(PipelineVisitor):

@@ -6,7 +6,7 @@ import random
 import pyarrow as pa
 import pytest
 
-from schemas.arrow import arrow_file_bytes, open_arrow_file
+from moebeam.schemas.arrow import arrow_file_bytes, open_arrow_file
 
 TABLE = pa.table(
     {

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.chat_options import (
+from moebeam.schemas.chat_options import (
     ChatOptions,
     ResponseFormat,
     ToolChoice,
@@ -16,7 +16,7 @@ from schemas.chat_options import (
     parse_tools,
     with_own_values,
 )
-from schemas.errors import InvalidResponseFormat, InvalidSampling, InvalidTools, RowError
+from moebeam.schemas.errors import InvalidResponseFormat, InvalidSampling, InvalidTools, RowError
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 TOOLS = parse_tools([WEATHER, {"name": "search"}])

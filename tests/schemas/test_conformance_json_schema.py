@@ -2,16 +2,16 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from schemas.answer_schema import AnswerSchema, Formats
-from schemas.canonical import Json
-from schemas.errors import SchemaViolation
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.contract.answer_schema import AnswerSchema, Formats
+from moebeam.schemas.errors import SchemaViolation
+from tests.support.paths import SHARED
 
-SUITE = Path(__file__).parents[3] / "shared" / "conformance" / "json_schema_test_suite"
+SUITE = SHARED / "conformance" / "json_schema_test_suite"
 REMOTE = "http://localhost:1234/"
 
 pytestmark = [

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.errors import JobFileError
-from schemas.records import Usage
-from schemas.value_chain import Attempt, Money, Rates, Seller, ValueChain, markup_of, rounded
+from moebeam.schemas.errors import JobFileError
+from moebeam.schemas.records import Usage
+from moebeam.schemas.value_chain import Attempt, Money, Rates, Seller, ValueChain, markup_of, rounded
 
 AT = datetime(2026, 11, 24, 9, tzinfo=UTC)
 

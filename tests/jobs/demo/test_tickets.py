@@ -10,9 +10,9 @@ import jsonschema_rs
 import pyarrow as pa
 import pytest
 
-from jobs.demo import tickets as subject
-from jobs.demo.tickets import SYSTEM_PROMPT, USER_TEMPLATE, Split, answer_schema, generate_tickets
-from jobs.demo.wordings import HELD_OUT, TRAIN, Wordings
+from moebeam.jobs.demo import tickets as subject
+from moebeam.jobs.demo.tickets import SYSTEM_PROMPT, USER_TEMPLATE, Split, answer_schema, generate_tickets
+from moebeam.jobs.demo.wordings import HELD_OUT, TRAIN, Wordings
 
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_runner.encoding.answers import ParsedAnswer, parse_answer, without_end_marker
-from model_runner.encoding.call_formats import DEEPSEEK_V3, DEEPSEEK_V3_1, HERMES, CallFormat
-from model_runner.encoding.deepseek_v4 import DeepSeekV4
-from model_runner.encoding.dsml import V4_1_CALLS, V4_CALLS
-from schemas.records import ToolCall
+from moebeam.model_runner.encoding.answers import ParsedAnswer, parse_answer, without_end_marker
+from moebeam.model_runner.encoding.call_formats import DEEPSEEK_V3, DEEPSEEK_V3_1, HERMES, CallFormat
+from moebeam.model_runner.encoding.deepseek.deepseek_v4 import DeepSeekV4
+from moebeam.model_runner.encoding.deepseek.dsml import V4_1_CALLS, V4_CALLS
+from moebeam.schemas.records import ToolCall
 
 V4 = DeepSeekV4()
 EOS = "<｜end▁of▁sentence｜>"

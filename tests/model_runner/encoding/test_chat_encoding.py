@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from model_runner.encoding.chat_encoding import encoding_of
-from schemas.chat_options import ChatOptions
-from schemas.errors import EngineLoadError, InvalidMessages
-from schemas.records import Message
+from moebeam.model_runner.encoding.chat_encoding import encoding_of
+from moebeam.schemas.chat_options import ChatOptions
+from moebeam.schemas.errors import EngineLoadError, InvalidMessages
+from moebeam.schemas.records import Message
 
 CHAT = [Message("user", "q")]
 RELEASE = 'REASONING_EFFORT_MAX = (\n    "Think "\n    "hard.\\n"\n)\n'

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from model_runner.encoding.chat_template import ChatTemplate
-from model_runner.encoding.token_marks import MARK, TokenMarks
-from schemas.chat_options import ChatOptions, ToolChoice, parse_tools
-from schemas.errors import InvalidMessages
-from schemas.records import Message, ToolCall
+from moebeam.model_runner.encoding.chat_template import ChatTemplate
+from moebeam.model_runner.encoding.token_marks import MARK, TokenMarks
+from moebeam.schemas.chat_options import ChatOptions, ToolChoice, parse_tools
+from moebeam.schemas.errors import InvalidMessages
+from moebeam.schemas.records import Message, ToolCall
 
 TOKENS = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
 BOS, EOS = TOKENS.values()

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from model_runner.encoding.schema_in_prompt import example_of, with_schema_in_prompt
-from schemas.answer_schema import AnswerSchema
-from schemas.records import Message
+from moebeam.model_runner.encoding.schema_in_prompt import example_of, with_schema_in_prompt
+from moebeam.schemas.contract.answer_schema import AnswerSchema
+from moebeam.schemas.records import Message
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

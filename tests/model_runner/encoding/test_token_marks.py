@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_runner.encoding.token_marks import MARK, NO_MARKS, TokenMarks
+from moebeam.model_runner.encoding.token_marks import MARK, NO_MARKS, TokenMarks
 
 TOKENS = ["<｜User｜>", "<｜User｜>>", "<think>", "</think>", "<ab>", "ab", "b>", "aba", "[[", "  ", "\n", "｜DSML｜"]
 MARKS = TokenMarks(TOKENS)

@@ -15,17 +15,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_runner.openai_engine import batch_lines, batches
-from model_runner.openai_engine.batch_lines import BatchWindow, may_hold, request_line
-from model_runner.openai_engine.batch_service import BatchPatience, BatchService
-from model_runner.openai_engine.batches import BatchRunner
-from model_runner.openai_engine.endpoint import EndpointSpec
-from model_runner.openai_engine.profiles import profile_of
-from model_runner.protocol import EngineConfig, Fallback
-from schemas.errors import EngineLoadError, EngineUnavailable
-from schemas.records import Completion, Message, Request, Sampling, ToolCall
-from tests.batch_endpoint import BatchEndpoint, Fault
-from tests.fake_endpoint import deepseek
+from moebeam.model_runner.openai_engine import batch_lines
+from moebeam.model_runner.openai_engine import batch_runner as batches
+from moebeam.model_runner.openai_engine.batch_lines import BatchWindow, may_hold, request_line
+from moebeam.model_runner.openai_engine.batch_runner import BatchRunner
+from moebeam.model_runner.openai_engine.batch_service import BatchPatience, BatchService
+from moebeam.model_runner.openai_engine.endpoint import EndpointSpec
+from moebeam.model_runner.openai_engine.profiles import profile_of
+from moebeam.model_runner.protocol import EngineConfig, Fallback
+from moebeam.schemas.errors import EngineLoadError, EngineUnavailable
+from moebeam.schemas.records import Completion, Message, Request, Sampling, ToolCall
+from tests.support.batch_endpoint import BatchEndpoint, Fault
+from tests.support.fake_endpoint import deepseek
 
 KEY = "sk-test-0123456789"
 

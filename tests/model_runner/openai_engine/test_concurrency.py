@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_runner.openai_engine.concurrency import START, AdaptiveLimit, MachineShare
+from moebeam.model_runner.openai_engine.concurrency import START, AdaptiveLimit, MachineShare
 
 
 async def work(limit: AdaptiveLimit, outcomes: list[bool], num_tasks: int) -> None:
@@ -133,7 +133,7 @@ def test_limit_below_one_is_refused() -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from model_runner.openai_engine.concurrency import MachineShare
+from moebeam.model_runner.openai_engine.concurrency import MachineShare
 share = MachineShare(sys.argv[1], Path(sys.argv[2]))
 print(share.num_processes(), flush=True)
 sys.stdin.read()

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model_runner.admission import AdmittingRunner, Verdict
-from model_runner.openai_engine import concurrency
-from model_runner.openai_engine.door import Door, NotAdmitted
-from model_runner.openai_engine.endpoint import Patience
-from model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
-from model_runner.protocol import EngineConfig, Fallback
-from schemas.errors import EngineFailed, EngineUnavailable
-from schemas.records import Completion, Message, Request, Sampling
-from tests.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
+from moebeam.model_runner.admission import AdmittingRunner, Verdict
+from moebeam.model_runner.openai_engine import concurrency
+from moebeam.model_runner.openai_engine.admission_queue import Door, NotAdmitted
+from moebeam.model_runner.openai_engine.endpoint import Patience
+from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
+from moebeam.model_runner.protocol import EngineConfig, Fallback
+from moebeam.schemas.errors import EngineFailed, EngineUnavailable
+from moebeam.schemas.records import Completion, Message, Request, Sampling
+from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
 
 FAST = Patience(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)
 

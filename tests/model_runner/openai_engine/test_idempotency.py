@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model_runner.openai_engine import concurrency, runner
-from model_runner.openai_engine.endpoint import Patience
-from model_runner.openai_engine.profiles import profile_of
-from model_runner.openai_engine.runner import load_openai_runner
-from model_runner.protocol import EngineConfig
-from schemas.records import Message, Request, Sampling
-from tests.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
+from moebeam.model_runner.openai_engine import concurrency, runner
+from moebeam.model_runner.openai_engine.endpoint import Patience
+from moebeam.model_runner.openai_engine.profiles import profile_of
+from moebeam.model_runner.openai_engine.runner import load_openai_runner
+from moebeam.model_runner.protocol import EngineConfig
+from moebeam.schemas.records import Message, Request, Sampling
+from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
 
 HEADER = "Idempotency-Key"
 FAST = Patience(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model_runner.openai_engine import concurrency
-from model_runner.openai_engine.endpoint import Patience
-from model_runner.openai_engine.runner import load_openai_runner
-from model_runner.protocol import EngineConfig, Fallback
-from schemas.records import Completion, Message, Request, Sampling
-from tests.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error, with_usage
-from tests.local_servers import free_port
+from moebeam.model_runner.openai_engine import concurrency
+from moebeam.model_runner.openai_engine.endpoint import Patience
+from moebeam.model_runner.openai_engine.runner import load_openai_runner
+from moebeam.model_runner.protocol import EngineConfig, Fallback
+from moebeam.schemas.records import Completion, Message, Request, Sampling
+from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error, with_usage
+from tests.support.local_servers import free_port
 
 FAST = Patience(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)
 GOOD = Reply(deepseek("fine"))

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model_runner.openai_engine import concurrency, endpoint
-from model_runner.openai_engine.endpoint import Patience
-from model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
-from model_runner.protocol import EngineConfig, Fallback
-from schemas.chat_options import ChatOptions, Tool
-from schemas.errors import (
+from moebeam.model_runner.openai_engine import concurrency, endpoint
+from moebeam.model_runner.openai_engine.endpoint import Patience
+from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
+from moebeam.model_runner.protocol import EngineConfig, Fallback
+from moebeam.schemas.chat_options import ChatOptions, Tool
+from moebeam.schemas.errors import (
     AnswerInterrupted,
     ContentRefused,
     EngineFailed,
@@ -28,8 +28,8 @@ from schemas.errors import (
     MalformedResponse,
     RequestRefused,
 )
-from schemas.records import Completion, Message, Request, Sampling, ToolCall, Usage
-from tests.fake_endpoint import (
+from moebeam.schemas.records import Completion, Message, Request, Sampling, ToolCall, Usage
+from tests.support.fake_endpoint import (
     ALIBABA_USAGE,
     VLLM_USAGE,
     VOLCANO_USAGE,

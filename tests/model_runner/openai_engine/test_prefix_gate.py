@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_runner.openai_engine.prefix_gate import PrefixGate, WarmPrefixes
-from schemas.records import Message, Request, Sampling
+from moebeam.model_runner.openai_engine.prefix_gate import PrefixGate, WarmPrefixes
+from moebeam.schemas.records import Message, Request, Sampling
 
 
 def request(name: str, *parts: int, tenant: str = "") -> Request:

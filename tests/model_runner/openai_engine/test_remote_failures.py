@@ -7,7 +7,7 @@ import httpx2
 import openai
 import pytest
 
-from model_runner.openai_engine.failures import (
+from moebeam.model_runner.openai_engine.failures import (
     MAX_MESSAGE_CHARACTERS,
     CallFailure,
     Consequence,
@@ -15,8 +15,8 @@ from model_runner.openai_engine.failures import (
     redacted,
     retry_after_s,
 )
-from model_runner.openai_engine.profiles import profile_of
-from schemas.errors import (
+from moebeam.model_runner.openai_engine.profiles import profile_of
+from moebeam.schemas.errors import (
     ContentRefused,
     EngineFailed,
     EngineOverloaded,

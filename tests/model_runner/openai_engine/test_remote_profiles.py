@@ -5,8 +5,8 @@ from importlib import resources
 import pytest
 from pydantic import ValidationError
 
-from model_runner.openai_engine.profiles import Profile, profile_of, profiles
-from schemas.errors import EngineLoadError
+from moebeam.model_runner.openai_engine.profiles import Profile, profile_of, profiles
+from moebeam.schemas.errors import EngineLoadError
 
 
 def test_every_profile_of_the_mission_is_there_and_says_whether_it_was_tested() -> None:
@@ -18,7 +18,7 @@ def test_every_profile_of_the_mission_is_there_and_says_whether_it_was_tested() 
 
 
 def test_no_profile_holds_a_key() -> None:
-    text = resources.files("model_runner.openai_engine").joinpath("profiles.toml").read_text("utf-8")
+    text = resources.files("moebeam.model_runner.openai_engine").joinpath("profiles.toml").read_text("utf-8")
     assert "sk-" not in text
     assert all(profile.api_key_variable.isupper() for profile in profiles().values())
 

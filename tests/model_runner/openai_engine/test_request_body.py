@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model_runner.openai_engine import request_body
-from model_runner.openai_engine.profiles import profile_of
-from model_runner.openai_engine.request_body import ChatBody, chat_body
-from schemas.chat_options import ChatOptions, ResponseFormat, Tool, ToolChoice
-from schemas.errors import InvalidSampling, RequestRefused
-from schemas.records import Message, Request, Sampling
+from moebeam.model_runner.openai_engine import request_body
+from moebeam.model_runner.openai_engine.profiles import profile_of
+from moebeam.model_runner.openai_engine.request_body import ChatBody, chat_body
+from moebeam.schemas.chat_options import ChatOptions, ResponseFormat, Tool, ToolChoice
+from moebeam.schemas.errors import InvalidSampling, RequestRefused
+from moebeam.schemas.records import Message, Request, Sampling
 
 SCHEMA: Any = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 STRICT: Any = {

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_runner.openai_engine.profiles import profile_of
-from model_runner.openai_engine.responses import Answer, StreamedAnswer, read_answer
-from schemas.errors import AnswerInterrupted, EngineFailed, MalformedResponse
-from schemas.records import ToolCall, Usage
-from tests.fake_endpoint import ALIBABA_USAGE, VLLM_USAGE, VOLCANO_USAGE, as_events, deepseek, with_usage
+from moebeam.model_runner.openai_engine.profiles import profile_of
+from moebeam.model_runner.openai_engine.responses import Answer, StreamedAnswer, read_answer
+from moebeam.schemas.errors import AnswerInterrupted, EngineFailed, MalformedResponse
+from moebeam.schemas.records import ToolCall, Usage
+from tests.support.fake_endpoint import ALIBABA_USAGE, VLLM_USAGE, VOLCANO_USAGE, as_events, deepseek, with_usage
 
 DEEPSEEK = profile_of("deepseek")
 CALLS = [{"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"q": "über"}'}}]

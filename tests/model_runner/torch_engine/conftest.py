@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 
-from tests.model_runner.torch_engine.checkpoint_layouts import Layout, OpenLayout, save_layout
+from tests.support.checkpoint_layouts import Layout, OpenLayout, save_layout
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model_runner.torch_engine import chosen_entries, deepseek_v3, deepseek_v4
-from model_runner.torch_engine import engine as engine_module
-from model_runner.torch_engine.engine import TorchEngine
-from schemas.errors import EngineFailed
-from schemas.records import Sampling
-from tests.model_runner.torch_engine.checkpoint_layouts import (
+from moebeam.model_runner.torch_engine import engine as engine_module
+from moebeam.model_runner.torch_engine.engine import TorchEngine
+from moebeam.model_runner.torch_engine.memory import chosen_entries
+from moebeam.model_runner.torch_engine.models import deepseek_v3, deepseek_v4
+from moebeam.schemas.errors import EngineFailed
+from moebeam.schemas.records import Sampling
+from tests.support.checkpoint_layouts import (
     LAYOUTS,
     Layout,
     OpenLayout,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_runner.torch_engine.engine import TorchEngine
-from model_runner.torch_engine.sequences import Finished
-from schemas.errors import ContextOverflow, EngineFailed, RowError
-from tests.model_runner.torch_engine.checkpoint_layouts import (
+from moebeam.model_runner.torch_engine.engine import TorchEngine
+from moebeam.model_runner.torch_engine.schedule.sequences import Finished
+from moebeam.schemas.errors import ContextOverflow, EngineFailed, RowError
+from tests.support.checkpoint_layouts import (
     UNSAID_TOKEN,
     VOCAB_SIZE,
     Layout,

@@ -11,15 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from schemas.errors import EngineLoadError
-from tests.model_runner.torch_engine.checkpoint_layouts import (
-    LAYOUTS,
-    Layout,
-    OpenLayout,
-    greedy,
-    load_engine,
-    with_tensors,
-)
+from moebeam.schemas.errors import EngineLoadError
+from tests.support.checkpoint_layouts import LAYOUTS, Layout, OpenLayout, greedy, load_engine, with_tensors
 
 
 def reconfigured(layout: Layout, folder: Path, **values: Any) -> Path:

@@ -4,19 +4,17 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.model_runner.torch_engine.checkpoint_layouts import OpenLayout
-
-ROOT = Path(__file__).parents[3]
+from tests.support.checkpoint_layouts import OpenLayout
+from tests.support.paths import ROOT
 
 ANSWERS = """
 import json, sys
-from tests.out_of_tree_device import NAME, calls
-from model_runner.torch_engine.engine import TorchEngine
-from tests.model_runner.torch_engine.checkpoint_layouts import prompts_of
+from tests.support.out_of_tree_device import NAME, calls
+from moebeam.model_runner.torch_engine.engine import TorchEngine
+from tests.support.checkpoint_layouts import prompts_of
 
 def answers(device):
     engine = TorchEngine.load(sys.argv[1], device=device, max_cache_bytes=10**8)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model_runner.torch_engine import sampler
-from model_runner.torch_engine.sampler import MAX_VOCAB_SIZE, Draw, sample, share_of
+from moebeam.model_runner.torch_engine import sampler
+from moebeam.model_runner.torch_engine.sampler import MAX_VOCAB_SIZE, Draw, sample, share_of
 
 vocab_sizes = st.sampled_from([1, 2, 31, 32, 33, 100])
 draws = st.builds(

@@ -1,0 +1,1 @@
+"""Checks a job before it runs: job file, columns, engine, contract, output."""

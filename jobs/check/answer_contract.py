@@ -1,0 +1,127 @@
+"""The contract that a job's answers must keep, read from its job file before the run: schema, tools and thinking.
+
+Part of `jobs/check/preflight.py`. The terms are what *answer* holds the engine and each answer to; what cannot be
+enforced while answers are decoded, or what a model will not do, is said here as a warning.
+"""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from moebeam.jobs.check.engine_config import CheckedEngine, thinks
+from moebeam.model_runner.checkpoint.model_limits import parameter_warnings, strict_tool_problems
+from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
+from moebeam.model_runner.protocol import CONSTRAINED_ENGINES
+from moebeam.schemas.chat_options import ChatOptions, ResponseFormat, Tool, ToolChoice, parse_tool_choice, parse_tools
+from moebeam.schemas.contract.answer_schema import AnswerSchema
+from moebeam.schemas.contract.output_type import OutputType, output_type
+from moebeam.schemas.contract.strict_json import parse_json
+from moebeam.schemas.errors import JobFileError, RowError
+from moebeam.schemas.job.sections import Job
+from moebeam.schemas.records import Sampling
+from moebeam.schemas.store import files as storage
+from moebeam.transforms.answer.grammar_book import GrammarBook
+from moebeam.transforms.render.answer_terms import TermsBook
+
+
+def answer_schema(job: Job) -> AnswerSchema | None:
+    """The compiled schema of answers, or None where the job has none.
+
+    Raises:
+        JobError: it cannot be read or compiled, or `response_format` contradicts it.
+    """
+    section = job.output
+    if section.schema_ is None:
+        return None
+    if section.response_format != "auto":
+        raise JobFileError(
+            f"[output] response_format: expected `auto` beside `schema`, found {section.response_format!r}"
+        )
+    return AnswerSchema.load(section.schema_, section.formats, job.folder)
+
+
+def answer_options(job: Job, schema: AnswerSchema | None) -> ChatOptions:
+    """What the job asks of every row that does not say otherwise.
+
+    Raises:
+        JobFileError: the tools cannot be read, or do not have the one that must be called.
+    """
+    section = job.tools
+    tools: tuple[Tool, ...] = ()
+    if section.path is not None:
+        if section.column is not None:
+            raise JobFileError("[tools]: expected `path` or `column`, found both")
+        tools = _read_tools(section.path)
+    response_format = ResponseFormat()
+    if schema is not None:
+        response_format = ResponseFormat("json_schema", schema.document)
+    elif job.output.response_format == "json_object":
+        response_format = ResponseFormat("json_object")
+    try:
+        # A column's tools are not known yet: a name is held against them row by row.
+        choice = (
+            ToolChoice("named", section.choice)
+            if section.column is not None and section.choice not in ("auto", "none", "required")
+            else ToolChoice("required")
+            if section.column is not None and section.choice == "required"
+            else parse_tool_choice(section.choice, tools, "[tools] choice")
+        )
+    except RowError as error:
+        raise JobFileError(str(error)) from error
+    return ChatOptions(
+        tools=tools,
+        tool_choice=choice,
+        parallel_tool_calls=section.parallel,
+        response_format=response_format,
+        thinking={"auto": None, "enabled": True, "disabled": False}[job.thinking.mode],
+        reasoning_effort=job.thinking.reasoning_effort,
+        max_reasoning_tokens=job.thinking.max_reasoning_tokens,
+    )
+
+
+def answer_terms(job: Job, options: ChatOptions, schema: AnswerSchema | None) -> TermsBook:
+    """What answers must keep, held against itself.
+
+    Raises:
+        JobFileError: a tool's parameters cannot be compiled.
+    """
+    terms = TermsBook(options, schema, job.output.formats)
+    try:
+        terms.of(None)
+    except RowError as error:
+        raise JobFileError(f"[tools]: {error}") from error
+    return terms
+
+
+def answer_type(schema: AnswerSchema | None) -> OutputType | None:
+    """The type of the column `output`, where the job has a schema."""
+    return output_type(schema.document, schema.formats) if schema is not None else None
+
+
+def terms_warnings(job: Job, checked: CheckedEngine, terms: TermsBook) -> Iterable[str]:
+    """What a person should know of the answers' terms before the run."""
+    engine, encoder = checked.config, checked.encoder
+    thinking = thinks(encoder, terms.options)
+    sampling = Sampling(**job.sampling.model_dump())
+    today = datetime.now(UTC).date()
+    yield from parameter_warnings(engine.name, today, thinking=thinking, sampling=sampling, options=terms.options)
+    for tool in terms.options.tools:
+        if tool.is_strict and (problems := strict_tool_problems(tool)):
+            yield f"tool {tool.name!r} is strict, and DeepSeek's API would refuse it: {'; '.join(problems)}"
+    is_constrained = engine.engine in CONSTRAINED_ENGINES and job.output.constrain == "auto"
+    if is_constrained and isinstance(encoder, PromptEncoder):
+        built = GrammarBook(encoder).build(terms.of(None), starts_in_reasoning=thinking)
+        for relaxed in built.relaxed if built is not None else ():
+            yield (
+                f"{job.output.schema_ or '[tools]'}: {relaxed.keyword} at {relaxed.pointer or '/'} is not enforced "
+                f"while answers are decoded ({relaxed.reason}); validation still checks it"
+            )
+
+
+def _read_tools(path: str) -> tuple[Tool, ...]:
+    try:
+        tools = parse_tools(parse_json(storage.read_bytes(path).decode("utf-8-sig")), path)
+    except FileNotFoundError as error:
+        raise JobFileError(f"{path}: expected a JSON file of tools, found no such file") from error
+    except (RowError, OSError, ValueError) as error:
+        raise JobFileError(f"[tools] path: {path}: {error}") from error
+    return tools

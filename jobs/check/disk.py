@@ -1,0 +1,130 @@
+"""Whether a run's files will fit on the disk of its output: an estimate before the first row, in bytes.
+
+Part of the checks before the run. The plan is written once as sorted runs and once as shards; answers once as staged
+files, which are published by links. What is not known before the run is how long answers get.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moebeam.schemas.errors import OutputError
+from moebeam.schemas.job.sections import Job
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.plan.plan_record import read_plan
+from moebeam.transforms.plan.shard_cut import USUAL_OUTPUT_TOKENS
+from moebeam.transforms.read.input_rows import ReadColumns
+from moebeam.transforms.read.input_scan import InputScan
+
+_PLAN_ROW_BYTES = 64
+"""A planned row's identity, sampling and options, compressed."""
+
+_TABLES_ROW_BYTES = 256
+"""A result's and a ledger line's numbers and names, compressed."""
+
+_TOKEN_BYTES = 4
+_LEAST_SHARE = 0.3
+"""What is left of that when everything compresses well; with less free space the run would certainly fail."""
+
+_PLAN_COPIES = 2
+_PROMPT_FORMS = 2
+"""A prompt is planned as messages and as token ids; ids take about as many bytes as the text."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskEstimate:
+    """What a run is expected to write, in bytes."""
+
+    plan_bytes: int
+    tables_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.plan_bytes + self.tables_bytes
+
+
+def estimate_disk(
+    *, num_rows: int, input_bytes: int, template_chars: int, max_tokens: int, is_planned: bool
+) -> DiskEstimate:
+    """The bytes of a run's plan and tables.
+
+    Args:
+        num_rows: rows that are still to be answered.
+        input_bytes: of the columns that are read, as they are stored; passthrough is among them.
+        template_chars: text that every prompt repeats; equal beginnings compress away, so a tenth of it is counted.
+        is_planned: the plan is there already.
+    """
+    prompt_bytes = input_bytes + num_rows * template_chars // 10
+    plan_bytes = _PLAN_COPIES * (_PROMPT_FORMS * prompt_bytes + num_rows * _PLAN_ROW_BYTES)
+    answer_bytes = _TOKEN_BYTES * min(max_tokens, USUAL_OUTPUT_TOKENS)
+    tables_bytes = num_rows * (_TABLES_ROW_BYTES + answer_bytes) + input_bytes
+    return DiskEstimate(0 if is_planned else plan_bytes, tables_bytes)
+
+
+def check_disk(job: Job, scan: InputScan, columns: ReadColumns) -> str | None:
+    """Hold a local output's free space against the estimate; a warning if it is close.
+
+    Raises:
+        OutputError: less is free than the run is certain to write.
+    """
+    output = job.output.path
+    if not storage.is_local(output):
+        return None
+    path = Path(output.removeprefix("file://"))
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    disk = shutil.disk_usage(existing)
+    if not disk.total:  # no disk: such as /proc, which refuses files by itself
+        return None
+    free = disk.free
+    layout = RunLayout(output)
+    plan = read_plan(layout)
+    is_planned = plan is not None
+    num_rows = scan.num_rows
+    if plan is not None:
+        committed = {name.removesuffix(".json") for name in storage.list_names(layout.commits, ".json")}
+        num_rows = sum(shard.num_rows for shard in plan.shards if shard.shard not in committed)
+    estimate = estimate_disk(
+        num_rows=num_rows,
+        input_bytes=0 if is_planned else _needed_bytes(scan, columns),
+        template_chars=len(job.prompt.template or "") + len(job.prompt.system or ""),
+        max_tokens=job.sampling.max_tokens,
+        is_planned=is_planned,
+    )
+    told = (
+        f"[output] path {output!r}: about {spell_bytes(estimate.num_bytes)} for {num_rows:,} rows "
+        f"(plan {spell_bytes(estimate.plan_bytes)}, tables {spell_bytes(estimate.tables_bytes)}), "
+        f"{spell_bytes(free)} free on its disk"
+    )
+    if free < _LEAST_SHARE * estimate.num_bytes:
+        raise OutputError(f"{told}; free some, or choose another output path")
+    return f"{told}: that may get close" if free < estimate.num_bytes else None
+
+
+def _needed_bytes(scan: InputScan, columns: ReadColumns) -> int:
+    """Bytes of the columns that are read: their share in the first readable file, of all files."""
+    num_bytes = sum(unit.num_bytes for unit in scan.units if unit.num_rows)
+    first = next((unit for unit in scan.units if unit.num_rows and unit.path), None)
+    if scan.format == "jsonl" or first is None:
+        return num_bytes
+    try:
+        with storage.open_input(first.path) as source, pq.ParquetFile(source) as parquet:
+            group = parquet.metadata.row_group(first.row_group)
+            chunks = [group.column(index) for index in range(group.num_columns)]
+    except (pa.ArrowException, OSError):
+        # Found out for good by whoever reads it.
+        return num_bytes
+    sizes = {chunk.path_in_schema: chunk.total_uncompressed_size for chunk in chunks}
+    needed = sum(size for name, size in sizes.items() if name.partition(".")[0] in columns.names)
+    return num_bytes * needed // max(1, sum(sizes.values()))
+
+
+def spell_bytes(num_bytes: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" or num_bytes >= 100 else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} TB"

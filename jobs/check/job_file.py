@@ -1,0 +1,394 @@
+"""Job files: TOML and `--set` overrides become a checked `Job` with absolute paths.
+
+The way of a job: this file reads it, `jobs/check/preflight.py` checks it against the files it names,
+`jobs/run/launch.py` runs it. All problems of a job file are reported at once, each with its section and key, because
+fixing them one run at a time is what makes configuration tedious.
+"""
+
+import datetime
+import difflib
+import json
+import os
+import posixpath
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from pydantic import BaseModel, ValidationError
+
+from moebeam.schemas.errors import JobFileError
+from moebeam.schemas.job.sections import Job
+from moebeam.schemas.store import files as storage
+
+_PATH_KEYS = {
+    ("input", "path"),
+    ("output", "path"),
+    ("output", "schema"),
+    ("model", "path"),
+    ("model", "script"),
+    ("accounting", "price_book"),
+    ("tools", "path"),
+}
+_CLASS_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_TOML_PLACE = re.compile(r" \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)$")
+_MAX_SHOWN_CHARS = 60
+
+_EXPECTED = {
+    "string_type": "a string",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "tuple_type": "an array",
+    "model_type": "a section",
+    "finite_number": "a finite number",
+    "decimal_type": "a number",
+    "decimal_parsing": "a number",
+    "string_too_short": "a path",
+}
+
+Place = tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A job being read: values by section and key, and where each `--set` value came from."""
+
+    name: str
+    values: dict[str, Any]
+    set_texts: dict[Place, str] = field(default_factory=dict[Place, str])
+    problems: list[str] = field(default_factory=list[str])
+
+    def refuse(self, place: Place, problem: str) -> None:
+        if place in self.set_texts:
+            self.problems.append(f"--set {'.'.join(place)}: {problem}")
+        else:
+            self.problems.append(f"{self.name}: {_spell(place)}: {problem}")
+
+
+def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
+    """Read a job file and apply overrides.
+
+    Args:
+        path: a local path or an object-store URL. Relative paths in the file are relative to its folder.
+        overrides: `section.key=value`; the value is a TOML value, or else the text itself. Relative paths here are
+            relative to the working directory.
+    Raises:
+        JobFileError: with every problem found, one a line.
+    """
+    draft = _Draft(name=path.rsplit("/", 1)[-1], values=_read_toml(path))
+    _resolve_paths(draft.values, _folder_of(path))
+    _apply_overrides(draft, overrides)
+    _drop_unknown_keys(draft)
+    _check_empty_paths(draft)
+    job = _validated(draft)
+    if draft.problems or job is None:
+        raise JobFileError(_one_message(draft.problems))
+    return job.located(_folder_of(path))
+
+
+def with_overrides(job: Job, overrides: Sequence[str], refusal: Callable[[Place], str | None]) -> Job:
+    """A job that was read before, with `--set` applied to the keys that may still change.
+
+    Args:
+        overrides: as of `load_job`.
+        refusal: why a section and key may not be set; None if it may.
+    Raises:
+        JobFileError: with every problem found, one a line.
+    """
+    if not overrides:
+        return job
+    draft = _Draft(name="the kept job", values=job.model_dump(mode="json", by_alias=True))
+    _apply_overrides(draft, overrides)
+    known = _sections()
+    for place in draft.set_texts:
+        is_known = place[0] in known and (len(place) == 1 or place[1] in known[place[0]])
+        if is_known and (reason := refusal(place)) is not None:
+            draft.refuse(place, reason)
+    _drop_unknown_keys(draft)
+    changed = _validated(draft)
+    if draft.problems or changed is None:
+        raise JobFileError(_one_message(draft.problems))
+    return changed if job.folder is None else changed.located(job.folder)
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    content = _read(path)
+    try:
+        # Editors on Windows begin a file with a byte order mark, which is no TOML.
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise JobFileError(
+            f"{path}, line {line}: a job file is UTF-8; found byte 0x{content[error.start]:02x}"
+        ) from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise JobFileError(_toml_problem(path, text, str(error))) from error
+    except RecursionError as error:
+        raise JobFileError(f"{path}: arrays or tables are nested too deeply") from error
+
+
+def _read(path: str) -> bytes:
+    if storage.is_local(path):
+        try:
+            return storage.read_bytes(os.path.expanduser(path))
+        except FileNotFoundError as error:
+            raise JobFileError(f"{path}: there is no such job file") from error
+        except IsADirectoryError as error:
+            raise JobFileError(f"{path}: is a folder; name the job file in it") from error
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise JobFileError(f"{path}: cannot be read: {reason}") from error
+    try:
+        return storage.read_bytes(path)
+    except FileNotFoundError as error:
+        raise JobFileError(f"{path}: there is no such job file") from error
+    except Exception as error:  # each store brings its own error tree; none of them shares a base class
+        raise JobFileError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _toml_problem(path: str, text: str, message: str) -> str:
+    place = _TOML_PLACE.search(message)
+    if place is None:
+        return f"{path}: not TOML: {message}"
+    reason = message[: place.start()]
+    if place["line"] is None:
+        return f"{path}, at its end: not TOML: {reason}"
+    lines = text.splitlines()
+    number = int(place["line"])
+    shown = f"\n    {lines[number - 1].strip()[:_MAX_SHOWN_CHARS]}" if number <= len(lines) else ""
+    return f"{path}, line {number}, column {place['column']}: not TOML: {reason}{shown}"
+
+
+def _folder_of(path: str) -> str:
+    if storage.is_local(path):
+        return os.path.dirname(os.path.abspath(os.path.expanduser(path.removeprefix("file://"))))
+    return path.rpartition("/")[0]
+
+
+def _resolve_paths(values: Mapping[str, Any], folder: str) -> None:
+    for section, key in _PATH_KEYS:
+        table = values.get(section)
+        if isinstance(table, dict) and isinstance(table.get(key), str) and table[key]:
+            table[key] = _resolve(table[key], folder, may_be_class=(section, key) == ("output", "schema"))
+    chain: Any = values.get("value_chain")
+    parties: Any = chain.get("parties") if isinstance(chain, dict) else None
+    for party in cast("list[Any]", parties) if isinstance(parties, list) else []:
+        if isinstance(party, dict) and isinstance(party.get("price_book"), str) and party["price_book"]:
+            party["price_book"] = _resolve(party["price_book"], folder, may_be_class=False)
+
+
+def _resolve(path: str, folder: str, *, may_be_class: bool) -> str:
+    if "://" in path or (may_be_class and _CLASS_REFERENCE.fullmatch(path)):
+        return path
+    path = os.path.expanduser(path)
+    if os.path.isabs(path) or "://" not in folder:
+        return os.path.normpath(os.path.join(folder, path))
+    protocol, _, inner = folder.partition("://")
+    return f"{protocol}://{posixpath.normpath(posixpath.join(inner, path))}"
+
+
+def _apply_overrides(draft: _Draft, overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if not override.isascii() and any("\ud800" <= letter <= "\udfff" for letter in override):
+            draft.problems.append(f"--set {override!a}: is not UTF-8")
+            continue
+        key, equals, text = override.partition("=")
+        place = tuple(part.strip() for part in key.split("."))
+        if not equals or not all(_BARE_KEY.fullmatch(part) for part in place):
+            draft.problems.append(f"--set {override}: expected section.key=value, for example sampling.max_tokens=256")
+            continue
+        if len(place) > 2:
+            draft.problems.append(f"--set {key}: no key has keys of its own; write section.key=value")
+            continue
+        for leaf, value in _leaves(place, _toml_value(text.strip())):
+            _set_value(draft, leaf, value, text.strip())
+
+
+def _toml_value(text: str) -> Any:
+    """The TOML value that a text is, or the text itself.
+
+    It must read alone, which a trailing comma does not, and in an array, which a comment or a second line do not.
+    """
+    try:
+        tomllib.loads(f"value = [{text}]")
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _leaves(place: Place, value: Any) -> list[tuple[Place, Any]]:
+    if isinstance(value, dict) and len(place) == 1:
+        return [((*place, key), inner) for key, inner in cast("dict[str, Any]", value).items()]
+    return [(place, value)]
+
+
+def _set_value(draft: _Draft, place: Place, value: Any, text: str) -> None:
+    draft.set_texts[place] = text
+    if isinstance(value, str) and place in _PATH_KEYS and value:
+        value = _resolve(value, os.getcwd(), may_be_class=place == ("output", "schema"))
+    table: Any = draft.values if len(place) == 1 else draft.values.setdefault(place[0], {})
+    if isinstance(table, dict):
+        table[place[-1]] = value
+    else:
+        draft.refuse(place, f"{draft.name} gives [{place[0]}] a single value; it must be a section")
+
+
+def _drop_unknown_keys(draft: _Draft) -> None:
+    """Report keys that no section has, and take them out so that the rest can be validated."""
+    sections = _sections()
+    for name in list(draft.values):
+        if name not in sections:
+            value = draft.values.pop(name)
+            places = [(name,), *((name, key) for key in value)] if isinstance(value, dict) else [(name,)]
+            place = next((place for place in places if place in draft.set_texts), (name,))
+            draft.refuse(place, _unknown_section(name, is_table=isinstance(value, dict)))
+            continue
+        table = draft.values[name]
+        if not isinstance(table, dict):
+            continue
+        for key in list(cast("dict[str, Any]", table)):
+            if key not in sections[name]:
+                del table[key]
+                draft.refuse((name, key), _unknown_key(name, key))
+
+
+def _sections() -> dict[str, list[str]]:
+    """The keys of each section, as a job file spells them."""
+    return {
+        name: [inner.alias or key for key, inner in cast("type[BaseModel]", section.annotation).model_fields.items()]
+        for name, section in Job.model_fields.items()
+    }
+
+
+def _unknown_section(name: str, *, is_table: bool) -> str:
+    sections = _sections()
+    homes = [section for section, keys in sections.items() if name in keys]
+    if homes and not is_table:
+        return f"unknown key outside a section; it belongs in {' or '.join(f'[{home}]' for home in homes)}"
+    near = difflib.get_close_matches(name, sections, n=1)
+    if near:
+        return f"unknown section; did you mean [{near[0]}]?"
+    return f"unknown section; there are {', '.join(f'[{section}]' for section in sections)}"
+
+
+def _unknown_key(section: str, key: str) -> str:
+    sections = _sections()
+    near = difflib.get_close_matches(key, sections[section], n=1)
+    homes = [name for name, keys in sections.items() if key in keys]
+    if homes and not near:
+        return f"unknown key; it belongs in {' or '.join(f'[{home}]' for home in homes)}"
+    if near:
+        return f"unknown key; did you mean '{near[0]}'?"
+    return f"unknown key; [{section}] has {', '.join(sections[section])}"
+
+
+def _check_empty_paths(draft: _Draft) -> None:
+    """An optional path that is empty would silently mean the folder of the job file."""
+    for section, key in sorted(_PATH_KEYS - {("input", "path"), ("output", "path")}):
+        table = draft.values.get(section)
+        if isinstance(table, dict) and table.get(key) == "":
+            draft.refuse((section, key), "is empty; name a path or leave the key out")
+
+
+def _validated(draft: _Draft) -> Job | None:
+    """Validate by pydantic's strict JSON rules, where 512 is a number, "512" a string and true neither."""
+    dates = set(_dates(draft.values, ()))
+    for place in sorted(dates):
+        draft.refuse(place, "TOML reads this as a date or time, which no key takes; put it in quotes")
+    try:
+        return Job.model_validate_json(json.dumps(draft.values, default=str), strict=True)
+    except ValidationError as error:
+        _explain(draft, error, skip=dates)
+    return None
+
+
+def _dates(value: Any, place: Place) -> list[Place]:
+    """Section and key of every value that is, or holds, a date or time."""
+    if isinstance(value, dict):
+        inner = [(cast("Place", (*place, key))[:2], held) for key, held in cast("dict[str, Any]", value).items()]
+    elif isinstance(value, list):
+        inner = [(place, held) for held in cast("list[Any]", value)]
+    else:
+        return [place] if isinstance(value, (datetime.date, datetime.time)) else []
+    return [found for where, held in inner for found in _dates(held, where)]
+
+
+def _explain(draft: _Draft, error: ValidationError, *, skip: set[Place]) -> None:
+    """Turn pydantic's problems into one line for each key; a union's branches become `a or b`."""
+    expected: dict[Place, list[str]] = {}
+    found: dict[Place, str] = {}
+    for problem in error.errors(include_url=False):
+        place = tuple(str(part) for part in problem["loc"][:2])
+        if place in skip:
+            continue
+        if problem["type"] == "missing":
+            draft.refuse(place, _missing(place) if len(problem["loc"]) <= 2 else f"{_inner(problem['loc'])}: missing")
+        elif problem["type"] == "extra_forbidden":
+            # Without the value: a key may stand where the name of a variable belongs.
+            draft.refuse(place, f"{_inner(problem['loc'])}: unknown key")
+        elif problem["type"] == "value_error":
+            draft.refuse(place, str(problem.get("ctx", {}).get("error", problem["msg"])))
+        else:
+            expected.setdefault(place, []).append(_expected(problem["type"], problem.get("ctx", {}), problem["loc"]))
+            found.setdefault(place, _shown(problem["input"]))
+    for place, wanted in expected.items():
+        problem = f"expected {' or '.join(dict.fromkeys(wanted))}, found {found[place]}"
+        if place in draft.set_texts and "a string" in wanted:
+            problem += f"""; for a string write --set '{".".join(place)}="{draft.set_texts[place]}"'"""
+        draft.refuse(place, problem)
+
+
+def _inner(place: Sequence[int | str]) -> str:
+    """Where in an array of tables something is wrong: its number, from 1, and the key."""
+    return ".".join(str(part + 1) if isinstance(part, int) else part for part in place[2:])
+
+
+def _missing(place: Place) -> str:
+    section = cast("type[BaseModel]", Job.model_fields[place[0]].annotation)
+    if len(place) == 1:
+        needed = [key for key, inner in section.model_fields.items() if inner.is_required()]
+        return f"the section is missing; it needs at least {', '.join(needed)}"
+    description = next(
+        (inner.description for key, inner in section.model_fields.items() if (inner.alias or key) == place[1]), None
+    )
+    return f"missing{f' ({description[0].lower()}{description[1:]})' if description else ''}"
+
+
+def _expected(kind: str, context: Mapping[str, Any], place: Sequence[int | str]) -> str:
+    is_item = bool(place) and isinstance(place[-1], int)
+    bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
+    if kind in bounds:
+        words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
+        bound = context[bounds[kind]]
+        return f"{words[bounds[kind]]} {int(bound) if bound == int(bound) else bound}"
+    if kind == "literal_error":
+        return str(context["expected"])
+    if kind == "too_long":
+        return f"at most {context['max_length']} items"
+    wanted = _EXPECTED.get(kind, kind.replace("_", " "))
+    return f"an array of {wanted.removeprefix('a ').removeprefix('an ')}s" if is_item else wanted
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "a section"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
+
+
+def _spell(place: Place) -> str:
+    return f"[{place[0]}]" if len(place) == 1 else f"[{place[0]}] {'.'.join(place[1:])}"
+
+
+def _one_message(problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return "\n".join([f"{len(problems)} problems in the job", *(f"  {problem}" for problem in problems)])

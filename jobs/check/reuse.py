@@ -1,0 +1,66 @@
+"""`moebeam run JOB.toml --reuse OUTPUT`: what an earlier run answered is taken over, and only the rest is asked.
+
+A request is the same if its tokens, tenant, sampling and own options are; so a new row, or a template that makes other
+prompts of a row, is asked, and a row that only moved is not. What decides answers beside the request, such as the
+model's revision, must be the same in both jobs.
+"""
+
+from collections.abc import Mapping
+
+from moebeam.jobs.output.run_record import read_record
+from moebeam.jobs.output.run_state import read_manifest
+from moebeam.schemas.errors import OutputError
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.answer.reuse import ReuseSource, fences_path, write_fences
+
+_MUST_AGREE = ("[model]", "[output] schema", "[output] form", "[thinking] and [tools]", "[repair]", "tables version")
+"""Parts of the identity that shape answers without being part of a request."""
+
+
+def prepare_reuse(output: str) -> ReuseSource:
+    """Look at a run whose answers are to be taken over.
+
+    Raises:
+        OutputError: there is no such run, it is not complete, or its plan was cleaned.
+    """
+    source = read_record(output)
+    manifest = read_manifest(source.layout)
+    if manifest is None or manifest["status"] != "complete":
+        raise OutputError(
+            f"--reuse {output}: expected a finished run, found one with rows left; moebeam resume {output} first"
+        )
+    if not storage.exists(source.layout.plan_record):
+        raise OutputError(
+            f"--reuse {output}: expected the plan of the run, which says what was asked, found none: it was cleaned"
+        )
+    return ReuseSource(source.layout.output, source.run_id)
+
+
+def check_reusable(reuse: ReuseSource, parts: Mapping[str, str]) -> None:
+    """Hold the identity of a job against that of the run whose answers it would take over.
+
+    Raises:
+        OutputError: something that decides answers differs; names it.
+    """
+    source = read_record(reuse.output)
+    if changed := [name for name in _MUST_AGREE if parts.get(name) != source.parts.get(name)]:
+        raise OutputError(
+            f"--reuse {reuse.output}: expected a run whose answers this job would give too, found other: "
+            f"{', '.join(changed)}; run without --reuse"
+        )
+
+
+def keep_fences(layout: RunLayout, reuse: ReuseSource) -> None:
+    """Write the earlier run's fences into a run's folder, unless they are there.
+
+    Raises:
+        OutputError: the earlier run's plan is gone.
+        OSError: a store failed.
+    """
+    if storage.exists(fences_path(layout)):
+        return
+    try:
+        write_fences(RunLayout(reuse.output), layout)
+    except FileNotFoundError as error:
+        raise OutputError(f"--reuse {reuse.output}: expected the plan of the run, found no {error}") from error

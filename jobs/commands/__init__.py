@@ -1,0 +1,1 @@
+"""The `moebeam` command and the notebook function."""

@@ -1,0 +1,170 @@
+"""How a command talks: errors, logs and progress on standard error, one JSON line on standard output, signals.
+
+Every command of `jobs/commands/cli.py` and `jobs/commands/output_commands.py` does its work inside `speak`.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
+from types import FrameType
+from typing import NoReturn, TextIO
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from moebeam.jobs.console.summary import EXIT_FAILED, EXIT_STOPPED
+from moebeam.schemas.errors import JobError
+
+Answer = Mapping[str, object]
+
+
+def speak(work: Callable[[Console], tuple[int, Answer]], *, is_json: bool, is_debug: bool) -> NoReturn:
+    """Run a command's work, tell its errors, print its JSON line, and leave with its exit code."""
+    console = stderr_console()
+    is_killed = False
+    with _clean_stdout() as stdout, _logging_to(console, is_debug=is_debug):
+        try:
+            exit_code, answer = work(console)
+        except KeyboardInterrupt:
+            is_killed = True
+            exit_code, answer = EXIT_STOPPED, failure_answer(EXIT_STOPPED, "stopped at once by a signal")
+            print_error(console, "stopped at once; finished shards are kept, run the same command again to go on")
+        except JobError as error:
+            exit_code, answer = error.exit_code, failure_answer(error.exit_code, str(error))
+            print_error(console, str(error), error if is_debug else None)
+        except Exception as error:  # the last door: a person gets a line, and --debug gets the traceback
+            message = f"{type(error).__name__}: {error}".splitlines()[0]
+            exit_code, answer = EXIT_FAILED, failure_answer(EXIT_FAILED, message)
+            hint = "" if is_debug else "\nThis is not expected; --debug shows where it happened."
+            print_error(console, f"{message}{hint}", error if is_debug else None)
+        if is_json:
+            print(json_line(answer), file=stdout, flush=True)
+    if is_killed:
+        # A normal exit would wait for Beam's worker threads to finish their bundles.
+        sys.stderr.flush()
+        os._exit(exit_code)
+    raise typer.Exit(exit_code)
+
+
+def failure_answer(exit_code: int, message: str) -> Answer:
+    """The JSON line of a command that did not get to its end."""
+    status = "incomplete" if exit_code == EXIT_STOPPED else "failed"
+    return {"status": status, "exit_code": exit_code, "error": message}
+
+
+def json_line(answer: Answer) -> str:
+    """An answer as the one line of `--json`."""
+    return json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
+
+
+class _StderrConsole(Console):
+    """Standard error, until its reader is gone: a closed pipe ends the talk, not the run (rich would exit with 1)."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def stderr_console() -> Console:
+    """Standard error for people."""
+    return _StderrConsole(stderr=True)
+
+
+def print_error(console: Console, message: str, error: BaseException | None = None) -> None:
+    """An error for a person, with its traceback where one is given."""
+    if error is not None:
+        console.print("".join(traceback.format_exception(error)), soft_wrap=True, markup=False, highlight=False)
+    first, _, rest = message.partition("\n")
+    console.print(Text.assemble(("error: ", "bold red"), (first, "red")), soft_wrap=True)
+    if rest:
+        console.print(Text(rest), soft_wrap=True)
+
+
+@contextmanager
+def _clean_stdout() -> Generator[TextIO]:
+    """Send what libraries and worker processes print to standard error; yield the real standard output."""
+    sys.stdout.flush()
+    try:
+        is_own = sys.stdout.fileno() == 1
+    except (OSError, ValueError):
+        is_own = False
+    if not is_own:
+        real = sys.stdout
+        with redirect_stdout(sys.stderr):
+            yield real
+        return
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as real:
+        os.dup2(2, 1)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield real
+        finally:
+            real.flush()
+            os.dup2(real.fileno(), 1)
+
+
+@contextmanager
+def _logging_to(console: Console, *, is_debug: bool) -> Generator[None]:
+    """Show log records as lines above the progress bar: warnings, and with `is_debug` everything from INFO on."""
+    root = logging.getLogger()
+    handler = _ConsoleHandler(console, is_debug=is_debug)
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.INFO if is_debug else logging.WARNING)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console, *, is_debug: bool) -> None:
+        super().__init__()
+        self._console = console
+        self._is_debug = is_debug
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        # Beam warns on import about Google clients nobody asked for, and about runners it chose itself.
+        is_beam = record.name.startswith("apache_beam") or f"{os.sep}apache_beam{os.sep}" in record.pathname
+        return self._is_debug or not is_beam or record.levelno >= logging.ERROR
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = f"{record.levelname.lower()}: {record.getMessage()}"
+            if record.exc_info and self._is_debug:
+                text += "\n" + "".join(traceback.format_exception(*record.exc_info))
+            self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+        except Exception:  # a broken log record must not end a run; logging says so on its own
+            self.handleError(record)
+
+
+@contextmanager
+def draining_signals() -> Generator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into a set event, the second into a KeyboardInterrupt."""
+    stop = threading.Event()
+
+    def drain(signum: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        # The main thread may be in the middle of a print, so no buffered stream can be used here.
+        with suppress(OSError):
+            os.write(2, b"\nstopping: the shards at work are finished first; a second signal stops at once\n")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, drain) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,164 @@
+"""What a run tells the command line: how far it is, how it ended, what a check found.
+
+Plain records between `jobs/run/launch.py`, `jobs/check/preflight.py` and `jobs/commands/cli.py`; no Beam, no torch, no
+console.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from decimal import Decimal
+from typing import Literal
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_WRONG_JOB = 2
+EXIT_TOO_MANY_REJECTS = 3
+EXIT_STOPPED = 4
+
+LIMITS = frozenset({"max_cost", "max_input_tokens", "max_output_tokens", "max_requests", "deadline"})
+"""Reasons of a stop that are keys of `[limits]`."""
+
+PIPELINE_THREAD = "pipeline"
+"""Name of the launcher's thread in which a pipeline runs."""
+
+RunStatus = Literal["succeeded", "incomplete", "already_done", "staged"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgressSnapshot:
+    """How far a run is; counters include what earlier attempts of the same run had finished.
+
+    Attributes:
+        stage: the stage that is at work: `plan` (with read and render), `answer` or `publish`.
+        rows_done: rows that are through this stage, answered or rejected.
+        rows_total: rows this stage will see; None while that is unknown.
+        prompt_tokens: tokens of the prompts answered so far, cached ones included.
+        cost: what is billed so far; None without a price.
+        elapsed_s: seconds since the start of this attempt.
+    """
+
+    stage: str
+    rows_done: int
+    rows_total: int | None
+    shards_done: int
+    shards_total: int | None
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    num_rejects: int
+    cost: Decimal | None
+    currency: str | None
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """How a run ended.
+
+    Attributes:
+        rows_in: rows of the input that could be read; None where the run stopped before that was known.
+        num_rejects: rejected rows; unreadable files and row groups are not among them.
+        num_unreadable: files and row groups that could not be read.
+        cached_tokens: None where the engine does not say, never 0 for unknown.
+        max_hit_rate: h* of the plan, the largest share of prompt tokens that sharing can save; 0 to 1.
+        cost: what is billed; None without a price.
+        reason: why the run is incomplete: a key of `[limits]`, or `signal`.
+        message: what a person should know besides, for example why the run is incomplete.
+        num_reused: results that an earlier run's answers became, of `num_results`.
+        cost_wasted: what was billed beside `cost` for answers that were not used; None without any.
+        num_lost_calls: calls that ended without a usage, and that the provider may bill all the same.
+        lost_cost_at_most: what it may bill for them, beside `cost`; None where nobody can say.
+    """
+
+    status: RunStatus
+    exit_code: int
+    run_id: str
+    output: str
+    rows_in: int | None
+    num_results: int
+    num_rejects: int
+    num_unreadable: int
+    rejects_by_type: Mapping[str, int]
+    prompt_tokens: int
+    cached_tokens: int | None
+    computed_tokens: int | None
+    completion_tokens: int
+    reasoning_tokens: int
+    max_hit_rate: float | None
+    cost: Decimal | None
+    cost_allocated: Decimal | None
+    cost_basis: str | None
+    currency: str | None
+    price_book: str | None
+    elapsed_s: float
+    message: str | None = None
+    reason: str | None = None
+    cost_wasted: Decimal | None = None
+    num_reused: int = 0
+    num_lost_calls: int = 0
+    lost_cost_at_most: Decimal | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """The record as JSON values: decimals as plain strings, rejects by type in order of name."""
+        return {field.name: json_value(getattr(self, field.name)) for field in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReport:
+    """What `validate` found before any row was answered.
+
+    Attributes:
+        num_rows: rows by the files' footers, or lines of JSONL.
+        limit: the trial's `--limit`, if any.
+        columns: the input's columns, in order.
+        price: the price line that will be used, in words; None without a price book.
+        output_type: of the typed column of answers; None without a schema.
+        warnings: what is allowed but probably not meant.
+    """
+
+    output: str
+    num_files: int
+    num_rows: int
+    limit: int | None
+    columns: tuple[str, ...]
+    engine: str
+    model: str
+    schema: str | None
+    price: str | None
+    output_type: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """The record as JSON values."""
+        return {field.name: json_value(getattr(self, field.name)) for field in fields(self)}
+
+
+def exit_code_of(
+    *, is_complete: bool, rows_in: int, num_rejects: int, num_unreadable: int, max_reject_share: float
+) -> int:
+    """The exit code of a run that neither failed nor was refused.
+
+    Args:
+        rows_in: readable rows of the input, `results + rejects`.
+        num_rejects: rejected rows, without unreadable files.
+        max_reject_share: share of `rows_in` that may be rejected; taken as the decimal number its author wrote, so
+            that 29 of 100 rows are within 0.29.
+    Returns:
+        4 where work is left, 3 for more rejects than allowed or anything unreadable, else 0.
+    """
+    if not is_complete:
+        return EXIT_STOPPED
+    if num_unreadable > 0 or num_rejects > Decimal(str(max_reject_share)) * rows_in:
+        return EXIT_TOO_MANY_REJECTS
+    return EXIT_DONE
+
+
+def json_value(value: object) -> object:
+    """A record's value for `--json`: decimals as plain strings, mappings in order of their keys."""
+    if isinstance(value, Decimal):
+        return format(value, "f")
+    if isinstance(value, Mapping):
+        return {str(key): json_value(value[key]) for key in sorted(value)}
+    if isinstance(value, tuple):
+        return [json_value(item) for item in value]
+    return value

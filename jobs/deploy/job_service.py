@@ -1,0 +1,77 @@
+"""Runs through a Beam job server (Flink, Spark): what they need beyond Beam's defaults, checked before they start.
+
+Stands between the command line's options and *launch*. A wrong address costs Beam minutes of silence or a stack trace;
+here it costs seconds and is named.
+"""
+
+import grpc
+from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions, PortableOptions, StandardOptions
+from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
+
+from moebeam.schemas.errors import ClusterUnavailable, JobFileError
+
+ANSWER_TIMEOUT_S = 15.0
+KEEP_WORKERS_MS = 8_000
+"""How long a step's workers wait for the job's next step; new ones would load their libraries, and a model, again.
+
+Less than a cluster pauses before it restarts a job: the runner forgets a worker that died only with all others."""
+
+FLINK_RUNNER = "moebeam.jobs.deploy.flink.runner.FlinkRunner"
+
+_FLINK_NAMES = {"flink", "flinkrunner"}
+_NO_FREEZE = "disable_logging_submission_environment"
+
+
+def prepare_job_service(options: PipelineOptions) -> None:
+    """Fill in what a run through a job service needs, and see that the service answers; other runs are left alone.
+
+    Raises:
+        JobFileError: the runner needs an address that the command does not give.
+        ClusterUnavailable: nothing that takes Beam jobs answers at the address.
+    """
+    standard, portable = options.view_as(StandardOptions), options.view_as(PortableOptions)
+    runner = str(standard.runner).lower()
+    is_flink = runner in _FLINK_NAMES
+    if not is_flink and runner not in ("portable", "portablerunner"):
+        return
+    if is_flink:
+        standard.runner = FLINK_RUNNER
+    if not int(portable.environment_cache_millis):
+        portable.environment_cache_millis = KEEP_WORKERS_MS
+    # Beam would run `pip freeze` and send what it finds along with every job.
+    options.view_as(DebugOptions).add_experiment(_NO_FREEZE)
+    if portable.job_endpoint not in (None, "embed"):
+        check_job_endpoint(str(portable.job_endpoint))
+    elif not is_flink and portable.job_endpoint is None:
+        raise JobFileError("--runner=PortableRunner: expected --job_endpoint=HOST:PORT of a Beam job server beside it")
+
+
+def check_job_endpoint(address: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+    """Ask a job server what it can do.
+
+    Raises:
+        JobFileError: the address is not a host and a port.
+        ClusterUnavailable: no job server answers there in time.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise JobFileError(f"--job_endpoint={address}: expected HOST:PORT of a Beam job server, such as localhost:8099")
+    with grpc.insecure_channel(address) as channel:
+        stub = beam_job_api_pb2_grpc.JobServiceStub(channel)
+        try:
+            stub.DescribePipelineOptions(
+                beam_job_api_pb2.DescribePipelineOptionsRequest(), timeout=timeout_s, wait_for_ready=False
+            )
+        except grpc.RpcError as error:
+            raise ClusterUnavailable(
+                f"--job_endpoint={address}: expected a Beam job server, found {spell_rpc_error(error)}\n"
+                "Is the job server running, and is this its job port, not its artifact port or Flink's web port?"
+            ) from error
+
+
+def spell_rpc_error(error: grpc.RpcError) -> str:
+    """What a remote call ended with, in a line."""
+    if isinstance(error, grpc.Call):
+        code, details = error.code(), error.details()
+        return f"{code.name.lower().replace('_', ' ')} ({details})" if details else code.name.lower()
+    return type(error).__name__

@@ -1,0 +1,1 @@
+"""What a run's folder says about its run."""

@@ -1,0 +1,335 @@
+"""A run's answers as the two files of OpenAI's Batch API: `output.jsonl` and `error.jsonl`.
+
+Part of `moebeam export OUTPUT --openai-batch FOLDER`, after *publish*. Specification: OpenAI's batch request output
+object, whose body is a chat completion. Every row of results is a line of the one file, every row of rejects a line of
+the other, in the tables' order; the same run gives the same bytes. Held in memory are some hundred rows and the times
+of one shard.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moebeam.jobs.output.run_record import RunRecord
+from moebeam.jobs.output.run_state import read_manifest
+from moebeam.schemas.arrow import values_of
+from moebeam.schemas.canonical import Json, fingerprint
+from moebeam.schemas.errors import CommitError, JobFileError, OutputError
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.run_layout import TABLES, RunLayout, Table
+from moebeam.schemas.store.streamed_file import Write, streamed_file
+from moebeam.transforms.durable.commit import read_commit
+
+OUTPUT_FILE = "output.jsonl"
+ERROR_FILE = "error.jsonl"
+
+_BATCH_ROWS = 256
+_LEAST_LOGPROB = -9999.0
+"""What OpenAI writes for a token that is all but impossible; JSON has no infinity."""
+
+_OPENAI_FINISH_REASONS = ("stop", "length", "tool_calls", "content_filter")
+_LINE_BREAKS = str.maketrans({"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
+"""JSON leaves these raw inside strings, and readers that go by Unicode's lines would break there."""
+
+_STATUS_CODES: Mapping[str, int] = {
+    "refused": 400,
+    "request_refused": 400,
+    "invalid_grammar": 400,
+    "engine_overloaded": 503,
+    "answer_interrupted": 503,
+    "engine_timeout": 504,
+    "malformed_response": 502,
+}
+"""Error type -> HTTP status of a response that brought no answer; 500 for the others."""
+
+_COLUMNS = (
+    "custom_id",
+    "output_text",
+    "reasoning_content",
+    "tool_calls",
+    "finish_reason",
+    "error_type",
+    "error_message",
+    "error_stage",
+    "attempts",
+    "logprobs",
+    "model",
+    "model_revision",
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+    "reasoning_tokens",
+    "merged_into",
+    "run_id",
+    "source_file",
+    "source_row",
+    "scope",
+    "num_rows",
+)
+
+Row: TypeAlias = Mapping[str, Any]
+AnswerTimes: TypeAlias = Mapping[str, int]
+"""custom_id -> when its last attempt was answered, in seconds since the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchExport:
+    """What was written, and of how much of a run."""
+
+    run_status: Literal["complete", "incomplete"]
+    output_file: str
+    error_file: str
+    num_answers: int
+    num_errors: int
+
+    def to_json(self) -> dict[str, Json]:
+        return {
+            "run_status": self.run_status,
+            "output_file": self.output_file,
+            "error_file": self.error_file,
+            "num_answers": self.num_answers,
+            "num_errors": self.num_errors,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _ShardFile:
+    path: str
+    num_rows: int
+
+
+_Shard: TypeAlias = Mapping[Table, _ShardFile]
+"""A shard's files; a table without rows has none."""
+
+
+def export_batch(record: RunRecord, folder: str, *, is_partial: bool = False) -> BatchExport:
+    """Write both files of a run into a folder; older ones of the same names are replaced.
+
+    Args:
+        folder: on disk or in an object store.
+        is_partial: whether a run that is not finished is exported as far as its shards are committed.
+    Raises:
+        JobFileError: the folder is one that the run keeps for itself.
+        OutputError: the run is not finished, a file of it is missing or damaged, or the folder cannot be written.
+    """
+    layout = record.layout
+    _check_folder(layout, folder)
+    status, shards = _shards(layout, is_partial=is_partial)
+    output_file, error_file = storage.join(folder, OUTPUT_FILE), storage.join(folder, ERROR_FILE)
+    num_answers = num_errors = 0
+    try:
+        with streamed_file(output_file) as write_answer, streamed_file(error_file) as write_error:
+            for shard in shards:
+                times = _answer_times(shard)
+                num_answers += _write_rows(shard, "results", write_answer, times)
+                num_errors += _write_rows(shard, "rejects", write_error, times)
+    except OSError as error:
+        raise OutputError(f"{folder}: the batch files cannot be written: {error}") from error
+    return BatchExport(status, output_file, error_file, num_answers, num_errors)
+
+
+def _check_folder(layout: RunLayout, folder: str) -> None:
+    for own in (layout.state, *map(layout.table, TABLES)):
+        if f"{storage.spelled(folder)}/".startswith(f"{storage.spelled(own)}/"):
+            raise JobFileError(
+                f"--openai-batch: expected a folder outside of {own}, which is the run's, found {folder}"
+            )
+
+
+def _shards(layout: RunLayout, *, is_partial: bool) -> tuple[Literal["complete", "incomplete"], list[_Shard]]:
+    """The files of a run, shard by shard in the tables' order."""
+    manifest = read_manifest(layout)
+    if manifest is not None and manifest["status"] == "complete":
+        return "complete", _manifest_shards(layout, manifest)
+    if is_partial:
+        return "incomplete", list(_committed_shards(layout))
+    raise OutputError(
+        f"{layout.output}: expected a finished run, found one that is not; moebeam resume {layout.output} finishes it, "
+        "--partial exports what is committed"
+    )
+
+
+def _manifest_shards(layout: RunLayout, manifest: Mapping[str, Any]) -> list[_Shard]:
+    found: dict[str, dict[Table, _ShardFile]] = {}
+    for table in TABLES:
+        for file in manifest["files"][table]:
+            path = storage.join(layout.output, file["path"])
+            # Tables of one shard have one name; the ledger's files of wasted work have names of their own.
+            name = path.rpartition("/")[2]
+            if table != "ledger" or name in found:
+                found.setdefault(name, {})[table] = _ShardFile(path, file["num_rows"])
+    return [found[name] for name in sorted(found)]
+
+
+def _committed_shards(layout: RunLayout) -> Iterator[_Shard]:
+    try:
+        for name in storage.list_names(layout.commits, ".json"):
+            commit = read_commit(layout, name.removesuffix(".json"))
+            if commit is None:
+                raise OutputError(f"{layout.shard_commit(name)}: expected a commit record, found none")
+            shard: dict[Table, _ShardFile] = {}
+            for file in commit.files:
+                published = layout.published(file.table, commit.shard)
+                is_published = storage.exists(published)
+                path = published if is_published else storage.join(layout.output, file.path)
+                shard[file.table] = _ShardFile(path, file.num_rows)
+            yield shard
+    except (CommitError, OSError) as error:
+        raise OutputError(f"{layout.output}: its commits cannot be read: {error}") from error
+
+
+def _batches(file: _ShardFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The batches of a table's file, some columns only.
+
+    Raises:
+        OutputError: the file is missing, damaged, or of a version that has other columns.
+    """
+    try:
+        with storage.open_input(file.path) as source, pq.ParquetFile(source, pre_buffer=False) as parquet:
+            missing = [name for name in columns if name not in parquet.schema_arrow.names]
+            if missing:
+                raise OutputError(f"{file.path}: expected the columns {', '.join(missing)}, found none of these names")
+            if parquet.metadata.num_rows != file.num_rows:
+                raise OutputError(f"{file.path}: expected {file.num_rows} rows, found {parquet.metadata.num_rows}")
+            yield from parquet.iter_batches(_BATCH_ROWS, columns=list(columns), use_threads=False)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise OutputError(f"{file.path}: expected a table of the run, found: {error}") from error
+
+
+def _answer_times(shard: _Shard) -> AnswerTimes:
+    """When each request of a shard was answered; the rows that were asked have lines in the ledger, no others."""
+    times: dict[str, int] = {}
+    names = ("custom_id", "started_at", "latency_ms")
+    for batch in _batches(shard["ledger"], names) if "ledger" in shard else ():
+        columns = (values_of(batch, name) for name in names)
+        for custom_id, started_at, latency_ms in zip(*columns, strict=True):
+            # Attempts of one row stand in their order, so the last one stays.
+            times[custom_id] = math.floor(started_at.timestamp() + (latency_ms or 0.0) / 1000)
+    return times
+
+
+def _write_rows(shard: _Shard, table: Table, write: Write, times: AnswerTimes) -> int:
+    line_of = answer_line if table == "results" else error_line
+    num_rows = 0
+    for batch in _batches(shard[table], _COLUMNS) if table in shard else ():
+        write("".join(json_line(line_of(row, times)) for row in batch.to_pylist()).encode())
+        num_rows += batch.num_rows
+    return num_rows
+
+
+def json_line(value: Json) -> str:
+    """A JSON value as one line, whatever a reader takes for the end of a line."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.translate(_LINE_BREAKS) + "\n"
+
+
+def answer_line(row: Row, times: AnswerTimes) -> dict[str, Json]:
+    """The line of a row of results."""
+    digest = _digest(row)
+    return _line(row, digest, _response(digest, 200, _chat_completion(row, digest, times)), None)
+
+
+def error_line(row: Row, times: AnswerTimes) -> dict[str, Json]:
+    """The line of a row of rejects.
+
+    A row that the model was never asked has no response. One whose answer was not accepted has that answer, with the
+    status 200: it came, and was paid. One that got no answer has the status of that failure.
+    """
+    digest = _digest(row)
+    message = row["error_message"]
+    if row["scope"] != "row":
+        stands_for = "an unknown number of" if row["num_rows"] is None else row["num_rows"]
+        message = f"{message} (this line stands for {stands_for} rows)"
+    error: dict[str, Json] = {"code": row["error_type"], "message": message}
+    if not row["attempts"] and row["merged_into"] is None:
+        return _line(row, digest, None, error)
+    if row["error_stage"] == "validate" and row["finish_reason"] in _OPENAI_FINISH_REASONS:
+        return _line(row, digest, _response(digest, 200, _chat_completion(row, digest, times)), error)
+    body: dict[str, Json] = {"error": {**error, "type": row["error_stage"], "param": None}, "usage": _usage(row)}
+    return _line(row, digest, _response(digest, _STATUS_CODES.get(row["error_type"], 500), body), error)
+
+
+def _line(row: Row, digest: str, response: Json, error: Json) -> dict[str, Json]:
+    return {"id": f"batch_req_{digest}", "custom_id": row["custom_id"], "response": response, "error": error}
+
+
+def _response(digest: str, status_code: int, body: Json) -> Json:
+    return {"status_code": status_code, "request_id": f"req_{digest}", "body": body}
+
+
+def _digest(row: Row) -> str:
+    """What a row is named by: its place in the input, since repeated ids are rejected under one custom_id."""
+    return fingerprint([row["run_id"], row["source_file"], row["source_row"], row["scope"]])[:32]
+
+
+def _chat_completion(row: Row, digest: str, times: AnswerTimes) -> Json:
+    text: str | None = row["output_text"]
+    calls: list[Json] = [
+        {
+            "id": call["id"],
+            "type": "function",
+            "function": {"name": call["name"], "arguments": call["arguments"]},
+        }
+        for call in row["tool_calls"] or ()
+    ]
+    message: dict[str, Json] = {
+        "role": "assistant",
+        "content": None if calls and not text else text,
+        "refusal": None,
+    }
+    if row["reasoning_content"] is not None:
+        message["reasoning_content"] = row["reasoning_content"]
+    if calls:
+        message["tool_calls"] = calls
+    return {
+        "id": f"chatcmpl-{digest}",
+        "object": "chat.completion",
+        # A row that was taken over from an earlier run was not answered in this one.
+        "created": times.get(row["merged_into"] or row["custom_id"], 0),
+        "model": row["model"] or "",
+        "choices": [
+            {
+                "index": 0,
+                "message": message,
+                "logprobs": _logprobs(row["logprobs"]),
+                "finish_reason": row["finish_reason"],
+            }
+        ],
+        "usage": _usage(row),
+        "system_fingerprint": row["model_revision"] or None,
+    }
+
+
+def _logprobs(logprobs: Sequence[float] | None) -> Json:
+    """The tokens' numbers; what the tokens spell is not kept by a run."""
+    if logprobs is None:
+        return None
+    return {
+        "content": [
+            {
+                "token": "",
+                "bytes": None,
+                "logprob": logprob if math.isfinite(logprob) else _LEAST_LOGPROB,
+                "top_logprobs": [],
+            }
+            for logprob in logprobs
+        ],
+        "refusal": None,
+    }
+
+
+def _usage(row: Row) -> Json:
+    """All attempts of a row together; unknown cached tokens are null, not zero."""
+    prompt, completion, cached = row["prompt_tokens"], row["completion_tokens"], row["cached_tokens"]
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": None if cached is None else {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": row["reasoning_tokens"]},
+    }

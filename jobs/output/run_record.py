@@ -1,0 +1,301 @@
+"""What an output folder keeps of its job, so that the run can be shown, resumed and retried from the folder alone.
+
+`_moebeam/job.json` holds the identity (`jobs/check/identity.py`), the job as its last attempt read it, and the trial's
+limit; `_moebeam/input.json` what the scan of the input found. Neither holds a secret: credentials come from the
+environment, and a path that carries one is refused before the run.
+"""
+
+import base64
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, cast
+
+import pyarrow as pa
+from pydantic import ValidationError
+
+from moebeam.schemas.canonical import Json, fingerprint
+from moebeam.schemas.errors import InputPatternError, JobFileError, OutputError
+from moebeam.schemas.job.sections import InputSection, Job
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.record_json import RecordJson
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.answer.reuse import ReuseSource
+from moebeam.transforms.plan.plan_record import read_plan
+from moebeam.transforms.read.input_scan import InputFormat, InputScan, InputUnit, files_fingerprint, input_files
+
+_NUM_SHOWN_FILES = 3
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class RetryOf:
+    """Which rejects of which run a run answers again; `kinds` are error types, sorted."""
+
+    output: str
+    run_id: str
+    kinds: tuple[str, ...]
+
+    @property
+    def identity(self) -> Json:
+        """What makes two retries the same; the folder may have been moved."""
+        return {"run_id": self.run_id, "kinds": list(self.kinds)}
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run as its output folder describes it.
+
+    Attributes:
+        parts: the identity's digests by name.
+        job: as the last attempt read it, with this folder as its output.
+        limit: the trial's `--limit`.
+        currency: of the price that applied at the start; None without a price book.
+    """
+
+    layout: RunLayout
+    parts: Mapping[str, str]
+    run_id: str
+    job: Job
+    limit: int | None
+    currency: str | None
+    retry_of: RetryOf | None
+    reuse: ReuseSource | None
+
+
+def describe_job(
+    job: Job, *, limit: int | None, currency: str | None, retry_of: RetryOf | None, reuse: ReuseSource | None = None
+) -> dict[str, Json]:
+    """What `job.json` holds beside the identity."""
+    return {
+        "job": job.model_dump(mode="json", by_alias=True),
+        "folder": job.folder,
+        "limit": limit,
+        "currency": currency,
+        "retry_of": asdict(retry_of) if retry_of is not None else None,
+        "reuse": asdict(reuse) if reuse is not None else None,
+        "product_version": version("moebeam"),
+    }
+
+
+def read_record(output: str) -> RunRecord:
+    """Read what a folder keeps of its run.
+
+    Raises:
+        OutputError: there is no such folder, it holds no run, or its record cannot be understood.
+    """
+    layout = RunLayout(output)
+    try:
+        content = storage.read_bytes(layout.job)
+    except FileNotFoundError as error:
+        raise OutputError(_why_no_run(layout)) from error
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be looked at: {error}") from error
+    try:
+        found: Any = json.loads(content)
+        if isinstance(found, dict) and "job" not in found:
+            raise OutputError(
+                f"{layout.job}: was written by an older version, which did not keep the job; "
+                "run `moebeam run JOB.toml` again instead"
+            )
+        job = Job.model_validate_json(json.dumps(found["job"]), strict=True)
+        job = job.model_copy(update={"output": job.output.model_copy(update={"path": output})})
+        retry = found["retry_of"]
+        return RunRecord(
+            layout=layout,
+            parts={str(name): str(part) for name, part in found["parts"].items()},
+            run_id=str(found["fingerprint"])[:16],
+            job=job if found["folder"] is None else job.located(found["folder"]),
+            limit=found["limit"],
+            currency=found["currency"],
+            reuse=found.get("reuse") and ReuseSource(**found["reuse"]),
+            retry_of=retry and RetryOf(retry["output"], retry["run_id"], tuple(retry["kinds"])),
+        )
+    except ValidationError as error:
+        raise OutputError(
+            f"{layout.job}: its job is not one that this version understands: {error.errors()[0]['msg']}"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{layout.job}: expected the record of a run, found a damaged file: {error!r}") from error
+
+
+def _why_no_run(layout: RunLayout) -> str:
+    output = layout.output
+    with contextlib.suppress(OSError):
+        if not storage.is_folder(output):
+            return f"{output}: expected the output folder of a run, found no such folder"
+        if storage.exists(layout.manifest) or storage.exists(layout.plan_record):
+            return f"{layout.job}: expected the record of a run, found no such file; the run cannot be told apart"
+    return f"{output}: expected the output folder of a run, found no _moebeam/job.json in it"
+
+
+@dataclass(frozen=True, slots=True)
+class InputRecord:
+    """What the scan of the input found, without its units.
+
+    Attributes:
+        section: `[input]` as it was, and `limit` the trial's.
+        num_rows: that will be read.
+        num_unreadable: files that cannot be opened.
+        schema: the needed columns, an Arrow schema in base64.
+        files: path -> digest of what changes when the file does; empty for a retry, which reads no input.
+    """
+
+    section: str
+    limit: int | None
+    fingerprint: str
+    format: InputFormat
+    num_rows: int
+    num_files: int
+    num_unreadable: int
+    names: tuple[str, ...]
+    schema: str
+    files: Mapping[str, str]
+
+    @classmethod
+    def of(cls, section: InputSection, limit: int | None, scan: InputScan, files: Mapping[str, Json]) -> "InputRecord":
+        return cls(
+            section=_digest(section),
+            limit=limit,
+            fingerprint=scan.fingerprint,
+            format=scan.format,
+            num_rows=scan.num_rows,
+            num_files=scan.num_files,
+            num_unreadable=scan.num_unreadable_files,
+            names=scan.names,
+            schema=base64.b64encode(scan.schema.serialize().to_pybytes()).decode(),
+            files={path: fingerprint(mark)[:16] for path, mark in files.items()},
+        )
+
+    def scan(self, num_rows: int | None = None) -> InputScan:
+        """The scan, with its counts and types but not the units that were to be read: for a run that has its plan.
+
+        Args:
+            num_rows: of a part of the input; None for all of it.
+        """
+        rows = self.num_rows if num_rows is None else num_rows
+        num_unreadable = self.num_unreadable if num_rows is None else 0
+        whole = InputUnit(0, "", "", self.format, 0, 0, rows)
+        unreadable = (InputUnit(1 + i, "", "", self.format, 0, 0, None, error="unread") for i in range(num_unreadable))
+        return InputScan(
+            units=(whole, *unreadable),
+            schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(self.schema))),
+            names=self.names,
+            format=self.format,
+            num_files=self.num_files,
+            fingerprint=self.fingerprint,
+        )
+
+
+def input_record_path(layout: RunLayout) -> str:
+    return storage.join(layout.state, "input.json")
+
+
+def keep_input(layout: RunLayout, section: InputSection, limit: int | None, scan: InputScan, *, is_retry: bool) -> None:
+    """Keep what the scan found, unless it is kept already.
+
+    Raises:
+        InputPatternError: the input has changed since the scan.
+        OutputError: the folder cannot be written.
+    """
+    if read_input_record(layout) is not None:
+        return
+    files = {} if is_retry else input_files(section)
+    if not is_retry and files_fingerprint(files) != scan.fingerprint:
+        raise InputPatternError(f"[input] path {section.path!r}: files changed while they were looked at; run again")
+    record = InputRecord.of(section, limit, scan, files)
+    try:
+        storage.write_whole(input_record_path(layout), RecordJson(InputRecord).encode(record))
+    except OSError as error:
+        raise OutputError(f"[output] path {layout.output!r}: cannot be written: {error}") from error
+
+
+def read_input_record(layout: RunLayout) -> InputRecord | None:
+    """What is kept of the input; None if nothing that can be read is."""
+    with contextlib.suppress(OSError, ValueError):
+        return RecordJson(InputRecord).decode(storage.read_bytes(input_record_path(layout)))
+    return None
+
+
+def kept_scan(
+    layout: RunLayout, section: InputSection, limit: int | None, retry_of: RetryOf | None
+) -> InputScan | None:
+    """The input's scan without reading it, for a run that has its plan; None where it has to be scanned.
+
+    The files are listed, and must be those of the plan; a retry's rows come from its plan alone.
+
+    Raises:
+        InputPatternError: the files cannot be listed.
+    """
+    with contextlib.suppress(OSError):
+        record = read_input_record(layout)
+        if record is None or record.limit != limit or record.section != _digest(section):
+            return None
+        if retry_of is not None:
+            return record.scan()
+        if read_plan(layout) is not None and files_fingerprint(input_files(section)) == record.fingerprint:
+            return record.scan()
+    return None
+
+
+def changed_files(layout: RunLayout, section: InputSection) -> str:
+    """Which input files are not those of the run, in parentheses; empty where that cannot be told."""
+    record = read_input_record(layout)
+    if record is None or not record.files:
+        return ""
+    try:
+        found = {path: fingerprint(mark)[:16] for path, mark in input_files(section).items()}
+    except InputPatternError:
+        return ""
+    groups = {
+        "changed": [path for path in record.files if path in found and found[path] != record.files[path]],
+        "missing": [path for path in record.files if path not in found],
+        "new": [path for path in found if path not in record.files],
+    }
+    told = [f"{name}: {_shown(paths)}" for name, paths in groups.items() if paths]
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def _shown(paths: list[str]) -> str:
+    names = ", ".join(path.rpartition("/")[2] for path in paths[:_NUM_SHOWN_FILES])
+    more = len(paths) - _NUM_SHOWN_FILES
+    return f"{names} and {more} more" if more > 0 else names
+
+
+def _digest(section: InputSection) -> str:
+    return fingerprint(section.model_dump(mode="json"))
+
+
+def refuse_secrets(job: Job) -> list[JobFileError]:
+    """Paths that carry credentials, which the output folder must not keep."""
+    problems: list[JobFileError] = []
+    for place, text in _texts(job.model_dump(mode="json", by_alias=True), ()):
+        if _URL.fullmatch(text) and _has_credentials(text):
+            section, *inner = place
+            problems.append(
+                JobFileError(
+                    f"[{section}] {'.'.join(inner)}: holds credentials; give them through the environment instead"
+                )
+            )
+    return problems
+
+
+def _texts(value: object, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Every text of a job and where it stands; tables of an array are counted from 1."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, inner in cast("Mapping[str, object]", value).items():
+            yield from _texts(inner, (*place, key))
+    elif isinstance(value, list):
+        for number, inner in enumerate(cast("list[object]", value), start=1):
+            yield from _texts(inner, (*place, str(number)))
+
+
+def _has_credentials(url: str) -> bool:
+    authority = url.partition("://")[2].partition("/")[0]
+    query = url.partition("?")[2].lower()
+    return "@" in authority or any(word in query for word in ("signature=", "sig=", "token=", "secret", "password="))

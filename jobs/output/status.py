@@ -1,0 +1,176 @@
+"""`moebeam status`: where a run is and how it ended, from its files alone, alive or dead, on disk or in a store."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from decimal import Decimal
+from typing import Any, Literal, TypeAlias
+
+from rich.console import Console
+from rich.text import Text
+
+from moebeam.jobs.console.facts_table import facts_table
+from moebeam.jobs.console.summary import json_value
+from moebeam.jobs.output.run_record import RunRecord, read_input_record
+from moebeam.jobs.output.run_state import SignsOfLife, Watch, read_manifest, signs_of_life
+from moebeam.jobs.run.progress import spell_duration, spell_money
+from moebeam.schemas.errors import OutputError
+from moebeam.transforms.durable.failure import Failure, read_failure
+from moebeam.transforms.durable.stop import ON_ERROR
+from moebeam.transforms.publish.step import cost_of
+
+RunState: TypeAlias = Literal[
+    "planning", "answering", "publishing", "complete", "incomplete", "failed", "stopped", "not started"
+]
+"""The first three only while somebody is at work; `stopped` is a run that ended without a word, as if killed."""
+
+_STAGES: dict[str, RunState] = {"plan": "planning", "answer": "answering", "publish": "publishing"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusReport:
+    """A run as its files show it.
+
+    Attributes:
+        stage: how far it came: `plan`, `answer` or `publish`.
+        last_sign_s: seconds since anybody at work on it was heard of; None where nothing tells.
+        workers: who is at work, in words.
+        reason: of an incomplete run, a key of `[limits]` or `signal`; of a failed one the step.
+        rows_total: None where it is not known yet.
+        cost: so far, with what was wasted and what shards at work have spent; None without prices.
+    """
+
+    state: RunState
+    stage: str
+    is_alive: bool
+    last_sign_s: float | None
+    workers: tuple[str, ...]
+    reason: str | None
+    message: str | None
+    run_id: str
+    output: str
+    retry_note: str | None
+    rows_done: int
+    rows_total: int | None
+    num_results: int
+    num_rejects: int
+    rejects_by_type: Mapping[str, int]
+    shards_done: int
+    shards_total: int | None
+    num_requests: int
+    prompt_tokens: int
+    cached_tokens: int | None
+    completion_tokens: int
+    cost: Decimal | None
+    cost_wasted: Decimal | None
+    currency: str | None
+    limits: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, object]:
+        """The record as JSON values: decimals as plain strings."""
+        return {field.name: json_value(getattr(self, field.name)) for field in fields(self)}
+
+
+def status_of(record: RunRecord) -> StatusReport:
+    """Look at a run.
+
+    Raises:
+        OutputError: the store failed, or the manifest is damaged.
+    """
+    layout = record.layout
+    try:
+        manifest = read_manifest(layout)
+        life = signs_of_life(layout)
+        failure = read_failure(layout)
+        kept = read_input_record(layout)
+        watch = Watch(layout, rows_total=kept.num_rows if kept is not None else None, currency=record.currency)
+        seen = watch.snapshot()
+    except OSError as error:
+        raise OutputError(f"{layout.output}: cannot be looked at: {error}") from error
+    state, reason, message = _state(manifest, life, failure, seen.stage, is_planned=watch.plan is not None)
+    committed, wasted = watch.committed, watch.wasted
+    retry = record.retry_of
+    return StatusReport(
+        state=state,
+        stage=seen.stage,
+        is_alive=life.is_alive,
+        last_sign_s=life.last_sign_s,
+        workers=life.who,
+        reason=reason,
+        message=message,
+        run_id=record.run_id,
+        output=layout.output,
+        retry_note=retry and f"answers rejects of {retry.output} again: {', '.join(retry.kinds)}",
+        rows_done=seen.rows_done,
+        rows_total=seen.rows_total,
+        num_results=committed.num_results,
+        num_rejects=seen.num_rejects,
+        rejects_by_type=committed.rejects_by_type or {},
+        shards_done=seen.shards_done,
+        shards_total=seen.shards_total,
+        num_requests=committed.num_attempts + wasted.num_attempts,
+        prompt_tokens=seen.prompt_tokens,
+        cached_tokens=None if committed.cached_tokens is None else seen.cached_tokens,
+        completion_tokens=seen.completion_tokens,
+        cost=seen.cost,
+        cost_wasted=cost_of(wasted)[0],
+        currency=record.currency,
+        limits=record.job.limits.model_dump(mode="json", exclude_none=True),
+    )
+
+
+def _state(
+    manifest: Mapping[str, Any] | None, life: SignsOfLife, failure: Failure | None, stage: str, *, is_planned: bool
+) -> tuple[RunState, str | None, str | None]:
+    """State, reason and message; whoever is at work comes before what an earlier attempt left."""
+    if manifest is not None and manifest["status"] == "complete":
+        return "complete", None, None
+    if life.is_alive:
+        return _STAGES[stage], None, None
+    if failure is not None:
+        return "failed", failure.step, f"{failure.error}: {failure.message}"
+    if life.was_killed or (manifest is None and (is_planned or life.last_sign_s is not None)):
+        return "stopped", None, "nobody is at work on it, and it did not say why"
+    if manifest is None:
+        return "not started", None, "the output was claimed, and nothing was planned yet"
+    reason, message = manifest.get("reason"), manifest.get("reason_message")
+    return ("failed" if reason == ON_ERROR else "incomplete"), reason, message
+
+
+def print_status(console: Console, report: StatusReport) -> None:
+    """A run for a person."""
+    style = {"complete": "bold green", "failed": "bold red"}.get(report.state, "bold yellow")
+    console.print(Text(_headline(report), style=style), soft_wrap=True)
+    console.print(facts_table(_lines(report)))
+    if report.state in ("incomplete", "failed", "stopped", "not started"):
+        console.print(f"To go on: moebeam resume {report.output}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _headline(report: StatusReport) -> str:
+    told = report.state
+    if report.state in ("incomplete", "failed", "stopped"):
+        told = f"{report.state} in stage {report.stage}"
+    return f"{told}: {report.message}" if report.message else told
+
+
+def _lines(report: StatusReport) -> Iterator[tuple[str, str]]:
+    total = "" if report.rows_total is None else f" of {report.rows_total:,}"
+    rejects = f", {report.num_rejects:,} of them rejected" if report.num_rejects else ""
+    yield "rows", f"{report.rows_done:,}{total}{' planned' if report.stage == 'plan' else ''}{rejects}"
+    if report.rejects_by_type:
+        yield "rejects", ", ".join(f"{count:,} {name}" for name, count in sorted(report.rejects_by_type.items()))
+    if report.shards_total is not None:
+        yield "shards", f"{report.shards_done:,} of {report.shards_total:,}"
+    cached = "" if report.cached_tokens is None else f", {report.cached_tokens:,} of them cache hits"
+    yield "tokens", f"{report.prompt_tokens:,} prompt{cached}; {report.completion_tokens:,} output"
+    yield "cost", "unknown: no price" if report.cost is None else f"{spell_money(report.cost, report.currency)} so far"
+    if report.cost_wasted:
+        yield "wasted", f"{spell_money(report.cost_wasted, report.currency)} of it, for answers that were not used"
+    if report.limits:
+        yield "limits", ", ".join(f"{name} {value}" for name, value in report.limits.items())
+    if report.workers:
+        yield "at work", "; ".join(report.workers)
+    elif report.state != "complete" and report.last_sign_s is not None:
+        yield "last sign", f"{spell_duration(report.last_sign_s)} ago"
+    if report.retry_note is not None:
+        yield "retry", report.retry_note
+    yield "output", report.output

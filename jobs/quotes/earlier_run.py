@@ -1,0 +1,107 @@
+"""What an earlier run tells a quote: how long answers were, how often they were asked again, how fast the engine was.
+
+Reads the earlier run's ledger and manifest; nothing is guessed that they do not hold.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from moebeam.schemas.errors import OutputError
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.quote.quote import OutputForecast
+
+_COLUMNS = (
+    "attempt",
+    "outcome",
+    "cache_hit_tokens",
+    "cache_miss_tokens",
+    "visible_output_tokens",
+    "reasoning_tokens",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierRun:
+    """Sums of a run's ledger, without what was wasted.
+
+    Attributes:
+        engine: its engine, as the manifest names it.
+        engine_s: seconds that the engine counted, all processes together; None where it does not count.
+    """
+
+    output: str
+    engine: str
+    num_requests: int
+    computed_tokens: int
+    output_tokens: int
+    later_prompt_tokens: int
+    later_hit_tokens: int
+    engine_s: float | None
+
+    def forecast(self) -> OutputForecast:
+        """What the answers of another job are expected to take, if it is like this one."""
+        later = self.later_prompt_tokens
+        return OutputForecast(
+            tokens_a_request=self.output_tokens / self.num_requests,
+            extra_prompt_tokens_a_request=later / self.num_requests,
+            extra_hit_rate=self.later_hit_tokens / later if later else 0.0,
+            basis=f"mean of the {self.num_requests:,} requests of {self.output}, repairs included",
+        )
+
+    def duration_s(self, num_computed_tokens: int, num_output_tokens: int) -> float | None:
+        """How long the same engine takes for so many tokens, at the run's mean rate."""
+        num_tokens = self.computed_tokens + self.output_tokens
+        if self.engine_s is None or num_tokens == 0:
+            return None
+        return self.engine_s * (num_computed_tokens + num_output_tokens) / num_tokens
+
+
+def read_earlier_run(output: str) -> EarlierRun:
+    """Read the run that `--like` names.
+
+    Raises:
+        OutputError: there is no finished run, or it asked the model nothing.
+    """
+    layout = RunLayout(output.rstrip("/"))
+    try:
+        manifest: dict[str, Any] = json.loads(storage.read_bytes(layout.manifest))
+        engine, counters = str(manifest["model"]["engine"]), cast("dict[str, float]", manifest["engine"])
+        names = storage.list_names(layout.table("ledger"), ".parquet")
+        tables = [_read_ledger(storage.join(layout.table("ledger"), name)) for name in names]
+    except FileNotFoundError as error:
+        raise OutputError(f"--like {output}: expected the output of a finished run, found no manifest") from error
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise OutputError(f"--like {output}: expected the manifest and ledger of a run, found: {error}") from error
+    ledger = pa.concat_tables(tables) if tables else None
+    if ledger is not None:
+        ledger = ledger.filter(pc.not_equal(ledger.column("outcome"), pa.scalar("wasted")))
+    num_requests = 0 if ledger is None else ledger.column("attempt").to_pylist().count(1)
+    if ledger is None or num_requests == 0:
+        raise OutputError(f"--like {output}: expected a run that asked the model, found no attempt in its ledger")
+    later = ledger.filter(pc.greater(ledger.column("attempt"), pa.scalar(1, pa.int32())))
+    seconds = [value for name, value in counters.items() if name.endswith("_s")]
+    return EarlierRun(
+        output=output,
+        engine=engine,
+        num_requests=num_requests,
+        computed_tokens=_sum(ledger, "cache_miss_tokens"),
+        output_tokens=_sum(ledger, "visible_output_tokens", "reasoning_tokens"),
+        later_prompt_tokens=_sum(later, "cache_hit_tokens", "cache_miss_tokens"),
+        later_hit_tokens=_sum(later, "cache_hit_tokens"),
+        engine_s=sum(seconds) if seconds else None,
+    )
+
+
+def _read_ledger(path: str) -> pa.Table:
+    with storage.open_input(path) as source:
+        return pq.ParquetFile(source).read(columns=list(_COLUMNS))
+
+
+def _sum(ledger: pa.Table, *names: str) -> int:
+    return sum(int(pc.sum(ledger.column(name)).as_py() or 0) for name in names)

@@ -1,0 +1,329 @@
+"""`moebeam estimate`: what a job will take and cost, before any model is asked.
+
+The job is checked as `run` checks it and its prompts are read, rendered and counted by the functions of a run; then
+comes arithmetic (`transforms/quote/quote.py`, `quote_plan.py`). Neither Beam nor torch is imported.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from decimal import Decimal
+
+from moebeam.jobs.check.engine_config import provider_of
+from moebeam.jobs.check.preflight import CheckedJob, check_job
+from moebeam.jobs.prices.shipped import SHIPPED_BOOK
+from moebeam.jobs.quotes.earlier_run import EarlierRun
+from moebeam.model_runner.protocol import REMOTE_ENGINES
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.errors import JobFileError
+from moebeam.schemas.job.sections import Job
+from moebeam.schemas.prices import PriceMode
+from moebeam.transforms.money.exchange_rates import ExchangeRates
+from moebeam.transforms.money.price_book import PriceBook
+from moebeam.transforms.quote.cache_rules import UNKNOWN, CacheRule, rule_of
+from moebeam.transforms.quote.cheapest_start import Offer, Start, cheapest, cost_at, hourly_costs, starts, tier_starts
+from moebeam.transforms.quote.prompt_survey import PromptSurvey, survey_columns, survey_prompts
+from moebeam.transforms.quote.quote import (
+    CONFIDENCE,
+    CostRange,
+    Forecast,
+    OutputForecast,
+    RepairTerms,
+    TokenForecast,
+    demand,
+    forecast_tokens,
+)
+from moebeam.transforms.render.render_rows import Renderer
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateTerms:
+    """What a person asks of a quote.
+
+    Attributes:
+        at: when the job starts.
+        num_sample_rows: how many rows are read; None reads all.
+        providers: whose prices are looked at; empty for all that the book has for the model.
+        model: in the price book; None for the job's.
+        output_tokens: mean of output tokens of a request; None takes `like`, or else `max_tokens`.
+        deadline: when the job has to be done; None asks for no plan.
+        currency: costs of several currencies are compared in this one, by `rates`.
+    """
+
+    at: datetime
+    num_sample_rows: int | None = None
+    providers: tuple[str, ...] = ()
+    model: str | None = None
+    output_tokens: float | None = None
+    like: EarlierRun | None = None
+    deadline: datetime | None = None
+    currency: str | None = None
+    rates: ExchangeRates | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuotedOffer:
+    """One provider's part of a quote; `is_job` marks the job as it stands, with its own engine."""
+
+    offer: Offer
+    is_job: bool
+    rule: CacheRule
+    expected_hits: int
+    cost: CostRange | None
+    currency: str | None
+    hours: tuple[tuple[datetime, Decimal | None], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """The answer of `moebeam estimate`."""
+
+    job_fingerprint: str
+    output: str
+    terms: EstimateTerms
+    survey: PromptSurvey
+    tokens: TokenForecast
+    expected_output_tokens: int
+    output_basis: str
+    is_estimated: bool
+    price_book: str
+    model: str
+    offers: tuple[QuotedOffer, ...]
+    plan: Start | None
+    notes: tuple[str, ...]
+
+    @property
+    def own(self) -> QuotedOffer:
+        """The job as it stands."""
+        return self.offers[0]
+
+    def to_json(self) -> dict[str, Json]:
+        """The quote for programs; money is decimal text."""
+        survey, tokens, terms = self.survey, self.tokens, self.terms
+        return {
+            "job_fingerprint": self.job_fingerprint,
+            "output": self.output,
+            "at": terms.at.isoformat(),
+            "num_rows": survey.num_rows,
+            "num_surveyed_rows": survey.num_surveyed_rows,
+            "is_sample": survey.is_sample,
+            "confidence": CONFIDENCE if survey.is_sample else 1.0,
+            "rejects": dict(survey.rejects),
+            "requests": _range(tokens.requests),
+            "merged_rows": _range(tokens.merged_rows),
+            "prompt_tokens": _range(tokens.prompt_tokens),
+            "tree_tokens": _range(tokens.tree_tokens),
+            "max_hit_rate": tokens.max_hit_rate,
+            "max_output_tokens": _range(tokens.max_output_tokens),
+            "expected_output_tokens": self.expected_output_tokens,
+            "output_basis": self.output_basis,
+            "tokens_are_estimated": self.is_estimated,
+            "price_book": self.price_book,
+            "model": self.model,
+            "offers": [_offer_json(offer) for offer in self.offers],
+            "plan": self.plan and _start_json(self.plan),
+            "notes": list(self.notes),
+        }
+
+
+def estimate(job: Job, terms: EstimateTerms, *, limit: int | None = None) -> tuple[Quote, CheckedJob]:
+    """Quote a job.
+
+    Raises:
+        JobError: the job is wrong, or a provider or model that was named has no price.
+    """
+    checked = check_job(job, limit=limit, is_quote=True)
+    renderer = Renderer(checked.render_spec)
+    survey = survey_prompts(
+        checked.scan,
+        survey_columns(checked.columns),
+        renderer,
+        checked.plan_section,
+        has_ids=checked.scan.format == "jsonl" or job.input.id_column is not None,
+        num_sample_rows=terms.num_sample_rows,
+    )
+    tokens = forecast_tokens(survey)
+    output = _output_forecast(terms)
+    repair = RepairTerms(job.repair.max_attempts, _can_fail(checked, survey), renderer.context_length)
+    book = checked.prices or PriceBook.load(str(SHIPPED_BOOK))
+    model = terms.model or job.accounting.model or checked.engine.name
+    offers = [
+        _quoted(book, survey, tokens, rule, output, repair, terms, checked, (provider, model, mode), is_job)
+        for provider, mode, rule, is_job in _candidates(checked, book, model, terms.providers)
+    ]
+    plan, notes = _plan(book, offers, terms)
+    if all(quoted.cost is None for quoted in offers):
+        notes.append(
+            f"{book.version} has no price of {model!r} at {terms.at.isoformat()}: costs are unknown; "
+            "--model names another, [accounting] price_book a book"
+        )
+    if survey.is_sample and terms.num_sample_rows is not None and job.input.id_column is not None:
+        notes.append("repeated ids are not looked for in a sample; each is a row that is not asked")
+    if renderer.is_estimated:
+        notes.append("prompt tokens are estimated from their text, so the bounds do not cover the tokenizer's error")
+    if any(quoted.rule is not UNKNOWN and not quoted.is_job for quoted in offers):
+        notes.append("a provider's tokenizer may cut the prompts otherwise than the job's checkpoint")
+    quote = Quote(
+        job_fingerprint=checked.identity.fingerprint,
+        output=checked.layout.output,
+        terms=terms,
+        survey=survey,
+        tokens=tokens,
+        expected_output_tokens=sum(tier.expected_output for tier in offers[0].offer.tiers),
+        output_basis=output.basis,
+        is_estimated=renderer.is_estimated,
+        price_book=book.version,
+        model=model,
+        offers=tuple(offers),
+        plan=plan,
+        notes=tuple(notes),
+    )
+    return quote, checked
+
+
+def _output_forecast(terms: EstimateTerms) -> OutputForecast:
+    given = terms.output_tokens
+    if terms.like is None:
+        return OutputForecast() if given is None else OutputForecast(given, basis="--output-tokens")
+    found = terms.like.forecast()
+    if given is None:
+        return found
+    return OutputForecast(
+        given, found.extra_prompt_tokens_a_request, found.extra_hit_rate, f"--output-tokens; repairs: {found.basis}"
+    )
+
+
+def _can_fail(checked: CheckedJob, survey: PromptSurvey) -> bool:
+    """Whether an answer may break what it has to keep, and so be asked again."""
+    options = checked.terms.options
+    return options.response_format.type != "text" or bool(options.tools) or bool(survey.own_terms.any())
+
+
+def _candidates(
+    checked: CheckedJob, book: PriceBook, model: str, wanted: Sequence[str]
+) -> list[tuple[str, PriceMode, CacheRule, bool]]:
+    """Provider, mode and cache rule of each offer: the job as it stands first, then the book's other providers."""
+    engine = checked.engine
+    own = checked.job.accounting.provider or provider_of(engine)
+    is_remote = engine.engine in REMOTE_ENGINES
+    rule = rule_of(own, engine.engine) if is_remote else rule_of("local", engine.engine)
+    found: list[tuple[str, PriceMode, CacheRule, bool]] = [(own, "online", rule, True)]
+    lines = [line for line in book.lines if line.model == model]
+    known: list[tuple[str, PriceMode]] = list(dict.fromkeys((line.provider, line.mode) for line in lines))
+    for provider in wanted:
+        if provider not in (name for name, _ in known):
+            raise JobFileError(
+                f"--provider: expected one of {', '.join(sorted({name for name, _ in known})) or 'none'}, which "
+                f"{book.version} has for {model!r}, found {provider!r}"
+            )
+    for provider, mode in known:
+        is_own = provider == own and mode == "online" and (is_remote or provider in ("local", "fake"))
+        if not is_own and (not wanted or provider in wanted):
+            found.append((provider, mode, rule_of(provider, ""), False))
+    return found
+
+
+def _quoted(
+    book: PriceBook,
+    survey: PromptSurvey,
+    tokens: TokenForecast,
+    rule: CacheRule,
+    output: OutputForecast,
+    repair: RepairTerms,
+    terms: EstimateTerms,
+    checked: CheckedJob,
+    priced: tuple[str, str, PriceMode],
+    is_job: bool,
+) -> QuotedOffer:
+    provider, model, mode = priced
+    tiers = tuple(demand(survey, tokens, rule, output, repair, tier_starts=tier_starts(book, provider, model)))
+    hits = sum(tier.expected_hits for tier in tiers)
+    duration_s = None
+    if is_job and terms.like is not None and terms.like.engine == checked.engine.engine:
+        num_prompt_tokens = sum(tier.prompt_tokens.expected for tier in tiers)
+        num_output_tokens = sum(tier.expected_output for tier in tiers)
+        duration_s = terms.like.duration_s(num_prompt_tokens - hits, num_output_tokens)
+    offer = Offer(provider, model, mode, tiers, duration_s)
+    found = cost_at(book, offer, terms.at)
+    return QuotedOffer(
+        offer=offer,
+        is_job=is_job,
+        rule=rule,
+        expected_hits=hits,
+        cost=found and found[0],
+        currency=found and found[1],
+        hours=tuple(hourly_costs(book, offer, terms.at)),
+    )
+
+
+def _plan(book: PriceBook, offers: Sequence[QuotedOffer], terms: EstimateTerms) -> tuple[Start | None, list[str]]:
+    """The cheapest start that meets the deadline, and what a person should know of the choice."""
+    notes: list[str] = []
+    if terms.deadline is None:
+        return None, notes
+    candidates: list[Start] = []
+    for quoted in offers:
+        if quoted.offer.mode == "batch":
+            notes.append(f"plan: {quoted.offer.name} is left out, nobody promises when a batch is done")
+        else:
+            candidates += starts(book, quoted.offer, terms.at, terms.deadline)
+    into = terms.currency or (candidates[0].currency if candidates else "")
+
+    def into_common(cost: Decimal, currency: str) -> Decimal | None:
+        if currency == into:
+            return cost
+        converted = terms.rates and terms.rates.convert(cost, currency, into, terms.at)
+        return converted.amount if converted else None
+
+    apart = sorted({start.offer.name for start in candidates if into_common(start.cost, start.currency) is None})
+    if apart:
+        notes.append(
+            f"plan: left out for want of a rate into {into}: {', '.join(apart)}; --rates names a file of rates"
+        )
+    plan = cheapest(candidates, into_common)
+    if plan is None:
+        notes.append(f"plan: nothing is known to be done by {terms.deadline.isoformat()}")
+    elif plan.offer.duration_s is None:
+        notes.append("plan: how long the job takes there is not known, so only its start is sure to be in time")
+    return plan, notes
+
+
+def _range(found: Forecast) -> dict[str, Json]:
+    return asdict(found)
+
+
+def _offer_json(quoted: QuotedOffer) -> dict[str, Json]:
+    cost = quoted.cost
+    return {
+        "provider": quoted.offer.provider,
+        "model": quoted.offer.model,
+        "mode": quoted.offer.mode,
+        "is_job": quoted.is_job,
+        "cache_rule": quoted.rule.name,
+        "cache_rule_meaning": quoted.rule.meaning,
+        "expected_hits": quoted.expected_hits,
+        "currency": quoted.currency,
+        "cost": None
+        if cost is None
+        else {
+            "low": format(cost.low, "f"),
+            "expected": format(cost.expected, "f"),
+            "high": None if cost.high is None else format(cost.high, "f"),
+            "high_without_repair": format(cost.high_without_repair, "f"),
+        },
+        "duration_s": quoted.offer.duration_s,
+        "hours": [
+            {"at": at.isoformat(), "cost": None if hour is None else format(hour, "f")} for at, hour in quoted.hours
+        ],
+    }
+
+
+def _start_json(start: Start) -> dict[str, Json]:
+    return {
+        "provider": start.offer.provider,
+        "model": start.offer.model,
+        "start": start.at.isoformat(),
+        "cost": format(start.cost, "f"),
+        "currency": start.currency,
+        "duration_s": start.offer.duration_s,
+    }

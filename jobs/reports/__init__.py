@@ -1,0 +1,1 @@
+"""What a run cost, who pays, and how that compares."""

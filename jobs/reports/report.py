@@ -1,0 +1,301 @@
+"""`moebeam report`: what a finished or stopped run cost, by whatever column, and what came out of it.
+
+Reads the output folder alone: its manifest, its ledger and what it keeps of its job. Each part is a `ReportTable`;
+`jobs/console/report_table.py` has their ways out.
+"""
+
+import contextlib
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from moebeam.jobs.console.report_table import Cell, Column, ReportTable, csv_text, html_text, table_bytes
+from moebeam.jobs.output.run_record import RunRecord
+from moebeam.jobs.output.run_state import read_manifest
+from moebeam.jobs.quotes.quote_record import quote_beside_actual
+from moebeam.jobs.reports.focus_export import FOCUS_VERSION, focus_report_table, focus_table
+from moebeam.jobs.reports.self_host import SelfHostProfile, self_host_tables
+from moebeam.jobs.reports.value_chain_report import PricedModel, chain_of, chain_tables
+from moebeam.schemas.arrow import parquet_bytes
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.errors import CommitError, OutputError
+from moebeam.schemas.job.sections import ValueChainSection
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.publish.rollup import (
+    GroupKey,
+    GroupSums,
+    Rollup,
+    largest_groups,
+    merge_groups,
+    parse_by,
+    read_ledger,
+    roll_up,
+)
+
+DEFAULT_BY = "tenant,day"
+
+_SUMS = (
+    Column("currency", "text"),
+    Column("attempts", "count"),
+    Column("cached_tokens", "count"),
+    Column("prompt_tokens", "count"),
+    Column("hit_rate", "share"),
+    Column("completion_tokens", "count"),
+    Column("reasoning_tokens", "count"),
+    Column("cost", "money"),
+    Column("cost_allocated", "money"),
+    Column("accelerator_s", "number"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """A run in tables.
+
+    Attributes:
+        status: `complete`, or `incomplete` for a run that can be resumed: its sums are of what is committed.
+    """
+
+    run_id: str
+    output: str
+    status: str
+    tables: tuple[ReportTable, ...]
+
+    def to_json(self) -> dict[str, Json]:
+        """The tables by name, money as decimal text."""
+        return {
+            "run_id": self.run_id,
+            "output": self.output,
+            "status": self.status,
+            **{table.name: table.to_json() for table in self.tables},
+        }
+
+
+def report_of(
+    record: RunRecord,
+    *,
+    by: str = DEFAULT_BY,
+    chain: ValueChainSection | None = None,
+    profile: SelfHostProfile | None = None,
+) -> RunReport:
+    """Add up a run.
+
+    Args:
+        by: columns of the ledger, separated by commas.
+        chain: in place of the job's own value chain.
+        profile: accelerators to set the run's tokens against.
+    Raises:
+        JobFileError: `by` or the value chain is wrong.
+        OutputError: the run has no manifest yet, or its ledger is damaged.
+    """
+    layout, job = record.layout, record.job
+    columns = parse_by(by, job.accounting.tag_columns)
+    manifest = manifest_of(layout)
+    with ledger_errors(layout):
+        groups = merge_groups(roll_up(ledger, columns) for ledger in ledgers_of(layout, manifest))
+        outcomes = merge_groups(roll_up(ledger, ("outcome",)) for ledger in ledgers_of(layout, manifest))
+        made = chain_of(chain or job.value_chain, ledgers_of(layout, manifest), PricedModel(job.accounting.model))
+    costs = largest_groups(groups.items(), columns)
+    tables = [
+        _run_table(manifest, merge_groups([groups])),
+        _costs_table(costs),
+        _outcomes_table(outcomes),
+        _rejects_table(manifest),
+        _checks_table(manifest),
+        _quote_table(layout),
+    ]
+    if made is not None:
+        tables += chain_tables(made)
+    if profile is not None:
+        tables += self_host_tables(profile, manifest, costs.by_currency, job)
+    return RunReport(manifest["run_id"], layout.output, manifest["status"], tuple(tables))
+
+
+def manifest_of(layout: RunLayout) -> dict[str, Any]:
+    """The manifest of a run that has one.
+
+    Raises:
+        OutputError: it has none, or a damaged one.
+    """
+    manifest = read_manifest(layout)
+    if manifest is None:
+        raise OutputError(
+            f"{layout.manifest}: expected the manifest of a run, found none; moebeam status {layout.output} shows a "
+            "run that is at work or was killed"
+        )
+    return manifest
+
+
+def ledgers_of(layout: RunLayout, manifest: Mapping[str, Any]) -> Iterator[pa.Table]:
+    """The files of a run's ledger one after another, those of wasted work too.
+
+    Raises:
+        CommitError: a file is missing or damaged.
+    """
+    for file in manifest["files"]["ledger"]:
+        yield read_ledger(storage.join(layout.output, file["path"]))
+
+
+@contextlib.contextmanager
+def ledger_errors(layout: RunLayout) -> Generator[None]:
+    """What goes wrong while the ledger is read, as an error of the output."""
+    try:
+        yield
+    except (CommitError, OSError) as error:
+        raise OutputError(f"{layout.output}: the ledger cannot be read: {error}") from error
+
+
+def _run_table(manifest: Mapping[str, Any], groups: Mapping[GroupKey, GroupSums]) -> ReportTable:
+    whole = sum(groups.values(), GroupSums())
+    totals, wasted = manifest["totals"], manifest.get("wasted", {})
+    model = manifest["model"]
+    rows: list[tuple[str, Cell]] = [
+        ("run", manifest["run_id"]),
+        ("status", manifest["status"]),
+        ("engine and model", f"{model['engine']}, {model['name']}"),
+        ("price book", manifest["price_book"]),
+        ("rows", f"{manifest['rows_in']:,}"),
+        ("results", f"{totals['num_results']:,}"),
+        ("rejects", f"{totals['num_rejects']:,}"),
+        ("unreadable files or row groups", f"{totals['num_unreadable']:,}"),
+        ("attempts", f"{whole.num_attempts:,}"),
+        ("prompt tokens", f"{whole.prompt_tokens:,}"),
+        ("cached tokens", "unknown" if whole.num_unknown_hits else f"{whole.cache_hit_tokens:,}"),
+        ("hit rate", "unknown" if whole.hit_rate is None else f"{whole.hit_rate:.2%}"),
+        ("highest possible hit rate", f"{manifest['max_hit_rate']:.2%}"),
+        ("completion tokens", f"{whole.completion_tokens:,}"),
+        ("reasoning tokens", f"{whole.reasoning_tokens:,}"),
+    ]
+    rows += [(f"cost in {currency}", amount) for currency, amount in (totals["costs"] or {}).items()]
+    rows += [(f"wasted in {currency}", amount) for currency, amount in (wasted.get("costs") or {}).items()]
+    if not totals["costs"]:
+        rows.append(("cost", "unknown: no price"))
+    if whole.num_unpriced:
+        rows.append(("attempts without a price", f"{whole.num_unpriced:,}"))
+    if whole.num_upper_bound:
+        rows.append(("attempts whose cost is an upper bound", f"{whole.num_upper_bound:,}"))
+    if num_lost := sum(part.get("num_lost_calls", 0) for part in (totals, wasted)):
+        rows.append(("calls that ended without a usage", f"{num_lost:,}"))
+    for name, part in (("", totals), (", of wasted work", wasted)):
+        for currency, amount in (part.get("lost_costs_at_most") or {}).items():
+            rows.append((f"billed for these at most, in {currency}{name}", amount))
+    return ReportTable("run", "Run", (Column("what", "text"), Column("value", "text")), tuple(rows))
+
+
+def _costs_table(costs: Rollup) -> ReportTable:
+    """The roll-up; a currency of None is that of lines without a price, whose amounts are null."""
+    columns = (*(Column(name, "text") for name in costs.by), *_SUMS)
+    note = None
+    if any(sums.num_unpriced for _, sums in costs.groups):
+        note = "Lines without a price stand under no currency; their cost is unknown, not zero."
+    rows = tuple((*key, *_measures(key[-1], sums)) for key, sums in costs.groups)
+    return ReportTable("costs", f"Costs by {', '.join(costs.by)}", columns, rows, note)
+
+
+def _measures(currency: str | None, sums: GroupSums) -> tuple[Cell, ...]:
+    return (
+        sums.num_attempts,
+        None if sums.num_unknown_hits else sums.cache_hit_tokens,
+        sums.prompt_tokens,
+        sums.hit_rate,
+        sums.completion_tokens,
+        sums.reasoning_tokens,
+        None if currency is None else sums.cost,
+        None if currency is None else sums.cost_allocated,
+        None if sums.num_untimed else sums.accelerator_s,
+    )
+
+
+def _outcomes_table(groups: Mapping[GroupKey, GroupSums]) -> ReportTable:
+    rows = tuple(
+        (key[0], key[1], *_measures(key[1], sums))
+        for key, sums in sorted(groups.items(), key=lambda group: tuple(part or "" for part in group[0]))
+    )
+    note = "rejected: paid, but no valid answer. wasted: paid by work that was given up and done again."
+    return ReportTable("outcomes", "Costs by outcome of the attempt", (Column("outcome", "text"), *_SUMS), rows, note)
+
+
+def _rejects_table(manifest: Mapping[str, Any]) -> ReportTable:
+    counts: Mapping[str, int] = manifest["totals"]["rejects_by_type"] or {}
+    rows_in = manifest["rows_in"]
+    rows = tuple((kind, count, count / rows_in if rows_in else None) for kind, count in sorted(counts.items()))
+    columns = (Column("error_type", "text"), Column("rows", "count"), Column("share_of_rows", "share"))
+    return ReportTable("rejects", "Rejects by type", columns, rows, None if rows else "None.")
+
+
+def _checks_table(manifest: Mapping[str, Any]) -> ReportTable:
+    checks: Mapping[str, str] = manifest.get("checks") or {}
+    columns = (Column("accounts", "text"), Column("found", "text"))
+    note = None if checks else "This run was written by a version that did not check them."
+    return ReportTable("checks", "Accounts held against each other", columns, tuple(checks.items()), note)
+
+
+def _quote_table(layout: RunLayout) -> ReportTable:
+    """What was quoted before the run, or what its plan promises, beside what it took."""
+    columns = (
+        Column("figure", "text"),
+        Column("low", "money"),
+        Column("expected", "money"),
+        Column("high", "money"),
+        Column("actual", "money"),
+        Column("unit", "text"),
+        Column("is_within", "text"),
+    )
+    spelled = {True: "yes", False: "no", None: None}
+    rows = tuple(
+        (
+            figure.name,
+            figure.low,
+            figure.expected,
+            figure.high,
+            figure.actual,
+            figure.currency or figure.unit,
+            spelled[figure.is_within],
+        )
+        for figure in quote_beside_actual(layout)
+    )
+    note = "`moebeam estimate --save` keeps a quote before the run; without one the plan's own figures stand here."
+    return ReportTable("quote", "Quote beside actual", columns, rows, note)
+
+
+def write_report(
+    report: RunReport, *, html: str | None = None, csv: str | None = None, parquet: str | None = None
+) -> list[str]:
+    """Write a report where it is asked for; returns what was written, in words.
+
+    Args:
+        html: a file; csv, parquet: folders, one file a table.
+    Raises:
+        OSError: the store failed.
+    """
+    written: list[str] = []
+    if html is not None:
+        storage.write_whole(html, html_text(f"Run {report.run_id}", report.tables).encode())
+        written.append(f"wrote {html}")
+    for folder, suffix in ((csv, "csv"), (parquet, "parquet")):
+        if folder is not None:
+            for table in report.tables:
+                content = csv_text(table).encode() if suffix == "csv" else table_bytes(table)
+                storage.write_whole(storage.join(folder, f"{table.name}.{suffix}"), content)
+            written.append(f"wrote {len(report.tables)} tables to {folder}")
+    return written
+
+
+def write_focus(record: RunRecord, path: str) -> list[str]:
+    """Write a run's ledger as FOCUS rows; returns what was written, in words.
+
+    Raises:
+        OutputError: the ledger cannot be read.
+        OSError: the store failed.
+    """
+    layout = record.layout
+    manifest = manifest_of(layout)
+    with ledger_errors(layout):
+        table, num_unpriced = focus_table(ledgers_of(layout, manifest), f"moebeam run {manifest['run_id']}")
+    is_csv = path.endswith(".csv")
+    storage.write_whole(path, csv_text(focus_report_table(table)).encode() if is_csv else parquet_bytes(table))
+    left_out = f"; {num_unpriced:,} attempts without a price are not in it" if num_unpriced else ""
+    return [f"wrote {table.num_rows:,} rows of FOCUS {FOCUS_VERSION} to {path}{left_out}"]

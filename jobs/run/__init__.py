@@ -1,0 +1,1 @@
+"""Starts a run and watches it through the store."""

@@ -1,0 +1,239 @@
+"""`moebeam retry-failed`: a new run over exactly the rejected rows of chosen kinds, in an output of its own.
+
+Nothing published is touched: the first run keeps its rejects and its ledger, the new one has its own, and its manifest
+names the first in `retry_of`. The rows come from the first run's plan, shard by shard; the input is not read.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from moebeam.jobs.output.run_record import RetryOf, RunRecord, read_input_record, read_record
+from moebeam.jobs.output.run_state import read_manifest
+from moebeam.model_runner.encoding.remote_prompts import Encoder
+from moebeam.schemas.arrow import values_of, with_column
+from moebeam.schemas.canonical import canonical_json
+from moebeam.schemas.errors import CommitError, ContextOverflow, JobFileError, OutputError, RowError
+from moebeam.schemas.job.sections import Job, SamplingSection
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.plan.sorted_runs import read_rows
+from moebeam.transforms.plan.step import PlannedShard, PlanRecord, read_plan, write_plan, write_shard
+from moebeam.transforms.read.input_scan import InputScan
+
+_OF_THE_ENGINE = ("run", "validate")
+"""Stages whose rejects were asked of the model; the others are decided by the input and the job alone."""
+
+_RETRY_SECTIONS = ("sampling", "repair")
+_FREE_PARTS = {"[sampling]", "[repair]", "[accounting]", "retry of"}
+"""Parts of the identity in which a retry may differ from its source: prompts do not follow from them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """A retry that can begin.
+
+    Attributes:
+        source: the run whose rejects are answered again.
+        retried: its input, counted as those rows alone.
+    """
+
+    source: RunRecord
+    retry_of: RetryOf
+    retried: InputScan
+
+
+def error_kinds() -> dict[str, str]:
+    """Every error type of a row and the stage that finds it."""
+    kinds: dict[str, str] = {}
+    waiting: list[type[RowError]] = RowError.__subclasses__()
+    while waiting:
+        error = waiting.pop()
+        kinds[error.error_type] = error.error_stage
+        waiting += error.__subclasses__()
+    return dict(sorted(kinds.items()))
+
+
+def parse_kinds(text: str) -> tuple[str, ...]:
+    """The kinds that a command names, sorted, each once."""
+    return tuple(sorted({kind.strip() for kind in text.split(",") if kind.strip()}))
+
+
+def prepare_retry(output: str, kinds: Sequence[str]) -> Retry:
+    """Look at a finished run and count its rejects of some kinds.
+
+    Raises:
+        JobFileError: a kind is unknown, cannot be retried, or does not occur.
+        OutputError: there is no such run, it is not complete, or its plan is gone.
+    """
+    source = read_record(output)
+    manifest = read_manifest(source.layout)
+    if manifest is None or manifest["status"] != "complete":
+        raise OutputError(f"{output}: expected a finished run, found one with rows left; moebeam resume {output} first")
+    found: dict[str, int] = manifest["totals"]["rejects_by_type"]
+    _check_kinds(kinds, found)
+    record = read_input_record(source.layout)
+    if record is None:
+        raise OutputError(f"{source.layout.state}/input.json: expected what the run kept of its input, found nothing")
+    retry_of = RetryOf(output, source.run_id, tuple(sorted(kinds)))
+    return Retry(source, retry_of, record.scan(sum(found.get(kind, 0) for kind in kinds)))
+
+
+def _check_kinds(kinds: Sequence[str], found: dict[str, int]) -> None:
+    known = error_kinds()
+    can_retry = [kind for kind, stage in known.items() if stage in _OF_THE_ENGINE]
+    occurring = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(found.items()) if kind in can_retry)
+    told = f"this run has {occurring or 'none that can be retried'}"
+    if not kinds:
+        raise JobFileError(f"--kinds: expected kinds of rejects, such as --kinds engine_timeout; {told}")
+    for kind in kinds:
+        if kind not in known:
+            raise JobFileError(f"--kinds: unknown kind {kind!r}; there are {', '.join(can_retry)}; {told}")
+        if kind not in can_retry:
+            raise JobFileError(
+                f"--kinds: {kind} is decided in stage {known[kind]}, before the model is asked: asking again cannot "
+                f"help; change the job or the input and run it anew; {told}"
+            )
+    if not any(found.get(kind) for kind in kinds):
+        raise JobFileError(f"--kinds: no row was rejected as {' or '.join(kinds)}; {told}")
+
+
+def why_not_retryable(place: Sequence[str], otherwise: Callable[[Sequence[str]], str | None]) -> str | None:
+    """Why a retry cannot change a key; None if it can. `otherwise` says it of keys that a retry has no say in."""
+    if place[0] in _RETRY_SECTIONS:
+        return None
+    reason = otherwise(place)
+    return reason and f"{reason}, {', '.join(f'{name}.*' for name in _RETRY_SECTIONS)}"
+
+
+def write_retry_plan(
+    layout: RunLayout, retry_of: RetryOf, job: Job, *, parts: Mapping[str, str], encoder: Encoder
+) -> PlanRecord:
+    """Make the plan of a retry: the rejected rows of the first run's plan, with the job's sampling where it changed.
+
+    A row that does not fit the model's context with more output tokens becomes a reject.
+
+    Args:
+        parts: the retry's identity.
+        encoder: says whether prompt and output have room in the context.
+    Raises:
+        OutputError: the first run's plan is gone, or what its prompts were made with has changed since.
+        CommitError: plan and rejects contradict each other.
+        OSError: a store failed.
+    """
+    source = read_record(retry_of.output)
+    names = sorted({*parts, *source.parts} - _FREE_PARTS)
+    if changed := [name for name in names if parts.get(name) != source.parts.get(name)]:
+        raise OutputError(
+            f"{retry_of.output}: expected what its prompts and answers were made with, found changed since: "
+            f"{', '.join(changed)}; run the job anew"
+        )
+    shards: list[PlannedShard] = []
+    waiting: list[pa.Table] = []
+
+    def write() -> None:
+        name = f"s{len(shards):06d}"
+        table = pa.concat_tables(waiting).replace_schema_metadata()
+        shards.append(write_shard(layout, name, _with_sampling(table, source.job.sampling, job, encoder)))
+        waiting.clear()
+
+    for table in _rejected_rows(source, retry_of):
+        if waiting and sum(held.num_rows for held in waiting) + table.num_rows > job.plan.max_shard_rows:
+            write()
+        waiting.append(table)
+    if waiting:
+        write()
+    return PlanRecord(write_plan(shards, layout))
+
+
+def _rejected_rows(source: RunRecord, retry_of: RetryOf) -> Iterator[pa.Table]:
+    """The planned rows that were rejected for one of the kinds, shard by shard, in token order."""
+    layout = source.layout
+    plan = read_plan(layout)
+    if plan is None:
+        raise OutputError(f"{layout.plan_record}: expected the plan of a finished run, found no such file")
+    for shard in plan.shards:
+        path = layout.published("rejects", shard.shard)
+        if not shard.num_requests or not storage.exists(path):
+            continue
+        with storage.open_input(path) as file:
+            rejects = pq.read_table(file, columns=["source_file", "source_row", "error_type"])
+        chosen = rejects.filter(pc.is_in(rejects.column("error_type"), pa.array(retry_of.kinds, pa.string())))
+        if not chosen.num_rows:
+            continue
+        wanted = set(zip(values_of(chosen, "source_file"), values_of(chosen, "source_row"), strict=True))
+        try:
+            planned = read_rows(layout.shard_plan(shard.shard))
+        except FileNotFoundError as error:
+            raise OutputError(
+                f"{layout.shard_plan(shard.shard)}: the plan of this run was cleaned, and with it the prompts; "
+                "run the job anew"
+            ) from error
+        places = zip(values_of(planned, "source_file"), values_of(planned, "source_row"), strict=True)
+        kept = planned.filter(pa.array([place in wanted for place in places]))
+        if kept.num_rows != len(wanted):
+            raise CommitError(f"{path}: expected {len(wanted)} rejected rows in the plan, found {kept.num_rows}")
+        yield kept
+
+
+def _with_sampling(table: pa.Table, before: SamplingSection, job: Job, encoder: Encoder) -> pa.Table:
+    """The rows with the keys of `[sampling]` that changed; values that a row set itself stay."""
+    old, new = before.model_dump(mode="json"), job.sampling.model_dump(mode="json")
+    changed = {key: value for key, value in new.items() if value != old[key]}
+    if not changed:
+        return table
+    texts: dict[str, str] = {}
+    for text in dict.fromkeys(values_of(table, "sampling")):
+        values: dict[str, Any] = json.loads(text)
+        values.update({key: value for key, value in changed.items() if values.get(key) == old[key]})
+        texts[text] = canonical_json(values)
+    sampling = [texts[text] for text in values_of(table, "sampling")]
+    table = with_column(table, "sampling", sampling)
+    if job.plan.merge != "always":
+        greedy = [json.loads(text)["temperature"] == 0 for text in sampling]
+        merged = values_of(table, "merged_into")
+        table = with_column(table, "merged_into", [m if g else None for m, g in zip(merged, greedy, strict=True)])
+    return _without_overflow(table, encoder)
+
+
+def _without_overflow(table: pa.Table, encoder: Encoder) -> pa.Table:
+    sizes = [
+        (length, json.loads(text)["max_tokens"])
+        for length, text in zip(values_of(table, "num_prompt_tokens"), values_of(table, "sampling"), strict=True)
+    ]
+    is_over = [not encoder.fits(*size) for size in sizes]
+    if not any(is_over):
+        return table
+    error = ContextOverflow
+    message = "expected prompt and output within the model's context of {} tokens, found {}"
+    limit = encoder.context_length
+    columns = {
+        "error_stage": [error.error_stage if over else None for over in is_over],
+        "error_type": [error.error_type if over else None for over in is_over],
+        "error_message": [
+            message.format(limit, sum(size)) if over else None for over, size in zip(is_over, sizes, strict=True)
+        ],
+        "merged_into": [
+            None if over else merged for over, merged in zip(is_over, values_of(table, "merged_into"), strict=True)
+        ],
+    }
+    for name, values in columns.items():
+        table = with_column(table, name, values)
+    return table
+
+
+def retry_job(retry: Retry, job: Job, output: str) -> Job:
+    """The job of a retry, with an output of its own.
+
+    Raises:
+        OutputError: the output is that of the run itself.
+    """
+    if output.rstrip("/") == retry.retry_of.output.rstrip("/"):
+        raise OutputError(f"--output {output}: a retry needs an output of its own; nothing published is changed")
+    changed = job.model_copy(update={"output": job.output.model_copy(update={"path": output})})
+    return changed if job.folder is None else changed.located(job.folder)

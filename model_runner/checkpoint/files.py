@@ -1,0 +1,157 @@
+"""The files of a checkpoint: reading them with errors that name them, and the digest that pins them."""
+
+import hashlib
+import json
+import re
+from typing import Any, BinaryIO, cast
+
+import tokenizers
+
+from moebeam.schemas.errors import EngineLoadError
+from moebeam.schemas.store import files as storage
+
+MAX_WHOLE_BYTES = 64 * 1024 * 1024
+"""Larger weight files are sampled by `checkpoint_revision`."""
+
+NUM_SAMPLED_BLOCKS = 64
+NUM_BLOCK_BYTES = 64 * 1024
+_MAX_HEADER_BYTES = 100_000_000
+WEIGHTS = ".safetensors"
+_PINNED_NAMES = frozenset(
+    {
+        "added_tokens.json",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+)
+
+ENCODER_FOLDER = "encoding"
+_ENCODER = re.compile(rf"({ENCODER_FOLDER}/)?encoding_\w+\.py")
+
+
+def read_checkpoint_file(path: str, name: str) -> bytes:
+    """The bytes of one file of a checkpoint folder.
+
+    Raises:
+        EngineLoadError: the file cannot be read.
+    """
+    file = storage.join(path, name)
+    try:
+        return storage.read_bytes(file)
+    except FileNotFoundError as error:
+        raise EngineLoadError(f"{file}: expected a file of a Hugging Face checkpoint, found none") from error
+    except OSError as error:
+        raise EngineLoadError(f"{file}: expected a readable file, found: {error}") from error
+
+
+def read_json_object(path: str, name: str) -> dict[str, Any]:
+    """One JSON file of a checkpoint folder.
+
+    Raises:
+        EngineLoadError: the file cannot be read or does not hold a JSON object.
+    """
+    content = read_checkpoint_file(path, name)
+    try:
+        value: object = json.loads(content)
+    except ValueError as error:
+        raise EngineLoadError(f"{storage.join(path, name)}: expected JSON, found: {error}") from error
+    if not isinstance(value, dict):
+        raise EngineLoadError(f"{storage.join(path, name)}: expected a JSON object, found {type(value).__name__}")
+    return cast("dict[str, Any]", value)
+
+
+def read_tokenizer(path: str) -> tokenizers.Tokenizer:
+    """The tokenizer of a checkpoint folder; it neither truncates nor pads, whatever its file says.
+
+    Raises:
+        EngineLoadError: `tokenizer.json` is missing or damaged.
+    """
+    content = read_checkpoint_file(path, "tokenizer.json")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except Exception as error:  # the Rust extension raises bare Exception
+        raise EngineLoadError(
+            f"{storage.join(path, 'tokenizer.json')}: expected a Hugging Face `tokenizers` file, found: {error}"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def checkpoint_files(path: str) -> list[str]:
+    """Names of the files of a checkpoint folder that shape answers, sorted; those of `encoding/` with that folder.
+
+    They are configuration, tokenizer, chat template, the authors' encoder and every `*.safetensors` with its index.
+
+    Raises:
+        EngineLoadError: the folder cannot be listed, or there is no `config.json`.
+    """
+    try:
+        found = storage.list_names(path)
+        encoders = storage.list_names(storage.join(path, ENCODER_FOLDER))
+    except OSError as error:
+        raise EngineLoadError(f"{path}: expected a checkpoint folder, found: {error}") from error
+    if "config.json" not in found:
+        raise EngineLoadError(f"{path}: expected a checkpoint folder with a config.json, found none")
+    names = (*found, *(f"{ENCODER_FOLDER}/{name}" for name in encoders))
+    return [
+        name
+        for name in names
+        if name in _PINNED_NAMES or _ENCODER.fullmatch(name) or name.endswith((WEIGHTS, f"{WEIGHTS}.index.json"))
+    ]
+
+
+def checkpoint_revision(path: str) -> str:
+    """The digest that pins a checkpoint: SHA-256 (hexadecimal) over names, sizes and contents of `checkpoint_files`.
+
+    They are hashed whole, except that of a `*.safetensors` above 64 MiB only its size, its header (names, types and
+    shapes of the tensors) and 64 blocks of 64 KiB, evenly spread from the first byte of data to the last, are hashed.
+    Another training step changes nearly every weight and is seen; a few bytes changed by hand between two blocks are
+    not.
+
+    Raises:
+        EngineLoadError: there is no `config.json`, or a file cannot be read or is damaged.
+    """
+    total = hashlib.sha256()
+    for name in checkpoint_files(path):
+        size, digest = _file_digest(storage.join(path, name))
+        total.update(f"{name}\0{size}\0{digest}\n".encode())
+    return total.hexdigest()
+
+
+def _file_digest(file: str) -> tuple[int, str]:
+    try:
+        with storage.open_input(file) as source:
+            size = source.seek(0, 2)
+            source.seek(0)
+            if size <= MAX_WHOLE_BYTES or not file.endswith(WEIGHTS):
+                return size, _whole_digest(source)
+            return size, _sampled_digest(source, size, file)
+    except OSError as error:
+        raise EngineLoadError(f"{file}: expected a readable file, found: {error}") from error
+
+
+def _whole_digest(source: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := source.read(1024 * 1024):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _sampled_digest(source: BinaryIO, size: int, file: str) -> str:
+    """Digest of a safetensors header and of blocks spread evenly over the data."""
+    num_header_bytes = int.from_bytes(source.read(8), "little")
+    first = 8 + num_header_bytes
+    if num_header_bytes > _MAX_HEADER_BYTES or first > size:
+        raise EngineLoadError(f"{file}: expected a safetensors header, found one of {num_header_bytes} bytes")
+    digest = hashlib.sha256(source.read(num_header_bytes))
+    last = max(first, size - NUM_BLOCK_BYTES)
+    for block in range(NUM_SAMPLED_BLOCKS):
+        source.seek(first + (last - first) * block // (NUM_SAMPLED_BLOCKS - 1))
+        digest.update(source.read(NUM_BLOCK_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,150 @@
+"""From tokens to an answer: where it ends, what it says, thinks and calls. Shared by the engines in process."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import tokenizers
+
+from moebeam.model_runner.checkpoint.files import read_json_object
+from moebeam.model_runner.encoding.chat_encoding import ChatEncoding
+from moebeam.schemas.errors import EngineLoadError, RowError
+from moebeam.schemas.records import FinishReason, Request, TokenIds, ToolCall
+from moebeam.schemas.store import files as storage
+
+_NUM_SPARE_TOKENS = 8
+_NUM_TAIL_TOKENS = 64
+_THINK_END = "</think>"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model's tokens say.
+
+    Attributes:
+        text: what is meant for the user, up to a stop string.
+        num_reasoning_tokens: tokens of the reasoning, the one that closes it included.
+        error: why markup in the answer cannot be read; the text then holds all of it.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    reasoning_content: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    num_reasoning_tokens: int = 0
+    error: RowError | None = None
+
+
+class AnswerReader:
+    """Reads answers of one model: by its tokenizer, and by the encoding that its prompts were written in."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, encoding: ChatEncoding) -> None:
+        self._tokenizer = tokenizer
+        self._encoding = encoding
+        markup = {token_id for text in encoding.markup if (token_id := tokenizer.token_to_id(text)) is not None}
+        special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._silent = special - markup
+        self._think_end_id = tokenizer.token_to_id(_THINK_END)
+
+    def read(self, request: Request, token_ids: Sequence[int], finish_reason: FinishReason) -> Answer:
+        """Take an answer apart.
+
+        Args:
+            token_ids: as generated; tokens that end an answer may be among them.
+            finish_reason: why the engine stopped; an answer that stops after calling tools has `tool_calls`.
+        """
+        spoken = [token_id for token_id in token_ids if token_id not in self._silent]
+        text, _ = cut_at_stop(self._tokenizer.decode(spoken, skip_special_tokens=False), request.sampling.stop)
+        has_tools = bool(request.options.callable_tools)
+        if not self._encoding.has_reasoning and not has_tools:
+            return Answer(text, finish_reason)
+        starts_in_reasoning = self._encoding.has_reasoning and self._encoding.starts_in_reasoning(
+            tail_of(self._tokenizer, request.prompt_token_ids)
+        )
+        parsed = self._encoding.parse(text, starts_in_reasoning=starts_in_reasoning, has_tools=has_tools)
+        num_reasoning = 0
+        if parsed.reasoning_content is not None:
+            num_reasoning = self._num_reasoning_tokens(token_ids, parsed.reasoning_content)
+        is_calling = bool(parsed.tool_calls) and finish_reason == "stop"
+        return Answer(
+            parsed.content,
+            "tool_calls" if is_calling else finish_reason,
+            parsed.reasoning_content,
+            parsed.tool_calls,
+            num_reasoning,
+            parsed.error,
+        )
+
+    def _num_reasoning_tokens(self, token_ids: Sequence[int], reasoning: str) -> int:
+        if self._think_end_id is not None and self._think_end_id in token_ids:
+            return list(token_ids).index(self._think_end_id) + 1
+        if _THINK_END in self._tokenizer.decode(list(token_ids), skip_special_tokens=False):
+            # The tokenizer spells the end mark in pieces, so the reasoning is counted by itself.
+            num_tokens = len(self._tokenizer.encode(reasoning + _THINK_END, add_special_tokens=False).ids)
+            return min(num_tokens, len(token_ids))
+        return len(token_ids)
+
+
+def tail_of(tokenizer: tokenizers.Tokenizer, prompt_token_ids: TokenIds) -> str:
+    """The last characters of a prompt, special tokens included; enough to see whether the model is to think first."""
+    tail = [int(token_id) for token_id in prompt_token_ids[-_NUM_TAIL_TOKENS:]]
+    return tokenizer.decode(tail, skip_special_tokens=False)
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """The text before the first of the stop strings, and whether there was one."""
+    starts = [start for string in stop if (start := text.find(string)) >= 0]
+    return (text[: min(starts)], True) if starts else (text, False)
+
+
+def text_of(token_ids: Sequence[int], tokenizer: tokenizers.Tokenizer, stop: Sequence[str]) -> tuple[str, bool]:
+    """What an answer says, without special tokens and up to a stop string, and whether there was one."""
+    return cut_at_stop(tokenizer.decode(list(token_ids), skip_special_tokens=True), stop)
+
+
+class StopStrings:
+    """Tells when an answer holds a stop string; call with the answer after each token.
+
+    A string of n bytes spans at most n tokens that say anything, so only the last ones are decoded at each call.
+    """
+
+    def __init__(self, stop: Sequence[str], tokenizer: tokenizers.Tokenizer) -> None:
+        self._stop = tuple(stop)
+        self._tokenizer = tokenizer
+        self._num_last = max(len(string.encode()) for string in stop) + _NUM_SPARE_TOKENS
+
+    def __call__(self, token_ids: Sequence[int]) -> bool:
+        last = token_ids[-self._num_last :]
+        if not text_of(last, self._tokenizer, self._stop)[1]:
+            return False
+        return text_of(token_ids, self._tokenizer, self._stop)[1]
+
+
+def seed_of(request: Request) -> int:
+    """The request's own seed, or one that its tokens and attempt give, so that neighbours and order do not matter."""
+    if request.sampling.seed is not None:
+        return request.sampling.seed % 2**63
+    digest = hashlib.sha256(request.prompt_token_ids.astype("<i4").tobytes())
+    digest.update(request.attempt.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest()[:8], "little") % 2**63
+
+
+@lru_cache(maxsize=16)
+def read_end_token_ids(path: str) -> tuple[int, ...]:
+    """The tokens that end an answer, of `generation_config.json` or else `config.json`.
+
+    Raises:
+        EngineLoadError: neither names one.
+    """
+    names = storage.list_names(path)
+    for name in ("generation_config.json", "config.json"):
+        found: object = read_json_object(path, name).get("eos_token_id") if name in names else None
+        if isinstance(found, int):
+            return (found,)
+        if isinstance(found, list) and found and all(isinstance(token_id, int) for token_id in found):
+            return tuple(found)
+    raise EngineLoadError(
+        f"{path}: expected `eos_token_id` in generation_config.json or config.json, found none: "
+        "the model could not say that an answer is over"
+    )

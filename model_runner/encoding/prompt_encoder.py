@@ -1,0 +1,200 @@
+"""Chat messages into a model's own prompt, and prompts into token ids.
+
+Stands in the *render* stage, after the row's own template. Needs a checkpoint's tokenizer and how its chats are laid
+out (`encoding/`), neither its weights nor torch, so that planning and quoting run on machines without an accelerator.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Self, cast
+
+import numpy as np
+import tokenizers
+
+from moebeam.model_runner.checkpoint.files import checkpoint_revision, read_json_object, read_tokenizer
+from moebeam.model_runner.encoding.answer_text import tail_of
+from moebeam.model_runner.encoding.chat_encoding import ChatEncoding, encoding_of
+from moebeam.model_runner.encoding.token_marks import MARK, TokenMarks
+from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
+from moebeam.schemas.errors import EngineLoadError, InvalidMessages
+from moebeam.schemas.records import Message, TokenIds
+from moebeam.schemas.store import files as storage
+
+__all__ = ["PromptEncoder", "checkpoint_revision"]
+
+
+class PromptEncoder:
+    """A checkpoint's tokenizer and how its chats are laid out.
+
+    Pickles as its path: a worker reads the files again, so they must be reachable from there.
+
+    Attributes:
+        encoding: prompts and answers of the model's family.
+        context_length: most tokens of prompt and answer together.
+        is_estimated: whether token ids and their number are only guesses; see `remote_prompts.py`.
+    """
+
+    is_estimated = False
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        tokenizer: tokenizers.Tokenizer,
+        encoding: ChatEncoding,
+        marks: TokenMarks,
+        context_length: int,
+        encoding_name: str = "auto",
+    ) -> None:
+        self.path = path
+        self.encoding = encoding
+        self.context_length = context_length
+        self._tokenizer = tokenizer
+        self._marks = marks
+        self._encoding_name = encoding_name
+
+    @classmethod
+    def load(cls, path: str, encoding: str = "auto") -> Self:
+        """Read `config.json`, `tokenizer.json`, `tokenizer_config.json` and what lays out the chats of a checkpoint.
+
+        Args:
+            path: folder of a Hugging Face checkpoint, local or on an object store.
+            encoding: see `encoding_of`.
+        Raises:
+            EngineLoadError: a file is missing or not what it should be; names the file, the expected and the found.
+        """
+        config = read_json_object(path, "config.json")
+        tokenizer = read_tokenizer(path)
+        text_config = config.get("text_config")
+        sizes = cast("Mapping[str, Any]", text_config) if isinstance(text_config, dict) else config
+        context_length = sizes.get("max_position_embeddings")
+        if not isinstance(context_length, int) or context_length <= 0:
+            raise EngineLoadError(
+                f"{storage.join(path, 'config.json')}: expected a positive integer `max_position_embeddings`, "
+                f"found {context_length!r}"
+            )
+        num_embeddings = sizes.get("vocab_size")
+        num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
+        if isinstance(num_embeddings, int) and num_tokens > num_embeddings:
+            raise EngineLoadError(
+                f"{storage.join(path, 'tokenizer.json')}: has {num_tokens} tokens, but config.json's `vocab_size` "
+                f"is {num_embeddings}: tokenizer and model do not belong together"
+            )
+        token_texts = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        return cls(
+            path,
+            tokenizer=tokenizer,
+            encoding=encoding_of(path, encoding, token_texts=token_texts),
+            marks=TokenMarks(token_texts),
+            context_length=context_length,
+            encoding_name=encoding,
+        )
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return type(self).load, (self.path, self._encoding_name)
+
+    def fits(self, num_prompt_tokens: int, max_tokens: int) -> bool:
+        """Whether a prompt and its longest answer have room in the context."""
+        return num_prompt_tokens + max_tokens <= self.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the tokenizer knows, added ones included; every id is below it or an added token's."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token with this text, or None."""
+        return self._tokenizer.token_to_id(text)
+
+    def render(self, messages: Sequence[Message], options: ChatOptions = DEFAULT_OPTIONS) -> str:
+        """The prompt of a chat, ready for the model to answer, special tokens included.
+
+        Where data spells one of the tokenizer's tokens there is a mark in it, by which `encode_batch` tells it from the
+        token itself; `plain` takes the marks away.
+
+        Raises:
+            InvalidMessages: there is no message, one lacks a role or text, the encoding refuses the chat, or the
+                text holds a lone surrogate, which UTF-8 cannot spell.
+            InvalidTools: a message brings tools without the documented shape.
+        """
+        prompt = self.encoding.render(messages, options)
+        _check_utf8(prompt, "prompt")
+        return prompt
+
+    def plain(self, prompt: str) -> str:
+        """A rendered prompt as people read it, without the marks of `render`."""
+        return self._marks.plain(prompt)
+
+    def starts_in_reasoning(self, prompt_token_ids: TokenIds) -> bool:
+        """Whether an encoded prompt leaves the model inside its thinking."""
+        encoding = self.encoding
+        return encoding.has_reasoning and encoding.starts_in_reasoning(tail_of(self._tokenizer, prompt_token_ids))
+
+    def encode_batch(self, prompts: Sequence[str]) -> list[TokenIds]:
+        """Token ids of rendered prompts: int32, shape (num_prompt_tokens,) each, in order.
+
+        No special token is added, because the encoding writes them; those that data spells and `render` marked become
+        text like any other.
+
+        Raises:
+            InvalidMessages: a prompt holds a lone surrogate (`render` never returns one); names the first such.
+        """
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(prompts), add_special_tokens=False)
+            return [
+                self._encode_marked(prompt) if MARK in prompt else np.array(encoding.ids, dtype=np.int32)
+                for prompt, encoding in zip(prompts, encodings, strict=True)
+            ]
+        except TypeError:
+            for position, prompt in enumerate(prompts):
+                _check_utf8(prompt, f"prompt {position}")
+            raise
+
+    def decode(self, ids: Sequence[int] | TokenIds) -> str:
+        """The text of generated token ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        return self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
+
+    def _encode_marked(self, prompt: str) -> TokenIds:
+        ids: list[int] = []
+        for text, is_data in self._marks.sections(prompt):
+            ids += self._encode_data(text) if is_data else self._ids_of(self._tokenizer, text)
+        return np.array(ids, dtype=np.int32)
+
+    def _encode_data(self, text: str) -> list[int]:
+        """Token ids of text whose tokens are only spelled: as the tokenizer would encode it if it had no added ones."""
+        ids = self._ids_of(self._text_tokenizer, text)
+        if self._token_ids.isdisjoint(ids):
+            return ids
+        # Some vocabularies hold their control tokens as pieces of text too: cut each where it was marked.
+        pieces = self._marks.mark(text).split(MARK)
+        return [token_id for piece in pieces for token_id in self._ids_of(self._text_tokenizer, piece)]
+
+    @staticmethod
+    def _ids_of(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _token_ids(self) -> frozenset[int]:
+        """The ids that data must not have."""
+        tokens = self._tokenizer.get_added_tokens_decoder().items()
+        return frozenset(token_id for token_id, token in tokens if token.content in self._marks.texts)
+
+    @cached_property
+    def _text_tokenizer(self) -> tokenizers.Tokenizer:
+        """The tokenizer without its added tokens; built when the first data spells one."""
+        document = json.loads(self._tokenizer.to_str())
+        document |= {
+            "added_tokens": [token for token in document["added_tokens"] if token["content"] not in self._marks.texts],
+            "post_processor": None,
+        }
+        return tokenizers.Tokenizer.from_str(json.dumps(document))
+
+
+def _check_utf8(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidMessages(
+            f"{what}: expected Unicode text, found a lone surrogate {text[error.start]!a} at character {error.start}"
+        ) from error

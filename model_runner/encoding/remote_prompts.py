@@ -1,0 +1,157 @@
+"""Prompts of models whose tokenizer is not at hand, behind an endpoint: their order, shared beginnings and size.
+
+Stands in the *render* stage, beside `prompt_encoder.py`. What is sent is the chat itself; here it is laid out as bytes
+in the order in which providers put a prompt together (system text, tools, the answer's schema, then the turns), so that
+chats which share the beginning of their prompts share the beginning of their layouts. Four bytes are a *word*, which
+takes the place of a token: UTF-8 has about four bytes a token in English and Chinese text alike. DeepSeek's rule of
+thumb, 0.3 tokens an English and 0.6 a Chinese character, is 1.2 and 0.8 tokens a word. So counts made of words are
+estimates: they serve to order, to cut shards and to quote, never to charge, and a prompt is refused only when it cannot
+fit even if it has half as many tokens.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeAlias
+
+import numpy as np
+
+from moebeam.model_runner.checkpoint.model_limits import limits_of
+from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
+from moebeam.schemas.canonical import Json, canonical_json
+from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions, options_json
+from moebeam.schemas.errors import InvalidMessages
+from moebeam.schemas.records import Message, TokenIds
+
+NUM_BYTES_PER_WORD = 4
+LEAST_TOKENS_A_WORD = 0.5
+"""A prompt may have as few tokens as this for each word; only one that is too long even so is refused."""
+
+# Bytes that UTF-8 never uses, so that no text can spell the border between two parts; in a `str` they are the lone
+# surrogates of Python's `surrogateescape`, which texts are not allowed to hold.
+_PART, _FIELD, _PADDING = "\udcfe", "\udcfd", b"\xff"
+
+_SYSTEM_ROLES = ("system", "developer")
+
+
+@dataclass(frozen=True, slots=True)
+class RemotePrompts:
+    """Lays chats out as words; stands where a `PromptEncoder` stands for a model whose tokenizer is at hand.
+
+    Attributes:
+        model: as the provider calls it; its limits are looked up by this name.
+        context_length: most tokens of prompt and answer together; None where nobody knows.
+    """
+
+    model: str
+    context_length: int | None = None
+
+    @classmethod
+    def of_model(cls, model: str) -> "RemotePrompts":
+        """The prompts of a model, with its limits as of now where they are known."""
+        limits = limits_of(model, datetime.now(UTC))
+        return cls(model, limits.context_tokens if limits is not None else None)
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether token ids and their number are only guesses: always."""
+        return True
+
+    def thinks(self, options: ChatOptions) -> bool:
+        """Whether the model will think, as far as its limits tell what it does by default."""
+        limits = limits_of(self.model, datetime.now(UTC))
+        if options.thinking is not None:
+            return options.thinking
+        return limits is not None and limits.is_api and limits.thinking != "never"
+
+    def render(self, messages: Sequence[Message], options: ChatOptions = DEFAULT_OPTIONS) -> str:
+        """The layout of a chat; equal only for chats and options that are sent alike.
+
+        Raises:
+            InvalidMessages: there is no message, or a text holds a lone surrogate, which UTF-8 cannot spell.
+        """
+        if not messages:
+            raise InvalidMessages("messages: expected at least one, found none")
+        layout = "".join(f"{_PART}{_FIELD.join(map(_checked, part))}" for part in _parts(messages, options))
+        return layout + _PART
+
+    def encode_batch(self, prompts: Sequence[str]) -> list[TokenIds]:
+        """The words of layouts: int32 of any sign, shape (num_words,) each; as unsigned numbers in bytewise order."""
+        return [_words(prompt) for prompt in prompts]
+
+    def fits(self, num_prompt_tokens: int, max_tokens: int) -> bool:
+        """Whether a prompt of so many words and its longest answer may have room in the context."""
+        if self.context_length is None:
+            return True
+        return num_prompt_tokens * LEAST_TOKENS_A_WORD + max_tokens <= self.context_length
+
+
+Encoder: TypeAlias = PromptEncoder | RemotePrompts
+"""What lays out the prompts of a job: exactly, or by estimates."""
+
+
+def load_encoder(path: str, encoding: str, model: str) -> Encoder:
+    """The encoder of a tokenizer's folder, or estimates where there is no folder.
+
+    Args:
+        path: of a checkpoint, or of its `tokenizer.json` and `config.json` alone; empty for a model behind an endpoint
+            whose tokenizer is not at hand.
+        encoding: see `encoding_of`.
+    Raises:
+        EngineLoadError: the folder cannot be read.
+    """
+    return PromptEncoder.load(path, encoding) if path else RemotePrompts.of_model(model)
+
+
+def _parts(messages: Sequence[Message], options: ChatOptions) -> Iterator[tuple[str, ...]]:
+    """What a prompt is made of, what is likeliest to be shared first; the first of each part is its name."""
+    if options.reasoning_effort is not None:
+        yield "effort", options.reasoning_effort
+    num_system = next((i for i, message in enumerate(messages) if message.role not in _SYSTEM_ROLES), len(messages))
+    for message in messages[:num_system]:
+        yield _message_part(message)
+    for tool in options.tools:
+        yield "tool", _json(tool.document)
+    if options.response_format.type != "text":
+        yield options.response_format.type, _json(options.response_format.schema)
+    for message in messages[num_system:]:
+        yield _message_part(message)
+    # Last, because how an answer begins is no part of what prompts share.
+    if options != DEFAULT_OPTIONS:
+        yield "options", options_json(_without_shared(options))
+
+
+def _without_shared(options: ChatOptions) -> ChatOptions:
+    """The options that `_parts` has not laid out before the turns."""
+    return ChatOptions(
+        tool_choice=options.tool_choice,
+        parallel_tool_calls=options.parallel_tool_calls,
+        thinking=options.thinking,
+        max_reasoning_tokens=options.max_reasoning_tokens,
+    )
+
+
+def _message_part(message: Message) -> tuple[str, ...]:
+    extra = (canonical_json(dict(message.extra)),) if message.extra else ()
+    return (message.role, message.content, *extra)
+
+
+def _json(value: Json) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidMessages(
+            f"prompt: expected Unicode text, found a lone surrogate {text[error.start]!a} at character {error.start}"
+        ) from error
+    return text
+
+
+def _words(prompt: str) -> TokenIds:
+    content = prompt.encode("utf-8", "surrogateescape")
+    content += _PADDING * (-len(content) % NUM_BYTES_PER_WORD)
+    return np.frombuffer(content, dtype=">u4").astype(np.uint32).view(np.int32)

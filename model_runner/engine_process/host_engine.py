@@ -1,0 +1,95 @@
+"""The main program of the process that holds a host's one engine, started by `host_runner.py`.
+
+It listens on a socket in the user's own folder, speaks with each worker as `engine_process.py` does, and ends
+`GRACE_S` after the last of them.
+"""
+
+import os
+import sys
+import threading
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+from moebeam.model_runner.engine_process.child import serve
+from moebeam.model_runner.engine_process.isolated_runner import IsolatedRunner
+from moebeam.model_runner.protocol import SELF_HEALING_ENGINES, EngineConfig, ModelRunner, load_runner
+
+GRACE_S = 5.0
+"""How long an engine that nobody holds waits for the next worker."""
+
+
+class _HostEngine:
+    """The engine, loaded when the first worker asks, and how many hold it."""
+
+    def __init__(self, address: Path, max_silence_s: float | None) -> None:
+        self._address = address
+        self._max_silence_s = max_silence_s
+        self._lock = threading.Lock()
+        self._loaded: ModelRunner | None = None
+        self._changed = threading.Condition()
+        self._num_workers = 0
+        self._is_wanted = False
+
+    def talk(self, connection: "Connection[Any, Any]") -> None:
+        """Serve one worker until it ends."""
+        self._count(1)
+        try:
+            serve(connection, self._load)
+        except (EOFError, OSError):
+            pass
+        finally:
+            self._count(-1)
+
+    def wait_until_left(self) -> None:
+        """Return when no worker has been here for `GRACE_S`, with the socket gone."""
+        with self._changed:
+            while True:
+                self._changed.wait_for(lambda: self._num_workers == 0)
+                self._is_wanted = False
+                if not self._changed.wait_for(lambda: self._is_wanted, timeout=GRACE_S):
+                    self._address.unlink(missing_ok=True)
+                    return
+
+    def end(self) -> None:
+        if isinstance(self._loaded, IsolatedRunner):
+            self._loaded.close()
+
+    def _load(self, config: EngineConfig) -> ModelRunner:
+        with self._lock:
+            if self._loaded is None:
+                is_healing = config.engine in SELF_HEALING_ENGINES
+                self._loaded = (
+                    load_runner(config) if is_healing else IsolatedRunner(config, max_silence_s=self._max_silence_s)
+                )
+            return self._loaded
+
+    def _count(self, change: int) -> None:
+        with self._changed:
+            self._num_workers += change
+            self._is_wanted = self._is_wanted or change > 0
+            self._changed.notify_all()
+
+
+def main() -> None:
+    """Serve the socket of the first argument; the second is how many seconds the engine may be silent."""
+    address = Path(sys.argv[1])
+    engine = _HostEngine(address, float(sys.argv[2]) if len(sys.argv) > 2 else None)
+    listener = Listener(str(address), family="AF_UNIX", backlog=64)
+    print("listening", flush=True)
+    os.close(sys.stdout.fileno())
+
+    def accept() -> None:
+        while True:
+            connection = listener.accept()
+            threading.Thread(target=engine.talk, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    engine.wait_until_left()
+    engine.end()
+    # Threads may stand inside the engine; nothing of theirs is wanted any more.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

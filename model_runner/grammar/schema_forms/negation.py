@@ -1,0 +1,212 @@
+"""What must hold where another schema must not.
+
+Part of `moebeam.model_runner.grammar.schema_forms`; `choices` asks here for `not`, for the `else` of a condition, and
+for the branches of a `oneOf` that must not match beside another.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise, product
+from typing import TypeAlias, cast
+
+from moebeam.model_runner.grammar.schema_forms.references import Place, References, draft_of, json_key
+from moebeam.schemas.canonical import Json
+
+Option: TypeAlias = tuple[Place | Mapping[str, Json], ...]
+Negations: TypeAlias = tuple[list[Option], bool]
+"""Options of which a value that breaks a schema takes at least one, and whether no other value does."""
+
+MAX_OPTIONS = 64
+MAX_OTHER_STRINGS = 32
+"""Most strings whose complement is written as an expression."""
+
+_TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
+_ANNOTATIONS = frozenset(
+    {"$schema", "$id", "id", "$anchor", "$defs", "definitions", "$comment", "title", "description", "default"}
+    | {"examples", "example", "deprecated", "readOnly", "writeOnly", "contentMediaType", "contentEncoding"}
+)
+_OPPOSITE_BOUNDS: dict[str, tuple[str, str, int]] = {
+    "minimum": ("number", "exclusiveMaximum", 0),
+    "maximum": ("number", "exclusiveMinimum", 0),
+    "exclusiveMinimum": ("number", "maximum", 0),
+    "exclusiveMaximum": ("number", "minimum", 0),
+    "minLength": ("string", "maxLength", -1),
+    "maxLength": ("string", "minLength", 1),
+    "minItems": ("array", "maxItems", -1),
+    "maxItems": ("array", "minItems", 1),
+    "minProperties": ("object", "maxProperties", -1),
+    "maxProperties": ("object", "minProperties", 1),
+}
+_ANYTHING: Negations = ([()], False)
+
+
+def negations(
+    place: Place,
+    known: tuple[Place, ...],
+    pointer: str,
+    *,
+    references: References,
+    values_of: Callable[[tuple[Place, ...]], list[Json] | None],
+    children: Callable[[tuple[Place, ...], str], tuple[Place, ...]],
+    depth: int = 0,
+) -> Negations:
+    """The opposite of a schema, as far as it can be written without `not`.
+
+    Args:
+        place: the schema.
+        known: what else holds of the value; `not` of one value of an `enum` are its others.
+        values_of: the only values that keep some places, where they can be listed.
+        children: what some places say of a property.
+    Returns:
+        The single option `()`, and False, where nothing better is known.
+    """
+    schema = place.schema
+    if not isinstance(schema, Mapping):
+        return ([()], True) if schema is False else ([], True)
+    if depth > 8 or draft_of(schema) not in (None, references.draft):
+        return _ANYTHING
+
+    def negate(other: Place, context: tuple[Place, ...] = known) -> Negations:
+        return negations(
+            other, context, pointer, references=references, values_of=values_of, children=children, depth=depth + 1
+        )
+
+    if "$ref" in schema:
+        target = references.resolve(place, "$ref")
+        others = {keyword for keyword in schema if keyword not in _ANNOTATIONS and keyword != "$ref"}
+        return _ANYTHING if target is None or (others and references.draft > 7) else negate(target)
+    options: list[Option] = []
+    is_exact = True
+    for keyword, value in schema.items():
+        if keyword in _ANNOTATIONS:
+            continue
+        match keyword:
+            case "type":
+                found = _not_type(value)
+            case "const" | "enum":
+                values = [value] if keyword == "const" else list(cast("Sequence[Json]", value))
+                found = _not_values(values, known, values_of)
+            case "required":
+                found = (
+                    [({"type": "object", "properties": {name: False}},) for name in cast("Sequence[str]", value)],
+                    True,
+                )
+            case "properties":
+                found = [], True
+                for name in cast("Mapping[str, Json]", value):
+                    below = children(known, name)
+                    some, is_some_exact = negate(place.child("properties", name), below)
+                    for option in some:
+                        if any(isinstance(part, Place) and '"$' in json.dumps(part.schema) for part in option):
+                            # It may refer to where it stands, which it leaves here.
+                            return _ANYTHING
+                        parts: list[Json] = [part.schema if isinstance(part, Place) else part for part in option]
+                        child: Json = {"allOf": parts} if parts else True
+                        found[0].append(({"type": "object", "required": [name], "properties": {name: child}},))
+                    found = found[0], found[1] and is_some_exact
+            case "not":
+                found = [(place.child("not"),)], True
+            case "anyOf":
+                branches = [negate(place.child("anyOf", index)) for index in range(len(cast("Sequence[Json]", value)))]
+                joined = [
+                    tuple(part for option in chosen for part in option)
+                    for chosen in product(*(some for some, _ in branches))
+                ]
+                found = joined, all(is_some_exact for _, is_some_exact in branches)
+            case "allOf":
+                branches = [negate(place.child("allOf", index)) for index in range(len(cast("Sequence[Json]", value)))]
+                found = [option for some, _ in branches for option in some], all(exact for _, exact in branches)
+            case _ if keyword in _OPPOSITE_BOUNDS and isinstance(value, int | float) and not isinstance(value, bool):
+                found = _not_bound(keyword, value)
+            case _:
+                return _ANYTHING
+        options += found[0]
+        is_exact = is_exact and found[1]
+        if len(options) > MAX_OPTIONS:
+            return _ANYTHING
+    return options, is_exact
+
+
+def _not_type(value: Json) -> Negations:
+    refused = {value} if isinstance(value, str) else set(cast("Sequence[str]", value))
+    if "number" in refused:
+        refused.add("integer")
+    # What is a number but no integer cannot be said: all numbers are allowed then.
+    is_exact = "integer" not in refused or "number" in refused
+    left: list[Json] = [name for name in _TYPES if name not in refused and name != "integer"]
+    if "integer" not in refused and "number" not in left:
+        left.append("integer")
+    return ([({"type": left},)] if left else []), is_exact
+
+
+def _not_values(
+    values: Sequence[Json],
+    known: tuple[Place, ...],
+    values_of: Callable[[tuple[Place, ...]], list[Json] | None],
+) -> Negations:
+    refused = {json_key(value) for value in values}
+    possible = values_of(known)
+    if possible is not None:
+        left: list[Json] = [value for value in possible if json_key(value) not in refused]
+        return ([({"enum": left},)] if left else []), True
+    strings = [value for value in values if isinstance(value, str)]
+    numbers = sorted({value for value in values if isinstance(value, int | float) and not isinstance(value, bool)})
+    types: list[Json] = [name for name in _TYPES if name != "integer" and name not in _listed_types(values)]
+    options: list[Option] = [({"type": types},)] if types else []
+    if bool in map(type, values):
+        kept: list[Json] = [value for value in (True, False) if json_key(value) not in refused]
+        options += [({"enum": kept},)] if kept else []
+    if strings:
+        options += [({"type": "string", **other},) for other in _other_strings(strings)]
+    if numbers:
+        bounds: list[float | None] = [None, *numbers, None]
+        for low, high in pairwise(bounds):
+            between: dict[str, Json] = {"type": "number"}
+            if low is not None:
+                between["exclusiveMinimum"] = low
+            if high is not None:
+                between["exclusiveMaximum"] = high
+            options.append((between,))
+    is_exact = not any(isinstance(value, list | dict) for value in values) and len(strings) <= MAX_OTHER_STRINGS
+    return options, is_exact
+
+
+def _listed_types(values: Sequence[Json]) -> set[str]:
+    """The types of values that are told apart one by one; of arrays and objects none is."""
+    names: dict[type, str] = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string"}
+    return {names[type(value)] for value in values if type(value) in names}
+
+
+def _other_strings(strings: Sequence[str]) -> list[dict[str, Json]]:
+    """Strings that are none of a few."""
+    if set(strings) == {""}:
+        return [{"minLength": 1}]
+    if len(strings) > MAX_OTHER_STRINGS:
+        return [{}]
+    return [{"pattern": f"^{_complement(sorted(set(strings)))}$"}]
+
+
+def _complement(strings: Sequence[str]) -> str:
+    """An expression of all texts but these: those that end before, leave or go beyond their common beginnings."""
+    by_first: dict[str, list[str]] = {}
+    for text in strings:
+        if text:
+            by_first.setdefault(text[0], []).append(text[1:])
+    firsts = "".join(map(_member, by_first))
+    branches = [f"[^{firsts}][\\s\\S]*" if firsts else "[\\s\\S]+"]
+    branches += [_member(first) + _complement(rest) for first, rest in by_first.items()]
+    if "" not in strings:
+        branches.append("")
+    return f"(?:{'|'.join(branches)})"
+
+
+def _member(char: str) -> str:
+    return char if char.isalnum() else f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{{{ord(char):x}}}"
+
+
+def _not_bound(keyword: str, value: float) -> Negations:
+    kind, opposite, step = _OPPOSITE_BOUNDS[keyword]
+    bound = value + step
+    if bound < 0 and kind != "number":
+        return [], True
+    return [({"type": kind, opposite: bound},)], True

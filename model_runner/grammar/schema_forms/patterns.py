@@ -1,0 +1,248 @@
+"""Regular expressions and formats in the spelling that llguidance 1.9.1 knows, so that it means what validation means.
+
+Part of `moebeam.model_runner.grammar.schema_forms`. Validation is jsonschema-rs 0.60 with formats asserted; what is
+said here of either was measured on both.
+"""
+
+import re
+from functools import lru_cache
+
+from jsonschema_rs import validator_for
+from llguidance import LLMatcher, LLTokenizer
+
+_CONTROLS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f"
+"""Characters that a JSON text must escape by number, which our grammars leave out of strings, and DEL, which
+llguidance lets no string hold. Classes that begin `[^` leave them out in so many words: llguidance writes the
+complement of a quotation mark as if it held the mark, unless the class has no such character."""
+
+_SPACES = r"\t\n\x0b\x0c\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+"""ECMA-262's white space, as jsonschema-rs takes `\\s`; llguidance would add U+0085 and leave out U+FEFF."""
+
+
+_CONTROL_RANGE = re.compile(r"\\x[01][0-9a-fA-F]-(?=\\[xu]|[ -~])|\\u00[01][0-9a-fA-F]-(?=\\[xu]|[ -~])")
+_NEGATED_CLASS = re.compile(r"\[\^(?:\\.|[^\]\\])*\]")
+_CONTROL = re.compile(r"\\x[01][0-9a-fA-F]|\\u00[01][0-9a-fA-F]|\\c|\\0|\\v|[\x00-\x08\x0b\x0c\x0e-\x1f]")
+
+
+class UnsupportedPattern(ValueError):
+    """A regular expression that no grammar of llguidance can follow; the message says why."""
+
+
+@lru_cache(maxsize=1024)
+def translate(pattern: str) -> tuple[str, ...]:
+    """Expressions that a text must all match, and does exactly if it matches this one of a schema.
+
+    Look-ahead at the very beginning, as rules for passwords have it, becomes an expression of its own.
+
+    Raises:
+        UnsupportedPattern: look-around elsewhere, back references, word boundaries, or more than llguidance can hold.
+    """
+    if _CONTROL.search(_NEGATED_CLASS.sub("", _CONTROL_RANGE.sub(r"\\t\\n\\r\\x20-", pattern))):
+        raise UnsupportedPattern("it asks for control characters")
+    conjuncts = tuple(
+        _rewritten(_CONTROL_RANGE.sub(r"\\t\\n\\r\\x20-", conjunct)) for conjunct in _split_look_ahead(pattern)
+    )
+    for conjunct in conjuncts:
+        reason = _refusal(conjunct)
+        if reason is not None:
+            raise UnsupportedPattern(reason)
+    return conjuncts
+
+
+@lru_cache(maxsize=1024)
+def are_disjoint(first: str, second: str) -> bool:
+    """Whether llguidance can tell that no property's name matches both of two translated expressions."""
+    grammar = LLMatcher.grammar_from_json_schema(
+        {"type": "object", "patternProperties": {first: {}, second: {}}, "additionalProperties": False}
+    )
+    return not LLMatcher.validate_grammar_with_warnings(grammar)[0]
+
+
+@lru_cache(maxsize=1)
+def byte_tokenizer() -> LLTokenizer:
+    """A token a byte: enough to see whether a grammar can be compiled."""
+    return LLTokenizer("byte")
+
+
+def _refusal(pattern: str) -> str | None:
+    try:
+        grammar = LLMatcher.grammar_from_json_schema({"type": "string", "pattern": pattern})
+    except ValueError as error:
+        return str(error)
+    matcher = LLMatcher(byte_tokenizer(), grammar, log_level=0)
+    return matcher.get_error().splitlines()[-1] if matcher.is_error() else None
+
+
+def _split_look_ahead(pattern: str) -> list[str]:
+    r"""`^(?=.*\d)(?=.*[a-z]).{8,}$` as three expressions that begin at the beginning."""
+    rest = pattern.removeprefix("^")
+    if rest == pattern or not rest.startswith("(?="):
+        return [pattern]
+    conjuncts: list[str] = []
+    while rest.startswith("(?="):
+        end = _group_end(rest)
+        if end is None:
+            return [pattern]
+        conjuncts.append(f"^(?:{rest[3:end]})")
+        rest = rest[end + 1 :]
+    if _has_alternative(rest):
+        return [pattern]
+    return [*conjuncts, f"^{rest}"]
+
+
+def _group_end(text: str) -> int | None:
+    """Where the parenthesis that opens a text is closed."""
+    depth = 0
+    for found in re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()]", text, re.DOTALL):
+        depth += {"(": 1, ")": -1}.get(found.group(), 0)
+        if depth == 0:
+            return found.start()
+    return None
+
+
+def _has_alternative(text: str) -> bool:
+    """Whether a text has `|` outside of groups and classes."""
+    depth = 0
+    for found in re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()|]", text, re.DOTALL):
+        token = found.group()
+        depth += {"(": 1, ")": -1}.get(token, 0)
+        if token == "|" and depth == 0:
+            return True
+    return False
+
+
+def _rewritten(pattern: str) -> str:
+    r"""The expression with `\s`, `\c` and classes as Rust's syntax needs them."""
+    pieces: list[str] = []
+    position = 0
+    in_class = False
+    is_negated = False
+    while position < len(pattern):
+        char = pattern[position]
+        if char == "\\" and position + 1 < len(pattern):
+            length = 3 if pattern[position + 1] == "c" else 2
+            pieces.append(_escape(pattern[position : position + length], in_class))
+            position += length
+            continue
+        position += 1
+        if not in_class:
+            if char == "[":
+                in_class = True
+                is_negated = pattern[position : position + 1] == "^"
+                position += is_negated
+                pieces.append(f"[^{_CONTROLS}" if is_negated else "[")
+                if pattern[position : position + 1] == "]":
+                    pieces.append(r"\]")
+                    position += 1
+            else:
+                pieces.append(char)
+        elif char == "]":
+            in_class = False
+            pieces.append(char)
+        elif char in "[&~" or (char == "-" and pattern[position : position + 1] == "-"):
+            # Rust nests classes and subtracts them; ECMA-262 takes these for themselves.
+            pieces.append("\\" + char)
+        elif char < " " or (ord(char) > 0x7E and not char.isprintable()):
+            pieces.append(f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{{{ord(char):x}}}")
+        else:
+            pieces.append(char)
+    return "".join(pieces)
+
+
+def _escape(escape: str, in_class: bool) -> str:
+    match escape[1]:
+        case "s":
+            return _SPACES if in_class else f"[{_SPACES}]"
+        case "S":
+            return f"[^{_SPACES}{_CONTROLS}]"
+        case "c":
+            return f"\\x{ord(escape[2:]) % 32:02x}" if len(escape) == 3 else escape
+        case _:
+            return escape
+
+
+_PROBES = ("\x00 bad~", "", "%%", "::", "/~", "{", "(")
+"""Of every format that jsonschema-rs asserts, at least one of these is no instance."""
+
+
+@lru_cache(maxsize=1024)
+def is_asserted(name: str, draft_uri: str) -> bool:
+    """Whether validation under a draft refuses texts that are not of a format."""
+    validator = validator_for({"$schema": draft_uri, "format": name}, validate_formats=True)
+    return not all(validator.is_valid(probe) for probe in _PROBES)
+
+
+def _formats() -> dict[str, tuple[str, ...]]:
+    year = "[0-9]{4}"
+    leap = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
+    date = (
+        f"(?:{year}-(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|{year}-(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+        f"|{year}-02-(?:0[1-9]|1[0-9]|2[0-8])|{leap}-02-29)"
+    )
+    clock = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+    time = rf"{clock}:[0-5][0-9](?:\.[0-9]{{1,9}})?(?:[Zz]|[+-]{clock})"
+    # No hyphens at both the third and the fourth place: those are for encoded names.
+    label = "X(?:X?|YX|YYX|Y(?:XY|-X)Y{0,58}X)".replace("X", "[a-zA-Z0-9]").replace("Y", "[a-zA-Z0-9-]")
+    host = rf"{label}(?:\.{label})*"
+    octet = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+    ipv4 = rf"{octet}(?:\.{octet}){{3}}"
+    group = "[0-9a-fA-F]{1,4}"
+    last = f"(?:{group}:{group}|{ipv4})"
+    ipv6 = "|".join(
+        [
+            f"(?:{group}:){{6}}{last}",
+            f"::(?:{group}:){{5}}{last}",
+            *(
+                f"(?:(?:{group}:){{0,{5 - after - 1}}}{group})?::(?:{group}:){{{after}}}{last}"
+                for after in (4, 3, 2, 1)
+            ),
+            f"(?:(?:{group}:){{0,4}}{group})?::{last}",
+            f"(?:(?:{group}:){{0,5}}{group})?::{group}",
+            f"(?:(?:{group}:){{0,6}}{group})?::",
+        ]
+    )
+    atom = r"[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]+"
+    email = (rf"^{atom}(?:\.{atom})*@{host}$", "^[!-?A-~]{1,64}@[a-zA-Z0-9.-]{1,253}$")
+    escape = "%[0-9a-fA-F]{2}"
+    segment_char = rf"(?:[a-zA-Z0-9._~!$&'()*+,;=:@-]|{escape})"
+    first_char = segment_char.replace(":@", "@")
+    path = f"(?:/{segment_char}*)*"
+    tail = rf"(?:\?(?:{segment_char}|[/?])*)?(?:#(?:{segment_char}|[/?])*)?"
+    name_chars = f"(?:[a-zA-Z0-9._~!$&'()*+,;=-]|{escape})"
+    authority = f"(?:(?:{name_chars}|:)*@)?{name_chars}+(?::[0-9]{{1,5}})?"
+    rooted = f"/(?:{segment_char}+{path})?"
+    uri = f"[a-zA-Z][a-zA-Z0-9+.-]*:(?://{authority}{path}|{rooted}|{segment_char}+{path}){tail}"
+    relative = f"(?://{authority}{path}|{rooted}|{first_char}+{path}|){tail}"
+    pointer = rf"(?:/(?:[^~/{_CONTROLS}]|~[01])*)*"
+    count = "[0-9]{1,9}"
+    clock_span = f"T(?:{count}H(?:{count}M(?:{count}S)?)?|{count}M(?:{count}S)?|{count}S)"
+    day_span = f"(?:{count}Y(?:{count}M(?:{count}D)?)?|{count}M(?:{count}D)?|{count}D)"
+    name = "[a-zA-Z0-9_]+"
+    whole = {
+        "date": date,
+        "time": time,
+        "date-time": f"{date}[Tt]{time}",
+        "duration": f"P(?:{day_span}(?:{clock_span})?|{clock_span}|{count}W)",
+        "ipv4": ipv4,
+        "ipv6": ipv6,
+        "uuid": "[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}",
+        "uri": uri,
+        "iri": uri,
+        "uri-reference": f"{uri}|{relative}",
+        "iri-reference": f"{uri}|{relative}",
+        "uri-template": rf"(?:[a-zA-Z0-9._~:/?#&=@!$,;+-]|\{{[+#./;?&]?{name}(?:,{name})*\}})*",
+        "json-pointer": pointer,
+        "relative-json-pointer": f"(?:0|[1-9][0-9]{{0,8}})(?:#|{pointer})",
+    }
+    return {name: (f"^(?:{pattern})$",) for name, pattern in whole.items()} | {
+        "hostname": (f"^{host}$", "^[a-zA-Z0-9.-]{1,253}$"),
+        "idn-hostname": (f"^{host}$", "^[a-zA-Z0-9.-]{1,253}$"),
+        "email": email,
+        "idn-email": email,
+    }
+
+
+FORMATS = _formats()
+"""The expressions that a text of a format must all match. All such texts, except: no leap seconds, at most nine digits
+of a second's fraction; addresses and names in ASCII, without quoted mailboxes; URIs without hosts in brackets, and
+templates without modifiers. `regex` has no expression of its own and is left to validation."""

@@ -1,0 +1,1 @@
+"""Any engine as a Beam `ModelHandler`."""

@@ -1,0 +1,113 @@
+"""Any engine as a standard Beam `ModelHandler`, for those who want plain `RunInference`.
+
+Our own pipeline does not use it: `RunInference` sends a whole batch to its dead letter when one row fails, while an
+engine answers every row with an answer or a typed failure.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from apache_beam.ml.inference.base import ModelHandler
+
+from moebeam.model_runner.checkpoint.model_store import local_checkpoint
+from moebeam.model_runner.protocol import WEIGHTLESS_ENGINES, EngineConfig, ModelRunner, load_runner
+from moebeam.schemas.errors import EngineContractError
+from moebeam.schemas.records import Completion, Request
+
+
+class LoadedEngine:
+    """A loaded engine as Beam shares it: weakly referenced in one process, or behind a proxy in another.
+
+    A proxy cannot hand out an iterator, so requests go in and completions come out as lists.
+    """
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+
+    def answer(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion for each request, in the requests' order; their ids need not be unique.
+
+        Raises:
+            EngineContractError: the engine left a request unanswered or answered one twice.
+        """
+        rekeyed = [dataclasses.replace(request, request_id=str(i)) for i, request in enumerate(requests)]
+        answers: list[Completion | None] = [None] * len(requests)
+        for completion in self._runner.generate(rekeyed):
+            position = int(completion.request_id)
+            if answers[position] is not None:
+                raise EngineContractError(f"the engine answered request {requests[position].request_id!r} twice")
+            answers[position] = dataclasses.replace(completion, request_id=requests[position].request_id)
+        found = [answer for answer in answers if answer is not None]
+        if len(found) != len(requests):
+            raise EngineContractError(f"the engine answered {len(found)} of {len(requests)} requests")
+        return found
+
+
+class MoebeamModelHandler(ModelHandler[Request, Completion, LoadedEngine]):
+    """Runs an engine behind `RunInference`, alone or inside a `KeyedModelHandler`.
+
+    Completions come in the order of a batch's requests; a request that failed has `Completion.error` set.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        min_batch_size: int = 1,
+        max_batch_size: int = 256,
+        share_across_processes: bool = False,
+    ) -> None:
+        """
+        Args:
+            config: which engine and checkpoint.
+            min_batch_size: fewest requests that Beam hands over at once, where it has as many.
+            max_batch_size: most requests that Beam hands over at once; `config.batch_size` is the engine's own.
+            share_across_processes: one model for all processes of a worker instead of one each.
+        """
+        super().__init__(
+            min_batch_size=min_batch_size, max_batch_size=max_batch_size, large_model=share_across_processes
+        )
+        self._config = config
+
+    def load_model(self) -> LoadedEngine:
+        """Load the engine.
+
+        Raises:
+            EngineLoadError: the engine or its model cannot be loaded, or the checkpoint is not of that revision.
+        """
+        config = self._config
+        if config.engine not in WEIGHTLESS_ENGINES:
+            config = dataclasses.replace(config, path=local_checkpoint(config.path, config.revision))
+        return LoadedEngine(load_runner(config))
+
+    def run_inference(
+        self, batch: Sequence[Request], model: LoadedEngine, inference_args: Mapping[str, Any] | None = None
+    ) -> list[Completion]:
+        """Answer a batch. How answers are drawn is each request's own `sampling`, so arguments are refused.
+
+        Raises:
+            ValueError: there are inference arguments.
+        """
+        self.validate_inference_args(dict(inference_args or {}))
+        return model.answer(batch)
+
+    def validate_inference_args(self, inference_args: dict[str, Any] | None) -> None:
+        """
+        Raises:
+            ValueError: there are inference arguments.
+        """
+        if inference_args:
+            raise ValueError(
+                f"expected no inference_args, found {', '.join(sorted(inference_args))}: set `Request.sampling` instead"
+            )
+
+    def get_num_bytes(self, batch: Sequence[Request]) -> int:
+        """Bytes of a batch's token ids and message texts."""
+        num_token_bytes = sum(int(request.prompt_token_ids.nbytes) for request in batch)
+        texts = (message.content for request in batch for message in request.messages)
+        return num_token_bytes + sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+
+    def get_metrics_namespace(self) -> str:
+        """The namespace of `RunInference`'s metrics."""
+        return "moebeam"

@@ -1,0 +1,151 @@
+"""The routed experts of a layer: rows sorted by expert, one product an expert or one grouped product for all."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moebeam.model_runner.torch_engine.layers.linear import Linear, make_linear
+from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights, Expert
+from moebeam.model_runner.torch_engine.weights.devices import Placement
+
+
+def gate(gated: Tensor, limit: float | None) -> Tensor:
+    """SwiGLU: silu(gate) * up, both clamped where the model says so.
+
+    Args:
+        gated: gate and up side by side; shape (num_rows, 2 * width). May be overwritten.
+        limit: the gate's upper bound and the bound of `up` in both directions.
+    """
+    gate_part, up_part = gated.chunk(2, dim=-1)
+    if limit is not None:
+        gate_part = gate_part.clamp(max=limit)
+        up_part = up_part.clamp(min=-limit, max=limit)
+    return functional.silu(gate_part).mul_(up_part)
+
+
+class GatedMlp:
+    """A dense SwiGLU block, or the experts that every row shares."""
+
+    def __init__(
+        self,
+        weights: CheckpointWeights,
+        placement: Placement,
+        name: str,
+        *,
+        hidden_size: int,
+        width: int,
+        limit: float | None = None,
+    ) -> None:
+        gate_up = [weights.get(f"{name}.{part}_proj.weight", (width, hidden_size)) for part in ("gate", "up")]
+        self._gate_up = make_linear(gate_up, placement)
+        self._down = make_linear([weights.get(f"{name}.down_proj.weight", (hidden_size, width))], placement)
+        self._limit = limit
+        self.flops_per_row = 6.0 * hidden_size * width
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Shape (num_rows, hidden_size) to the same."""
+        return self._down(gate(self._gate_up(rows), self._limit))
+
+
+class Experts:
+    """Routed experts; call with rows, the experts chosen for each, and their weights."""
+
+    def __init__(
+        self,
+        experts: Sequence[Expert],
+        placement: Placement,
+        *,
+        limit: float | None = None,
+    ) -> None:
+        self._num_experts = len(experts)
+        self._limit = limit
+        self._grouped: _GroupedWeights | None = None
+        self._gate_up: list[Linear] = []
+        self._down: list[Linear] = []
+        device = placement.device
+        if device.type != "cpu" and _has_grouped_product(device, experts[0].gate.dtype):
+            self._grouped = _GroupedWeights(experts, device)
+            return
+        for expert in experts:
+            self._gate_up.append(make_linear([expert.gate, expert.up], placement))
+            self._down.append(make_linear([expert.down], placement))
+
+    def __call__(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Add up what the chosen experts make of each row.
+
+        Args:
+            rows: shape (num_rows, hidden_size).
+            chosen: expert numbers; int64, shape (num_rows, num_chosen).
+            weights: shape (num_rows, num_chosen).
+        Returns:
+            Shape (num_rows, hidden_size). Each row is summed in the order of `chosen`, whatever its neighbours.
+        """
+        num_rows, num_chosen = chosen.shape
+        flat = chosen.reshape(-1)
+        by_expert = flat.argsort(stable=True)
+        gathered = rows.index_select(0, by_expert // num_chosen)  # (num_rows * num_chosen, hidden_size)
+        counts = torch.bincount(flat, minlength=self._num_experts)
+        made = self._make(gathered, counts)
+        back = torch.empty_like(by_expert)
+        back[by_expert] = torch.arange(by_expert.shape[0], device=rows.device)
+        return _weighted_sums(made, back.view(num_rows, num_chosen), weights.to(made.dtype))
+
+    def _make(self, gathered: Tensor, counts: Tensor) -> Tensor:
+        if self._grouped is not None:
+            return self._grouped(gathered, counts, self._limit)
+        num_rows: list[int] = counts.tolist()
+        busy = [expert for expert, num in enumerate(num_rows) if num]
+        sizes = [num_rows[expert] for expert in busy]
+        parts = gathered.split(sizes)
+        gated = torch.cat([self._gate_up[expert](part) for expert, part in zip(busy, parts, strict=True)])
+        parts = gate(gated, self._limit).split(sizes)
+        return torch.cat([self._down[expert](part) for expert, part in zip(busy, parts, strict=True)])
+
+
+def _weighted_sums(made: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """For each row the sum of what is at its `places`, by its `weights`, both of shape (num_rows, num_chosen)."""
+    if made.device.type == "cpu":
+        # One pass: 1,024 rows of 512 take 0.12 ms, by a product 0.65, in bfloat16 0.08 and 0.83.
+        return functional.embedding_bag(places, made, mode="sum", per_sample_weights=weights)
+    picked = made.index_select(0, places.flatten()).view(*places.shape, -1)
+    return torch.bmm(weights.unsqueeze(1), picked).squeeze(1)
+
+
+class _GroupedWeights:
+    """Experts stacked on an accelerator, for one grouped product."""
+
+    def __init__(self, experts: Sequence[Expert], device: torch.device) -> None:
+        width, hidden_size = experts[0].gate.shape
+        dtype = experts[0].gate.dtype
+        self._gate_up = torch.empty((len(experts), 2 * width, hidden_size), dtype=dtype, device=device)
+        self._down = torch.empty((len(experts), hidden_size, width), dtype=dtype, device=device)
+        for i, expert in enumerate(experts):
+            self._gate_up[i, :width].copy_(expert.gate)
+            self._gate_up[i, width:].copy_(expert.up)
+            self._down[i].copy_(expert.down)
+
+    def __call__(self, gathered: Tensor, counts: Tensor, limit: float | None) -> Tensor:
+        ends = counts.cumsum(0).to(torch.int32)
+        gated = _grouped_product(gathered, self._gate_up, ends)
+        return _grouped_product(gate(gated, limit), self._down, ends)
+
+
+def _grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    grouped: Any = functional.grouped_mm
+    return grouped(rows, weights.transpose(1, 2), offs=ends)
+
+
+def _has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the grouped product works on this device and agrees with a loop."""
+    try:
+        rows = torch.randn((24, 32), device=device).to(dtype)
+        weights = torch.randn((3, 16, 32), device=device).to(dtype)
+        ends = torch.tensor([8, 8, 24], dtype=torch.int32, device=device)
+        found = _grouped_product(rows, weights, ends).float()
+        expected = torch.cat([rows[:8] @ weights[0].t(), rows[8:] @ weights[2].t()]).float()
+        return torch.allclose(found, expected, atol=0.5, rtol=0.05)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False

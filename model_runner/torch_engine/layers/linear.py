@@ -1,0 +1,80 @@
+"""Matrix products with weights: the one place that knows of private torch operators.
+
+On a CPU, oneDNN with weights laid out beforehand is faster than `torch.nn.functional.linear` (measured in
+`docs/adr/0003`), most of all for the few rows that an expert gets. Elsewhere, and where the operators are missing or
+give other results, the plain function serves.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moebeam.model_runner.torch_engine.weights.devices import Placement
+
+_NUM_PACK_ROWS = 256
+"""Rows for which oneDNN chooses the layout; others are served by it as well."""
+
+Linear = Callable[[Tensor], Tensor]
+"""Rows, shape (num_rows, num_in), to rows, shape (num_rows, num_out)."""
+
+
+def make_linear(weights: Sequence[Tensor], placement: Placement) -> Linear:
+    """A product with one or several weights, whose results lie side by side.
+
+    Args:
+        weights: each of shape (num_out, num_in), of one dtype.
+    """
+    device = placement.device
+    if placement.is_packed and device.type == "cpu" and has_packed_linear(weights[0].dtype):
+        return _PackedLinear(weights[0] if len(weights) == 1 else torch.cat(list(weights)))
+    if len(weights) == 1:
+        return _PlainLinear(weights[0].to(device))
+    return _PlainLinear(torch.cat([weight.to(device) for weight in weights]))
+
+
+class _PlainLinear:
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return functional.linear(rows, self._weight)
+
+
+class _PackedLinear:
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = _pack(weight)
+        self._num_out = weight.shape[0]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if rows.shape[0] == 0:
+            return rows.new_empty((0, self._num_out))
+        return _apply(rows, self._weight)
+
+
+@cache
+def has_packed_linear(dtype: torch.dtype) -> bool:
+    """Whether the private operators exist here and agree with the public one."""
+    try:
+        weight = torch.arange(48.0).view(6, 8).sin().to(dtype)
+        rows = torch.arange(24.0).view(3, 8).cos().to(dtype)
+        found = _apply(rows, _pack(weight))
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    return torch.allclose(
+        found.float(), functional.linear(rows.float(), weight.float()), atol=tolerance, rtol=tolerance
+    )
+
+
+def _pack(weight: Tensor) -> Tensor:
+    operators: Any = torch.ops.mkldnn
+    return operators._reorder_linear_weight(weight.contiguous(), _NUM_PACK_ROWS)
+
+
+def _apply(rows: Tensor, packed: Tensor) -> Tensor:
+    operators: Any = torch.ops.mkldnn
+    return operators._linear_pointwise(rows, packed, None, "none", [], "")

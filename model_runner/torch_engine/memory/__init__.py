@@ -1,0 +1,1 @@
+"""Where keys and states of sequences lie, and how a step reads them."""

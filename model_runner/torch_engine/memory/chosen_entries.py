@@ -1,0 +1,131 @@
+"""Reading the entries that each row has chosen for itself, of many that it might: gathered, a few rows at a time.
+
+Beside `reading.py`, whose products read whole segments and mask what a row did not choose. That costs operations for
+every entry of a path; here they depend on the number of the chosen alone, at the price of a copy for each row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moebeam.model_runner.torch_engine.layers.attention import MASKED, Merged, attend
+from moebeam.model_runner.torch_engine.memory.reading import Columns
+from moebeam.model_runner.torch_engine.memory.segments import Block, NodeMemory
+from moebeam.model_runner.torch_engine.schedule.schedule import Span
+
+MIN_ENTRIES_A_CHOSEN = 5
+"""From so many entries for each chosen one on gathering is faster than masking (`docs/adr/0003`)."""
+
+_MAX_GATHERED = 4 * 1024 * 1024
+"""Most elements of keys that are gathered at a time, about."""
+
+_NO_ENTRY = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True, slots=True)
+class EntryPlaces:
+    """Where the entries of each row's path are, in blocks that are laid end to end.
+
+    Attributes:
+        starts: the path entry at which each extent of a span's path begins, ascending, and a number beyond all where
+            there are fewer; int64, shape (num_spans, num_extents).
+        shifts: what is added to a path entry of an extent to get its place; int64, the same shape.
+        spans: the span of each row; int64, shape (num_rows,).
+    """
+
+    blocks: tuple[Block, ...]
+    starts: Tensor
+    shifts: Tensor
+    spans: Tensor
+
+    def among(self, rows: Tensor) -> "EntryPlaces":
+        """The same for some of the rows."""
+        return replace(self, spans=self.spans[rows])
+
+    def pool(self, columns: Columns, layer: int) -> Tensor:
+        """The blocks' entries: shape (num_places, width); a view where there is one block."""
+        flat = [columns.of(block.fields, layer).flatten(0, 1) for block in self.blocks]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def of(self, first_row: int, entries: Tensor) -> Tensor:
+        """Places of path entries, int64 of shape (num_rows, num_chosen), for the rows from `first_row` on."""
+        spans = self.spans[first_row : first_row + entries.shape[0]]
+        # A row without any entry names entry 0, which is masked: any place will do.
+        extents = (torch.searchsorted(self.starts[spans], entries, right=True) - 1).clamp_(min=0)
+        return entries + self.shifts[spans].gather(1, extents)
+
+
+def plan_entry_places(spans: Sequence[Span], kind_index: int, device: torch.device) -> EntryPlaces:
+    """Work out where entries are, once a step; the step's new entries count as written.
+
+    Args:
+        spans: of a step; at least one of their paths has an entry.
+    """
+    first_places: dict[Block, int] = {}
+    num_places = 0
+    paths: list[list[tuple[int, int]]] = []
+    for span in spans:
+        path: list[tuple[int, int]] = []
+        node = span.node
+        while node is not None:
+            memory: NodeMemory = node.memory
+            extent = memory.extents[kind_index]
+            block = extent.block
+            if block is not None and (extent.num_entries or node is span.node):
+                if block not in first_places:
+                    first_places[block] = num_places
+                    num_places += block.num_slots * block.capacity
+                first_place = first_places[block] + extent.slot * block.capacity
+                path.append((extent.first_entry, first_place - extent.first_entry))
+            node = node.parent
+        paths.append(path[::-1])
+    starts = np.full((len(spans), max(map(len, paths))), _NO_ENTRY, dtype=np.int64)
+    shifts = np.zeros_like(starts)
+    for row, path in enumerate(paths):
+        starts[row, : len(path)] = [start for start, _ in path]
+        shifts[row, : len(path)] = [shift for _, shift in path]
+    of_rows = np.repeat(np.arange(len(spans)), [span.num_rows for span in spans])
+    tensors = (torch.from_numpy(array).to(device) for array in (starts, shifts, of_rows))
+    return EntryPlaces(tuple(first_places), *tensors)
+
+
+def read_chosen(
+    places: EntryPlaces, layer: int, query: Tensor, merged: Merged, selection: Tensor, num_chosen: int, columns: Columns
+) -> None:
+    """Read each row's chosen entries, by keys that all heads share and that are values as well.
+
+    Args:
+        layer: number of the layer within the kind.
+        query: scaled; shape (num_rows, num_heads, width).
+        merged: takes the results.
+        selection: 0 for chosen entries, less for others, at most `num_chosen` a row; shape (num_rows, num_entries).
+    """
+    entries, bias = chosen_of(selection, num_chosen)
+    pool = places.pool(columns, layer)
+    num_at_once = max(1, _MAX_GATHERED // (num_chosen * columns.width))
+    for first in range(0, query.shape[0], num_at_once):
+        rows = slice(first, min(first + num_at_once, query.shape[0]))
+        numbers = places.of(first, entries[rows])
+        keys = pool.index_select(0, numbers.flatten()).view(*numbers.shape, columns.width)
+        found = attend(query[rows].unsqueeze(1), keys, keys, bias[rows].unsqueeze(1))
+        merged.merge(rows.start, rows.stop, found)
+
+
+def chosen_of(selection: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
+    """The numbers of each row's chosen entries, ascending.
+
+    Returns:
+        The numbers, int64 of shape (num_rows, num_chosen), 0 where a row has fewer, and what is added to their scores:
+        0, or `MASKED` where there is none; float32, the same shape.
+    """
+    num_rows = selection.shape[0]
+    rows, entries = (selection == 0).nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=num_rows)  # (num_rows,)
+    columns = torch.arange(rows.shape[0], device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    numbers = torch.zeros((num_rows, num_chosen), dtype=torch.int64, device=rows.device)
+    numbers[rows, columns] = entries
+    is_there = torch.arange(num_chosen, device=rows.device) < counts.unsqueeze(1)
+    return numbers, torch.where(is_there, 0.0, MASKED)

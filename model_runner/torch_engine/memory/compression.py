@@ -1,0 +1,181 @@
+"""DeepSeek-V4's compressed entries: how windows of tokens become one key, and which of them a query reads.
+
+Source: sections 2.3.1 (CSA, compressed sparse attention) and 2.3.2 (HCA, heavily compressed attention) of the
+DeepSeek-V4 report. A CSA entry weighs its own window and the one before it; an indexer ranks entries for each query.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moebeam.model_runner.torch_engine.layers.attention import MASKED
+from moebeam.model_runner.torch_engine.layers.linear import make_linear
+from moebeam.model_runner.torch_engine.layers.norms import RmsNorm
+from moebeam.model_runner.torch_engine.layers.rotary import rotate_pairs
+from moebeam.model_runner.torch_engine.memory.reading import ReadPlan
+from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
+from moebeam.model_runner.torch_engine.weights.devices import Placement
+
+
+class Compressor:
+    """Turns the rows of closed windows into entries of `width` elements."""
+
+    def __init__(
+        self,
+        config: Any,
+        weights: CheckpointWeights,
+        placement: Placement,
+        name: str,
+        *,
+        rate: int,
+        width: int,
+        has_overlap: bool,
+    ) -> None:
+        self.width = width
+        self.has_overlap = has_overlap
+        self._rate = rate
+        self.num_features = 2 * width if has_overlap else width
+        shape = (self.num_features, int(config.hidden_size))
+        self.value_weight = weights.get(f"{name}.kv_proj.weight", shape)
+        self.gate_weight = weights.get(f"{name}.gate_proj.weight", shape)
+        bias = weights.get(f"{name}.position_bias", (rate, self.num_features), torch.float32)
+        self._bias = bias.to(placement.device)
+        norm = weights.get(f"{name}.kv_norm.weight", (width,), torch.float32)
+        self._norm = RmsNorm(norm.to(placement.device), float(config.rms_norm_eps))
+
+    def __call__(self, values: Tensor, gates: Tensor, is_first: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Compress windows.
+
+        Args:
+            values, gates: shape (num_windows, num_window_rows, num_features); with overlap the window before comes
+                first.
+            is_first: windows that nothing precedes; bool, shape (num_windows,).
+            cos, sin: of each window's first position; shape (num_windows, num_pairs).
+        Returns:
+            Shape (num_windows, width).
+        """
+        if self.has_overlap:
+            rate, width = self._rate, self.width
+            values = torch.cat((values[:, :rate, :width], values[:, rate:, width:]), dim=1)
+            before = gates[:, :rate, :width].float() + self._bias[:, :width]
+            before.masked_fill_(is_first[:, None, None], -math.inf)
+            scores = torch.cat((before, gates[:, rate:, width:].float() + self._bias[:, width:]), dim=1)
+            # What stands in place of a window before the first is weighed by 0, and must be a number.
+            values = torch.where(is_first[:, None, None] & self._is_before(values), 0.0, values)
+        else:
+            scores = gates.float() + self._bias
+        weights = scores.softmax(dim=1).to(values.dtype)
+        entries = self._norm((values * weights).sum(dim=1))
+        num_rotated = 2 * cos.shape[-1]
+        entries[:, -num_rotated:] = rotate_pairs(entries[:, -num_rotated:], cos, sin).to(entries.dtype)
+        return entries
+
+    def _is_before(self, values: Tensor) -> Tensor:
+        return (torch.arange(values.shape[1], device=values.device) < self._rate).view(1, -1, 1)
+
+
+class Indexer:
+    """Ranks compressed entries for each query: sum over heads of weight * relu(query . key)."""
+
+    def __init__(self, config: Any, weights: CheckpointWeights, placement: Placement, name: str, *, rate: int) -> None:
+        self.num_heads = int(config.index_n_heads)
+        self.width = int(config.index_head_dim)
+        self.num_chosen = int(config.index_topk)
+        self.compressor = Compressor(config, weights, placement, name, rate=rate, width=self.width, has_overlap=True)
+        query_shape = (self.num_heads * self.width, int(config.q_lora_rank))
+        query = weights.get(f"{name}.q_b_proj.weight", query_shape)
+        self._query = make_linear([query], placement)
+        self.head_weight = weights.get(f"{name}.scorer.weights_proj.weight", (self.num_heads, int(config.hidden_size)))
+        self.flops_per_row = 2.0 * query.numel()
+
+    def select(
+        self,
+        residual: Tensor,
+        head_weights: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        plan: ReadPlan,
+        layer: int,
+        num_visible: Tensor,
+    ) -> Tensor:
+        """What is added to a row's scores: 0 for the entries it reads, `MASKED` for others.
+
+        Args:
+            residual: normed low-rank queries; shape (num_rows, q_lora_rank).
+            head_weights: shape (num_rows, num_heads).
+            num_visible: entries before each row; int64, shape (num_rows,).
+        Returns:
+            float32, shape (num_rows, most visible entries).
+        """
+        num_rows = residual.shape[0]
+        query = self._query(residual).view(num_rows, self.num_heads, self.width)
+        num_rotated = 2 * cos.shape[-1]
+        query[..., -num_rotated:] = rotate_pairs(query[..., -num_rotated:], cos, sin).to(query.dtype)
+        scale = self.num_heads**-0.5 * self.width**-0.5
+        scores = self._scores(query.float(), head_weights.float() * scale, plan, layer, int(num_visible.max()))
+        return select_best(scores, self.num_chosen)
+
+    def _scores(self, query: Tensor, head_weights: Tensor, plan: ReadPlan, layer: int, num_entries: int) -> Tensor:
+        """float32, shape (num_rows, num_entries); -inf where a row sees no entry."""
+        scores = query.new_full((query.shape[0], num_entries), -math.inf)
+        for read in plan.wide:
+            assert read.extent.block is not None
+            keys = read.extent.block.fields["index"][layer, read.extent.slot]
+            for first, end, first_row in read.tiles(self.num_heads):
+                rows = slice(first_row, read.end_row)
+                found = _rank(query[None, rows], keys[None, first:end].float(), head_weights[None, rows])[0]
+                bias = read.bias(first, end, first_row, query.device)
+                if bias is not None:
+                    found = found.masked_fill(bias < 0, -math.inf)
+                offset = read.extent.first_entry
+                scores[rows, offset + first : offset + end] = found
+        for batch in plan.batches:
+            assert batch.block is not None
+            keys = batch.pick(batch.block.fields["index"][layer]).float()
+            found = _rank(batch.gather(query), keys, batch.gather(head_weights))  # (num_slots, num_rows, num_keys)
+            if batch.bias is not None:
+                found = found.masked_fill(batch.bias < 0, -math.inf)
+            rows = batch.gather(torch.arange(query.shape[0], device=query.device))
+            entries = batch.first_entries.unsqueeze(1) + torch.arange(batch.num_keys, device=query.device)
+            _put(scores, rows, entries, found, batch.places)
+        return scores
+
+
+def select_best(scores: Tensor, num_chosen: int) -> Tensor:
+    """Mark the best `num_chosen` of each row, the lower entry of equals, and none of score -inf.
+
+    Returns:
+        float32, the shape of `scores`: 0 for the marked, `MASKED` for others.
+    """
+    if scores.shape[1] <= num_chosen:
+        return torch.where(scores.isneginf(), MASKED, 0.0)
+    lowest = scores.topk(num_chosen, dim=-1).values[:, -1:]
+    is_better = scores > lowest
+    is_equal = (scores == lowest) & ~scores.isneginf()
+    num_left = num_chosen - is_better.sum(dim=-1, keepdim=True)
+    is_marked = is_better | (is_equal & (is_equal.cumsum(dim=-1) <= num_left))
+    return torch.where(is_marked, 0.0, MASKED)
+
+
+def _rank(query: Tensor, keys: Tensor, head_weights: Tensor) -> Tensor:
+    """Queries (segments, rows, heads, width), keys (segments, keys, width) to scores (segments, rows, keys)."""
+    num_segments, num_rows, num_heads, width = query.shape
+    flat = query.reshape(num_segments, num_rows * num_heads, width)
+    products = torch.bmm(flat, keys.transpose(1, 2)).relu_().view(num_segments * num_rows, num_heads, -1)
+    weights = head_weights.reshape(num_segments * num_rows, 1, num_heads)
+    return torch.bmm(weights, products).view(num_segments, num_rows, -1)
+
+
+def _put(scores: Tensor, rows: Tensor, entries: Tensor, found: Tensor, places: Tensor | None) -> None:
+    """Write a batch's scores to their rows and entries, without places that have no row and entries past the last."""
+    num_slots, num_rows = rows.shape
+    flat_rows = rows.reshape(-1)
+    flat_entries = entries.unsqueeze(1).expand(num_slots, num_rows, -1).reshape(num_slots * num_rows, -1)
+    values = found.reshape(num_slots * num_rows, -1)
+    if places is not None:
+        flat_rows, flat_entries, values = flat_rows[places], flat_entries[places], values[places]
+    is_there = (flat_entries < scores.shape[1]) & ~values.isneginf()
+    row_index = flat_rows.unsqueeze(1).expand_as(flat_entries)
+    scores[row_index[is_there], flat_entries[is_there]] = values[is_there]

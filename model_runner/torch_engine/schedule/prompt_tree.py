@@ -1,0 +1,138 @@
+"""The prefix tree of a planning window, as the engine walks it. Free of torch.
+
+A node is a run of tokens that the same prompts share. Every prompt has a node of its own at its end, its *private*
+node, that grows with the answer; it starts empty where a prompt ends on a node that others share.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moebeam.model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens, prefix_key
+from moebeam.model_runner.torch_engine.schedule.sequences import Prompt
+from moebeam.schemas.records import TokenIds
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """Tokens at the positions `[start, end)` of a path.
+
+    Attributes:
+        order: place of its first prompt in token order; sorts nodes that are not each other's ancestors depth-first.
+        token_ids: int32, shape (end - start,); of a private node only those of its prompt.
+        num_prompts: prompts below it that are not finished.
+        num_computed: how many of its tokens have gone through the model.
+        is_live: memory is held for it.
+        memory: what the cache keeps for it.
+        is_suspect: an answer below it failed; what is kept for it may not be numbers.
+    """
+
+    parent: "Node | None"
+    start: int
+    token_ids: TokenIds
+    order: int
+    is_private: bool
+    num_prompts: int = 0
+    num_computed: int = 0
+    is_live: bool = False
+    wants_logits: bool = False
+    last_logits: Any = None
+    memory: Any = None
+    is_suspect: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_ids.shape[0])
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def position(self) -> int:
+        """The position of the next token to be computed."""
+        return self.start + self.num_computed
+
+    @property
+    def is_computed(self) -> bool:
+        return self.num_computed >= self.num_tokens
+
+    def path(self) -> Iterator["Node"]:
+        """The node and its ancestors, itself first."""
+        node: Node | None = self
+        while node is not None:
+            yield node
+            node = node.parent
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixTree:
+    """The private nodes of a window in token order, and the window's size.
+
+    Attributes:
+        prompts: in token order.
+        leaves: the private node of each prompt.
+        num_tokens: T, tokens of the tree, each shared prefix once.
+        num_prompt_tokens: N, tokens of all prompts.
+    """
+
+    prompts: list[Prompt] = field(default_factory=list[Prompt])
+    leaves: list[Node] = field(default_factory=list[Node])
+    num_tokens: int = 0
+    num_prompt_tokens: int = 0
+
+
+def plant_tree(prompts: Sequence[Prompt], first_order: int = 0) -> PrefixTree:
+    """Build the prefix tree of a window; linear in the tokens after a sort.
+
+    Args:
+        prompts: in any order; those of different tenants share nothing.
+        first_order: `order` of the first prompt, so that windows follow each other.
+    """
+    keys = [prefix_key(prompt.tenant, prompt.token_ids) for prompt in prompts]
+    by_token = sorted(range(len(prompts)), key=keys.__getitem__)
+    ordered = [prompts[i] for i in by_token]
+    lcps = common_prefix_lengths([keys[i] for i in by_token])
+    lengths = np.array([prompt.num_tokens for prompt in ordered], dtype=np.int64)
+    leaves: list[Node] = []
+    path: list[Node] = []  # shared nodes from the root to the last prompt's private node, without it
+    for row, prompt in enumerate(ordered):
+        num_before = int(lcps[row])
+        num_after = int(lcps[row + 1]) if row + 1 < len(ordered) else 0
+        _leave(path, num_before)
+        order = first_order + row
+        num_shared = max(num_before, num_after)
+        base = path[-1].end if path else 0
+        if num_shared > base:
+            shared = prompt.token_ids[base:num_shared]
+            path.append(Node(path[-1] if path else None, base, shared, order, is_private=False))
+        parent = path[-1] if path else None
+        leaf = Node(parent, num_shared, prompt.token_ids[num_shared:], order, is_private=True)
+        if leaf.num_tokens == 0 and parent is not None:
+            parent.wants_logits = True
+        leaves.append(leaf)
+    for leaf in leaves:
+        for node in leaf.path():
+            node.num_prompts += 1
+    return PrefixTree(ordered, leaves, num_tree_tokens(lengths, lcps), int(lengths.sum()))
+
+
+def _leave(path: list[Node], num_shared: int) -> None:
+    """Go back to what the next prompt shares, splitting the node in which it leaves."""
+    while path and path[-1].end > num_shared:
+        last = path.pop()
+        if last.start < num_shared:
+            _split(last, num_shared)
+            path.append(last.parent if last.parent is not None else last)
+            return
+
+
+def _split(node: Node, position: int) -> None:
+    """Give a node's first tokens to a new parent, above everything that hangs on the node."""
+    num_upper = position - node.start
+    upper = Node(node.parent, node.start, node.token_ids[:num_upper], node.order, is_private=False)
+    node.parent = upper
+    node.token_ids = node.token_ids[num_upper:]
+    node.start = position

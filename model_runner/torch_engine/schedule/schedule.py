@@ -1,0 +1,464 @@
+"""Which tokens go through the model next: admission, steps, retirement. Free of torch.
+
+Prompts are admitted in token order, which is the depth-first order of their prefix tree, as long as the memory of the
+live root paths stays within the budget. A step holds whatever can run: chunks of prompts and the newest token of every
+answer, packed in depth-first order, so that the rows that read a node's keys are neighbours. Where answers outgrow
+what was expected, the prompt admitted last gives its memory back and is computed again later; nothing ever fails for
+want of budget: a prompt that exceeds it alone runs alone.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node, plant_tree
+from moebeam.model_runner.torch_engine.schedule.sequences import Finished, Prompt, StopReason
+from moebeam.schemas.errors import RowError
+from moebeam.schemas.records import TokenIds
+
+MAX_WINDOW_PROMPTS = 4096
+"""Most prompts that are planned together; each waits in memory as token ids."""
+
+MAX_WINDOW_TOKENS = 8_000_000
+NUM_EXPECTED_TOKENS = 64
+"""Answer tokens for which memory is set aside while none has finished; later the mean of those that did."""
+
+
+class CacheCosts(Protocol):
+    """What holding tokens costs, told by an architecture."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that a node needs whatever its length."""
+        ...
+
+    def span_bytes(self, start: int, end: int) -> int:
+        """Bytes for the positions `[start, end)` of a path."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """An admitted prompt and its answer so far.
+
+    Attributes:
+        node: its private node.
+        answer: tokens so far; what of `node.token_ids + answer` is not computed goes through the model next.
+        reserved_end: position up to which memory is set aside.
+    """
+
+    prompt: Prompt
+    node: Node
+    answer: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
+    reserved_end: int = 0
+    num_cached_tokens: int = -1
+    admitted_s: float = 0.0
+    num_preemptions: int = 0
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that have to go through the model before the next can be drawn."""
+        return self.node.num_tokens + len(self.answer) - self.node.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether nothing but tokens of the answer is left."""
+        return self.node.num_computed >= self.node.num_tokens and bool(self.answer)
+
+    def next_tokens(self, num_tokens: int) -> TokenIds:
+        """The next tokens to go through the model; int32, shape (num_tokens,)."""
+        start, num_own = self.node.num_computed, self.node.num_tokens
+        if start >= num_own:
+            return np.array(self.answer[start - num_own : start - num_own + num_tokens], dtype=np.int32)
+        own = self.node.token_ids[start : start + num_tokens]
+        if own.shape[0] == num_tokens:
+            return own
+        return np.concatenate([own, np.array(self.answer[: num_tokens - own.shape[0]], dtype=np.int32)])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """Consecutive tokens of one node in a step: rows `[first_row, first_row + num_rows)`, from `position` on."""
+
+    node: Node
+    position: int
+    first_row: int
+    num_rows: int
+    running: Running | None
+
+    @property
+    def end_row(self) -> int:
+        return self.first_row + self.num_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What goes through the model together.
+
+    Attributes:
+        spans: in depth-first order; no node is an ancestor of another.
+        token_ids: int32, shape (num_rows,).
+        positions: int64, shape (num_rows,).
+        logit_rows: rows whose logits are needed, ascending.
+        drawn: who draws from those rows: an answer, or a node that keeps the logits for prompts ending on it.
+        instant: prompts that end on a shared node and draw their first token from what it kept.
+        num_prompt_rows: rows that are tokens of prompts, not of answers.
+    """
+
+    spans: list[Span]
+    token_ids: TokenIds
+    positions: npt.NDArray[np.int64]
+    logit_rows: list[int]
+    drawn: list[Running | Node]
+    instant: list[Running]
+    num_prompt_rows: int
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.token_ids.shape[0])
+
+    def drawn_spans(self) -> list[Span]:
+        """The rows whose logits are needed as spans of one row each, numbered among themselves."""
+        is_drawn = set(self.logit_rows)
+        drawn = [span for span in self.spans if span.end_row - 1 in is_drawn]
+        return [
+            Span(span.node, span.position + span.num_rows - 1, row, 1, span.running) for row, span in enumerate(drawn)
+        ]
+
+
+class Schedule:
+    """The policy of one run."""
+
+    def __init__(
+        self,
+        prompts: Iterable[Prompt],
+        costs: CacheCosts,
+        *,
+        max_cache_bytes: int,
+        max_running: int,
+        max_step_rows: int,
+    ) -> None:
+        self._source = iter(prompts)
+        self.costs = costs
+        self.max_cache_bytes = max_cache_bytes
+        self.max_running = max_running
+        self.max_step_rows = max_step_rows
+        self._is_exhausted = False
+        self._waiting: deque[Running] = deque()
+        self.running: list[Running] = []
+        self._shared: list[Node] = []  # live, shared, not yet computed
+        self._live: dict[Node, None] = {}  # shared nodes, in the order in which they came
+        self._released: list[Node] = []
+        self.num_planned = 0
+        self._num_finished = 0
+        self._num_finished_tokens = 0
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self.num_tree_tokens = 0
+        self.num_prompt_tokens = 0
+        self.num_preemptions = 0
+        self.num_uncomputed_answer_tokens = 0
+
+    def has_work(self) -> bool:
+        """Whether anything waits, runs, or may still come."""
+        if not self.running and not self._waiting:
+            self._plan_window()
+        return bool(self.running or self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
+
+    def live_spans(self) -> Iterator[tuple[int, int]]:
+        """The positions `[start, end)` for which memory is set aside, of every live node."""
+        seen: set[Node] = set()
+        for running in self.running:
+            yield running.node.start, running.reserved_end
+            for node in running.node.path():
+                if not node.is_private and node not in seen:
+                    seen.add(node)
+                    yield node.start, node.end
+
+    def next_step(self) -> Step:
+        """Admit what fits and pack a step; only to be called when there is work."""
+        self._grow()
+        self._admit()
+        chosen: list[tuple[Node, Running | None, int]] = []
+        instant: list[Running] = []
+        num_free = self.max_step_rows
+        for running in self.running:
+            if not self._is_ready(running.node):
+                continue
+            if running.is_decoding:
+                num_rows = min(running.num_left, self.max_step_rows)
+                chosen.append((running.node, running, num_rows))
+                num_free -= num_rows
+            elif running.num_left == 0:
+                instant.append(running)
+        num_prompt_rows = 0
+        for node, running in self._to_prefill():
+            if num_free <= 0:
+                break
+            num_left = running.num_left if running is not None else node.num_tokens - node.num_computed
+            num_rows = min(num_left, num_free)
+            chosen.append((node, running, num_rows))
+            num_free -= num_rows
+            num_prompt_rows += min(num_rows, node.num_tokens - node.num_computed)
+        chosen.sort(key=lambda item: item[0].order)
+        return _pack(chosen, instant, num_prompt_rows)
+
+    def computed(self, step: Step) -> None:
+        """Take note that a step's tokens have gone through the model."""
+        for span in step.spans:
+            span.node.num_computed += span.num_rows
+        self._shared = [node for node in self._shared if not node.is_computed]
+
+    def append(self, running: Running, token_id: int, logprob: float | None) -> Finished | None:
+        """Take the next token of an answer, and those that its constraint forces; tells if the answer is over."""
+        token_ids = [token_id]
+        num_before = len(running.answer)
+        constraint = running.prompt.constraint
+        while token_ids:
+            running.answer.append(token_ids.pop(0))
+            if logprob is not None:
+                running.logprobs.append(logprob)
+            reason = self._end_of(running)
+            if reason is not None:
+                self.num_uncomputed_answer_tokens += len(running.answer) - num_before
+                return self._finish(running, reason)
+            if constraint is not None:
+                try:
+                    constraint.accept(running.answer[-1])
+                except RowError as error:
+                    return self.fail(running, error)
+                if constraint.is_over:
+                    self.num_uncomputed_answer_tokens += len(running.answer) - num_before
+                    return self._finish(running, "stop")
+                if not token_ids:
+                    token_ids = constraint.forced_token_ids()
+                    logprob = 0.0 if logprob is not None else None
+        return None
+
+    def fail(self, running: Running, error: RowError) -> Finished:
+        """End an answer that cannot go on."""
+        for node in running.node.path():
+            node.is_suspect = True
+        return self._finish(running, "error", error)
+
+    def preempt_all(self) -> list[Node]:
+        """Give back all memory, as after a failed step; every running prompt waits again, its answer so far kept.
+
+        Returns:
+            The nodes whose memory is to be released.
+        """
+        for running in reversed(self.running):
+            self._waiting.appendleft(running)
+        nodes = {node for running in self._waiting for node in running.node.path() if node.is_live}
+        self.running = []
+        for node in nodes:
+            self._drop(node)
+        return self.take_released()
+
+    def take_released(self) -> list[Node]:
+        """Nodes that are no longer needed since the last call."""
+        released, self._released = self._released, []
+        return released
+
+    def _is_ready(self, node: Node) -> bool:
+        return node.parent is None or node.parent.is_computed
+
+    def _to_prefill(self) -> Iterator[tuple[Node, Running | None]]:
+        """What of prompts can be computed now, depth-first: what a node's readers need is fresh when they come."""
+        ready: list[tuple[Node, Running | None]] = [(node, None) for node in self._shared if self._is_ready(node)]
+        for running in self.running:
+            if not running.is_decoding and running.num_left > 0 and self._is_ready(running.node):
+                ready.append((running.node, running))
+        yield from sorted(ready, key=lambda item: (item[0].order, item[0].is_private))
+
+    def _plan_window(self) -> None:
+        """Pull and plan the next prompts."""
+        prompts: list[Prompt] = []
+        num_tokens = 0
+        while not self._is_exhausted and len(prompts) < MAX_WINDOW_PROMPTS and num_tokens < MAX_WINDOW_TOKENS:
+            prompt = next(self._source, None)
+            if prompt is None:
+                self._is_exhausted = True
+            else:
+                prompts.append(prompt)
+                num_tokens += prompt.num_tokens
+        tree = plant_tree(prompts, self.num_planned)
+        self.num_planned += len(prompts)
+        self.num_tree_tokens += tree.num_tokens
+        self.num_prompt_tokens += tree.num_prompt_tokens
+        self._waiting.extend(Running(prompt, leaf) for prompt, leaf in zip(tree.prompts, tree.leaves, strict=True))
+
+    def _admit(self) -> None:
+        while len(self.running) < self.max_running:
+            if not self._waiting:
+                self._plan_window()
+            if not self._waiting:
+                return
+            running = self._waiting[0]
+            new_nodes = [node for node in running.node.path() if not node.is_live]
+            private = running.node
+            num_own = private.num_tokens + len(running.answer)
+            reserved_end = private.start + num_own + self._num_expected(running)
+            num_bytes = sum(self._node_bytes(node) for node in new_nodes if not node.is_private)
+            num_bytes += self.costs.state_bytes + self.costs.span_bytes(private.start, reserved_end)
+            if self.live_bytes + num_bytes > self.max_cache_bytes:
+                if self.running:
+                    return
+                self._drop_idle(running)
+            self._waiting.popleft()
+            running.reserved_end = reserved_end
+            if running.num_cached_tokens < 0:
+                running.num_cached_tokens = running.prompt.num_tokens - sum(node.num_tokens for node in new_nodes)
+                running.admitted_s = time.time()
+            self.live_bytes += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            for node in reversed(new_nodes):
+                node.is_live = True
+                if not node.is_private:
+                    self._shared.append(node)
+                    self._live[node] = None
+            self.running.append(running)
+
+    def _num_expected(self, running: Running) -> int:
+        """Answer tokens, beyond those that there are, for which memory is set aside."""
+        expected = NUM_EXPECTED_TOKENS
+        if self._num_finished:
+            expected = 1 + self._num_finished_tokens * 5 // (self._num_finished * 4)
+        return min(running.prompt.max_tokens - len(running.answer), max(16, expected))
+
+    def _grow(self) -> None:
+        """Set aside memory for answers that outgrew what was expected, at the cost of those admitted last."""
+        i = 0
+        while i < len(self.running):
+            running = self.running[i]
+            needed_end = running.node.start + running.node.num_tokens + len(running.answer)
+            if needed_end > running.reserved_end:
+                most = running.node.start + running.node.num_tokens + running.prompt.max_tokens
+                new_end = min(most, needed_end + NUM_EXPECTED_TOKENS)
+                start = running.node.start
+                num_bytes = self.costs.span_bytes(start, new_end) - self.costs.span_bytes(start, running.reserved_end)
+                while self.live_bytes + num_bytes > self.max_cache_bytes and len(self.running) > i + 1:
+                    self._preempt(self.running[-1])
+                if self.live_bytes + num_bytes > self.max_cache_bytes:
+                    self._drop_idle()
+                if self.live_bytes + num_bytes > self.max_cache_bytes and len(self.running) > 1:
+                    self._preempt(running)
+                    continue
+                running.reserved_end = new_end
+                self.live_bytes += num_bytes
+                self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            i += 1
+
+    def _preempt(self, running: Running) -> None:
+        """Take a running prompt's memory; it waits again with its answer so far, first in line."""
+        self.running.remove(running)
+        self._drop_private(running)
+        running.num_preemptions += 1
+        self.num_preemptions += 1
+        self._waiting.appendleft(running)
+
+    def _drop_idle(self, next_one: Running | None = None) -> None:
+        """Give back the shared nodes that only waiting prompts need, but for `next_one`; they are computed again."""
+        owners = self.running if next_one is None else [*self.running, next_one]
+        needed = {node for owner in owners for node in owner.node.path()}
+        for node in [node for node in self._live if node not in needed]:
+            self._drop(node)
+
+    def _end_of(self, running: Running) -> StopReason | None:
+        prompt = running.prompt
+        if running.answer[-1] in prompt.stop_token_ids:
+            return "stop"
+        if prompt.is_over is not None and prompt.is_over(running.answer):
+            return "stop"
+        return "length" if len(running.answer) >= prompt.max_tokens else None
+
+    def _finish(self, running: Running, reason: StopReason, error: RowError | None = None) -> Finished:
+        self.running.remove(running)
+        self._drop_private(running)
+        parent = running.node.parent
+        for node in parent.path() if parent is not None else ():
+            node.num_prompts -= 1
+            if node.num_prompts == 0 and node.is_live:
+                self._drop(node)
+        self._num_finished += 1
+        self._num_finished_tokens += len(running.answer)
+        return Finished(
+            prompt_id=running.prompt.prompt_id,
+            token_ids=running.answer,
+            finish_reason=reason,
+            num_cached_tokens=max(0, running.num_cached_tokens),
+            logprobs=running.logprobs,
+            admitted_s=running.admitted_s,
+            finished_s=time.time(),
+            error=error,
+        )
+
+    def _drop_private(self, running: Running) -> None:
+        node = running.node
+        if node.is_live:
+            self.live_bytes -= self.costs.state_bytes + self.costs.span_bytes(node.start, running.reserved_end)
+            self._forget(node)
+
+    def _drop(self, node: Node) -> None:
+        if node.is_private:
+            owner = next(running for running in self._waiting if running.node is node)
+            self._drop_private(owner)
+            return
+        self.live_bytes -= self._node_bytes(node)
+        self._forget(node)
+
+    def _forget(self, node: Node) -> None:
+        node.is_live = False
+        node.num_computed = 0
+        node.last_logits = None
+        if not node.is_private:
+            self._live.pop(node, None)
+            self._shared = [other for other in self._shared if other is not node]
+        self._released.append(node)
+
+    def _node_bytes(self, node: Node) -> int:
+        return self.costs.state_bytes + self.costs.span_bytes(node.start, node.end)
+
+
+def _pack(chosen: Sequence[tuple[Node, Running | None, int]], instant: list[Running], num_prompt_rows: int) -> Step:
+    """Lay chosen nodes' next tokens side by side."""
+    spans: list[Span] = []
+    token_ids: list[TokenIds] = []
+    positions: list[npt.NDArray[np.int64]] = []
+    logit_rows: list[int] = []
+    drawn: list[Running | Node] = []
+    num_rows = 0
+    for node, running, num in chosen:
+        span = Span(node, node.position, num_rows, num, running)
+        if running is not None:
+            token_ids.append(running.next_tokens(num))
+            who = running if num == running.num_left else None
+        else:
+            token_ids.append(node.token_ids[node.num_computed : node.num_computed + num])
+            who = node if node.wants_logits and node.num_computed + num == node.num_tokens else None
+        positions.append(np.arange(span.position, span.position + num, dtype=np.int64))
+        num_rows += num
+        spans.append(span)
+        if who is not None:
+            logit_rows.append(num_rows - 1)
+            drawn.append(who)
+    empty = np.zeros(0, dtype=np.int32)
+    return Step(
+        spans,
+        np.concatenate(token_ids) if token_ids else empty,
+        np.concatenate(positions) if positions else empty.astype(np.int64),
+        logit_rows,
+        drawn,
+        instant,
+        num_prompt_rows,
+    )

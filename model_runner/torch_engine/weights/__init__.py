@@ -1,0 +1,1 @@
+"""Checkpoint tensors, onto the device."""

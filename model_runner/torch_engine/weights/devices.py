@@ -1,0 +1,83 @@
+"""Where the engine keeps weights and state, and what it asks of that device; no vendor is named here."""
+
+import ctypes
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from moebeam.schemas.errors import EngineLoadError
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Of `mallopt(3)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and how weights are kept.
+
+    Attributes:
+        is_packed: whether copies in a faster layout may replace mapped weights.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    is_packed: bool = True
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let the C library keep what a step frees for the next, instead of giving it back to the system.
+
+    A step's larger tensors are allocated anew in every layer. Pages that come fresh from the system cost 15 times what
+    writing them again does (33 MB: 14.3 against 0.9 ms, `docs/adr/0003`). Only glibc and only a CPU need it.
+    """
+    if device.type != "cpu" or sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def touch_memory(device: torch.device, num_bytes: int) -> None:
+    """Have the system hand out memory now, which `keep_freed_memory` keeps, and not during the first steps.
+
+    First touches were 1.5 to 2.4 of the first 11 seconds of a run (`docs/adr/0003`).
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        torch.zeros(num_bytes, dtype=torch.uint8)
+
+
+@contextmanager
+def num_threads(num: int) -> Generator[None]:
+    """Let torch compute on this many CPU threads meanwhile."""
+    before = torch.get_num_threads()
+    if before == num:
+        yield
+        return
+    torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free on a device.
+
+    Raises:
+        EngineLoadError: the device does not say.
+    """
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    accelerator: Any = torch.accelerator
+    try:
+        return int(accelerator.get_memory_info(device)[0])
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        raise EngineLoadError(
+            f"device {str(device)!r} does not say how much memory is free; set [model] max_cache_bytes"
+        ) from error

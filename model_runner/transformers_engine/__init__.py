@@ -1,0 +1,1 @@
+"""Any Hugging Face causal LM; the oracle of the tests."""

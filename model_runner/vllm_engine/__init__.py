@@ -1,0 +1,1 @@
+"""vLLM in an interpreter of its own."""

@@ -1,0 +1,184 @@
+"""vLLM's side of the `vllm` engine: a script for an interpreter that has vLLM and none of our packages.
+
+Stands behind `model_runner/vllm_engine/runner.py`, which starts it by file path. Both speak lines of JSON, this side on
+standard input and output; whatever vLLM prints goes to standard error.
+
+    runner -> worker    {"type": "load", "engine": {arguments of vLLM's EngineArgs}}         first and once
+                        {"type": "ask", "id", "prompt_token_ids", "cache_salt", "sampling", "grammar", "is_streamed"}
+                        {"type": "withdraw", "ids"}
+    worker -> runner    {"type": "ready", "max_model_len", "vocab_size", "max_num_seqs", "device"}
+                        {"type": "broken", "error"}                                          the last line, then exit 1
+                        {"type": "tokens", "id", "token_ids", "logprobs", "cached_tokens", "finish_reason"}
+                        {"type": "refused", "id", "error"}
+
+`token_ids` are those since the line before; `finish_reason` is null while more will come, and a request that is not
+streamed gets one line. The end of standard input ends the worker and vLLM's own processes.
+"""
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, BinaryIO
+
+SHUTDOWN_TIMEOUT_S = 20.0
+"""How long vLLM may take to end its processes before they are killed."""
+
+Message = dict[str, Any]
+Emit = Callable[[list[Message]], None]
+
+
+def main() -> int:
+    """Load the engine that the first line describes and serve requests until the lines end."""
+    lines, emit = _claim_pipes()
+    first = lines.readline()
+    if not first:
+        return 0
+    inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(lines, inbox), daemon=True).start()
+    engine: Any = None
+    try:
+        vllm: Any = import_module("vllm")
+        engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**json.loads(first)["engine"]))
+        emit([_ready(engine)])
+        _serve(engine, inbox, emit)
+    except Exception as error:  # whatever it is, the runner must hear of it
+        emit([{"type": "broken", "error": f"{type(error).__name__}: {error}"}])
+        return 1
+    finally:
+        if engine is not None:
+            engine.engine_core.shutdown()
+    return 0
+
+
+def _claim_pipes() -> tuple[BinaryIO, Emit]:
+    """Keep standard input and output for the protocol, out of reach of vLLM and the processes that it starts."""
+    source, sink = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    os.dup2(2, 1)
+    # A forked child that held on to the pipe would hide this process's death from the runner.
+    os.register_at_fork(after_in_child=lambda: (os.close(source), os.close(sink)))
+    out = os.fdopen(sink, "wb")
+
+    def emit(messages: list[Message]) -> None:
+        out.write(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
+        out.flush()
+
+    return os.fdopen(source, "rb"), emit
+
+
+def _read(lines: BinaryIO, inbox: "queue.SimpleQueue[Message | None]") -> None:
+    """Hand lines to the main thread, None at their end; then see to it that this process ends, even while it loads."""
+    for line in lines:
+        inbox.put(json.loads(line))
+    inbox.put(None)
+    threading.main_thread().join(SHUTDOWN_TIMEOUT_S)
+    if threading.main_thread().is_alive():
+        if os.getpgrp() == os.getpid():
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+        os._exit(1)
+
+
+def _ready(engine: Any) -> Message:
+    return {
+        "type": "ready",
+        "max_model_len": engine.model_config.max_model_len,
+        "vocab_size": engine.model_config.get_vocab_size(),
+        "max_num_seqs": engine.vllm_config.scheduler_config.max_num_seqs,
+        "device": import_module("vllm.platforms").current_platform.device_type,
+    }
+
+
+def _serve(engine: Any, inbox: "queue.SimpleQueue[Message | None]", emit: Emit) -> None:
+    """Take requests as they come, before each step of the engine; wait for them only when it has nothing to do."""
+    while True:
+        is_idle = not engine.has_unfinished_requests()
+        while is_idle or not inbox.empty():
+            message = inbox.get()
+            if message is None:
+                return
+            if message["type"] == "withdraw":
+                engine.abort_request(message["ids"])
+            elif (refusal := _add(engine, message)) is not None:
+                emit([refusal])
+            is_idle = is_idle and not engine.has_unfinished_requests()
+        outputs = engine.step()
+        if outputs:
+            emit([_tokens(output) for output in outputs])
+
+
+def _add(engine: Any, message: Message) -> Message | None:
+    """Give a request to the engine; what it refuses comes back as a line, and the engine goes on."""
+    prompt: Message = {"prompt_token_ids": message["prompt_token_ids"]}
+    if message["cache_salt"]:
+        prompt["cache_salt"] = message["cache_salt"]
+    dead: type[Exception] = import_module("vllm.v1.engine.exceptions").EngineDeadError
+    try:
+        engine.add_request(message["id"], prompt, _sampling_params(message))
+    except dead:
+        raise
+    except Exception as error:  # vLLM refuses with errors of many types, and none of them breaks the engine
+        return {"type": "refused", "id": message["id"], "error": f"{type(error).__name__}: {error}"}
+    return None
+
+
+def _sampling_params(message: Message) -> Any:
+    parameters: Any = import_module("vllm.sampling_params")
+    grammar: str | None = message["grammar"]
+    kinds = parameters.RequestOutputKind
+    return parameters.SamplingParams(
+        **message["sampling"],
+        # The runner names the end tokens and makes the text.
+        ignore_eos=True,
+        detokenize=False,
+        structured_outputs=None
+        if grammar is None
+        else parameters.StructuredOutputsParams(**structured_output(grammar)),
+        output_kind=kinds.DELTA if message["is_streamed"] else kinds.FINAL_ONLY,
+    )
+
+
+def structured_output(grammar: str) -> dict[str, str]:
+    """An llguidance grammar as vLLM takes it: the JSON Schema or the Lark text inside.
+
+    vLLM 0.32 writes llguidance's own JSON itself and takes none; `x-guidance` in a schema keeps its meaning.
+
+    Raises:
+        ValueError: the grammar is not one schema or one Lark text.
+    """
+    match json.loads(grammar):
+        case {"grammars": [{"json_schema": schema, **more}], **others} if not others and more.keys() <= {"name"}:
+            return {"json": json.dumps(schema)}
+        case {"grammars": [{"lark_grammar": str(lark), **more}], **others} if not others and more.keys() <= {"name"}:
+            return {"grammar": lark}
+        case _:
+            raise ValueError(f"expected an llguidance grammar of one JSON Schema or one Lark text, found {grammar:.80}")
+
+
+def _tokens(output: Any) -> Message:
+    (answer,) = output.outputs
+    token_ids = list(answer.token_ids)
+    logprobs = answer.logprobs
+    if logprobs is not None:
+        logprobs = [float(of[token_id].logprob) for token_id, of in zip(token_ids, logprobs, strict=True)]
+    return {
+        "type": "tokens",
+        "id": output.request_id,
+        "token_ids": token_ids,
+        "logprobs": logprobs,
+        "cached_tokens": output.num_cached_tokens,
+        "finish_reason": answer.finish_reason,
+    }
+
+
+if __name__ == "__main__":
+    # This file's folder holds modules of ours with common names, which vLLM must not find instead of its own.
+    _folder = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != _folder]
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Batch inference for DeepSeek-class mixture-of-experts models as an Apache Beam workflow."""

@@ -1,0 +1,116 @@
+"""JSON by the letter: text that a model or a person wrote becomes a value, or an error that says where it is wrong.
+
+Python's `json` takes more than RFC 8259 allows, and what it takes depends on the caller's stack; an answer must not be
+valid on one runner and malformed on another.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from typing import NoReturn, cast
+
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.errors import NotJson
+
+MAX_DEPTH = 128
+"""Most nested arrays and objects. Python's own limit depends on the caller's stack; jsonschema-rs stops at 255,
+pydantic at about 200."""
+
+_MAX_EXCERPT = 40
+_NUMBER_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL)
+
+
+def parse_json(text: str) -> Json:
+    """Parse exactly one JSON value, by the letter of RFC 8259.
+
+    Refused, although Python's `json` takes them: NaN and infinities, also as overflow of a double (`1e400`); lone
+    surrogates, which no UTF-8 file can hold; more than `MAX_DEPTH` levels.
+
+    Raises:
+        NotJson: with line, column and character where that is known.
+    """
+    try:
+        value = cast("Json", _DECODER.decode(text))
+    except json.JSONDecodeError as error:
+        raise NotJson(f"{error.msg} {_position(text, error.pos)}") from error
+    except _NotFinite as error:
+        raise NotJson(f"{error} {_position(text, _find_not_finite(text))}") from error
+    except RecursionError as error:
+        raise NotJson(_TOO_DEEP) from error
+    except ValueError as error:
+        # Python refuses to convert integers beyond sys.get_int_max_str_digits().
+        raise NotJson(f"an integer is too long: {error}") from error
+    if text.count("[") + text.count("{") > MAX_DEPTH and depth_of(value) > MAX_DEPTH:
+        raise NotJson(_TOO_DEEP)
+    if ("\\u" in text or not text.isascii()) and has_lone_surrogate(value):
+        raise NotJson("a string holds a lone surrogate, which is no Unicode character")
+    return value
+
+
+def depth_of(value: Json) -> int:
+    """How many arrays and objects are nested in a value; 0 for a scalar. Not recursive."""
+    depth = 0
+    level: list[Json] = [value]
+    while containers := [parent for parent in level if isinstance(parent, dict | list)]:
+        depth += 1
+        level = [child for parent in containers for child in _children(parent)]
+    return depth
+
+
+def has_lone_surrogate(value: Json) -> bool:
+    """Whether a string in a value cannot be written as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
+
+
+class _NotFinite(Exception):
+    """A number of the text has no finite double."""
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _NotFinite(f"{name} is not JSON")
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise _NotFinite(f"the number {digits[:_MAX_EXCERPT]} is beyond the range of a double")
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite_float)
+
+
+def _find_not_finite(text: str) -> int:
+    # The decoder stopped at the first such number, and all before it is well formed.
+    for found in _NUMBER_OR_STRING.finditer(text):
+        token = found.group()
+        if token in ("NaN", "Infinity", "-Infinity") or (
+            not token.startswith('"') and any(mark in token for mark in ".eE") and math.isinf(float(token))
+        ):
+            return found.start()
+    return 0
+
+
+def _position(text: str, index: int) -> str:
+    line = text.count("\n", 0, index) + 1
+    column = index - text.rfind("\n", 0, index)
+    where = f"at line {line}, column {column} (character {index})"
+    return f"{where}, near {text[max(0, index - 20) : index + 20]!r}" if index < len(text) else where
+
+
+def _children(container: Json) -> Iterable[Json]:
+    match container:
+        case dict():
+            return container.values()
+        case list():
+            return container
+        case _:
+            return ()

@@ -1,0 +1,435 @@
+"""The job: everything a person decides about a run, as the sections of a job file.
+
+Frozen and picklable; every stage receives the section it needs. Reading TOML, `--set` overrides and paths is
+`jobs/check/job_file.py`; what can only be known by looking at files is checked by `jobs/check/preflight.py`.
+"""
+
+import re
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from moebeam.schemas.job.endpoint import Address, KeyVariable
+
+_ACCELERATOR = re.compile(r"type:[^\s;:=]+(;[a-z][a-z0-9_-]*(:[^\s;]+)?)*")
+_RAM = re.compile(r"[0-9]+(\.[0-9]+)? ?([KMGTP]i?)?B")
+
+
+class Section(BaseModel):
+    """A section of a job file: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class InputSection(Section):
+    """`[input]`: which rows are read."""
+
+    path: Annotated[str, Field(min_length=1, description="A file, a folder, a glob or an object-store URL")]
+    format: Literal["auto", "parquet", "jsonl"] = Field(default="auto", description="`jsonl` is the OpenAI batch shape")
+    id_column: str | None = Field(
+        default=None, description="Column whose values become custom_id; else derived from position"
+    )
+    passthrough: tuple[str, ...] | Literal["all"] = Field(
+        default=(), description="Input columns repeated in the output"
+    )
+    tenant_column: str | None = Field(
+        default=None, description="Rows of different tenants never share or merge anything"
+    )
+    cost_center_column: str | None = Field(default=None, description="Who is charged inside a tenant")
+
+
+class PromptSection(Section):
+    """`[prompt]`: how a row becomes chat messages."""
+
+    system: str | None = Field(default=None, description="System message, a Jinja template")
+    template: str | None = Field(default=None, description="User message, a Jinja template over the input's columns")
+    messages_column: str | None = Field(default=None, description="Column that holds whole chats instead of a template")
+    max_template_steps: int = Field(default=10_000, gt=0, description="Loop iterations one row's templates may take")
+
+    @model_validator(mode="after")
+    def _check_one_source(self) -> "PromptSection":
+        if self.messages_column is not None and (self.template is not None or self.system is not None):
+            raise ValueError("`messages_column` brings whole chats: leave out `template` and `system`")
+        return self
+
+
+class OutputSection(Section):
+    """`[output]`: where tables go and what an answer must look like."""
+
+    path: Annotated[str, Field(min_length=1, description="Folder of the run; it belongs to this job alone")]
+    schema_: str | None = Field(
+        default=None, alias="schema", description="A JSON Schema file, or a pydantic model as `package.module:Class`"
+    )
+    formats: Literal["assert", "annotate"] = Field(
+        default="assert", description="Whether JSON Schema `format` is checked"
+    )
+    response_format: Literal["auto", "text", "json_object"] = Field(
+        default="auto", description="Form of the answer: `auto` is JSON by the schema where there is one, else text"
+    )
+    schema_in_prompt: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether the model reads the schema; `auto` where its own encoding has a place for it",
+    )
+    constrain: Literal["auto", "never"] = Field(
+        default="auto", description="Whether engines in process can only write answers that keep the form asked for"
+    )
+    max_reject_share: float = Field(
+        default=0.0, ge=0, le=1, description="Share of rejected rows that still exits with 0"
+    )
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class FallbackSection(Section):
+    """One of `[[model.fallbacks]]`: a further provider, asked where those before it could not answer."""
+
+    provider: Annotated[str, Field(min_length=1, description="Name of a provider profile")]
+    name: str | None = Field(default=None, description="The model as this provider calls it; default `[model] name`")
+    base_url: Address | None = Field(default=None, description="Its endpoint; default the profile's")
+    api_key_variable: KeyVariable | None = Field(
+        default=None, description="NAME of the environment variable that holds its key; default the profile's"
+    )
+    max_concurrency: int = Field(default=0, ge=0, description="As in `[model]`")
+
+
+class ModelSection(Section):
+    """`[model]`: which engine and checkpoint answer; left out, the embedded checkpoint does."""
+
+    engine: str = Field(
+        default="torch",
+        description="`torch`, `transformers`, `vllm`, `fake`, or `openai` for any endpoint that speaks OpenAI's chat "
+        "completions",
+    )
+    path: str | None = Field(
+        default=None,
+        description="Folder of a Hugging Face checkpoint, on disk or in an object store, from which each host copies "
+        "it once; default the embedded one. `openai` needs none: with a folder of `tokenizer.json` and `config.json` "
+        "prompts are counted exactly before they are sent, else estimated",
+    )
+    name: str | None = Field(
+        default=None,
+        description="Model name in tables and price books, and as a provider calls it; default the folder's name",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="float32",
+        description="Type of weights and arithmetic; `float32` gives the same answers at any batch size",
+    )
+    device: str = Field(default="auto", description="`auto` or a torch device")
+    encoding: str = Field(
+        default="auto",
+        description="How chats become prompts: `chat_template`, `deepseek_v4`, `deepseek_v4_1`, `deepseek_v3_2`; "
+        "`auto` is what the checkpoint brings",
+    )
+    batch_size: int = Field(default=0, ge=0, description="Most sequences that run together; 0 lets the engine decide")
+    max_cache_bytes: int = Field(
+        default=0, ge=0, description="`torch` only: most memory for live keys and states; 0 lets the device decide"
+    )
+    script: str | None = Field(default=None, description="`fake` only: JSON file of scripted answers and failures")
+    provider: str | None = Field(
+        default=None,
+        description="`openai` only, like all below: name of a provider profile, such as `deepseek`, `alibaba`, "
+        "`volcano`, `vllm`; default `openai`",
+    )
+    base_url: Address | None = Field(
+        default=None, description="Endpoint, up to where `/chat/completions` follows; default the profile's"
+    )
+    api_key_variable: KeyVariable | None = Field(
+        default=None,
+        description="NAME of the environment variable that holds the key, never the key; default the profile's",
+    )
+    max_concurrency: int = Field(
+        default=0, ge=0, description="Most requests in flight in one process; 0 takes the profile's limit for the model"
+    )
+    timeout_s: float = Field(
+        default=0.0, ge=0, description="Most seconds of silence, however long an answer takes; 0 takes the profile's"
+    )
+    max_retries: int = Field(
+        default=6, ge=0, le=50, description="Times that one provider is asked again after a failure that may pass"
+    )
+    mode: Literal["auto", "plain", "stream", "batch"] = Field(
+        default="auto",
+        description="Whether answers come whole or in pieces; `auto` is what suits the provider; `batch` sends files "
+        "that it answers within a day at its batch price",
+    )
+    fallbacks: tuple[FallbackSection, ...] = Field(
+        default=(),
+        description="Providers to be asked, in this order, where the one before could not answer, as "
+        "`[[model.fallbacks]]` with `provider`, `name`, `base_url`, `api_key_variable`, `max_concurrency`",
+    )
+    accelerator: str | None = Field(
+        default=None,
+        description="Accelerator that a runner's workers need to answer, and for nothing else: Beam's resource hint, "
+        "such as `type:nvidia-l4;count:1;install-nvidia-driver`; for runners that know such hints, as Dataflow does",
+    )
+    min_ram: str | None = Field(
+        default=None, description="Memory of such a worker, such as `64GB`: Beam's resource hint, as `accelerator`"
+    )
+
+    @field_validator("accelerator")
+    @classmethod
+    def _check_accelerator(cls, value: str | None) -> str | None:
+        if value is not None and not _ACCELERATOR.fullmatch(value):
+            raise ValueError(f"expected `type:…;count:…` with further options after `;`, found {value!r}")
+        return value
+
+    @field_validator("min_ram")
+    @classmethod
+    def _check_ram(cls, value: str | None) -> str | None:
+        if value is not None and not _RAM.fullmatch(value):
+            raise ValueError(f"expected a number with its unit, such as 64GB, found {value!r}")
+        return value
+
+    @property
+    def resource_hints(self) -> dict[str, str]:
+        """What a worker needs to answer, in Beam's names."""
+        hints = {"accelerator": self.accelerator, "min_ram": self.min_ram}
+        return {name: value for name, value in hints.items() if value is not None}
+
+
+class SamplingSection(Section):
+    """`[sampling]`: how answers are drawn; a request's own values win."""
+
+    max_tokens: int = Field(default=512, gt=0, description="Most tokens of an answer")
+    temperature: float = Field(default=0.0, ge=0, le=2, description="0 is greedy: same prompt, same answer")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Share of probability that is sampled from")
+    stop: tuple[str, ...] = Field(default=(), max_length=16, description="Texts that end an answer")
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="Least probability that is sampled, as a share of the likeliest token's"
+    )
+    logprobs: bool = Field(default=False, description="Whether answers carry the log probability of each token")
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Makes sampled answers repeatable")
+
+
+class ThinkingSection(Section):
+    """`[thinking]`: whether and how long the model reasons before it answers; a request's own values win."""
+
+    mode: Literal["auto", "enabled", "disabled"] = Field(
+        default="auto", description="`auto` leaves it to the model's encoding"
+    )
+    reasoning_effort: str | None = Field(
+        default=None, description="Such as `low`, `high` or `max`; what a model knows depends on its date"
+    )
+    max_reasoning_tokens: int | None = Field(
+        default=None, gt=0, description="Reasoning is closed after so many tokens; engines in process only"
+    )
+
+
+class ToolsSection(Section):
+    """`[tools]`: functions that the model may call; a request's own values win."""
+
+    path: str | None = Field(default=None, description="JSON file: a list of tools in OpenAI's form")
+    column: str | None = Field(default=None, description="Column that holds each row's tools, as JSON or as structs")
+    choice: str = Field(default="auto", description="`auto`, `none`, `required` or the name of a tool")
+    parallel: bool = Field(default=True, description="Whether one answer may call several tools")
+
+
+class RepairSection(Section):
+    """`[repair]`: what happens to an answer that breaks its contract."""
+
+    max_attempts: int = Field(
+        default=2, ge=1, le=10, description="Times that a row is asked, the first included; 1 never asks again"
+    )
+    temperature: float | None = Field(
+        default=None, ge=0, le=2, description="Temperature of later attempts; default the row's own"
+    )
+
+
+class PlanSection(Section):
+    """`[plan]`: how rows are cut into shards."""
+
+    max_shard_tokens: int = Field(
+        default=1_000_000,
+        gt=0,
+        description="Most expected tokens a shard, uncached plus output, beside the prefix that it begins with",
+    )
+    max_shard_rows: int = Field(
+        default=1024, gt=0, description="Most rows a shard; requests that are answered together are never cut apart"
+    )
+    merge: Literal["auto", "always", "never"] = Field(
+        default="auto", description="Answer identical requests once: `auto` where sampling is greedy"
+    )
+
+
+class AccountingSection(Section):
+    """`[accounting]`: what tokens cost."""
+
+    price_book: str | None = Field(default=None, description="CSV of dated prices; without it costs are null")
+    provider: str | None = Field(default=None, description="Provider to look up; default the engine's own")
+    model: str | None = Field(default=None, description="Model to look up; default `[model] name`")
+    tag_columns: tuple[str, ...] = Field(
+        default=(),
+        description="Input columns that become tags of ledger lines; also passed through, and with them "
+        "`[plan] merge` is `auto` for no request",
+    )
+
+
+class LimitsSection(Section):
+    """`[limits]`: where a run stops, to be resumed with a larger limit; earlier attempts of the run count."""
+
+    max_cost: Annotated[Decimal, Field(gt=0)] | None = Field(
+        default=None, description="Most that is billed, in the price book's currency; a number, or text to be exact"
+    )
+    max_input_tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most prompt tokens")
+    max_output_tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most tokens of answers")
+    max_requests: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="Most requests, those that ask again included"
+    )
+    deadline: Annotated[float, Field(gt=0)] | str | None = Field(
+        default=None,
+        description="No request starts later: minutes from the start of each attempt, or a time such as "
+        "`2026-10-01T06:00:00Z`, in quotes",
+    )
+
+    @field_validator("deadline")
+    @classmethod
+    def _check_instant(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, str):
+            _instant(value)
+        return value
+
+    def deadline_at(self, now: float) -> float | None:
+        """The deadline of an attempt that starts `now`; both in seconds since the epoch."""
+        if self.deadline is None:
+            return None
+        return _instant(self.deadline) if isinstance(self.deadline, str) else now + 60 * self.deadline
+
+
+def _instant(text: str) -> float:
+    """An ISO time with a time zone, in seconds since the epoch."""
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        instant = None
+    if instant is None or instant.tzinfo is None:
+        raise ValueError(f"expected minutes, or a time with its zone such as 2026-10-01T06:00:00Z, found {text!r}")
+    return instant.timestamp()
+
+
+class FailuresSection(Section):
+    """`[failures]`: what happens when the engine cannot answer a row."""
+
+    on_error: Literal["reject", "fail"] = Field(
+        default="reject", description="`reject` writes the row to rejects; `fail` stops the job at the first such row"
+    )
+    max_retries: int = Field(
+        default=2, ge=0, le=20, description="Times that a row is asked again whose engine was overloaded or timed out"
+    )
+    retry_wait_s: float = Field(
+        default=1.0, ge=0, le=60, description="Seconds before the first retry; each further one waits twice as long"
+    )
+    engine_process: Literal["auto", "own", "host", "shared"] = Field(
+        default="auto",
+        description="`own` gives the engine of each worker a process of its own: a row that kills it is found and "
+        "rejected alone; `host` does the same with one engine, and one copy of the weights, for all workers of a host; "
+        "`shared` leaves it in the worker's process; `auto` is `own` where `max_silence_s` is set or an earlier "
+        "attempt of the run was killed, else `shared`",
+    )
+    max_silence_s: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="An engine in process that neither answers nor counts any work for so long is started again",
+    )
+    journal: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether each answer is kept as it arrives, so that nothing is asked twice after a crash; "
+        "`auto` where answers are paid to a provider",
+    )
+
+    @model_validator(mode="after")
+    def _check_silence(self) -> "FailuresSection":
+        if self.max_silence_s is not None and self.engine_process == "shared":
+            raise ValueError("`max_silence_s` needs an engine that can be ended: leave out `engine_process`")
+        return self
+
+
+class PartySection(Section):
+    """One party of `[value_chain]`: who it is and what it charges the next one."""
+
+    name: Annotated[str, Field(min_length=1, description="As the report names it")]
+    price_book: str | None = Field(default=None, description="CSV of dated prices at which it sells")
+    provider: str | None = Field(default=None, description="Provider to look up in its book; default the name")
+    model: str | None = Field(default=None, description="Model to look up in its book; default the ledger's")
+    markup_percent: Annotated[Decimal, Field(ge=-100)] | None = Field(
+        default=None, description="What it adds to what it pays, in percent; a number, or text to be exact"
+    )
+    currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] | None = Field(
+        default=None, description="Currency of its price book, held against it"
+    )
+    recognition: Literal["gross", "net"] = Field(
+        default="gross",
+        description="Revenue that it recognises: `gross` as a principal, all that it charges; `net` as an agent, "
+        "its margin alone",
+    )
+    charges: Literal["all", "answered"] = Field(
+        default="all", description="`answered` charges no attempt that gave no valid answer"
+    )
+
+    @model_validator(mode="after")
+    def _check_one_price(self) -> "PartySection":
+        if self.price_book is not None and self.markup_percent is not None:
+            raise ValueError(f"party {self.name!r}: expected `price_book` or `markup_percent`, found both")
+        return self
+
+
+class ValueChainSection(Section):
+    """`[value_chain]`: who charges whom for the run's tokens; for reports alone, it shapes no answer."""
+
+    parties: tuple[PartySection, ...] = Field(
+        default=(), description="From the model provider to the customer, as `[[value_chain.parties]]`"
+    )
+    currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] | None = Field(
+        default=None, description="Currency of the report; default that of the ledger"
+    )
+    rates: dict[str, Annotated[Decimal, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description='Units of the currency of the report for one unit of another, such as `CNY = "0.14"`; '
+        "from a source of yours, none is built in",
+    )
+
+    @field_validator("parties")
+    @classmethod
+    def _check_names(cls, parties: tuple[PartySection, ...]) -> tuple[PartySection, ...]:
+        names = [party.name for party in parties]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"parties: expected every name once, found {', '.join(repeated)} again")
+        if len(names) == 1:
+            raise ValueError(f"parties: expected at least a seller and a customer, found only {names[0]!r}")
+        if parties and (parties[-1].price_book is not None or parties[-1].markup_percent is not None):
+            raise ValueError(f"parties: expected the last one to be the customer, found that {names[-1]!r} sells")
+        for party in parties[1:-1]:
+            if party.price_book is None and party.markup_percent is None:
+                raise ValueError(f"parties: {party.name!r}: expected `price_book` or `markup_percent`, found neither")
+        if parties and parties[0].markup_percent is not None:
+            raise ValueError(f"parties: {names[0]!r} buys from nobody: expected `price_book`, or the run's ledger")
+        return parties
+
+
+class Job(Section):
+    """A whole job file."""
+
+    input: InputSection
+    prompt: PromptSection = Field(default_factory=PromptSection)
+    output: OutputSection
+    model: ModelSection = Field(default_factory=ModelSection)
+    sampling: SamplingSection = Field(default_factory=SamplingSection)
+    thinking: ThinkingSection = Field(default_factory=ThinkingSection)
+    tools: ToolsSection = Field(default_factory=ToolsSection)
+    repair: RepairSection = Field(default_factory=RepairSection)
+    plan: PlanSection = Field(default_factory=PlanSection)
+    accounting: AccountingSection = Field(default_factory=AccountingSection)
+    limits: LimitsSection = Field(default_factory=LimitsSection)
+    failures: FailuresSection = Field(default_factory=FailuresSection)
+    value_chain: ValueChainSection = Field(default_factory=ValueChainSection)
+    _folder: str | None = PrivateAttr(default=None)
+
+    @property
+    def folder(self) -> str | None:
+        """Where the job file lies, beside which a pydantic model's module may lie; None for a job made in Python."""
+        return self._folder
+
+    def located(self, folder: str) -> "Job":
+        """The same job, of a file in `folder`."""
+        job = self.model_copy()
+        job._folder = folder
+        return job

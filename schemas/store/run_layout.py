@@ -1,0 +1,114 @@
+"""Where everything of a run lies below its output folder.
+
+results/ rejects/ ledger/   what analysts read: whole Parquet files, published after commit
+manifest.json               last of all: counts, sums, files
+_moebeam/job.json           whose output this is
+_moebeam/quote.json         what was expected of the run, where `moebeam estimate --save` was asked
+_moebeam/plan/              runs/ (while planning), one Arrow file a shard, plan.json when complete
+_moebeam/progress/          heartbeats, for people only
+_moebeam/staging/           a shard's tables before commit, under names no `*.parquet` glob matches
+_moebeam/leases/            who answers which shard right now, see `transforms/durable/lease.py`
+_moebeam/journal/           answers that were paid, a folder a shard, as they arrived
+_moebeam/commits/           one record a committed shard; the first one wins
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from moebeam.schemas.store import files as storage
+
+Table: TypeAlias = Literal["results", "rejects", "ledger"]
+TABLES: tuple[Table, ...] = ("results", "rejects", "ledger")
+
+
+@dataclass(frozen=True, slots=True)
+class RunLayout:
+    """Paths of a run; `output` is a folder on disk or an object-store prefix."""
+
+    output: str
+
+    @property
+    def manifest(self) -> str:
+        return storage.join(self.output, "manifest.json")
+
+    @property
+    def state(self) -> str:
+        return storage.join(self.output, "_moebeam")
+
+    @property
+    def job(self) -> str:
+        return storage.join(self.state, "job.json")
+
+    @property
+    def quote(self) -> str:
+        return storage.join(self.state, "quote.json")
+
+    @property
+    def stop(self) -> str:
+        return storage.join(self.state, "stop")
+
+    @property
+    def failure(self) -> str:
+        return storage.join(self.state, "failure.json")
+
+    @property
+    def plan(self) -> str:
+        return storage.join(self.state, "plan")
+
+    @property
+    def runs(self) -> str:
+        return storage.join(self.plan, "runs")
+
+    @property
+    def plan_record(self) -> str:
+        return storage.join(self.plan, "plan.json")
+
+    @property
+    def commits(self) -> str:
+        return storage.join(self.state, "commits")
+
+    @property
+    def staging(self) -> str:
+        return storage.join(self.state, "staging")
+
+    @property
+    def leases(self) -> str:
+        return storage.join(self.state, "leases")
+
+    @property
+    def progress(self) -> str:
+        return storage.join(self.state, "progress")
+
+    @property
+    def journal(self) -> str:
+        return storage.join(self.state, "journal")
+
+    def shard_journal(self, shard: str) -> str:
+        return storage.join(self.journal, shard)
+
+    def run_file(self, run_id: str) -> str:
+        return storage.join(self.runs, f"{run_id}.arrow")
+
+    def samples_file(self, run_id: str) -> str:
+        return storage.join(self.runs, f"{run_id}.samples")
+
+    def shard_plan(self, shard: str) -> str:
+        return storage.join(self.plan, f"{shard}.arrow")
+
+    def shard_commit(self, shard: str) -> str:
+        return storage.join(self.commits, f"{shard}.json")
+
+    def lease(self, shard: str, generation: int) -> str:
+        return storage.join(self.leases, f"{shard}.{generation}.json")
+
+    def staged(self, shard: str, attempt: str, table: Table) -> str:
+        return storage.join(self.staging, f"{shard}.{attempt}.{table}.parquet-staged")
+
+    def table(self, table: Table) -> str:
+        return storage.join(self.output, table)
+
+    def published(self, table: Table, shard: str) -> str:
+        return storage.join(self.table(table), f"part-{shard}.parquet")
+
+    def heartbeat(self, stage: str, name: str) -> str:
+        return storage.join(self.progress, f"{stage}-{name}.json")

@@ -1,0 +1,296 @@
+"""The journal: what was kept comes back as it was, once, and nothing else does."""
+
+import errno
+import logging
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moebeam.model_runner.openai_engine.runner import load_openai_runner
+from moebeam.model_runner.protocol import EngineConfig
+from moebeam.schemas.errors import ContentRefused, EngineOverloaded, EngineTimeout, RowError
+from moebeam.schemas.lost_calls import LostCall
+from moebeam.schemas.records import Completion, Message, Request, Sampling, ToolCall, Usage
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.answer.journal import JournaledRunner, ShardJournal, keeping_runner, request_key
+from moebeam.transforms.durable import journal_file
+from moebeam.transforms.durable.journal_file import JournalWriter, read_journal
+from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
+
+NOW = datetime(2026, 11, 24, 1, 2, 3, 456789, UTC)
+TEXT = st.text(max_size=20)
+ERRORS: list[RowError | None] = [None, ContentRefused("no"), EngineTimeout("späť")]
+COMPLETIONS = st.builds(
+    Completion,
+    request_id=st.sampled_from(["0", "1", "17"]),
+    text=st.one_of(TEXT, st.text(st.characters(categories=["Cs", "Ll"]), max_size=5)),
+    finish_reason=st.sampled_from(["stop", "length", "tool_calls", "error"]),
+    usage=st.builds(
+        Usage, st.integers(0, 9), st.integers(0, 9), st.one_of(st.none(), st.integers(0, 9)), st.integers(0, 9)
+    ),
+    started_at=st.datetimes(timezones=st.just(UTC)),
+    latency_ms=st.floats(0, 1e6),
+    provider=TEXT,
+    model=TEXT,
+    model_revision=TEXT,
+    reasoning_content=st.one_of(st.none(), TEXT),
+    tool_calls=st.lists(st.builds(ToolCall, TEXT, TEXT, TEXT), max_size=2).map(tuple),
+    logprobs=st.one_of(st.none(), st.lists(st.floats(max_value=0, allow_nan=False), max_size=3).map(tuple)),
+    error=st.sampled_from(ERRORS),
+    lost_calls=st.lists(
+        st.builds(LostCall, TEXT, TEXT, TEXT, st.just(NOW), st.integers(0, 9), st.integers(0, 9)), max_size=2
+    ).map(tuple),
+)
+
+
+def same(one: Completion, other: Completion) -> bool:
+    """Equal in every field; errors are equal by type and words."""
+    errors = [error and (type(error), str(error)) for error in (one.error, other.error)]
+    return errors[0] == errors[1] and replace(one, error=None) == replace(other, error=None)
+
+
+def request(name: int, text: str = "hi", attempt: int = 1, tenant: str = "") -> Request:
+    messages = (Message("user", text),)
+    return Request(str(name), np.zeros(1, np.int32), messages, Sampling(max_tokens=5), tenant=tenant, attempt=attempt)
+
+
+def answer(to: Request, text: str = "an answer", error: RowError | None = None, num_tokens: int = 3) -> Completion:
+    usage = Usage(prompt_tokens=num_tokens, completion_tokens=num_tokens, cached_tokens=0)
+    return Completion(to.request_id, text, "stop", usage, NOW, 1.5, "deepseek", "flash", "fp", error=error)
+
+
+class Engine:
+    """Answers with a number that counts its calls; fails as told."""
+
+    def __init__(self, *failing: tuple[str, RowError, int]) -> None:
+        self.asked: list[str] = []
+        self._failing = {name: (error, num_tokens) for name, error, num_tokens in failing}
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        for each in requests:
+            self.asked.append(each.request_id)
+            error, num_tokens = self._failing.get(each.request_id, (None, 3))
+            yield answer(each, f"answer {len(self.asked)}", error, num_tokens)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> RunLayout:
+    return RunLayout(str(tmp_path / "out"))
+
+
+@pytest.fixture(params=["disk", "store"])
+def any_layout(request: pytest.FixtureRequest, tmp_path: Path) -> RunLayout:
+    return RunLayout(str(tmp_path / "out") if request.param == "disk" else f"memory://{tmp_path.name}/out")
+
+
+def journaled(engine: Engine, journal: ShardJournal) -> JournaledRunner:
+    return JournaledRunner(keeping_runner(engine, journal), journal)
+
+
+def answers_of(layout: RunLayout, engine: Engine, *requests: Request, takes_failures: bool = True) -> list[Completion]:
+    """One attempt of a shard."""
+    with ShardJournal.open(layout, "s0", takes_failures=takes_failures) as journal:
+        return list(journaled(engine, journal).generate(requests))
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), COMPLETIONS), max_size=6))
+def test_every_field_of_a_completion_survives(
+    tmp_path_factory: pytest.TempPathFactory, kept: list[tuple[int, Completion]]
+) -> None:
+    layout = RunLayout(str(tmp_path_factory.mktemp("journal")))
+    writer = JournalWriter(layout, "s0")
+    references = [writer.append(f"key {number}", attempt, each) for number, (attempt, each) in enumerate(kept)]
+    writer.close()
+    found = {entry.reference: entry for entry in read_journal(layout, "s0").entries}
+    assert list(found) == [] if not kept else {*found} == {*references}
+    for number, (reference, (attempt, completion)) in enumerate(zip(references, kept, strict=True)):
+        assert (found[reference].key, found[reference].attempt) == (f"key {number}", attempt)
+        assert same(found[reference].completion, completion)
+
+
+def test_a_second_attempt_asks_only_for_what_was_not_kept(any_layout: RunLayout) -> None:
+    engine = Engine()
+    first = answers_of(any_layout, engine, request(0), request(1))
+    again = answers_of(any_layout, engine, request(0), request(1), request(2))
+    assert engine.asked == ["0", "1", "2"]
+    assert sorted(again, key=lambda each: each.request_id)[:2] == first
+    answers_of(any_layout, engine, request(0), request(1), request(2))
+    assert len(engine.asked) == 3
+
+
+def test_an_answer_is_on_disk_before_anybody_sees_it(layout: RunLayout) -> None:
+    with ShardJournal.open(layout, "s0") as journal:
+        for number, _ in enumerate(journaled(Engine(), journal).generate(map(request, range(3)))):
+            assert len(read_journal(layout, "s0").entries) == number + 1
+
+
+def test_no_request_is_sent_before_the_answer_whose_place_it_takes_is_kept(layout: RunLayout) -> None:
+    num_unkept: list[int] = []
+
+    def reply(call: Call) -> Reply:
+        num_unkept.append(len(served.calls) - len(read_journal(layout, "s0").entries))
+        return Reply(deepseek())
+
+    with FakeEndpoint(reply) as served, ShardJournal.open(layout, "s0") as journal:
+        config = EngineConfig("openai", "", "m", "r", base_url=served.base_url, max_concurrency=3)
+        engine = load_openai_runner(config)
+        for _ in JournaledRunner(keeping_runner(engine, journal), journal).generate(map(request, range(40))):
+            # Who takes the answers may be slow.
+            time.sleep(0.005)
+    assert len(num_unkept) == 40
+    assert max(num_unkept) == 3
+
+
+def test_a_provider_is_asked_no_more_once_an_answer_cannot_be_kept(
+    layout: RunLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*unused: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(journal_file.AppendedFile, "write", full)
+    with FakeEndpoint(lambda call: Reply(deepseek(), delay_s=0.05)) as served:
+        engine = load_openai_runner(EngineConfig("openai", "", "m", "r", base_url=served.base_url, max_concurrency=3))
+        with pytest.raises(OSError, match="no space left"), ShardJournal.open(layout, "s0") as journal:
+            list(JournaledRunner(keeping_runner(engine, journal), journal).generate(map(request, range(40))))
+        assert len(served.calls) < 40
+
+
+def test_a_change_of_what_is_sent_or_of_the_tenant_is_another_request() -> None:
+    base = request(0)
+    others = [
+        request(1),
+        request(0, "ho"),
+        request(0, tenant="acme"),
+        replace(base, sampling=Sampling(max_tokens=6)),
+        replace(base, options=replace(base.options, thinking=True)),
+        replace(base, messages=(Message("user", "hi", {"name": "n"}),)),
+    ]
+    keys = [request_key(each) for each in (base, *others)]
+    assert len({*keys}) == len(keys)
+    assert request_key(request(0, attempt=2)) == keys[0], "a request that is sent again as it was is the same"
+
+
+def test_answers_of_one_tenant_are_never_given_to_another(layout: RunLayout) -> None:
+    engine = Engine()
+    answers_of(layout, engine, request(0, tenant="acme"))
+    answers_of(layout, engine, request(0, tenant="zeta"))
+    assert engine.asked == ["0", "0"]
+
+
+def test_a_kept_answer_is_used_once_and_in_the_order_of_attempts(layout: RunLayout) -> None:
+    writer = JournalWriter(layout, "s0")
+    key = request_key(request(0))
+    for attempt, text in ((2, "second"), (1, "first")):
+        writer.append(key, attempt, answer(request(0), text))
+    writer.close()
+    engine = Engine()
+    found = [answers_of_one.text for answers_of_one in answers_of(layout, engine, request(0))]
+    assert found == ["first"]
+    with ShardJournal.open(layout, "s0") as journal:
+        runner = journaled(engine, journal)
+        texts = [each.text for attempt in (1, 2, 3) for each in runner.generate([request(0, attempt=attempt)])]
+        assert texts == ["first", "second", "answer 1"]
+        assert journal.replayed == {("0", 1), ("0", 2)}
+        assert {*journal.references} == {("0", 1), ("0", 2), ("0", 3)}
+        assert journal.counters == {"num_replayed_answers": 2, "num_damaged_journal_lines": 0}
+
+
+def test_failures_that_cost_nothing_are_asked_again_and_those_that_cost_are_not(layout: RunLayout) -> None:
+    free, paid = EngineOverloaded("busy"), ContentRefused("no")
+    engine = Engine(("0", free, 0), ("1", paid, 7))
+    answers_of(layout, engine, request(0), request(1))
+    found = answers_of(layout, engine, request(0), request(1))
+    assert engine.asked == ["0", "1", "0"]
+    assert {(each.request_id, str(each.error), each.usage.prompt_tokens) for each in found} == {
+        ("0", "busy", 0),
+        ("1", "no", 7),
+    }
+    # Where a failed row stops the run, it could never go on if the failure came out of the journal.
+    answers_of(layout, engine, request(1), takes_failures=False)
+    assert engine.asked == ["0", "1", "0", "1"]
+
+
+def test_a_line_that_was_cut_off_is_as_if_it_were_not_there(
+    layout: RunLayout, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine()
+    answers_of(layout, engine, request(0), request(1))
+    (path,) = Path(layout.shard_journal("s0")).iterdir()
+    content = path.read_bytes()
+    for size in (len(content) - 1, content.index(b"\n") + 5, content.index(b"\n") + 1):
+        path.write_bytes(content[:size])
+        kept = read_journal(layout, "s0")
+        assert ([entry.completion.request_id for entry in kept.entries], kept.num_damaged) == (["0"], 0)
+    with caplog.at_level(logging.WARNING):
+        answers_of(layout, engine, request(0), request(1))
+    assert engine.asked == ["0", "1", "1"]
+    assert not caplog.records
+
+
+def test_a_damaged_line_is_told_and_its_answer_asked_again(layout: RunLayout, caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine()
+    answers_of(layout, engine, request(0), request(1))
+    (path,) = Path(layout.shard_journal("s0")).iterdir()
+    content = path.read_bytes().replace(b"answer 1", b"answer 9", 1)
+    path.write_bytes(content)
+    with caplog.at_level(logging.WARNING), ShardJournal.open(layout, "s0") as journal:
+        assert [each.text for each in journaled(engine, journal).generate([request(0)])] == ["answer 3"]
+        assert journal.counters["num_damaged_journal_lines"] == 1
+    assert "1 lines are damaged" in caplog.text
+
+
+def test_a_line_of_a_later_version_is_damaged_not_fatal(layout: RunLayout) -> None:
+    answers_of(layout, Engine(), request(0))
+    (path,) = Path(layout.shard_journal("s0")).iterdir()
+    for content in (b"{}", b"[]", b'{"key": 1}', b"\xff"):
+        with path.open("ab") as file:
+            file.write(b"%08x %s\n" % (zlib.crc32(content), content))
+    kept = read_journal(layout, "s0")
+    assert (len(kept.entries), kept.num_damaged) == (1, 4)
+
+
+def test_no_prompt_is_kept(any_layout: RunLayout) -> None:
+    answers_of(any_layout, Engine(), request(0, "a secret question"))
+    folder = any_layout.shard_journal("s0")
+    contents = [storage.read_bytes(storage.join(folder, name)) for name in storage.list_names(folder)]
+    assert contents and not any(b"secret" in content for content in contents)
+
+
+def test_answers_reach_a_store_in_few_objects_that_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_file, "STORE_GROUP", 10)
+    layout = RunLayout("memory://groups/out")
+    answers_of(layout, Engine(), *map(request, range(95)))
+    assert 1 <= len(storage.list_names(layout.shard_journal("s0"))) <= 96
+    assert len(read_journal(layout, "s0").entries) == 95
+    references = {entry.reference for entry in read_journal(layout, "s0").entries}
+    with ShardJournal.open(layout, "s0") as journal:
+        list(journaled(Engine(), journal).generate(map(request, range(95))))
+        assert {*journal.references.values()} == references
+
+
+def test_an_answer_that_cannot_be_kept_stops_the_shard(any_layout: RunLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*unused: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(journal_file.AppendedFile, "write", full)
+    monkeypatch.setattr(storage, "write_whole", full)
+    with pytest.raises(OSError, match="no space left"):
+        answers_of(any_layout, Engine(), request(0))
+
+
+def test_what_cannot_be_made_durable_stops_the_shard(layout: RunLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*unused: object) -> None:
+        raise OSError(errno.EIO, "disk is broken")
+
+    monkeypatch.setattr(journal_file.AppendedFile, "sync", broken)
+    with pytest.raises(OSError, match="disk is broken"):
+        answers_of(layout, Engine(), request(0))

@@ -1,0 +1,52 @@
+"""Places of rows: the order of sorted tables, of samples, and of what travels between workers is one order."""
+
+from typing import Any
+
+import pyarrow as pa
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moebeam.transforms.plan.row_order import RUN_ORDER, Place, Places, sort_rows
+
+TEXTS = st.text(alphabet='a\x00é\U0001f600"', max_size=2)
+ROWS = st.lists(
+    st.tuples(st.binary(max_size=3), TEXTS, st.none() | TEXTS, TEXTS, st.integers(0, 2), st.integers(0, 3)),
+    min_size=1,
+    max_size=12,
+)
+TYPES = (pa.large_binary(), pa.string(), pa.string(), pa.string(), pa.int32(), pa.int64())
+
+
+def table_of(rows: list[tuple[Any, ...]]) -> pa.Table:
+    columns = zip(*rows, strict=True)
+    return pa.table(
+        {name: pa.array(values, kind) for name, values, kind in zip(RUN_ORDER, columns, TYPES, strict=True)}
+    )
+
+
+@given(ROWS)
+def test_places_stand_in_the_order_of_sorted_tables(rows: list[tuple[Any, ...]]) -> None:
+    places = Places(sort_rows(table_of(rows)))
+    found = [places[row] for row in range(len(places))]
+    assert found == sorted(found)
+
+
+@given(ROWS)
+def test_places_come_back_from_their_texts(rows: list[tuple[Any, ...]]) -> None:
+    places = Places(table_of(rows))
+    for place in (places[row] for row in range(len(places))):
+        for part in (place, Place(place.key), Place(place.key, place.request)):
+            assert Place.of_text(part.text) == part
+    assert Place.of_text("") == Place() <= places[0]
+
+
+@given(ROWS, st.data())
+def test_a_place_with_parts_left_out_stands_before_all_that_agree_with_it(
+    rows: list[tuple[Any, ...]], data: st.DataObject
+) -> None:
+    places = Places(sort_rows(table_of(rows)))
+    picked = places[data.draw(st.integers(0, len(rows) - 1))]
+    all_places = [places[row] for row in range(len(rows))]
+    assert places.first_from(Place(picked.key)) == [p.key for p in all_places].index(picked.key)
+    requests = [(p.key, p.request) for p in all_places]
+    assert places.first_from(Place(picked.key, picked.request)) == requests.index((picked.key, picked.request))

@@ -1,0 +1,76 @@
+"""Lines of the OpenAI batch shape."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moebeam.schemas.errors import InvalidId, InvalidLine, RowError, UnsupportedRequest
+from moebeam.transforms.read.batch_lines import custom_id_of, parse_batch_line
+
+
+def line(**changes: Any) -> bytes:
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], **changes.pop("body", {})}
+    return json.dumps(
+        {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body, **changes}
+    ).encode()
+
+
+def test_own_sampling_values_are_kept_and_spelled_one_way() -> None:
+    request = parse_batch_line(line(body={"max_completion_tokens": 5, "temperature": 0, "stop": "x", "user": "u"}))
+    assert json.loads(request.sampling) == {"max_tokens": 5, "temperature": 0.0, "stop": ["x"]}
+    assert json.loads(request.messages) == [{"content": "hi", "role": "user"}]
+
+
+@pytest.mark.parametrize(
+    ("raw", "error", "expected"),
+    [
+        (b"{", InvalidLine, "column 2"),
+        (b"\xff", InvalidLine, "byte 0xff at position 0"),
+        (b"[1]", InvalidLine, "line: "),
+        (b"[" * 100_000, InvalidLine, "expected a JSON object"),
+        (line(extra=1), InvalidLine, "extra"),
+        (line(method="GET"), InvalidLine, "method"),
+        (line(custom_id=7), InvalidId, "found 7"),
+        (line(custom_id=""), InvalidId, "found ''"),
+        (line(url="/v1/embeddings"), UnsupportedRequest, "/v1/embeddings"),
+        (line(body={"messages": []}), InvalidLine, "body.messages"),
+        (line(body={"n": 3}), UnsupportedRequest, r"body\.n: 3"),
+        (line(body={"invented": True}), UnsupportedRequest, r"body\.invented"),
+        (line(body={"temperature": 3}), InvalidLine, r"body\.temperature"),
+        (line(body={"max_tokens": "9"}), InvalidLine, r"body\.max_tokens"),
+    ],
+)
+def test_every_wrong_line_is_a_typed_reject_that_names_the_field(
+    raw: bytes, error: type[RowError], expected: str
+) -> None:
+    with pytest.raises(error, match=expected):
+        parse_batch_line(raw)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_parsed_or_refused_by_type(raw: bytes) -> None:
+    custom_id_of(raw)
+    with pytest.raises(RowError):
+        parse_batch_line(raw)
+
+
+def test_neutral_values_change_nothing() -> None:
+    plain = parse_batch_line(line())
+    assert parse_batch_line(line(body={"n": 1, "stream": False, "tools": None, "logit_bias": {}})) == plain
+
+
+def test_tools_and_formats_keep_the_order_of_their_keys() -> None:
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    own = {"response_format": {"type": "json_schema", "schema": schema}, "reasoning_effort": "max"}
+    assert json.loads(parse_batch_line(line(body=own)).options) == own
+    assert parse_batch_line(line(body=own)).options.index('"b"') < parse_batch_line(line(body=own)).options.index('"a"')
+    assert parse_batch_line(line()).options == "{}"
+
+
+def test_a_lone_surrogate_in_a_tool_is_refused() -> None:
+    raw = line(body={"tools": [{"type": "function", "function": {"name": "f", "description": "\ud800"}}]})
+    with pytest.raises(InvalidLine, match="tools and schemas"):
+        parse_batch_line(raw)

@@ -1,0 +1,74 @@
+import pickle
+
+import pytest
+
+from moebeam.schemas.chat_options import ChatOptions, ResponseFormat, ToolChoice, options_json, parse_tools
+from moebeam.schemas.contract.answer_schema import AnswerSchema
+from moebeam.schemas.errors import InvalidResponseFormat, InvalidTools, MissingToolCall, ToolArgumentsInvalid
+from moebeam.schemas.records import ToolCall
+from moebeam.transforms.render.answer_terms import AnswerTerms, TermsBook
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = parse_tools([{"name": "weather", "parameters": CITY}, {"name": "time"}])
+
+
+def terms(choice: ToolChoice | None = None, *, is_parallel: bool = True) -> AnswerTerms:
+    options = ChatOptions(tools=TOOLS, tool_choice=choice or ToolChoice(), parallel_tool_calls=is_parallel)
+    return TermsBook(options, None).of(None)
+
+
+def call(name: str = "weather", arguments: str = '{"city": "Rome"}') -> ToolCall:
+    return ToolCall("call_0", name, arguments)
+
+
+def test_calls_that_keep_their_schemas_are_accepted() -> None:
+    terms().check_calls((call(), call("time", "{}")))
+    terms().check_calls(())
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (call("wether"), r"tool_calls\[0\]: expected weather, time, found 'wether'"),
+        (call(arguments='{"city": 5}'), r"tool_calls\[0\] weather: at /city"),
+        (call(arguments="{}"), "city"),
+        (call(arguments='{"city": '), r"tool_calls\[0\] weather"),
+        (call("time", '{"zone": 1}'), "time"),
+    ],
+)
+def test_calls_that_break_them_are_named(found: ToolCall, message: str) -> None:
+    with pytest.raises(ToolArgumentsInvalid, match=message):
+        terms().check_calls((found,))
+
+
+def test_a_choice_binds_the_answer() -> None:
+    for choice in (ToolChoice("required"), ToolChoice("named", "time")):
+        with pytest.raises(MissingToolCall):
+            terms(choice).check_calls(())
+    with pytest.raises(ToolArgumentsInvalid, match="expected time, found 'weather'"):
+        terms(ToolChoice("named", "time")).check_calls((call(),))
+    with pytest.raises(MissingToolCall, match="found 2"):
+        terms(is_parallel=False).check_calls((call(), call()))
+
+
+def test_rows_bring_terms_of_their_own_and_others_keep_the_jobs() -> None:
+    number = AnswerSchema.from_json({"type": "integer"}, formats="assert", source="number.json")
+    job = ChatOptions(response_format=ResponseFormat("json_schema", number.document))
+    book: TermsBook = pickle.loads(pickle.dumps(TermsBook(job, number)))
+    assert book.of(None).schema is book.schema
+    assert book.of(options_json(ChatOptions())).schema is None
+    own = book.of(options_json(ChatOptions(response_format=ResponseFormat("json_object")))).schema
+    assert own is not None
+    assert own.check('{"a": 1}') == {"a": 1}
+    # The job's own schema stays the job's, pydantic model and all, where a row only says something else.
+    thinking = ChatOptions(response_format=job.response_format, thinking=True)
+    assert book.of(options_json(thinking)).schema is book.schema
+
+
+def test_terms_that_cannot_be_compiled_are_the_rows_error() -> None:
+    book = TermsBook(ChatOptions(), None)
+    bad = ChatOptions(response_format=ResponseFormat("json_schema", {"type": "strin"}))
+    with pytest.raises(InvalidResponseFormat, match="response_format: "):
+        book.of(options_json(bad))
+    with pytest.raises(InvalidTools, match="tool f"):
+        book.of(options_json(ChatOptions(tools=parse_tools([{"name": "f", "parameters": {"type": "strin"}}]))))

@@ -1,0 +1,1 @@
+"""Stage *answer*: run, validate, account and commit one shard."""

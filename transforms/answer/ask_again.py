@@ -1,0 +1,50 @@
+"""Retry: a request that the engine could not answer now is asked again as it was, after a while.
+
+Stands in the *answer* stage beside `transforms/answer/repair.py`, which asks again where the answer was wrong. Which
+failures may pass by themselves is said by their types (`MoebeamError.retryable`). Engines on the network retry by
+themselves first; what comes here is what they gave up.
+"""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from moebeam.schemas.job.sections import FailuresSection
+from moebeam.schemas.records import Request
+from moebeam.transforms.answer.repair import Repair
+from moebeam.transforms.answer.validate import ValidatedAnswer
+
+MAX_WAIT_S = 60.0
+
+
+@dataclass(slots=True)
+class AskAgain:
+    """Retries and repairs of one shard; see `validate.AskAgain`. Both count for themselves."""
+
+    section: FailuresSection
+    repair: Repair
+    sleep: Callable[[float], None] = time.sleep
+    _num_retries: Counter[str] = field(default_factory=Counter[str])
+    _num_pauses: int = 0
+    _is_pause_due: bool = False
+
+    def __call__(self, request: Request, answer: ValidatedAnswer) -> Request | None:
+        """The next attempt of a request; None if there is none."""
+        error = answer.error
+        if error is None or error.error_stage != "run":
+            return self.repair(request, answer, num_asked=request.attempt - self._num_retries[request.request_id])
+        if not error.retryable or self._num_retries[request.request_id] >= self.section.max_retries:
+            return None
+        self._num_retries[request.request_id] += 1
+        self._is_pause_due = True
+        return replace(request, attempt=request.attempt + 1)
+
+    def pause(self) -> None:
+        """Wait before the next round if it holds a retry: twice as long each time, less a random part of it."""
+        if self._is_pause_due:
+            most = min(MAX_WAIT_S, self.section.retry_wait_s * 2**self._num_pauses)
+            self.sleep(random.uniform(most / 2, most))
+            self._num_pauses += 1
+        self._is_pause_due = False

@@ -1,0 +1,88 @@
+"""Expectation: what a request on its way is likely to take, learnt from those that have arrived.
+
+Part of *answer*, below the budget (`transforms/answer/budget.py`). A request may take its prompt at the miss price and
+all of its `max_tokens`; how much of that answers really take is the same from request to request of one job, more or
+less. Before the first answer everything is expected to take all that it may.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
+from fractions import Fraction
+
+from moebeam.model_runner.openai_engine.profiles import DEFAULT_PROFILE
+from moebeam.model_runner.protocol import REMOTE_ENGINES, EngineConfig
+from moebeam.schemas.prices import PriceMode
+from moebeam.schemas.records import Request, Usage
+from moebeam.transforms.answer.spending import Pricing, Spent
+from moebeam.transforms.money.account import charge
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What requests may take at most.
+
+    Attributes:
+        candidates: provider and model of everyone who may answer, as price books name them.
+    """
+
+    pricing: Pricing = field(default_factory=Pricing)
+    candidates: tuple[tuple[str, str], ...] = ()
+    mode: PriceMode = "online"
+
+    @classmethod
+    def of(cls, pricing: Pricing, engine: EngineConfig) -> "Ceiling":
+        """The ceiling of a job's requests."""
+        mode: PriceMode = "batch" if engine.mode == "batch" else "online"
+        return cls(pricing, tuple(dict.fromkeys(_candidates(pricing, engine))), mode)
+
+    def most(self, request: Request) -> Spent:
+        """What a request that starts now may take; without a price its cost is 0, and the answer's will be unknown."""
+        num_input, num_output = request.num_prompt_tokens, request.sampling.max_tokens
+        cost = Decimal(0)
+        for provider, model in self.candidates:
+            book, now = self.pricing.book, datetime.now(UTC)
+            line = book and book.find(provider, model, now, prompt_tokens=num_input, mode=self.mode)
+            if line is not None:
+                cost = max(cost, charge(Usage(num_input, num_output, None), line).cost)
+        return Spent(1, num_input, num_output, cost)
+
+
+def _candidates(pricing: Pricing, engine: EngineConfig) -> Iterator[tuple[str, str]]:
+    if engine.engine not in REMOTE_ENGINES:
+        named = [("fake" if engine.engine == "fake" else "local", engine.name)]
+    else:
+        named = [(engine.provider or DEFAULT_PROFILE, engine.name)]
+        named += [(fallback.provider, fallback.name or engine.name) for fallback in engine.fallbacks]
+    for provider, model in named:
+        yield pricing.provider or provider, pricing.model or model
+
+
+@dataclass(slots=True)
+class Expectation:
+    """What a job's requests take of what they may take at most."""
+
+    _most: Spent = field(default_factory=Spent)
+    _taken: Spent = field(default_factory=Spent)
+
+    def of(self, most: Spent) -> Spent:
+        """What a request is expected to take that may take `most`.
+
+        Prompts are counted or estimated before, so their share may be above 1.
+        """
+        return Spent(
+            most.num_requests,
+            _part(most.input_tokens, self._taken.input_tokens, self._most.input_tokens),
+            _part(most.output_tokens, self._taken.output_tokens, self._most.output_tokens),
+            most.cost * self._taken.cost / self._most.cost if self._most.cost else most.cost,
+        )
+
+    def learn(self, most: Spent, taken: Spent) -> None:
+        """Take one answer into account."""
+        self._most += most
+        self._taken += taken
+
+
+def _part(tokens: int, num_taken: int, num_most: int) -> int:
+    return round(tokens * Fraction(num_taken, num_most)) if num_most else tokens

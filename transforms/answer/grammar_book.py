@@ -1,0 +1,50 @@
+"""The grammars that a job's answers are decoded under, made once for each kind of request.
+
+Part of *answer*: engines in process get them with their requests (`Request.grammar`).
+"""
+
+from dataclasses import dataclass, field
+
+from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
+from moebeam.model_runner.grammar.answer_grammar import BuiltGrammar, build_answer_grammar
+from moebeam.schemas.errors import InvalidGrammar
+from moebeam.schemas.records import TokenIds
+from moebeam.transforms.render.answer_terms import MAX_COMPILED, AnswerTerms
+
+
+@dataclass(slots=True)
+class GrammarBook:
+    """Grammars for one encoding and its tokenizer."""
+
+    encoder: PromptEncoder
+    _texts: dict[tuple[str | None, bool], str | None] = field(default_factory=dict[tuple[str | None, bool], str | None])
+
+    def grammar_of(self, options: str | None, terms: AnswerTerms, prompt_token_ids: TokenIds) -> str | None:
+        """The grammar of a planned row's answer, or None where any text is one.
+
+        Args:
+            options: the row's `options` column, which `terms` are compiled of.
+        """
+        key = (options, self.encoder.starts_in_reasoning(prompt_token_ids))
+        if key not in self._texts:
+            if len(self._texts) >= MAX_COMPILED:
+                self._texts.clear()
+            try:
+                built = self.build(terms, starts_in_reasoning=key[1])
+            except InvalidGrammar:
+                # No value keeps the schema; validation says so, row by row.
+                built = None
+            self._texts[key] = built and built.text
+        return self._texts[key]
+
+    def build(self, terms: AnswerTerms, *, starts_in_reasoning: bool) -> BuiltGrammar | None:
+        """Build a grammar; it says what of the terms it cannot enforce."""
+        call_format = self.encoder.encoding.call_format
+        return build_answer_grammar(
+            terms.options,
+            schema=None if terms.schema is None else terms.schema.document,
+            call_format=call_format.name if call_format is not None else None,
+            starts_in_reasoning=starts_in_reasoning,
+            token_id=self.encoder.token_id,
+            formats="assert" if terms.schema is None else terms.schema.formats,
+        )

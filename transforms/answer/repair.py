@@ -1,0 +1,71 @@
+"""Repair: a failed answer becomes another request, which says what was wrong.
+
+Stands in the *answer* stage, between *validate*, which found the error, and *run*, which is asked again within the
+shard's own step. Each attempt is paid and accounted like the first.
+"""
+
+from dataclasses import dataclass, replace
+
+from moebeam.model_runner.encoding.remote_prompts import Encoder
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.errors import EmptyAnswer, RowError, TruncatedAnswer
+from moebeam.schemas.job.sections import RepairSection
+from moebeam.schemas.records import Completion, Message, Request
+from moebeam.transforms.answer.validate import ValidatedAnswer
+from moebeam.transforms.render.step import SchemaInPrompt, prompt_of
+
+_WITHOUT_ANSWER = (EmptyAnswer, TruncatedAnswer)
+"""Errors of answers that are not shown again: there is nothing in them, or too much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """Makes the next attempt of a request; see `validate.AskAgain`."""
+
+    section: RepairSection
+    encoder: Encoder
+    schema_in_prompt: SchemaInPrompt = "auto"
+
+    def __call__(self, request: Request, answer: ValidatedAnswer, num_asked: int | None = None) -> Request | None:
+        """The request that asks again, or None: attempts are used up, asking cannot help, or it would not fit.
+
+        Only answers that break their contract are asked again; what an engine failed over is not the model's mistake.
+
+        Args:
+            num_asked: how often the model was asked, where not every attempt reached it.
+        """
+        error = answer.error
+        if error is None or not error.retryable or error.error_stage != "validate":
+            return None
+        num_asked = request.attempt if num_asked is None else num_asked
+        if num_asked >= self.section.max_attempts or request.messages[-1].role == "assistant":
+            return None
+        messages = (*request.messages, *_told(answer.completion, error))
+        try:
+            text = prompt_of(self.encoder, messages, request.options, self.schema_in_prompt)
+            token_ids = self.encoder.encode_batch([text])[0]
+        except RowError:
+            # The chat template has no place for such a turn.
+            return None
+        if not self.encoder.fits(int(token_ids.shape[0]), request.sampling.max_tokens):
+            return None
+        temperature = self.section.temperature
+        sampling = request.sampling if temperature is None else replace(request.sampling, temperature=temperature)
+        return replace(
+            request, prompt_token_ids=token_ids, messages=messages, sampling=sampling, attempt=request.attempt + 1
+        )
+
+
+def _told(completion: Completion, error: RowError) -> tuple[Message, ...]:
+    """The turns that show the model its answer, as far as it helps, and the error."""
+    complaint = f"This answer was not accepted: {error}. Answer the request again, with this put right."
+    if isinstance(error, _WITHOUT_ANSWER):
+        return (Message("user", f"Your last answer was not accepted: {error}. Answer the request again, briefly."),)
+    if not completion.tool_calls:
+        return (Message("assistant", completion.text), Message("user", complaint))
+    calls: list[Json] = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in completion.tool_calls
+    ]
+    results = (Message("tool", complaint, {"tool_call_id": call.id}) for call in completion.tool_calls)
+    return (Message("assistant", completion.text, {"tool_calls": calls}), *results)

@@ -1,0 +1,388 @@
+"""A shard's answers as its three tables: results, rejects, ledger.
+
+Stands in the *answer* stage, between account and commit, once every request of the shard is answered: only then is
+it known how a shared prefix's cost spreads over its users.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from moebeam.model_runner.prefix_tree import common_prefix_lengths
+from moebeam.schemas.arrow import rows_at, struct_columns, values_of
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.contract.output_column import output_column
+from moebeam.schemas.contract.output_type import OutputType
+from moebeam.schemas.store.run_layout import Table
+from moebeam.schemas.tables import LEDGER_SCHEMA, PASSTHROUGH, RESULT_SCHEMA, result_schema
+from moebeam.transforms.answer.reuse import EarlierAnswer, parsed_output
+from moebeam.transforms.answer.validate import ValidatedAnswer
+from moebeam.transforms.money.account import EXACT, AccountedAnswer, class_amounts
+from moebeam.transforms.money.allocate import Allocation, Bill, allocate, bill_of, to_units
+
+_ZERO = Decimal(0)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardNames:
+    """What every row of a shard's tables repeats."""
+
+    run_id: str
+    shard: str
+    price_book: str | None
+    tag_columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRows:
+    """A shard's plan, and which of its rows are asked, merged or rejected.
+
+    Attributes:
+        table: rows of `moebeam.schemas.tables.plan_schema`.
+        asked: rows that are sent to the engine, in token order.
+        followers: asked or reused row -> rows that were merged into it, in input order.
+        reused: rows that an earlier run answered.
+    """
+
+    table: pa.Table
+    asked: tuple[int, ...]
+    followers: Mapping[int, Sequence[int]]
+    reused: Mapping[int, EarlierAnswer] = field(default_factory=dict[int, EarlierAnswer])
+
+    def with_reused(self, reused: Mapping[int, EarlierAnswer]) -> "PlannedRows":
+        """The same plan, where some of `asked` are not asked but taken over."""
+        return replace(self, asked=tuple(row for row in self.asked if row not in reused), reused=reused)
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "PlannedRows":
+        """Sort out a shard's plan."""
+        errors, merged_into, custom_ids = (values_of(table, n) for n in ("error_type", "merged_into", "custom_id"))
+        asked = tuple(row for row, error in enumerate(errors) if error is None and merged_into[row] is None)
+        row_of = {custom_ids[row]: row for row in asked}
+        followers: dict[int, list[int]] = {}
+        for row, first_id in enumerate(merged_into):
+            if first_id is not None:
+                followers.setdefault(row_of[first_id], []).append(row)
+        return cls(table, asked, followers)
+
+    def text(self, name: str) -> list[Any]:
+        """A column as Python values."""
+        return values_of(self.table, name)
+
+
+Attempts: TypeAlias = Sequence[AccountedAnswer]
+"""What became of one request, attempt by attempt; the last decides."""
+
+
+def shard_tables(
+    rows: PlannedRows, answers: Mapping[int, Attempts], names: ShardNames, output_type: OutputType | None = None
+) -> dict[Table, pa.Table]:
+    """Build the tables of a shard; results and rejects in input order, the ledger in token order.
+
+    Args:
+        answers: the attempts of each of `rows.asked`, at least one.
+        output_type: of the typed column of answers; None where the job has no schema.
+    """
+    allocations = _allocate(rows, answers)
+    columns = _result_columns(rows, answers, allocations, names)
+    fields, passthrough = struct_columns(rows.table, PASSTHROUGH)
+    typed = [] if output_type is None else [output_column(_values(rows, answers), output_type).array]
+    table = pa.table(
+        [*(pa.array(columns[field.name], field.type) for field in RESULT_SCHEMA), *typed, *passthrough],
+        schema=result_schema(fields, output_type and output_type.arrow),
+    )
+    input_order = np.lexsort([rows.table.column("source_row").to_numpy(), rows.table.column("unit").to_numpy()])
+    table = rows_at(table, input_order)
+    is_ok = pc.equal(table.column("status"), pa.scalar("ok"))
+    return {
+        "results": table.filter(is_ok),
+        "rejects": table.filter(pc.invert(is_ok)),
+        "ledger": _ledger(rows, answers, allocations, names),
+    }
+
+
+def _values(rows: PlannedRows, answers: Mapping[int, Attempts]) -> list[Json]:
+    """The parsed answer of each row of the plan; None where there is none."""
+    values: list[Json] = [None] * rows.table.num_rows
+    for row in rows.asked:
+        for member in (row, *rows.followers.get(row, ())):
+            values[member] = answers[row][-1].answer.value
+    for row, answer in rows.reused.items():
+        for member in (row, *rows.followers.get(row, ())):
+            values[member] = parsed_output(answer)
+    return values
+
+
+def _allocate(rows: PlannedRows, answers: Mapping[int, Attempts]) -> dict[int, Allocation | None]:
+    """Shares of what first attempts cost; a later attempt's prompt is its row's own affair, see `_later_cost`."""
+    keys = rows.text("prefix_key")
+    lengths = rows.text("num_prompt_tokens")
+    bills = [_bill(answers[row], num_rows=1 + len(rows.followers.get(row, ()))) for row in rows.asked]
+    lcps = common_prefix_lengths([keys[row] for row in rows.asked])
+    return dict(zip(rows.asked, allocate([lengths[row] for row in rows.asked], lcps, bills), strict=True))
+
+
+def _bill(attempts: Attempts, num_rows: int) -> Bill | None:
+    """What a request was billed in its first currency: its first attempt by the tree, later ones as its own."""
+    currency = _currency(attempts)
+    if currency is None:
+        return None
+    first, later_units = attempts[0].charge, to_units(_later_cost(attempts))
+    if first is None:
+        return Bill(currency, 0, 0, 0, 0, later_units, num_rows)
+    bill = bill_of(first, num_rows)
+    return replace(bill, own_units=bill.own_units + later_units)
+
+
+def _currency(attempts: Attempts) -> str | None:
+    """The currency of the first attempt that has a price."""
+    return next((attempt.charge.line.currency for attempt in attempts if attempt.charge is not None), None)
+
+
+def _later_cost(attempts: Attempts) -> Decimal:
+    """What the attempts after the first cost, in the request's first currency."""
+    return _costs(attempts[1:]).get(_currency(attempts) or "", _ZERO)
+
+
+def _costs(attempts: Attempts) -> dict[str, Decimal]:
+    """What attempts cost, by currency, in the order of their prices; empty where none has one."""
+    costs: dict[str, Decimal] = {}
+    for attempt in attempts:
+        if attempt.charge is not None:
+            currency = attempt.charge.line.currency
+            costs[currency] = EXACT.add(costs.get(currency, _ZERO), attempt.charge.cost)
+    return costs
+
+
+def _basis(attempts: Attempts) -> str | None:
+    """How sure the cost is: `partial` where some attempt has no price, and one upper bound makes the sum one.
+
+    `mixed_currency` where there is no sum.
+    """
+    bases = [attempt.charge and attempt.charge.basis for attempt in attempts]
+    known = [basis for basis in bases if basis is not None]
+    if len(_costs(attempts)) > 1:
+        return "mixed_currency"
+    return "partial" if known and len(known) < len(bases) else max(known, default=None)
+
+
+def _result_columns(
+    rows: PlannedRows,
+    answers: Mapping[int, Attempts],
+    allocations: Mapping[int, Allocation | None],
+    names: ShardNames,
+) -> dict[str, list[Any]]:
+    """Every column of `RESULT_SCHEMA`, in the order of the plan."""
+    num_rows = rows.table.num_rows
+    columns: dict[str, list[Any]] = {field.name: [None] * num_rows for field in RESULT_SCHEMA}
+    repeated = ("custom_id", "source_file", "source_row", "scope", "num_rows", "merged_into")
+    for name in (*repeated, "error_type", "error_message", "error_stage"):
+        columns[name] = rows.text(name)
+    columns["run_id"] = [names.run_id] * num_rows
+    columns["status"] = ["rejected"] * num_rows
+    for name in (
+        "attempts",
+        "prompt_tokens",
+        "cached_tokens",
+        "computed_tokens",
+        "completion_tokens",
+        "reasoning_tokens",
+    ):
+        columns[name] = [0] * num_rows
+    if names.price_book is not None:
+        columns["cost"] = [_ZERO] * num_rows
+        columns["cost_allocated"] = [_ZERO] * num_rows
+        columns["price_book"] = [names.price_book] * num_rows
+    for row in rows.asked:
+        attempts, allocation = answers[row], allocations[row]
+        group = (row, *rows.followers.get(row, ()))
+        costs = _costs(attempts)
+        shares = allocation.rows if allocation is not None else [None] * len(group)
+        for member, share in zip(group, shares, strict=True):
+            _fill_answer(columns, member, attempts)
+            is_single = len(costs) == 1
+            columns["cost_allocated"][member] = share if is_single else None
+            columns["cost"][member] = _ZERO if is_single else None
+        if len(costs) == 1:
+            (columns["cost"][row],) = costs.values()
+        elif costs:
+            for member, amounts in zip(group, _mixed_costs(costs, shares), strict=True):
+                columns["costs_by_currency"][member] = amounts
+        _fill_usage(columns, row, attempts)
+    for row, answer in rows.reused.items():
+        for member in (row, *rows.followers.get(row, ())):
+            columns["status"][member], columns["reused_from"][member] = "ok", answer.reused_from
+            for name, value in answer.values.items():
+                columns[name][member] = value
+    return columns
+
+
+def _mixed_costs(costs: Mapping[str, Decimal], shares: Sequence[Decimal | None]) -> list[list[dict[str, Any]]]:
+    """What each row of a group carries where attempts were priced in several currencies, the one that was asked first.
+
+    Args:
+        shares: of each row, in the first currency, which alone takes part in the prefix tree.
+    """
+    first, *others = costs
+    by_row = [[{"currency": first, "cost": _ZERO, "cost_allocated": share}] for share in shares]
+    for currency in others:
+        units = to_units(costs[currency])
+        even = Allocation(units // len(shares), units % len(shares), len(shares)).rows
+        for amounts, share in zip(by_row, even, strict=True):
+            amounts.append({"currency": currency, "cost": _ZERO, "cost_allocated": share})
+    for amount in by_row[0]:
+        amount["cost"] = costs[str(amount["currency"])]
+    return [list(amounts) for amounts in by_row]
+
+
+def _fill_answer(columns: dict[str, list[Any]], row: int, attempts: Attempts) -> None:
+    """What a merged row shares with the one that was asked for it."""
+    answer = attempts[-1].answer
+    completion, error = answer.completion, answer.error
+    values: dict[str, Any] = {
+        "status": "ok" if error is None else "rejected",
+        "output_text": completion.text,
+        "output_json": answer.output_json,
+        "reasoning_content": completion.reasoning_content,
+        "tool_calls": [
+            {"id": call.id, "name": call.name, "arguments": call.arguments} for call in completion.tool_calls
+        ]
+        or None,
+        "finish_reason": completion.finish_reason,
+        "provider": completion.provider,
+        "model": completion.model,
+        "model_revision": completion.model_revision,
+        "currency": _currency(attempts) if len(_costs(attempts)) == 1 else None,
+        "cost_basis": _basis(attempts),
+        "failed_attempts": [_failed(attempt.answer) for attempt in attempts if attempt.answer.error is not None]
+        or None,
+        "logprobs": completion.logprobs,
+    }
+    if error is not None:
+        values["error_type"], values["error_stage"] = error.error_type, error.error_stage
+        values["error_message"] = str(error)
+    for name, value in values.items():
+        columns[name][row] = value
+
+
+def _failed(answer: ValidatedAnswer) -> dict[str, Any]:
+    completion, error = answer.completion, answer.error
+    assert error is not None
+    return {
+        "attempt": answer.attempt,
+        "error_type": error.error_type,
+        "error_message": str(error),
+        "finish_reason": completion.finish_reason,
+        "output_text": completion.text,
+        "reasoning_content": completion.reasoning_content,
+    }
+
+
+def _fill_usage(columns: dict[str, list[Any]], row: int, attempts: Attempts) -> None:
+    """What was paid for, the sum of all attempts: only the row that was asked carries it."""
+    completions = [attempt.answer.completion for attempt in attempts]
+    usages = [completion.usage for completion in completions]
+    columns["attempts"][row] = len(attempts)
+    for name in ("prompt_tokens", "cached_tokens", "computed_tokens", "completion_tokens", "reasoning_tokens"):
+        counts: list[int | None] = [getattr(usage, name) for usage in usages]
+        known = [count for count in counts if count is not None]
+        columns[name][row] = sum(known) if len(known) == len(counts) else None
+    columns["latency_ms"][row] = sum(completion.latency_ms for completion in completions)
+
+
+def _ledger(
+    rows: PlannedRows,
+    answers: Mapping[int, Attempts],
+    allocations: Mapping[int, Allocation | None],
+    names: ShardNames,
+) -> pa.Table:
+    """One line for each attempt that was made."""
+    repeated = {name: rows.text(name) for name in ("custom_id", "source_file", "source_row", "tenant", "cost_center")}
+    tags = _tags(rows, names.tag_columns)
+    lines: list[dict[str, Any]] = []
+    for row in rows.asked:
+        for accounted, share in zip(answers[row], _shares(answers[row], allocations[row]), strict=True):
+            completion = accounted.answer.completion
+            lines.append(
+                {
+                    **{name: values[row] for name, values in repeated.items()},
+                    "run_id": names.run_id,
+                    "shard": names.shard,
+                    "attempt": accounted.answer.attempt,
+                    "outcome": "answered" if accounted.answer.error is None else "rejected",
+                    "provider": completion.provider,
+                    "model": completion.model,
+                    "model_revision": completion.model_revision,
+                    "started_at": completion.started_at,
+                    "latency_ms": completion.latency_ms,
+                    "cost_allocated": share,
+                    "price_book": names.price_book,
+                    "finish_reason": completion.finish_reason,
+                    "error_type": accounted.answer.error and accounted.answer.error.error_type,
+                    "tags": tags[row],
+                    "journal": accounted.journal,
+                    "num_lost_calls": len(completion.lost_calls),
+                    "lost_cost_at_most": accounted.lost_cost_at_most,
+                    **_charged(accounted),
+                }
+            )
+    arrays: Sequence[pa.Array[Any]] = [
+        pa.array([line.get(field.name) for line in lines], field.type) for field in LEDGER_SCHEMA
+    ]
+    return pa.table(list(arrays), schema=LEDGER_SCHEMA)
+
+
+def _tags(rows: PlannedRows, names: Sequence[str]) -> list[dict[str, str]]:
+    """The tags of each row of the plan; a column that is null is no tag."""
+    fields, columns = struct_columns(rows.table, PASSTHROUGH)
+    values = {field.name: column.to_pylist() for field, column in zip(fields, columns, strict=True)}
+    return [
+        {name: str(values[name][row]) for name in names if values[name][row] is not None}
+        for row in range(rows.table.num_rows)
+    ]
+
+
+def _shares(attempts: Attempts, allocation: Allocation | None) -> list[Decimal | None]:
+    """The allocated cost of each attempt: the first with a price carries what is left of the request's share.
+
+    The others carry their own, as do those in another currency, which take no part in the allocation.
+    """
+    shares = [attempt.charge and attempt.charge.cost for attempt in attempts]
+    if allocation is None:
+        return shares
+    first = next(place for place, share in enumerate(shares) if share is not None)
+    rest = _costs(attempts[first + 1 :]).get(_currency(attempts) or "", _ZERO)
+    shares[first] = EXACT.subtract(allocation.total, rest)
+    return shares
+
+
+def _charged(accounted: AccountedAnswer) -> dict[str, Any]:
+    usage, charge = accounted.answer.completion.usage, accounted.charge
+    tokens = {
+        "cache_hit_tokens": usage.cached_tokens,
+        "cache_miss_tokens": usage.prompt_tokens - (usage.cached_tokens or 0),
+        "visible_output_tokens": usage.completion_tokens - usage.reasoning_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+    }
+    if charge is None:
+        return tokens
+    amounts = class_amounts(charge)
+    return {
+        **tokens,
+        "cache_hit_cost": amounts.cache_hit,
+        "cache_miss_cost": amounts.cache_miss,
+        "visible_output_cost": amounts.visible_output,
+        "reasoning_cost": amounts.reasoning,
+        "cache_hit_price": charge.line.cache_hit,
+        "cache_miss_price": charge.line.cache_miss,
+        "output_price": charge.line.output,
+        "cost": charge.cost,
+        "currency": charge.line.currency,
+        "cost_basis": charge.basis,
+        "price_line": charge.line.line_id,
+    }

@@ -1,0 +1,177 @@
+"""Spending: what a run has asked and paid, added up from all that tells of it.
+
+Part of *answer*, below the budget (`transforms/answer/budget.py`). What is committed or wasted says it exactly; what
+other workers are at, their heartbeats say. Where answers are journaled, the journals of shards that an earlier attempt
+began say what it paid: a shard counts by its journal or its heartbeat, whichever says more, never by both.
+"""
+
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+
+from moebeam.schemas.prices import Charge
+from moebeam.schemas.records import Completion
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.answer.validate import ValidatedAnswer
+from moebeam.transforms.answer.waste import read_waste, waste_names
+from moebeam.transforms.durable.commit import Totals, read_commit
+from moebeam.transforms.durable.heartbeat import Beat, read_beats
+from moebeam.transforms.durable.journal_file import read_journal
+from moebeam.transforms.money.account import account
+from moebeam.transforms.money.price_book import PriceBook
+
+REFRESH_S = 1.0
+"""Least seconds between two looks at what others have spent."""
+
+_REFRESH_SHARE = 10
+"""A look may take one part in so many of the time: on a slow store it is taken less often."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What was asked and paid; input tokens are those of prompts, cached ones included."""
+
+    num_requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: Decimal = Decimal(0)
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(
+            self.num_requests + other.num_requests,
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            self.cost + other.cost,
+        )
+
+    def __sub__(self, other: "Spent") -> "Spent":
+        return Spent(
+            self.num_requests - other.num_requests,
+            self.input_tokens - other.input_tokens,
+            self.output_tokens - other.output_tokens,
+            self.cost - other.cost,
+        )
+
+    @classmethod
+    def of_totals(cls, totals: Totals) -> "Spent":
+        """What committed or wasted work took."""
+        cost = sum((Decimal(amount) for amount in (totals.costs or {}).values()), Decimal(0))
+        return cls(totals.num_attempts, totals.prompt_tokens, totals.completion_tokens, cost)
+
+    @classmethod
+    def of_beat(cls, beat: Beat) -> "Spent":
+        """What a shard at work took until its last heartbeat."""
+        return cls(beat.num_requests, beat.prompt_tokens, beat.completion_tokens, Decimal(beat.cost))
+
+    def or_more(self, other: "Spent") -> "Spent":
+        """The larger of each amount, of two accounts of the same work."""
+        return Spent(
+            max(self.num_requests, other.num_requests),
+            max(self.input_tokens, other.input_tokens),
+            max(self.output_tokens, other.output_tokens),
+            max(self.cost, other.cost),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pricing:
+    """Whose prices apply, as of `account`."""
+
+    book: PriceBook | None = None
+    provider: str | None = None
+    model: str | None = None
+
+    def charge_of(self, completion: Completion) -> Charge | None:
+        """What a completion cost; None where it has no price."""
+        validated = ValidatedAnswer(completion, None, None)
+        (answer,) = account((validated,), self.book, self.provider, self.model)
+        return answer.charge
+
+    def spent(self, completions: Iterable[Completion]) -> Spent:
+        """What completions took."""
+        spent = Spent()
+        for completion in completions:
+            usage, charge = completion.usage, self.charge_of(completion)
+            cost = charge.cost if charge is not None else Decimal(0)
+            spent += Spent(1, usage.prompt_tokens, usage.completion_tokens, cost)
+        return spent
+
+
+@dataclass(frozen=True, slots=True)
+class JournaledSpending:
+    """What the journals of a run's shards say that was paid."""
+
+    layout: RunLayout
+    pricing: Pricing
+
+    def of(self, is_done: Collection[str]) -> Mapping[str, Spent]:
+        """By shard, but for those that are committed.
+
+        Raises:
+            OSError: the store failed.
+        """
+        paths = (path for path, _ in storage.list_files(self.layout.journal))
+        shards = {path.rpartition("/")[0].rpartition("/")[2] for path in paths} - {*is_done}
+        return {shard: self.of_shard(shard) for shard in sorted(shards)}
+
+    def of_shard(self, shard: str) -> Spent:
+        """What was paid for one shard."""
+        return self.pricing.spent(entry.completion for entry in read_journal(self.layout, shard).entries)
+
+
+class RunSpending:
+    """What a run has spent, read from its store; each commit and record of waste is read once.
+
+    Journals are read at the first look: of shards that are begun later, heartbeats tell.
+    """
+
+    def __init__(self, layout: RunLayout, journaled: JournaledSpending | None = None) -> None:
+        self._layout = layout
+        self._journaled = journaled
+        self._paid_before: Mapping[str, Spent] | None = None
+        self._committed: dict[str, Spent] = {}
+        self._wasted: dict[str, Spent] = {}
+        self._beats: dict[str, Spent] = {}
+        self._outside: dict[str, Spent] = {}
+        self._next_look = 0.0
+
+    def outside(self, shard: str) -> Spent:
+        """What was spent, but for what the shard's present attempt spends; looked up at most every `REFRESH_S`."""
+        if time.monotonic() >= self._next_look:
+            started = time.monotonic()
+            self._look()
+            self._outside.clear()
+            ended = time.monotonic()
+            self._next_look = ended + max(REFRESH_S, _REFRESH_SHARE * (ended - started))
+        if shard not in self._outside:
+            self._outside[shard] = self._sum_outside(shard)
+        return self._outside[shard]
+
+    def forget_look(self) -> None:
+        """Look again at the next question."""
+        self._next_look = 0.0
+
+    def _sum_outside(self, shard: str) -> Spent:
+        paid_before = self._paid_before or {}
+        at_work = [
+            self._beats.get(name, Spent()).or_more(paid_before.get(name, Spent()))
+            for name in {*self._beats, *paid_before}
+            if name not in self._committed and name != shard
+        ]
+        return sum((*self._committed.values(), *self._wasted.values(), *at_work), Spent())
+
+    def _look(self) -> None:
+        layout = self._layout
+        # Beats before commits: a shard that commits in between is then counted as committed, never not at all.
+        self._beats = {shard: Spent.of_beat(beat) for shard, beat in read_beats(layout, "answer").items()}
+        for name in storage.list_names(layout.commits, ".json"):
+            shard = name.removesuffix(".json")
+            if shard not in self._committed and (commit := read_commit(layout, shard)) is not None:
+                self._committed[shard] = Spent.of_totals(commit.totals)
+        if self._paid_before is None and self._journaled is not None:
+            self._paid_before = self._journaled.of(self._committed)
+        for name in waste_names(layout):
+            if name not in self._wasted:
+                self._wasted[name] = Spent.of_totals(read_waste(layout, name).totals)

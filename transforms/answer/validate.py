@@ -1,0 +1,134 @@
+"""Validate: hold every completion against the output contract.
+
+Stands in the *answer* stage (run -> **validate** -> account -> commit): completions come from
+`transforms/answer/run.py`, validated answers go on to `transforms/money/account.py`. A failed answer stays in the
+stream with its error, because what it cost is still to be accounted; where `transforms/answer/repair.py` has another
+request for it, it is asked again.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from moebeam.model_runner.protocol import ModelRunner
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.errors import (
+    ContentRefused,
+    EmptyAnswer,
+    EngineFailed,
+    EngineOverloaded,
+    MalformedToolCall,
+    NotJson,
+    RowError,
+    ToolArgumentsInvalid,
+    TruncatedAnswer,
+)
+from moebeam.schemas.records import Completion, Request
+from moebeam.transforms.answer.run import run
+from moebeam.transforms.render.answer_terms import AnswerTerms
+
+
+@dataclass(frozen=True, slots=True)
+class ValidatedAnswer:
+    """A completion and what became of it.
+
+    Attributes:
+        output_json: the answer's JSON as the model wrote it, without the white space around it; None without a
+            schema or with an error.
+        error: why there is no valid answer; None if there is one.
+        value: the parsed JSON where `output_json` is set.
+        attempt: which attempt of its request this is, from 1.
+        is_last: whether the request is not asked again.
+    """
+
+    completion: Completion
+    output_json: str | None
+    error: RowError | None
+    value: Json = None
+    attempt: int = 1
+    is_last: bool = True
+
+
+AskAgain: TypeAlias = Callable[[Request, ValidatedAnswer], Request | None]
+
+
+def validate(
+    requests: Iterable[Request],
+    runner: ModelRunner,
+    terms_of: Callable[[str], AnswerTerms],
+    ask_again: AskAgain | None = None,
+    pause: Callable[[], None] = lambda: None,
+) -> Iterator[ValidatedAnswer]:
+    """Answer requests and validate what comes, each attempt as soon as it is done.
+
+    Without a schema any text is an answer, also an empty or a truncated one; `finish_reason` tells. What is to be asked
+    again waits until the others are through, so at most a shard's failures are held.
+
+    Args:
+        terms_of: what a request, by its id, is to be answered with.
+        ask_again: the next attempt of a failed request, or None where there is none.
+        pause: called before failed requests are asked again.
+    """
+    waiting: Iterable[Request] = requests
+    while True:
+        asked: dict[str, Request] = {}
+        again: list[Request] = []
+        for completion in run(_noted(waiting, asked), runner):
+            request = asked.pop(completion.request_id)
+            answer = validate_completion(completion, terms_of(request.request_id))
+            following = ask_again(request, answer) if ask_again is not None and answer.error is not None else None
+            if following is not None:
+                again.append(following)
+            yield replace(answer, attempt=request.attempt, is_last=following is None)
+        if not again:
+            return
+        pause()
+        waiting = again
+
+
+def _noted(requests: Iterable[Request], asked: dict[str, Request]) -> Iterator[Request]:
+    for request in requests:
+        asked[request.request_id] = request
+        yield request
+
+
+def validate_completion(completion: Completion, terms: AnswerTerms) -> ValidatedAnswer:
+    """Validate one completion: what the engine reports comes first, then tool calls, then the text.
+
+    An answer that calls tools is a turn of its own: its text need not keep the schema.
+    """
+    try:
+        if (error := completion.error or _engine_error(completion)) is not None:
+            raise error
+        terms.check_calls(completion.tool_calls)
+        if completion.tool_calls or terms.schema is None:
+            return ValidatedAnswer(completion, None, None)
+        value = terms.schema.check(completion.text)
+    except RowError as found:
+        return ValidatedAnswer(completion, None, _truncated(completion, found))
+    return ValidatedAnswer(completion, completion.text.strip(), None, value)
+
+
+def _engine_error(completion: Completion) -> RowError | None:
+    match completion.finish_reason:
+        case "content_filter":
+            return ContentRefused("the provider's content filter stopped the answer (finish_reason content_filter)")
+        case "insufficient_system_resource":
+            return EngineOverloaded("the provider ran out of capacity (finish_reason insufficient_system_resource)")
+        case "aborted" | "error":
+            return EngineFailed(f"the engine gave up on the answer (finish_reason {completion.finish_reason})")
+        case "stop" | "length" | "tool_calls":
+            return None
+
+
+_CUT_SHORT = (NotJson, EmptyAnswer, MalformedToolCall, ToolArgumentsInvalid)
+"""What an answer looks like whose end is missing."""
+
+
+def _truncated(completion: Completion, error: RowError) -> RowError:
+    if completion.finish_reason != "length" or not isinstance(error, _CUT_SHORT):
+        return error
+    return TruncatedAnswer(
+        f"max_tokens cut the answer after {completion.usage.completion_tokens} tokens, "
+        f"before it was complete: {error}; raise [sampling] max_tokens"
+    )

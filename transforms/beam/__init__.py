@@ -1,0 +1,1 @@
+"""Coders and counters that all stages share."""

@@ -1,0 +1,1 @@
+"""What survives a crash: commits, leases, journals, progress."""

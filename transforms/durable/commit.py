@@ -1,0 +1,244 @@
+"""Commit: a shard's tables become durable, once, whatever is killed or repeated.
+
+Ends the *answer* stage. The tables are staged under names of this attempt alone; then one commit record is created
+exclusively, and whoever creates it has won. It names the staged files, so a loser's files are never seen.
+"""
+
+import hashlib
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from moebeam.schemas.arrow import parquet_bytes, values_of
+from moebeam.schemas.errors import CommitError
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.record_json import RecordJson, read_record
+from moebeam.schemas.store.run_layout import TABLES, RunLayout, Table
+from moebeam.transforms.beam.coders import register_record
+from moebeam.transforms.money.accelerator_time import with_accelerator_seconds
+from moebeam.transforms.money.account import EXACT
+
+
+@register_record
+@dataclass(frozen=True, slots=True)
+class StagedFile:
+    """One table of one shard on the store; `path` is relative to the output folder."""
+
+    table: Table
+    path: str
+    num_rows: int
+    num_bytes: int
+    sha256: str
+
+
+@register_record
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over a shard or a run, from its tables.
+
+    Attributes:
+        num_reused: results that an earlier run's answers became.
+        num_rejects: rejected rows; files and row groups that could not be read are counted in `num_unreadable`.
+        num_unreadable_rows: rows that those stand for, as far as footers tell.
+        cached_tokens: None as soon as one attempt does not know.
+        costs: currency -> sum, as decimal text; empty without prices.
+        num_unpriced: attempts without a price.
+        num_lost_calls: calls to a provider that ended without a usage, and that it may bill all the same.
+        lost_costs_at_most: currency -> what it may bill for them, beside `costs`; those without a price are not in it.
+    """
+
+    num_results: int = 0
+    num_reused: int = 0
+    num_rejects: int = 0
+    num_unreadable: int = 0
+    num_unreadable_rows: int = 0
+    num_attempts: int = 0
+    num_unpriced: int = 0
+    num_upper_bound: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int | None = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    costs: Mapping[str, str] | None = None
+    rejects_by_type: Mapping[str, int] | None = None
+    num_lost_calls: int = 0
+    lost_costs_at_most: Mapping[str, str] | None = None
+
+    def __add__(self, other: "Totals") -> "Totals":
+        unknown = self.cached_tokens is None or other.cached_tokens is None
+        return Totals(
+            num_results=self.num_results + other.num_results,
+            num_reused=self.num_reused + other.num_reused,
+            num_rejects=self.num_rejects + other.num_rejects,
+            num_unreadable=self.num_unreadable + other.num_unreadable,
+            num_unreadable_rows=self.num_unreadable_rows + other.num_unreadable_rows,
+            num_attempts=self.num_attempts + other.num_attempts,
+            num_unpriced=self.num_unpriced + other.num_unpriced,
+            num_upper_bound=self.num_upper_bound + other.num_upper_bound,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            cached_tokens=None if unknown else (self.cached_tokens or 0) + (other.cached_tokens or 0),
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
+            costs=_add_costs(self.costs or {}, other.costs or {}),
+            rejects_by_type=_add_counts(self.rejects_by_type or {}, other.rejects_by_type or {}),
+            num_lost_calls=self.num_lost_calls + other.num_lost_calls,
+            lost_costs_at_most=_add_costs(self.lost_costs_at_most or {}, other.lost_costs_at_most or {}),
+        )
+
+
+@register_record
+@dataclass(frozen=True, slots=True)
+class ShardCommit:
+    """The record that makes a shard's tables count; also the receipt that *answer* gives to *publish*.
+
+    `engine` holds what the engine counted meanwhile, such as tokens computed and seconds by phase.
+    """
+
+    shard: str
+    run_id: str
+    attempt: str
+    committed_at: str
+    files: tuple[StagedFile, ...]
+    totals: Totals
+    engine: Mapping[str, float] | None = None
+
+
+def read_commit(layout: RunLayout, shard: str) -> ShardCommit | None:
+    """The commit record of a shard, or None if it is not committed.
+
+    Raises:
+        CommitError: the record is there but cannot be read.
+    """
+    return read_record(layout.shard_commit(shard), ShardCommit, "a commit record")
+
+
+def commit_shard(
+    layout: RunLayout,
+    run_id: str,
+    shard: str,
+    tables: Mapping[Table, pa.Table],
+    engine: Mapping[str, float] | None = None,
+) -> ShardCommit:
+    """Stage the tables of a shard and commit them; if another copy was first, its record is returned.
+
+    Args:
+        engine: what the engine counted for this shard; its seconds are spread over the ledger's lines.
+    Raises:
+        CommitError: the tables contradict each other, or the store cannot create exclusively.
+        OSError: the store failed; nothing is committed.
+    """
+    attempt = uuid.uuid4().hex
+    totals = totals_of(tables)
+    tables = {**tables, "ledger": with_accelerator_seconds(tables["ledger"], engine)}
+    files = tuple(_stage(layout, shard, attempt, table, tables[table]) for table in TABLES if tables[table].num_rows)
+    commit = ShardCommit(shard, run_id, attempt, datetime.now(UTC).isoformat(timespec="seconds"), files, totals, engine)
+    if storage.create_exclusive(layout.shard_commit(shard), RecordJson(ShardCommit).encode(commit)):
+        return commit
+    storage.remove_files([storage.join(layout.output, file.path) for file in files])
+    winner = read_commit(layout, shard)
+    if winner is None:
+        raise CommitError(f"{layout.shard_commit(shard)}: expected the record of another attempt, found none")
+    return winner
+
+
+def totals_of(tables: Mapping[Table, pa.Table]) -> Totals:
+    """The sums of a shard's tables, after checking that rows and ledger agree.
+
+    Raises:
+        CommitError: tokens or costs of the rows are not those of the ledger.
+    """
+    rows = pa.concat_tables([tables["results"], tables["rejects"]])
+    results, rejects, ledger = tables["results"], tables["rejects"], tables["ledger"]
+    paid = ledger_totals(ledger)
+    is_row = pc.equal(rejects.column("scope"), pa.scalar("row"))
+    row_rejects, unreadable = rejects.filter(is_row), rejects.filter(pc.invert(is_row))
+    costs = costs_by_currency(rows, "cost")
+    _check_equal("prompt_tokens", _sum(rows, "prompt_tokens"), paid.prompt_tokens)
+    _check_equal("completion_tokens", _sum(rows, "completion_tokens"), paid.completion_tokens)
+    _check_equal("reasoning_tokens", _sum(rows, "reasoning_tokens"), paid.reasoning_tokens)
+    _check_equal("cost", costs, costs_by_currency(ledger, "cost"))
+    _check_equal("cost_allocated of the rows", costs_by_currency(rows, "cost_allocated"), costs)
+    _check_equal("cost_allocated of the ledger", costs_by_currency(ledger, "cost_allocated"), costs)
+    return replace(
+        paid,
+        num_results=results.num_rows,
+        num_reused=results.num_rows - results.column("reused_from").null_count,
+        num_rejects=row_rejects.num_rows,
+        num_unreadable=unreadable.num_rows,
+        num_unreadable_rows=_sum(unreadable, "num_rows"),
+        rejects_by_type=_counts(rejects.column("error_type")),
+    )
+
+
+def ledger_totals(ledger: pa.Table) -> Totals:
+    """What a ledger alone can say: its attempts, their tokens and their cost, and nothing of rows."""
+    hits, reasoning = _sum(ledger, "cache_hit_tokens"), _sum(ledger, "reasoning_tokens")
+    lost = costs_by_currency(ledger, "lost_cost_at_most")
+    return Totals(
+        num_attempts=ledger.num_rows,
+        num_unpriced=ledger.column("cost").null_count,
+        num_upper_bound=_counts(ledger.column("cost_basis")).get("upper_bound", 0),
+        prompt_tokens=hits + _sum(ledger, "cache_miss_tokens"),
+        cached_tokens=None if ledger.column("cache_hit_tokens").null_count else hits,
+        completion_tokens=_sum(ledger, "visible_output_tokens") + reasoning,
+        reasoning_tokens=reasoning,
+        costs={currency: format(amount, "f") for currency, amount in costs_by_currency(ledger, "cost").items()},
+        rejects_by_type={},
+        num_lost_calls=_sum(ledger, "num_lost_calls"),
+        lost_costs_at_most={currency: format(amount, "f") for currency, amount in lost.items()},
+    )
+
+
+def _stage(layout: RunLayout, shard: str, attempt: str, table: Table, rows: pa.Table) -> StagedFile:
+    content = parquet_bytes(rows)
+    path = layout.staged(shard, attempt, table)
+    storage.write_whole(path, content)
+    relative = path.removeprefix(layout.output.rstrip("/") + "/")
+    return StagedFile(table, relative, rows.num_rows, len(content), hashlib.sha256(content).hexdigest())
+
+
+def _check_equal(what: str, rows: object, ledger: object) -> None:
+    if rows != ledger:
+        raise CommitError(
+            f"{what}: expected rows and ledger to agree, found {rows} in the rows, {ledger} in the ledger"
+        )
+
+
+def _sum(table: pa.Table, name: str) -> int:
+    return int(pc.sum(table.column(name)).as_py() or 0)
+
+
+def _counts(column: "pa.ChunkedArray[Any]") -> dict[str, int]:
+    return dict(sorted(Counter(value for value in column.to_pylist() if value is not None).items()))
+
+
+def costs_by_currency(table: pa.Table, column: str) -> dict[str, Decimal]:
+    """Sums of a column of amounts, such as `cost`, of a table of rows or of ledger lines, in order of currency.
+
+    Rows whose attempts were priced in several currencies add to each of them.
+    """
+    sums: dict[str, Decimal] = {}
+    amounts = list(zip(values_of(table, "currency"), values_of(table, column), strict=True))
+    if "costs_by_currency" in table.schema.names:
+        mixed = values_of(table, "costs_by_currency")
+        amounts += [(entry["currency"], entry[column]) for entries in mixed for entry in entries or ()]
+    for currency, amount in amounts:
+        if currency is not None and amount is not None:
+            sums[currency] = EXACT.add(sums.get(currency, Decimal(0)), amount)
+    return dict(sorted(sums.items()))
+
+
+def _add_costs(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:
+    currencies = sorted({*one, *other})
+    return {c: format(EXACT.add(Decimal(one.get(c, "0")), Decimal(other.get(c, "0"))), "f") for c in currencies}
+
+
+def _add_counts(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in sorted({*one, *other})}

@@ -1,0 +1,247 @@
+"""The journal's files: completions as lines, on disk at once and durable in groups, in object stores as small objects.
+
+Part of *answer*, below `transforms/answer/journal.py`. A line is a checksum and a JSON object; it holds an answer and
+what it cost, and of the request no more than a digest. On disk one file a writer grows: what was appended outlives the
+process, and after at most `DISK_DELAY_S` or `DISK_GROUP` answers the machine too. Object stores cannot append: what
+arrives within `STORE_DELAY_S`, or `STORE_GROUP` answers, becomes one numbered object, and until then a killed process
+loses it.
+"""
+
+import json
+import threading
+import uuid
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from moebeam.schemas.errors import EngineFailed, RowError
+from moebeam.schemas.lost_calls import LostCall
+from moebeam.schemas.records import Completion, ToolCall, Usage
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.appended_file import AppendedFile
+from moebeam.schemas.store.run_layout import RunLayout
+
+DISK_DELAY_S = 0.2
+DISK_GROUP = 64
+STORE_DELAY_S = 1.0
+STORE_GROUP = 256
+
+_SUFFIX = ".jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A journaled completion.
+
+    Attributes:
+        reference: its file and line, below the folder of the shard's journal.
+        key: digest of the request, see `journal.request_key`.
+        attempt: of the request, as it was counted then.
+    """
+
+    reference: str
+    key: str
+    attempt: int
+    completion: Completion
+
+
+@dataclass(frozen=True, slots=True)
+class JournalContent:
+    """All that the writers of a shard have kept.
+
+    Attributes:
+        num_damaged: lines that cannot be read; not counted is a last line that its writer could not finish.
+    """
+
+    entries: tuple[Entry, ...]
+    num_damaged: int = 0
+
+
+def read_journal(layout: RunLayout, shard: str) -> JournalContent:
+    """What all writers have kept for a shard, in the order of attempts and of their start.
+
+    Raises:
+        OSError: the store failed.
+    """
+    entries: list[Entry] = []
+    num_damaged = 0
+    folder = layout.shard_journal(shard)
+    for name in storage.list_names(folder, _SUFFIX):
+        found, damaged = _read_lines(name, storage.read_bytes(storage.join(folder, name)))
+        entries += found
+        num_damaged += damaged
+    entries.sort(key=lambda entry: (entry.attempt, entry.completion.started_at, entry.reference))
+    return JournalContent(tuple(entries), num_damaged)
+
+
+def _read_lines(name: str, content: bytes) -> tuple[list[Entry], int]:
+    entries: list[Entry] = []
+    num_damaged = 0
+    *lines, rest = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            entries.append(_entry_of(line, f"{name}:{number}"))
+        except (ValueError, KeyError, TypeError):
+            num_damaged += 1
+    # Without its end a line was never promised to anybody.
+    del rest
+    return entries, num_damaged
+
+
+class JournalWriter:
+    """Keeps the answers of one attempt of a shard, from any thread; its own thread makes them durable.
+
+    Raises:
+        OSError: `append` and `close`, once the store has failed; answers before that may be lost.
+    """
+
+    def __init__(self, layout: RunLayout, shard: str) -> None:
+        self._folder = layout.shard_journal(shard)
+        self._attempt = uuid.uuid4().hex
+        self._is_disk = storage.is_local(self._folder)
+        self._file: AppendedFile | None = None
+        self._number = 0
+        self._num_lines = 0
+        self._waiting: list[bytes] = []
+        self._is_closing = False
+        self._error: OSError | None = None
+        self._state = threading.Condition()
+        self._keeper: threading.Thread | None = None
+
+    def append(self, key: str, attempt: int, completion: Completion) -> str:
+        """Keep a completion; returns its reference.
+
+        Raises:
+            OSError: the store failed, now or since the last answer.
+            ValueError: it was closed.
+        """
+        line = _line_of(key, attempt, completion)
+        with self._state:
+            self._raise_error()
+            if self._is_closing:
+                raise ValueError("the journal was closed before this answer arrived")
+            if self._is_disk:
+                if self._file is None:
+                    self._file = AppendedFile(storage.join(self._folder, self._name()))
+                self._file.write(line)
+            self._waiting.append(line)
+            self._num_lines += 1
+            reference = f"{self._name()}:{self._num_lines}"
+            if self._keeper is None:
+                self._keeper = threading.Thread(target=self._keep, name=f"journal-{self._attempt}", daemon=True)
+                self._keeper.start()
+            self._state.notify()
+            return reference
+
+    def close(self) -> None:
+        """Make durable what waits.
+
+        Raises:
+            OSError: the store failed.
+        """
+        with self._state:
+            self._is_closing = True
+            self._state.notify()
+        if self._keeper is not None:
+            self._keeper.join()
+        if self._file is not None:
+            self._file.close()
+        self._raise_error()
+
+    def _keep(self) -> None:
+        """Make groups durable, until told to end or the store fails."""
+        delay_s, most = (DISK_DELAY_S, DISK_GROUP) if self._is_disk else (STORE_DELAY_S, STORE_GROUP)
+        while True:
+            with self._state:
+                self._state.wait_for(lambda: self._waiting or self._is_closing)
+                self._state.wait_for(lambda: len(self._waiting) >= most or self._is_closing, timeout=delay_s)
+                lines, self._waiting = self._waiting, []
+                if not lines:
+                    return
+                path = storage.join(self._folder, self._name())
+                if not self._is_disk:
+                    self._number += 1
+                    self._num_lines = 0
+            try:
+                if self._file is not None:
+                    self._file.sync()
+                else:
+                    storage.write_whole(path, b"".join(lines))
+            except OSError as error:
+                self._error = error
+                return
+
+    def _name(self) -> str:
+        return f"{self._attempt}-{self._number:06d}{_SUFFIX}"
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _line_of(key: str, attempt: int, completion: Completion) -> bytes:
+    error = completion.error
+    values: dict[str, Any] = {
+        "key": key,
+        "attempt": attempt,
+        "request_id": completion.request_id,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "usage": asdict(completion.usage),
+        "started_at": completion.started_at.isoformat(),
+        "latency_ms": completion.latency_ms,
+        "provider": completion.provider,
+        "model": completion.model,
+        "model_revision": completion.model_revision,
+        "reasoning_content": completion.reasoning_content,
+        "tool_calls": [asdict(call) for call in completion.tool_calls],
+        "logprobs": completion.logprobs,
+        "price_mode": completion.price_mode,
+        "error": error and {"type": error.error_type, "message": str(error)},
+        "lost_calls": [{**asdict(call), "started_at": call.started_at.isoformat()} for call in completion.lost_calls],
+    }
+    # A provider's JSON may spell half a surrogate pair, and two halves are not the whole: each is kept as it is.
+    content = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return b"%08x %s\n" % (zlib.crc32(content), content)
+
+
+def _entry_of(line: bytes, reference: str) -> Entry:
+    """A line's entry.
+
+    Raises:
+        ValueError, KeyError, TypeError: the line is damaged.
+    """
+    checksum, _, content = line.partition(b" ")
+    if int(checksum, 16) != zlib.crc32(content):
+        raise ValueError("checksum")
+    values: dict[str, Any] = json.loads(content.decode("utf-8", "surrogatepass"))
+    key, attempt, error, logprobs = (values.pop(name) for name in ("key", "attempt", "error", "logprobs"))
+    usage, calls = Usage(**values.pop("usage")), tuple(ToolCall(**call) for call in values.pop("tool_calls"))
+    started_at = datetime.fromisoformat(values.pop("started_at"))
+    lost_calls = tuple(_lost_call(**call) for call in values.pop("lost_calls", ()))
+    completion = Completion(
+        **values,
+        usage=usage,
+        started_at=started_at,
+        tool_calls=calls,
+        logprobs=None if logprobs is None else tuple(logprobs),
+        error=None if error is None else _error_types().get(error["type"], EngineFailed)(error["message"]),
+        lost_calls=lost_calls,
+    )
+    return Entry(reference, key, attempt, completion)
+
+
+def _lost_call(*, started_at: str, **values: Any) -> LostCall:
+    return LostCall(**values, started_at=datetime.fromisoformat(started_at))
+
+
+def _error_types() -> dict[str, type[RowError]]:
+    return {kind.error_type: kind for kind in _subclasses(RowError)}
+
+
+def _subclasses(kind: type[RowError]) -> Iterator[type[RowError]]:
+    for subclass in kind.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)

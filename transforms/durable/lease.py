@@ -1,0 +1,230 @@
+"""Leases: one copy of a shard answers, others wait for its commit, so that nothing is paid twice while it lives.
+
+Part of *answer*, around *commit*. A lease only saves money; that rows are right rests on the exclusive commit record.
+So a race here may cost a shard's work twice, and never more than that.
+
+A shard's leases form a chain, `<shard>.0.json`, `<shard>.1.json`, ...: the last one counts. Whoever finds the last one
+dead creates the next one exclusively, so that of any number of successors one wins, on every store that can hold a
+commit. Its holder renews it by overwriting it; nobody else ever writes it.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.beam.coders import RecordCoder
+
+LEASE_S = 60.0
+"""How long a lease holds after its last renewal."""
+
+RENEWAL_S = 15.0
+POLL_S = 0.5
+"""How often those that wait look for a commit."""
+
+MAX_CLOCK_SKEW_S = 30.0
+"""How far the clocks of two hosts may be apart before one may take over from the other too early."""
+
+_START_TOLERANCE_S = 2.0
+"""A process's start is known against the boot time, which moves with the clock."""
+
+_held: set[str] = set()
+"""The attempts whose leases threads of this process hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Who answers a shard.
+
+    Attributes:
+        attempt: unique to this claim.
+        host: the machine and the processes it can see, see `host_identity`; `pid` and `process_started` (seconds since
+            the epoch) hold there.
+        num_renewals: makes every renewal another content.
+        expires_at: seconds since the epoch by the holder's clock; 0 once it was given back.
+    """
+
+    attempt: str
+    host: str
+    pid: int
+    process_started: float
+    num_renewals: int
+    expires_at: float
+
+    @property
+    def is_held_by_a_dead_process(self) -> bool:
+        """Whether the holder was on this host and is no more; False of holders elsewhere."""
+        if self.host != host_identity():
+            return False
+        if self.pid == os.getpid():
+            return self.attempt not in _held
+        try:
+            process = psutil.Process(self.pid)
+            is_same = abs(process.create_time() - self.process_started) <= _START_TOLERANCE_S
+            return not is_same or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:
+            return False
+
+
+@cache
+def _boot_identity() -> str:
+    """This boot of this machine and the process namespace, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + "/" + os.readlink("/proc/self/ns/pid")
+    return f"{psutil.boot_time():.0f}"
+
+
+def host_identity() -> str:
+    """Equal in two processes only if a process id means the same in both."""
+    return f"{socket.gethostname()}/{_boot_identity()}"
+
+
+class ShardLease:
+    """One worker's look at the leases of one shard: it claims, waits, and takes over."""
+
+    def __init__(self, layout: RunLayout, shard: str) -> None:
+        self._layout = layout
+        self._shard = shard
+        self._generation = 0
+        self._seen: bytes = b""
+        self._seen_since = time.monotonic()
+
+    @contextlib.contextmanager
+    def claimed(self) -> Generator[bool]:
+        """Whether the shard is ours to answer inside the block; its lease is then renewed until the block ends.
+
+        On the way out by an error the lease is given back; else it is removed, since a commit stands in its place.
+
+        Raises:
+            OSError: the store failed.
+        """
+        lease = self._claim()
+        if lease is None:
+            yield False
+            return
+        path = self._layout.lease(self._shard, self._generation)
+        stop = threading.Event()
+        keeper = threading.Thread(target=_keep, args=(path, lease, stop), name=f"lease-{self._shard}", daemon=True)
+        keeper.start()
+        is_done = False
+        try:
+            yield True
+            is_done = True
+        finally:
+            stop.set()
+            keeper.join()
+            with contextlib.suppress(OSError):
+                if is_done:
+                    storage.remove_files([path])
+                else:
+                    storage.write_note(path, _encoded(replace(lease, num_renewals=-1, expires_at=0.0)))
+            _held.discard(lease.attempt)
+
+    def _claim(self) -> Lease | None:
+        """Our lease, or None while another holder lives."""
+        while (content := _read(self._layout.lease(self._shard, self._generation))) is not None:
+            following = _read(self._layout.lease(self._shard, self._generation + 1))
+            if following is None and self._is_living(content):
+                return None
+            self._generation += 1
+        lease = Lease(
+            attempt=uuid.uuid4().hex,
+            host=host_identity(),
+            pid=os.getpid(),
+            process_started=process_started(os.getpid()),
+            num_renewals=0,
+            expires_at=time.time() + LEASE_S,
+        )
+        _held.add(lease.attempt)
+        try:
+            if storage.create_exclusive(self._layout.lease(self._shard, self._generation), _encoded(lease)):
+                return lease
+        except BaseException:
+            _held.discard(lease.attempt)
+            raise
+        _held.discard(lease.attempt)
+        return None
+
+    def _is_living(self, content: bytes) -> bool:
+        """Whether the holder may still be at work, by its process, its clock, or how long it has been silent."""
+        if content != self._seen:
+            self._seen, self._seen_since = content, time.monotonic()
+        if time.monotonic() - self._seen_since > LEASE_S:
+            return False
+        try:
+            lease = RecordCoder(Lease).decode(content)
+        except ValueError:
+            # Not ours to understand: a later version's, or damaged. Silence alone tells.
+            return True
+        return time.time() <= lease.expires_at + MAX_CLOCK_SKEW_S and not lease.is_held_by_a_dead_process
+
+
+def has_lost_a_holder(layout: RunLayout) -> bool:
+    """Whether a process died while it answered a shard, in this attempt of the run or an earlier one.
+
+    Raises:
+        OSError: the store failed.
+    """
+    now = time.time()
+    return any(
+        lease.is_held_by_a_dead_process or lease.expires_at < now - MAX_CLOCK_SKEW_S
+        for lease in _read_all(layout).values()
+        if lease.expires_at  # else it was given back
+    )
+
+
+def read_leases(layout: RunLayout) -> dict[str, Lease]:
+    """The last lease of every shard that has any, whether its holder lives or not."""
+    leases: dict[str, Lease] = {}
+    for (shard, _), lease in sorted(_read_all(layout).items()):
+        leases[shard] = lease
+    return leases
+
+
+def _read_all(layout: RunLayout) -> dict[tuple[str, int], Lease]:
+    """All leases by shard and place in its chain, but for those that cannot be understood."""
+    leases: dict[tuple[str, int], Lease] = {}
+    for name in storage.list_names(layout.leases, ".json"):
+        shard, _, generation = name.removesuffix(".json").rpartition(".")
+        content = _read(layout.lease(shard, int(generation)))
+        with contextlib.suppress(ValueError):
+            if content is not None:
+                leases[shard, int(generation)] = RecordCoder(Lease).decode(content)
+    return leases
+
+
+def _keep(path: str, lease: Lease, stop: threading.Event) -> None:
+    """Renew a lease until told to stop; a renewal that fails is tried again at the next."""
+    while not stop.wait(RENEWAL_S):
+        lease = replace(lease, num_renewals=lease.num_renewals + 1, expires_at=time.time() + LEASE_S)
+        with contextlib.suppress(OSError):
+            storage.write_note(path, _encoded(lease))
+
+
+@cache
+def process_started(pid: int) -> float:
+    """When a process started, in seconds since the epoch: with its id it names the process for good."""
+    return psutil.Process(pid).create_time()
+
+
+def _encoded(lease: Lease) -> bytes:
+    return json.dumps(asdict(lease)).encode()
+
+
+def _read(path: str) -> bytes | None:
+    with contextlib.suppress(FileNotFoundError):
+        return storage.read_bytes(path)
+    return None

@@ -1,0 +1,1 @@
+"""Prices, accounts and allocation."""

@@ -1,0 +1,1 @@
+"""Stage *plan*: requests in token order, cut into shards."""

@@ -1,0 +1,47 @@
+"""The plan's record: which shards a run has, and how large they are.
+
+Written by *plan* when the plan is complete. Free of Beam, because status, quote and resume read it too.
+"""
+
+from dataclasses import dataclass
+
+from moebeam.schemas.store.record_json import read_record
+from moebeam.schemas.store.run_layout import RunLayout
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """A shard on the store. Requests that are merged into another count as rows, not as requests."""
+
+    shard: str
+    num_rows: int
+    num_requests: int
+    num_rejects: int
+    num_prompt_tokens: int
+    num_tree_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRecord:
+    """`plan.json`: the plan is complete, and these are its shards, in order."""
+
+    shards: tuple[PlannedShard, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(shard.num_rows for shard in self.shards)
+
+    @property
+    def max_hit_rate(self) -> float:
+        """h*: the largest share of prompt tokens that a cache could serve, with these shards."""
+        num_tokens = sum(shard.num_prompt_tokens for shard in self.shards)
+        return 1 - sum(shard.num_tree_tokens for shard in self.shards) / num_tokens if num_tokens else 0.0
+
+
+def read_plan(layout: RunLayout) -> PlanRecord | None:
+    """The complete plan of a run, or None if planning did not end.
+
+    Raises:
+        CommitError: the record is there but cannot be read.
+    """
+    return read_record(layout.plan_record, PlanRecord, "the record of a plan")

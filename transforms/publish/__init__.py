@@ -1,0 +1,1 @@
+"""Stage *publish*: committed shards become tables and a manifest."""

@@ -1,0 +1,199 @@
+"""Invariants: what must agree when a run ends, or its manifest is not written.
+
+Part of *publish*, after the shards are visible and before the manifest. Four accounts of the same work are held against
+each other: the ledger's files, the rows' files, the sums of the commits (which hold the usage that providers reported),
+and what the engine itself counted.
+"""
+
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.errors import CommitError
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.beam.coders import register_record
+from moebeam.transforms.durable.commit import ShardCommit, Totals, costs_by_currency
+from moebeam.transforms.money.accelerator_time import NUM_PROMPTS
+from moebeam.transforms.money.account import EXACT
+from moebeam.transforms.publish.rollup import GroupSums, Rollup
+
+_ROW_COLUMNS = (
+    "prompt_tokens",
+    "completion_tokens",
+    "reasoning_tokens",
+    "cost",
+    "cost_allocated",
+    "currency",
+    "costs_by_currency",
+)
+
+
+@register_record
+@dataclass(frozen=True, slots=True)
+class RowSums:
+    """What the files of results and rejects add up to; costs by currency."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    costs: Mapping[str, Decimal] | None = None
+    costs_allocated: Mapping[str, Decimal] | None = None
+
+    def __add__(self, other: "RowSums") -> "RowSums":
+        return RowSums(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
+            _add_costs(self.costs or {}, other.costs or {}),
+            _add_costs(self.costs_allocated or {}, other.costs_allocated or {}),
+        )
+
+
+def _add_costs(one: Mapping[str, Decimal], other: Mapping[str, Decimal]) -> dict[str, Decimal]:
+    names = sorted({*one, *other})
+    return {name: EXACT.add(one.get(name, Decimal(0)), other.get(name, Decimal(0))) for name in names}
+
+
+def sum_rows(table: pa.Table) -> RowSums:
+    """The sums of a table of results or rejects."""
+    tokens = {name: int(pc.sum(table.column(name)).as_py() or 0) for name in _ROW_COLUMNS[:3]}
+    return RowSums(
+        **tokens,
+        costs=costs_by_currency(table, "cost"),
+        costs_allocated=costs_by_currency(table, "cost_allocated"),
+    )
+
+
+class SumRows(beam.PTransform[Any, Any]):
+    """Commits of published shards -> one `RowSums` of their results and rejects."""
+
+    def __init__(self, layout: RunLayout) -> None:
+        super().__init__()
+        self._layout = layout
+
+    def expand(self, pcoll: "beam.PCollection[ShardCommit]") -> "beam.PCollection[RowSums]":
+        sums: Any = (
+            pcoll
+            | "SumShard" >> beam.FlatMap(_sum_shard, self._layout).with_output_types(RowSums)
+            | "AddShards" >> beam.CombineGlobally(_add_rows).with_output_types(RowSums)
+        )
+        return sums
+
+
+def _sum_shard(commit: ShardCommit, layout: RunLayout) -> Iterator[RowSums]:
+    for file in commit.files:
+        if file.table != "ledger":
+            content = storage.read_bytes(layout.published(file.table, commit.shard))
+            present = set(pq.read_schema(io.BytesIO(content)).names)
+            columns = [name for name in _ROW_COLUMNS if name in present]
+            yield sum_rows(pq.read_table(io.BytesIO(content), columns=columns))
+
+
+def _add_rows(sums: Iterable[RowSums]) -> RowSums:
+    return sum(sums, RowSums())
+
+
+def check_invariants(ledger: Rollup, rows: RowSums, totals: Totals, engine: Mapping[str, float]) -> dict[str, Json]:
+    """Hold the four accounts of a run against each other.
+
+    Args:
+        ledger: of the committed shards, without what was wasted.
+        totals: of the commits; their tokens are the usage that was reported with each completion.
+        engine: counters of the committed shards; empty where the engine does not count.
+    Returns:
+        What was compared, for the manifest: each `equal`, or why it could not be.
+    Raises:
+        CommitError: two accounts differ; names both, and what each says.
+    """
+    whole = sum(ledger.by_currency.values(), GroupSums())
+    costs = _costs_of(ledger, "cost")
+    for name in ("prompt_tokens", "completion_tokens", "reasoning_tokens"):
+        _check(name, "the ledger", getattr(whole, name), "the rows", getattr(rows, name))
+        _check(name, "the ledger", getattr(whole, name), "the usage in the commits", getattr(totals, name))
+    _check("attempts", "the ledger", whole.num_attempts, "the commits", totals.num_attempts)
+    committed = {currency: Decimal(amount) for currency, amount in (totals.costs or {}).items()}
+    _check("cost", "the ledger", costs, "the rows", _plain(rows.costs))
+    _check("cost", "the ledger", costs, "the commits", committed)
+    _check(
+        "cost_allocated", "the ledger", _costs_of(ledger, "cost_allocated"), "the rows", _plain(rows.costs_allocated)
+    )
+    _check("cost", "the ledger", costs, "its token classes", _class_costs(ledger))
+    return {
+        "ledger_and_rows": "equal",
+        "ledger_and_usage": "equal",
+        "ledger_and_token_classes": "equal",
+        "ledger_and_engine": _check_engine(whole, engine),
+    }
+
+
+def _check_engine(whole: GroupSums, engine: Mapping[str, float]) -> str:
+    """Compare with what the engine counted, where its counts are of this run's lines and of nothing else.
+
+    Prompts whose work was given up and done again are counted twice by the engine and paid once, and of those that it
+    refused it counts nothing.
+    """
+    if NUM_PROMPTS not in engine:
+        return "the engine does not count"
+    if whole.num_failed:
+        return f"not comparable: the engine failed on {whole.num_failed} attempts"
+    if engine[NUM_PROMPTS] != whole.num_attempts:
+        return (
+            f"not comparable: the engine counted {engine[NUM_PROMPTS]:.0f} prompts for {whole.num_attempts} attempts, "
+            "as when shards are answered side by side in one process"
+        )
+    if whole.num_unknown_hits:
+        return f"not comparable: cached tokens of {whole.num_unknown_hits} attempts are unknown"
+    _check("prompt tokens", "the ledger", whole.prompt_tokens, "the engine", int(engine["num_prompt_tokens"]))
+    if engine.get("num_preemptions", 0):
+        return f"prompt tokens equal; {engine['num_preemptions']:.0f} prompts were computed twice for want of memory"
+    computed = int(engine["num_computed_prefill_tokens"])
+    if computed > whole.cache_miss_tokens:
+        return f"prompt tokens equal; {computed - whole.cache_miss_tokens} shared tokens were computed again"
+    _check("computed prompt tokens", "the ledger", whole.cache_miss_tokens, "the engine", computed)
+    _check("cached tokens", "the ledger", whole.cache_hit_tokens, "the engine", whole.prompt_tokens - computed)
+    # The last token of an answer goes through no step. Commits of older versions did not count how many end an answer.
+    output = int(engine["num_decode_tokens"] + engine.get("num_uncomputed_answer_tokens", whole.num_attempts))
+    _check("output tokens", "the ledger", whole.completion_tokens, "the engine", output)
+    return "equal"
+
+
+def _costs_of(ledger: Rollup, name: str) -> dict[str, Decimal]:
+    return {currency: getattr(sums, name) for currency, sums in ledger.by_currency.items() if currency is not None}
+
+
+def _class_costs(ledger: Rollup) -> dict[str, Decimal]:
+    costs: dict[str, Decimal] = {}
+    for currency, sums in ledger.by_currency.items():
+        if currency is not None:
+            total = Decimal(0)
+            for part in (sums.cache_hit_cost, sums.cache_miss_cost, sums.visible_output_cost, sums.reasoning_cost):
+                total = EXACT.add(total, part)
+            costs[currency] = total
+    return costs
+
+
+def _plain(costs: Mapping[str, Decimal] | None) -> dict[str, Decimal]:
+    return dict(costs or {})
+
+
+def _check(what: str, one: str, found: object, other: str, expected: object) -> None:
+    if found != expected:
+        raise CommitError(
+            f"{what}: expected {one} and {other} to agree, "
+            f"found {_spell(found)} in {one}, {_spell(expected)} in {other}"
+        )
+
+
+def _spell(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{amount:f} {currency}" for currency, amount in value.items()) or "nothing"
+    return str(value)

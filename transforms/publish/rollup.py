@@ -1,0 +1,324 @@
+"""Roll-ups: the ledger added up by any of its columns.
+
+Part of *publish*, which puts the sums by tenant, cost centre and day into the manifest; `moebeam report` asks for other
+columns. Amounts of different currencies are never added: the currency is always part of a group. Sums are exact, so
+they depend neither on the order of the lines nor on how they were cut.
+"""
+
+import heapq
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from typing import Any, TypeAlias
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from moebeam.schemas.canonical import Json, canonical_json
+from moebeam.schemas.errors import CommitError, JobFileError
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.tables import LEDGER_SCHEMA
+from moebeam.transforms.beam.coders import register_record
+from moebeam.transforms.durable.commit import ShardCommit
+from moebeam.transforms.money.account import EXACT
+
+DEFAULT_BY = ("tenant", "cost_center", "day")
+MAX_GROUPS = 1000
+"""Most groups that a manifest lists; the smaller ones are added up as `others`."""
+
+_PERIODS = {"day": "%Y-%m-%d", "month": "%Y-%m", "hour": "%Y-%m-%dT%H:00Z"}
+_TAG = "tags."
+_COUNTED = ("cache_hit_tokens", "cache_miss_tokens", "visible_output_tokens", "reasoning_tokens")
+_AMOUNTS = (
+    "cache_hit_cost",
+    "cache_miss_cost",
+    "visible_output_cost",
+    "reasoning_cost",
+    "cost",
+    "cost_allocated",
+)
+_COLUMNS = tuple(
+    name
+    for name in LEDGER_SCHEMA.names
+    if name
+    not in {
+        *_COUNTED,
+        *_AMOUNTS,
+        *("started_at", "accelerator_s", "tags", "num_lost_calls", "lost_cost_at_most"),
+    }
+)
+
+GroupKey: TypeAlias = tuple[str | None, ...]
+"""Values of the columns of a roll-up, then the currency; null is a value of its own."""
+
+
+@register_record
+@dataclass(frozen=True, slots=True)
+class GroupSums:
+    """What the ledger lines of a group add up to; the amounts are in the group's currency.
+
+    Attributes:
+        num_unpriced: lines without a price, which are in no amount.
+        num_unknown_hits: lines whose cached tokens are not known; their prompts are whole in `cache_miss_tokens`.
+        num_failed: lines that the engine ended with an error.
+        num_untimed: lines without accelerator seconds.
+    """
+
+    num_attempts: int = 0
+    num_unpriced: int = 0
+    num_upper_bound: int = 0
+    num_unknown_hits: int = 0
+    num_failed: int = 0
+    num_untimed: int = 0
+    cache_hit_tokens: int = 0
+    cache_miss_tokens: int = 0
+    visible_output_tokens: int = 0
+    reasoning_tokens: int = 0
+    cache_hit_cost: Decimal = Decimal(0)
+    cache_miss_cost: Decimal = Decimal(0)
+    visible_output_cost: Decimal = Decimal(0)
+    reasoning_cost: Decimal = Decimal(0)
+    cost: Decimal = Decimal(0)
+    cost_allocated: Decimal = Decimal(0)
+    accelerator_s: float = 0.0
+
+    def __add__(self, other: "GroupSums") -> "GroupSums":
+        return GroupSums(**{name: _add(getattr(self, name), getattr(other, name)) for name in _FIELDS})
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.cache_hit_tokens + self.cache_miss_tokens
+
+    @property
+    def completion_tokens(self) -> int:
+        return self.visible_output_tokens + self.reasoning_tokens
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the prompt tokens that a cache held; None where that is unknown of any line."""
+        if self.num_unknown_hits or not self.prompt_tokens:
+            return None
+        return self.cache_hit_tokens / self.prompt_tokens
+
+    def to_json(self) -> dict[str, Json]:
+        """The sums as JSON values: decimals as plain strings."""
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return {name: format(value, "f") if isinstance(value, Decimal) else value for name, value in values.items()}
+
+
+_FIELDS = tuple(GroupSums.__dataclass_fields__)
+
+
+def _add(one: Any, other: Any) -> Any:
+    return EXACT.add(one, other) if isinstance(one, Decimal) else one + other
+
+
+@dataclass(frozen=True, slots=True)
+class Rollup:
+    """A ledger added up.
+
+    Attributes:
+        by: the columns, as they were asked for.
+        groups: the largest, by cost and then by key; the key ends with the currency.
+        others: all further groups together, by currency.
+    """
+
+    by: tuple[str, ...]
+    groups: tuple[tuple[GroupKey, GroupSums], ...] = ()
+    others: Mapping[str | None, GroupSums] = field(default_factory=dict[str | None, GroupSums])
+    num_others: int = 0
+
+    @property
+    def by_currency(self) -> dict[str | None, GroupSums]:
+        """The whole ledger; lines without a price stand under None."""
+        sums = dict(self.others)
+        for key, group in self.groups:
+            sums[key[-1]] = sums.get(key[-1], GroupSums()) + group
+        return dict(sorted(sums.items(), key=lambda entry: (entry[0] is None, entry[0] or "")))
+
+    def to_json(self) -> dict[str, Json]:
+        """The roll-up as a manifest holds it."""
+        names = (*self.by, "currency")
+        return {
+            "by": list(self.by),
+            "groups": [{**dict(zip(names, key, strict=True)), **sums.to_json()} for key, sums in self.groups],
+            "num_other_groups": self.num_others,
+            "others": [{"currency": currency, **sums.to_json()} for currency, sums in sorted_others(self.others)],
+        }
+
+
+def sorted_others(others: Mapping[str | None, GroupSums]) -> list[tuple[str | None, GroupSums]]:
+    """In order of currency, lines without a price last."""
+    return sorted(others.items(), key=lambda entry: (entry[0] is None, entry[0] or ""))
+
+
+def parse_by(text: str, tags: Iterable[str] = ()) -> tuple[str, ...]:
+    """The columns that a command names, separated by commas; `tags.team` is a tag, and so is `team` where it is one.
+
+    Raises:
+        JobFileError: a column is none of the ledger's.
+    """
+    known_tags = set(tags)
+    by: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        if name in known_tags and name not in _COLUMNS and name not in _PERIODS:
+            by.append(_TAG + name)
+        elif name in _COLUMNS or name in _PERIODS or (name.startswith(_TAG) and len(name) > len(_TAG)):
+            by.append(name)
+        else:
+            raise JobFileError(
+                f"--by: expected columns of the ledger ({', '.join((*_PERIODS, *_COLUMNS))}) or tags.NAME, "
+                f"found {name!r}"
+            )
+    return tuple(dict.fromkeys(by))
+
+
+def read_ledger(path: str) -> pa.Table:
+    """A file of the ledger in today's columns; those that an older version did not write are null.
+
+    Raises:
+        CommitError: the file is missing or no ledger.
+        OSError: the store failed.
+    """
+    try:
+        table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+        missing = {name: pa.nulls(table.num_rows, LEDGER_SCHEMA.field(name).type) for name in LEDGER_SCHEMA.names}
+        columns = [table.column(name) if name in table.schema.names else missing[name] for name in LEDGER_SCHEMA.names]
+        return pa.table(columns, names=LEDGER_SCHEMA.names).cast(LEDGER_SCHEMA)
+    except (pa.ArrowException, ValueError) as error:
+        raise CommitError(f"{path}: expected a file of the ledger, found: {error}") from error
+    except FileNotFoundError as error:
+        raise CommitError(f"{path}: expected a file of the ledger, found no such file") from error
+
+
+def roll_up(ledger: pa.Table, by: Sequence[str]) -> dict[GroupKey, GroupSums]:
+    """Add up ledger lines by columns and currency.
+
+    Args:
+        ledger: rows of `moebeam.schemas.tables.LEDGER_SCHEMA`.
+        by: as of `parse_by`.
+    """
+    keys = [_key_column(ledger, name) for name in (*by, "currency")]
+    measures: dict[str, Any] = {
+        "num_unpriced": _ones(pc.is_null(ledger.column("cost"))),
+        "num_upper_bound": _ones(pc.equal(ledger.column("cost_basis"), pa.scalar("upper_bound"))),
+        "num_unknown_hits": _ones(pc.is_null(ledger.column("cache_hit_tokens"))),
+        "num_failed": _ones(pc.equal(ledger.column("finish_reason"), pa.scalar("error"))),
+        "num_untimed": _ones(pc.is_null(ledger.column("accelerator_s"))),
+        **{name: ledger.column(name) for name in (*_COUNTED, *_AMOUNTS, "accelerator_s")},
+    }
+    names = [f"key_{place}" for place in range(len(keys))]
+    table = pa.table([*keys, *measures.values()], names=[*names, *measures])
+    summed: Any = table.group_by(names).aggregate([([], "count_all"), *((name, "sum") for name in measures)])
+    groups: dict[GroupKey, GroupSums] = {}
+    for row in summed.to_pylist():
+        # A sum over nothing but nulls is null; how many lines are null is counted apart.
+        sums = {name: row[f"{name}_sum"] for name in measures if row[f"{name}_sum"] is not None}
+        groups[tuple(row[name] for name in names)] = GroupSums(num_attempts=row["count_all"], **sums)
+    return groups
+
+
+def _key_column(ledger: pa.Table, name: str) -> Any:
+    if name in _PERIODS:
+        return pc.strftime(ledger.column("started_at"), format=_PERIODS[name])
+    if name.startswith(_TAG):
+        tags: Any = ledger.column("tags")
+        return pc.map_lookup(tags, query_key=name.removeprefix(_TAG), occurrence="first")
+    return ledger.column(name).cast(pa.string())
+
+
+def _ones(mask: Any) -> Any:
+    return pc.fill_null(mask, False).cast(pa.int64())
+
+
+def merge_groups(parts: Iterable[Mapping[GroupKey, GroupSums]]) -> dict[GroupKey, GroupSums]:
+    """Roll-ups of parts of a ledger as the roll-up of the whole."""
+    merged: dict[GroupKey, GroupSums] = {}
+    for part in parts:
+        for key, sums in part.items():
+            merged[key] = merged[key] + sums if key in merged else sums
+    return merged
+
+
+def largest_groups(
+    groups: Iterable[tuple[GroupKey, GroupSums]], by: Sequence[str], max_groups: int | None = None
+) -> Rollup:
+    """A roll-up that lists the dearest groups, each key given once, and adds up the rest; nothing is left out."""
+    ordered = sorted(groups, key=_by_cost)
+    kept = ordered if max_groups is None else ordered[:max_groups]
+    others: dict[str | None, GroupSums] = {}
+    for key, sums in ordered[len(kept) :]:
+        others[key[-1]] = others.get(key[-1], GroupSums()) + sums
+    return Rollup(tuple(by), tuple(kept), others, len(ordered) - len(kept))
+
+
+def _by_cost(group: tuple[GroupKey, GroupSums]) -> tuple[Decimal, tuple[tuple[bool, str], ...]]:
+    key, sums = group
+    return sums.cost.copy_negate(), tuple((part is None, part or "") for part in key)
+
+
+class RollUpLedger(beam.PTransform[Any, Any]):
+    """Commits of published shards -> one `Rollup` of their ledgers."""
+
+    def __init__(self, layout: RunLayout, by: Sequence[str] = DEFAULT_BY, max_groups: int = MAX_GROUPS) -> None:
+        super().__init__()
+        self._layout = layout
+        self._by = tuple(by)
+        self._max_groups = max_groups
+
+    def expand(self, pcoll: "beam.PCollection[ShardCommit]") -> "beam.PCollection[Rollup]":
+        sums: Any = (
+            pcoll
+            | "RollUpShard"
+            >> beam.FlatMap(_roll_up_shard, self._layout, self._by).with_output_types(tuple[str, GroupSums])
+            | "AddGroups" >> beam.CombinePerKey(_add_groups).with_output_types(tuple[str, GroupSums])
+            | "LargestGroups" >> beam.CombineGlobally(_LargestGroups(self._by, self._max_groups))
+        )
+        return sums
+
+
+def _roll_up_shard(commit: ShardCommit, layout: RunLayout, by: Sequence[str]) -> Iterator[tuple[str, GroupSums]]:
+    """The groups of one shard; a key travels as canonical JSON, which is the same bytes everywhere."""
+    if any(file.table == "ledger" for file in commit.files):
+        for key, sums in roll_up(read_ledger(layout.published("ledger", commit.shard)), by).items():
+            yield canonical_json(key), sums
+
+
+def _add_groups(groups: Iterable[GroupSums]) -> GroupSums:
+    return sum(groups, GroupSums())
+
+
+class _LargestGroups(beam.CombineFn):
+    """`largest_groups` in bounded memory: each group comes once, so what is too small once stays so."""
+
+    def __init__(self, by: Sequence[str], max_groups: int) -> None:
+        super().__init__()
+        self._by = tuple(by)
+        self._max_groups = max_groups
+
+    def create_accumulator(self) -> Rollup:
+        return Rollup(self._by)
+
+    def add_input(self, mutable_accumulator: Rollup, element: tuple[str, GroupSums]) -> Rollup:
+        key, sums = element
+        return self.merge_accumulators([mutable_accumulator, Rollup(self._by, ((tuple(json.loads(key)), sums),))])
+
+    def merge_accumulators(self, accumulators: Iterable[Rollup]) -> Rollup:
+        merged = Rollup(self._by)
+        for part in accumulators:
+            ordered = tuple(heapq.merge(merged.groups, part.groups, key=_by_cost))
+            others = dict(merged.others)
+            dropped = [(key[-1], sums) for key, sums in ordered[self._max_groups :]]
+            for currency, sums in (*part.others.items(), *dropped):
+                others[currency] = others.get(currency, GroupSums()) + sums
+            num_others = merged.num_others + part.num_others + len(dropped)
+            merged = replace(merged, groups=ordered[: self._max_groups], others=others, num_others=num_others)
+        return merged
+
+    def extract_output(self, accumulator: Rollup) -> Rollup:
+        return accumulator

@@ -1,0 +1,1 @@
+"""What a job will cost, from a survey of its prompts."""

@@ -1,0 +1,80 @@
+"""How many prompt tokens a provider's cache is expected to serve, by the rule that its documents state.
+
+Part of the quote. Requests are taken in the order of the plan, one after another: what runs at once cannot hit what
+has not been stored yet, so a rule gives an expectation, never a promise. The bounds of a quote do not rest on it: they
+go from no hit at all to every token that is shared in the prefix tree.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from moebeam.transforms.quote.prompt_survey import Counts, PromptSurvey
+
+RuleName: TypeAlias = Literal["prefix_tree", "stored_units", "none", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRule:
+    """How a provider caches prompts.
+
+    Attributes:
+        meaning: the rule in words, with where it comes from.
+    """
+
+    name: RuleName
+    meaning: str
+
+
+TREE = CacheRule("prefix_tree", "every token shared with an earlier request of the shard (our own engine)")
+UNITS = CacheRule(
+    "stored_units",
+    "a stored unit must match whole; units end at the end of an input and where two inputs were found to part "
+    "(DeepSeek's documents; units at fixed intervals are left out, their length is not published)",
+)
+NONE = CacheRule("none", "nothing is kept between requests")
+UNKNOWN = CacheRule("unknown", "no rule is documented; expected without a hit")
+
+RULES: Mapping[str, CacheRule] = {
+    "torch": TREE,
+    "fake": TREE,
+    "transformers": NONE,
+    "deepseek": UNITS,
+}
+"""Rules by provider, or by engine for what runs here."""
+
+
+def rule_of(provider: str, engine: str) -> CacheRule:
+    """The rule of a provider; `local` stands for the engine in process."""
+    return RULES.get(engine if provider == "local" else provider, UNKNOWN)
+
+
+def expected_hits(survey: PromptSurvey, rule: CacheRule) -> Counts:
+    """Tokens of each request that the cache is expected to serve: int64, shape (num_requests,)."""
+    match rule.name:
+        case "prefix_tree":
+            return np.where(survey.starts_shard, 0, survey.num_shared_tokens)
+        case "stored_units":
+            return _unit_hits(survey)
+        case "none" | "unknown":
+            return np.zeros(survey.num_requests, dtype=np.int64)
+
+
+def _unit_hits(survey: PromptSurvey) -> Counts:
+    """Hits where a prefix has to be stored as a unit before it can be found.
+
+    In token order every unit that a request can hit lies on the path that it shares with the request before it.
+    """
+    hits = np.zeros(survey.num_requests, dtype=np.int64)
+    units: list[int] = []  # lengths of the stored units on the path of the request before, shortest first
+    pairs = zip(survey.num_prompt_tokens.tolist(), survey.num_shared_tokens.tolist(), strict=True)
+    for index, (num_tokens, num_shared) in enumerate(pairs):
+        while units and units[-1] > num_shared:
+            units.pop()
+        hits[index] = units[-1] if units else 0
+        for end in (num_shared, num_tokens):
+            if end and (not units or units[-1] < end):
+                units.append(end)
+    return hits

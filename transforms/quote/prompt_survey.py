@@ -1,0 +1,240 @@
+"""A survey of a job's prompts: read and rendered as a run would, counted, and nothing else; no model is asked.
+
+Stands beside the way of a row, before it: a quote is made of it. The rows go through `input_rows` and `renderer`,
+the same functions as in a run, and are put into the order of the plan. Free of Beam and torch.
+"""
+
+import random
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from moebeam.model_runner.prefix_tree import common_prefix_lengths
+from moebeam.schemas.arrow import values_of
+from moebeam.schemas.errors import JobFileError
+from moebeam.schemas.job.sections import PlanSection
+from moebeam.transforms.plan.row_order import can_merge
+from moebeam.transforms.plan.shard_cut import RowCosts, cut_rows, expected_output_tokens
+from moebeam.transforms.read.input_rows import ReadColumns, read_unit
+from moebeam.transforms.read.input_scan import InputScan, InputUnit
+from moebeam.transforms.render.render_rows import Renderer, sampling_of
+
+MAX_SURVEY_BYTES = 1 << 30
+"""Most memory for the keys of a survey, four bytes a prompt token; a larger input is sampled instead."""
+
+Counts: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSurvey:
+    """The requests of an input, or of a sample of its rows, in the order of the plan.
+
+    Attributes:
+        num_rows: rows of the input, with those that are in no sample.
+        num_surveyed_rows: rows that were read and rendered; those of rejects and merged requests are among them.
+        rejects: how many surveyed rows would be rejected before the model is asked, by error type.
+        num_prompt_tokens: of each request; int64, shape (num_requests,).
+        num_shared_tokens: how many of them each request shares with the one before it; same shape.
+        num_nearest_tokens: how many it shares with whichever other request shares most; same shape.
+        max_output_tokens: `max_tokens` of each request; same shape.
+        num_group_rows: rows that each request answers: itself and those that are merged into it; same shape.
+        starts_shard: about where the plan would cut; bool, same shape.
+        own_terms: whether a request brings sampling or options of its own; bool, same shape.
+    """
+
+    num_rows: int
+    num_surveyed_rows: int
+    rejects: Mapping[str, int]
+    num_prompt_tokens: Counts
+    num_shared_tokens: Counts
+    num_nearest_tokens: Counts
+    max_output_tokens: Counts
+    num_group_rows: Counts
+    starts_shard: npt.NDArray[np.bool_]
+    own_terms: npt.NDArray[np.bool_]
+
+    @property
+    def is_sample(self) -> bool:
+        return self.num_surveyed_rows < self.num_rows
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.num_prompt_tokens)
+
+    @property
+    def num_tree_tokens(self) -> int:
+        """T: tokens of the prefix tree of the surveyed requests."""
+        return int(self.num_prompt_tokens.sum() - self.num_shared_tokens.sum())
+
+
+@dataclass(slots=True)
+class _Collected:
+    """The requests of a survey as they come in; one entry each."""
+
+    keys: list[bytes] = field(default_factory=list[bytes])
+    kinds: list[int] = field(default_factory=list[int])
+    rejects: Counter[str] = field(default_factory=Counter[str])
+    num_rows: int = 0
+    num_key_bytes: int = 0
+
+
+class _Kinds:
+    """Numbers for what requests must have in common, beside their prompts, to be merged."""
+
+    def __init__(self) -> None:
+        self.of: dict[tuple[str, str | None, str], int] = {}
+
+    def number(self, kind: tuple[str, str | None, str]) -> int:
+        return self.of.setdefault(kind, len(self.of))
+
+
+def survey_prompts(
+    scan: InputScan,
+    columns: ReadColumns,
+    renderer: Renderer,
+    plan: PlanSection,
+    *,
+    has_ids: bool,
+    num_sample_rows: int | None = None,
+) -> PromptSurvey:
+    """Read and render an input, or some of its rows, and count.
+
+    Args:
+        has_ids: whether rows bring ids, of which a repeated one is a reject; in a sample none is looked for.
+        num_sample_rows: how many rows are drawn, each as likely as any other; None reads all of them. The draw depends
+            on the input alone.
+    Raises:
+        JobFileError: the input is too large to be surveyed whole.
+    """
+    collected, kinds = _Collected(), _Kinds()
+    wanted = _draw(scan, num_sample_rows)
+    seen: set[str] | None = set() if has_ids and wanted is None else None
+    for unit in scan.units:
+        rows = wanted.get(unit.ordinal) if wanted is not None else None
+        if wanted is not None and rows is None:
+            continue
+        for batch in read_unit(unit, columns):
+            picked = batch if rows is None else _picked(batch, unit, rows)
+            if picked.num_rows:
+                _collect(collected, renderer.render_batch(picked), kinds, seen)
+    return _counted(collected, kinds, plan, scan.num_rows)
+
+
+def _draw(scan: InputScan, num_sample_rows: int | None) -> dict[int, list[int]] | None:
+    """Which rows of which unit are in the sample, by their place in the unit; None for all rows."""
+    if num_sample_rows is None or num_sample_rows >= scan.num_rows:
+        return None
+    # A fixed draw for a fixed input, so that a quote can be repeated.
+    drawn = sorted(random.Random(scan.fingerprint).sample(range(scan.num_rows), num_sample_rows))
+    picked: dict[int, list[int]] = {}
+    first = 0
+    for unit in scan.units:
+        end = first + (unit.num_rows or 0)
+        low, high = bisect_left(drawn, first), bisect_left(drawn, end)
+        if low < high:
+            picked[unit.ordinal] = [row - first for row in drawn[low:high]]
+        first = end
+    return picked
+
+
+def _picked(batch: pa.RecordBatch, unit: InputUnit, rows: Sequence[int]) -> pa.RecordBatch:
+    """The rows of a batch that are in the sample; a reject that stands for several rows stays where one of them is."""
+    if batch.num_rows and values_of(batch, "scope")[0] != "row":
+        return batch
+    first = values_of(batch, "source_row")[0] - unit.first_row
+    low, high = bisect_left(rows, first), bisect_left(rows, first + batch.num_rows)
+    return batch.take(pa.array([row - first for row in rows[low:high]], pa.int64()))
+
+
+def _collect(collected: _Collected, batch: pa.RecordBatch, kinds: _Kinds, seen: set[str] | None) -> None:
+    names = ("prefix_key", "sampling", "options", "cost_center", "error_type", "custom_id", "num_rows")
+    for key, sampling, options, cost_center, error, custom_id, num_rows in zip(
+        *(values_of(batch, name) for name in names), strict=True
+    ):
+        collected.num_rows += num_rows or 0
+        if error is None and seen is not None:
+            error = "duplicate_id" if custom_id in seen else None
+            seen.add(custom_id)
+        if error is not None:
+            collected.rejects[error] += num_rows or 0
+            continue
+        collected.keys.append(key)
+        collected.kinds.append(kinds.number((sampling, options, cost_center)))
+        collected.num_key_bytes += len(key)
+    if collected.num_key_bytes > MAX_SURVEY_BYTES:
+        raise JobFileError(
+            f"--sample: the first {collected.num_rows:,} rows have {collected.num_key_bytes // 4:,} prompt tokens, "
+            f"more than a quote holds in memory ({MAX_SURVEY_BYTES // 4:,}); add --sample 100000 to quote from a sample"
+        )
+
+
+def _counted(collected: _Collected, kinds: _Kinds, plan: PlanSection, num_rows: int) -> PromptSurvey:
+    """Put the requests into token order and merge equal ones, as *plan* does."""
+    order = sorted(range(len(collected.keys)), key=lambda index: (collected.keys[index], collected.kinds[index]))
+    sampling_texts = [sampling for sampling, _, _ in kinds.of]
+    is_mergeable = [can_merge(text, plan) for text in sampling_texts]
+    keys: list[bytes] = []
+    kept: list[int] = []
+    group_rows: list[int] = []
+    for index in order:
+        key, kind = collected.keys[index], collected.kinds[index]
+        if keys and is_mergeable[kind] and kind == kept[-1] and key == keys[-1]:
+            group_rows[-1] += 1
+            continue
+        keys.append(key)
+        kept.append(kind)
+        group_rows.append(1)
+    kind_of = np.array(kept, dtype=np.int64)
+    max_tokens = np.array([sampling_of(text).max_tokens for text in sampling_texts], dtype=np.int64)
+    has_options = np.array([options is not None for _, options, _ in kinds.of], dtype=np.bool_)
+    lengths = np.array([(len(key) - 8) // 4 for key in keys], dtype=np.int64)
+    shared = common_prefix_lengths(keys)
+    num_group_rows = np.array(group_rows, dtype=np.int64)
+    outputs = max_tokens[kind_of] if len(kept) else np.zeros(0, dtype=np.int64)
+    return PromptSurvey(
+        num_rows=num_rows,
+        num_surveyed_rows=collected.num_rows,
+        rejects=dict(collected.rejects),
+        num_prompt_tokens=lengths,
+        num_shared_tokens=shared,
+        num_nearest_tokens=np.maximum(shared, np.append(shared[1:], 0)) if len(kept) else shared,
+        max_output_tokens=outputs,
+        num_group_rows=num_group_rows,
+        starts_shard=_shard_starts(lengths - shared, shared, outputs, num_group_rows, plan),
+        own_terms=has_options[kind_of] if len(kept) else np.zeros(0, dtype=np.bool_),
+    )
+
+
+def _shard_starts(
+    uncached: Counts, shared: Counts, max_outputs: Counts, group_rows: Counts, plan: PlanSection
+) -> npt.NDArray[np.bool_]:
+    """About where the plan cuts: a large input it divides into ranges first, and it weighs bytes and rejects too."""
+    limits, places = np.unique(max_outputs, return_inverse=True)
+    outputs = np.array([expected_output_tokens(limit) for limit in limits.tolist()], dtype=np.int64)
+    costs = RowCosts(
+        tokens=uncached + outputs[places],
+        shared_tokens=shared,
+        num_rows=group_rows,
+        num_bytes=np.zeros_like(uncached),
+        can_begin=np.ones(len(uncached), dtype=np.bool_),
+    )
+    starts = np.zeros(len(uncached), dtype=np.bool_)
+    starts[cut_rows(costs, plan)] = True
+    return starts
+
+
+def survey_columns(columns: ReadColumns) -> ReadColumns:
+    """Only the columns that a quote needs: what prompts are made of, ids, tenants and cost centres."""
+    return ReadColumns(
+        input_fields=columns.input_fields,
+        passthrough=(),
+        id_column=columns.id_column,
+        tenant_column=columns.tenant_column,
+        cost_center_column=columns.cost_center_column,
+    )

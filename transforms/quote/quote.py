@@ -1,0 +1,266 @@
+"""The quote: what a job will take and cost, with bounds, worked out from a survey of its prompts.
+
+Pure arithmetic over `PromptSurvey` and price lines; Decimal for money, and nothing is rounded.
+
+What the bounds mean. They hold for a run that asks the model for every request and loses no attempt to a crash. *Low*:
+every token that a cache can serve is a hit and answers are empty. *High*: nothing is a hit, every answer takes all of
+its `max_tokens`, and where answers can be asked again, all are, each time with as long a prompt as the context
+allows; `high_without_repair` leaves the last part out. With a sample they hold with a probability of `CONFIDENCE`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+import numpy as np
+
+from moebeam.schemas.prices import PriceLine
+from moebeam.transforms.money.account import EXACT
+from moebeam.transforms.quote.cache_rules import CacheRule, expected_hits
+from moebeam.transforms.quote.prompt_survey import Counts, PromptSurvey
+
+CONFIDENCE = 0.999
+_Z = 3.2905
+"""How many standard errors a bound from a sample lies from its mean, for `CONFIDENCE`, both sides together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A count of tokens or requests: a value and its bounds, which are equal where everything was counted."""
+
+    low: int
+    expected: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenForecast:
+    """What a job's requests amount to.
+
+    Attributes:
+        requests: rows that the model is asked; merged and rejected ones are not among them.
+        prompt_tokens: N, of these requests, each asked once.
+        tree_tokens: T, of their prefix tree.
+        max_output_tokens: the sum of their `max_tokens`.
+        merged_rows: rows that take another one's answer.
+    """
+
+    requests: Forecast
+    prompt_tokens: Forecast
+    tree_tokens: Forecast
+    max_output_tokens: Forecast
+    merged_rows: Forecast
+
+    @property
+    def max_hit_rate(self) -> float:
+        """h*: the share of prompt tokens that a perfect cache serves."""
+        num_tokens = self.prompt_tokens.expected
+        return 1 - self.tree_tokens.expected / num_tokens if num_tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class OutputForecast:
+    """What answers are expected to take, an attempt and its repairs together.
+
+    Attributes:
+        tokens_a_request: mean of output tokens; None where nobody knows, and `max_tokens` stands in.
+        extra_prompt_tokens_a_request: mean of prompt tokens of later attempts.
+        extra_hit_rate: share of those that is expected from cache.
+        basis: where the figures come from, in words.
+    """
+
+    tokens_a_request: float | None = None
+    extra_prompt_tokens_a_request: float = 0.0
+    extra_hit_rate: float = 0.0
+    basis: str = "max_tokens of every request (an upper bound)"
+
+
+@dataclass(frozen=True, slots=True)
+class RepairTerms:
+    """Whether and how often answers may be asked again.
+
+    Attributes:
+        context_length: most tokens of prompt and answer together; None where nobody knows.
+    """
+
+    max_attempts: int
+    can_fail: bool
+    context_length: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TierDemand:
+    """Tokens of the requests that one tier of prices is for.
+
+    `longest_prompts` and `repeat_outputs` are what all later attempts can take at most, together.
+    """
+
+    min_prompt_tokens: int
+    prompt_tokens: Forecast
+    max_hits: int
+    expected_hits: int
+    expected_output: int
+    max_output: int
+    longest_prompts: int | None
+    repeat_outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class CostRange:
+    """What the job costs at one provider if every request starts at one instant.
+
+    Attributes:
+        high: None where nobody knows, because later attempts have no bound.
+    """
+
+    low: Decimal
+    expected: Decimal
+    high: Decimal | None
+    high_without_repair: Decimal
+
+
+def forecast_tokens(survey: PromptSurvey) -> TokenForecast:
+    """Totals of the whole input from what was surveyed.
+
+    With a sample, what a further row adds is taken from what each sampled row adds to the others. Requests, prompt and
+    tree tokens are covering functions, to which a further row adds ever less, so this mean leans to the high side, and
+    the sample's own totals are the low bounds.
+    """
+    is_single = survey.num_group_rows == 1
+    requests = np.ones(survey.num_requests, dtype=np.int64)
+    added_tokens = survey.num_prompt_tokens - survey.num_nearest_tokens
+    count = _extrapolate(survey, requests, requests * is_single)
+    prompts = _extrapolate(survey, survey.num_prompt_tokens, survey.num_prompt_tokens * is_single)
+    tree = _extrapolate(survey, survey.num_prompt_tokens - survey.num_shared_tokens, added_tokens * is_single)
+    outputs = _extrapolate(survey, survey.max_output_tokens, survey.max_output_tokens * is_single)
+    answered = _extrapolate(survey, survey.num_group_rows, survey.num_group_rows)
+    merged = Forecast(
+        int((survey.num_group_rows - 1).sum()),
+        max(0, answered.expected - count.expected),
+        max(0, answered.high - count.low) if survey.is_sample else answered.high - count.high,
+    )
+    return TokenForecast(count, prompts, tree, outputs, merged)
+
+
+def _extrapolate(survey: PromptSurvey, counted: Counts, added: Counts) -> Forecast:
+    """The total over all rows from the sample's and from what each of its rows adds; exact without a sample."""
+    total = int(counted.sum())
+    if not survey.is_sample:
+        return Forecast(total, total, total)
+    num_rows = survey.num_surveyed_rows
+    num_others = survey.num_rows - num_rows
+    if num_rows == 0:
+        return Forecast(0, 0, 0)
+    # Rows that are no request of their own add nothing; they are the zeros of the mean.
+    mean = float(added.sum()) / num_rows
+    squares = float((added.astype(np.float64) ** 2).sum())
+    variance = max(0.0, squares / num_rows - mean * mean) * num_rows / max(1, num_rows - 1)
+    error = _Z * math.sqrt(variance / num_rows)
+    expected = total + round(num_others * mean)
+    return Forecast(total, expected, total + math.ceil(num_others * (mean + error)))
+
+
+def demand(
+    survey: PromptSurvey,
+    tokens: TokenForecast,
+    rule: CacheRule,
+    output: OutputForecast,
+    repair: RepairTerms,
+    *,
+    tier_starts: Sequence[int] = (0,),
+) -> list[TierDemand]:
+    """Tokens by tier of prices, each tier from one of `tier_starts` to the next."""
+    hits = expected_hits(survey, rule)
+    outputs = _expected_outputs(survey, output)
+    found: list[TierDemand] = []
+    for start, end in zip(tier_starts, (*tier_starts[1:], None), strict=True):
+        is_in = survey.num_prompt_tokens >= start
+        if end is not None:
+            is_in &= survey.num_prompt_tokens < end
+        prompts = _share(tokens.prompt_tokens, survey.num_prompt_tokens, is_in)
+        num_requests = _share(tokens.requests, np.ones(survey.num_requests, dtype=np.int64), is_in)
+        max_output = _share(tokens.max_output_tokens, survey.max_output_tokens, is_in)
+        shared = _shared(survey, tokens, is_in)
+        own_shared = int(survey.num_shared_tokens[is_in].sum())
+        scale = tokens.requests.expected / survey.num_requests if survey.num_requests else 0.0
+        expected = round(float(outputs[is_in].sum()) * scale)
+        extra = round(output.extra_prompt_tokens_a_request * num_requests.expected)
+        expected_hit = round(int(hits[is_in].sum()) / own_shared * shared) if own_shared else 0
+        times = repair.max_attempts - 1 if repair.can_fail else 0
+        longest = None
+        if times == 0:
+            longest = 0
+        elif repair.context_length is not None:
+            longest = times * max(0, num_requests.high * repair.context_length - max_output.high)
+        found.append(
+            TierDemand(
+                min_prompt_tokens=start,
+                prompt_tokens=Forecast(prompts.low, prompts.expected + extra, prompts.high),
+                max_hits={"prefix_tree": max(0, prompts.low - int(_own_tree(survey, is_in))), "none": 0}.get(
+                    rule.name, prompts.low
+                ),
+                expected_hits=expected_hit + round(extra * output.extra_hit_rate),
+                expected_output=expected,
+                max_output=max_output.high,
+                longest_prompts=longest,
+                repeat_outputs=times * max_output.high,
+            )
+        )
+    return found
+
+
+def _expected_outputs(survey: PromptSurvey, output: OutputForecast) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+    """Output tokens of each request."""
+    if output.tokens_a_request is None:
+        return survey.max_output_tokens.astype(np.float64)
+    return np.full(survey.num_requests, output.tokens_a_request)
+
+
+def _share(total: Forecast, values: Counts, is_in: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> Forecast:
+    """The part of a total that some requests make up; with a sample in the proportion of the sampled ones."""
+    own, whole = int(values[is_in].sum()), int(values.sum())
+    if own == whole:
+        return total
+    return Forecast(own, total.expected * own // whole, -(-total.high * own // whole))
+
+
+def _shared(survey: PromptSurvey, tokens: TokenForecast, is_in: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> int:
+    """Tokens that are expected to be shared with another request."""
+    whole = int(survey.num_shared_tokens.sum())
+    own = int(survey.num_shared_tokens[is_in].sum())
+    return max(0, tokens.prompt_tokens.expected - tokens.tree_tokens.expected) * own // whole if whole else 0
+
+
+def _own_tree(survey: PromptSurvey, is_in: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> int:
+    return int((survey.num_prompt_tokens - survey.num_shared_tokens)[is_in].sum())
+
+
+def cost_range(tiers: Sequence[TierDemand], lines: Sequence[PriceLine]) -> CostRange:
+    """What the demand costs, each tier at its own line."""
+    low = expected = high_once = Decimal(0)
+    repairs: Decimal | None = Decimal(0)
+    dearest_input = max((_dearest(line) for line in lines), default=Decimal(0))
+    dearest_output = max((line.output for line in lines), default=Decimal(0))
+    for tier, line in zip(tiers, lines, strict=True):
+        hit = line.cache_miss if line.cache_hit is None else line.cache_hit
+        num_misses = tier.prompt_tokens.low - tier.max_hits
+        low += _amount(num_misses, line.cache_miss)
+        low += _amount(tier.max_hits, min(hit, line.cache_miss))
+        expected += _amount(tier.prompt_tokens.expected - tier.expected_hits, line.cache_miss)
+        expected += _amount(tier.expected_hits, hit) + _amount(tier.expected_output, line.output)
+        high_once += _amount(tier.prompt_tokens.high, _dearest(line)) + _amount(tier.max_output, line.output)
+        # A later attempt is longer, and may fall into another tier.
+        if tier.longest_prompts is None:
+            repairs = None
+        elif repairs is not None:
+            repairs += _amount(tier.longest_prompts, dearest_input) + _amount(tier.repeat_outputs, dearest_output)
+    return CostRange(low, expected, None if repairs is None else high_once + repairs, high_once)
+
+
+def _dearest(line: PriceLine) -> Decimal:
+    return line.cache_miss if line.cache_hit is None else max(line.cache_hit, line.cache_miss)
+
+
+def _amount(num_tokens: int, price: Decimal) -> Decimal:
+    return EXACT.scaleb(EXACT.multiply(Decimal(num_tokens), price), -6)

@@ -1,0 +1,356 @@
+"""The rows of an input unit as record batches of `moebeam.schemas.tables.read_schema`.
+
+The pure part of *read*: nothing here knows Beam, so that a quote reads rows exactly as a run does. Every row that a
+footer promised comes out, as a row or inside a reject; a unit that cannot be read is one reject with its `scope` and
+`num_rows`.
+"""
+
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from moebeam.schemas.errors import (
+    InvalidId,
+    InvalidValue,
+    RowCountMismatch,
+    RowError,
+    UnreadableFile,
+    UnreadableRowGroup,
+)
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.tables import read_schema
+from moebeam.transforms.read.batch_lines import BatchRequest, custom_id_of, parse_batch_line
+from moebeam.transforms.read.input_scan import InputUnit
+from moebeam.transforms.read.transient_errors import PAUSES_S, is_of_the_file, may_pass
+
+MAX_BATCH_ROWS = 1024
+MAX_BATCH_BYTES = 8 << 20
+_PROBE_ROWS = 16
+
+MAX_COLUMN_BYTES = 4 << 30
+"""Most that one column of a row group may unpack to: Arrow holds its pages in memory while it is read."""
+
+SUSPECT_COLUMN_BYTES = 256 << 20
+MAX_COMPRESSION = 1000
+"""A column beyond that size is no data but a bomb if it is packed tighter than this."""
+
+JSONL_INPUT_FIELDS = (
+    pa.field("messages", pa.large_string()),
+    pa.field("sampling", pa.string()),
+    pa.field("options", pa.large_string()),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadColumns:
+    """Which columns of the input are read, and as what.
+
+    Attributes:
+        input_fields: what the prompt is made of.
+        passthrough: what is repeated in the output.
+    """
+
+    input_fields: tuple["pa.Field[Any]", ...]
+    passthrough: tuple["pa.Field[Any]", ...]
+    id_column: str | None = None
+    tenant_column: str | None = None
+    cost_center_column: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all columns that are read, each once."""
+        single = (self.id_column, self.tenant_column, self.cost_center_column)
+        names = [field.name for field in (*self.input_fields, *self.passthrough)]
+        return list(dict.fromkeys([*names, *(name for name in single if name is not None)]))
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The schema of the batches that *read* gives."""
+        return read_schema(self.input_fields, self.passthrough)
+
+
+def read_unit(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
+    """Read one unit, in row order, in batches of bounded rows and bytes.
+
+    The rows that come out, and the `num_rows` of the rejects among them, add up to `unit.num_rows`.
+    """
+    if unit.error is not None or unit.num_rows is None:
+        yield _unit_reject(unit, columns, "file", UnreadableFile(f"{unit.path}: {unit.error}"), 0, None)
+        return
+    num_read = 0
+    pauses_s = iter(PAUSES_S)
+    while True:
+        try:
+            for batch in _rows_from(num_read, unit, columns):
+                wanted = batch.slice(0, unit.num_rows - num_read)
+                num_read += wanted.num_rows
+                if wanted.num_rows:
+                    yield wanted
+            break
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if may_pass(error) and (pause_s := next(pauses_s, None)) is not None:
+                time.sleep(pause_s)
+                continue
+            if not is_of_the_file(error):
+                raise
+            message = f"{unit.path}: row group {unit.row_group}: {' '.join(str(error).split())}"
+            missing = unit.num_rows - num_read
+            yield _unit_reject(unit, columns, "row_group", UnreadableRowGroup(message), num_read, missing)
+            return
+    if num_read < unit.num_rows:
+        message = f"{unit.path}: row group {unit.row_group}: expected {unit.num_rows} rows, found {num_read}"
+        missing = unit.num_rows - num_read
+        yield _unit_reject(unit, columns, "row_group", RowCountMismatch(message), num_read, missing)
+
+
+def _rows_from(num_read: int, unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
+    """A unit's batches without its first rows, which an earlier look has read."""
+    read = _read_row_group if unit.format == "parquet" else _read_lines
+    for batch in read(unit, columns):
+        num_skipped = min(num_read, batch.num_rows)
+        num_read -= num_skipped
+        yield batch.slice(num_skipped)
+
+
+def _read_row_group(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
+    assert unit.num_rows is not None
+    first_row = unit.first_row
+    with storage.open_input(unit.path) as source, pq.ParquetFile(source, pre_buffer=False) as parquet:
+        present = [name for name in columns.names if name in parquet.schema_arrow.names]
+        _refuse_bomb(parquet.metadata.row_group(unit.row_group), present)
+        # Footers tell encoded sizes: repeated values may grow a thousandfold, so the first rows are tried.
+        probed = 0
+        for num_probed in (1, _PROBE_ROWS):
+            if probed * num_probed <= MAX_BATCH_BYTES:
+                sample = next(parquet.iter_batches(num_probed, [unit.row_group], present, use_threads=False), None)
+                probed = sample.nbytes // sample.num_rows if sample is not None and sample.num_rows else 0
+        row_bytes = max(1, probed, unit.num_bytes // max(1, unit.num_rows))
+        batch_rows = max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES // row_bytes))
+        for batch in parquet.iter_batches(batch_rows, [unit.row_group], present, use_threads=False):
+            yield _identify(batch, first_row, unit, columns)
+            first_row += batch.num_rows
+
+
+def _refuse_bomb(group: "pq.RowGroupMetaData", names: Collection[str]) -> None:
+    """Refuse a column that would fill the memory of a worker, by what its footer says.
+
+    Raises:
+        pa.ArrowInvalid: it names the column, its size, and what is allowed.
+    """
+    for index in range(group.num_columns):
+        column = group.column(index)
+        if column.path_in_schema.partition(".")[0] not in names:
+            continue
+        unpacked, packed = column.total_uncompressed_size, max(1, column.total_compressed_size)
+        is_suspect = unpacked > SUSPECT_COLUMN_BYTES and unpacked > MAX_COMPRESSION * packed
+        if unpacked > MAX_COLUMN_BYTES or is_suspect:
+            most = f"{MAX_COMPRESSION:,} times the {packed:,} it takes" if is_suspect else f"{MAX_COLUMN_BYTES:,}"
+            raise pa.ArrowInvalid(
+                f"column {column.path_in_schema}: expected to unpack to at most {most} bytes, found {unpacked:,}; "
+                "write smaller row groups"
+            )
+
+
+def _identify(batch: pa.RecordBatch, first_row: int, unit: InputUnit, columns: ReadColumns) -> pa.RecordBatch:
+    """Bring columns to their unified types and give every row its identity."""
+    errors: dict[int, RowError] = {}
+    fields = {field.name: field for field in (*columns.input_fields, *columns.passthrough)}
+    values: dict[str, pa.Array[Any]] = {}
+    for name in columns.names:
+        values[name] = _column(batch, name, fields.get(name), errors)
+    derived = pa.array([f"{unit.label}:{first_row + row}" for row in range(batch.num_rows)], pa.string())
+    custom_ids = derived if columns.id_column is None else _ids(values[columns.id_column], derived, errors, columns)
+    return _assemble(
+        columns,
+        unit,
+        np.arange(first_row, first_row + batch.num_rows),
+        custom_ids,
+        tenants=_labels(values, columns.tenant_column, batch.num_rows),
+        cost_centers=_labels(values, columns.cost_center_column, batch.num_rows),
+        errors=errors,
+        inputs=[values[field.name] for field in columns.input_fields],
+        passthrough=[values[field.name] for field in columns.passthrough],
+    )
+
+
+def _column(
+    batch: pa.RecordBatch, name: str, field: "pa.Field[Any] | None", errors: dict[int, RowError]
+) -> "pa.Array[Any]":
+    """A column decoded from its dictionary, in its unified type, values that are not UTF-8 set to null."""
+    if name not in batch.schema.names:
+        return pa.nulls(batch.num_rows, field.type if field is not None else pa.string())
+    column: pa.Array[Any] = batch.column(name)
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    column = _without_invalid_text(column, name, errors)
+    return column if field is None or column.type == field.type else _cast(column, field, errors)
+
+
+def _cast(column: "pa.Array[Any]", field: "pa.Field[Any]", errors: dict[int, RowError]) -> "pa.Array[Any]":
+    """A column in its unified type; a value that does not fit it becomes null and rejects its row alone."""
+    try:
+        return column.cast(field.type)
+    except pa.ArrowInvalid:
+        pass
+    cast: list[pa.Array[Any]] = []
+    for row in range(len(column)):
+        try:
+            cast.append(column.slice(row, 1).cast(field.type))
+        except pa.ArrowInvalid as error:
+            found = " ".join(str(error).split())
+            errors.setdefault(row, InvalidValue(f"column {field.name!r}: expected {field.type}, found: {found}"))
+            cast.append(pa.nulls(1, field.type))
+    return pa.concat_arrays(cast)
+
+
+def _without_invalid_text(column: "pa.Array[Any]", name: str, errors: dict[int, RowError]) -> "pa.Array[Any]":
+    try:
+        column.validate(full=True)
+        return column
+    except pa.ArrowInvalid:
+        pass
+    kept: list[int | None] = []
+    for row in range(len(column)):
+        try:
+            column.take(pa.array([row])).validate(full=True)
+            kept.append(row)
+        except pa.ArrowInvalid as error:
+            found = " ".join(str(error).split())
+            errors.setdefault(row, InvalidValue(f"column {name!r}: expected valid UTF-8, found: {found}"))
+            kept.append(None)
+    return column.take(pa.array(kept, pa.int64()))
+
+
+def _ids(
+    column: "pa.Array[Any]", derived: "pa.Array[Any]", errors: dict[int, RowError], columns: ReadColumns
+) -> "pa.Array[Any]":
+    """The id column as text; a row without a usable id keeps its derived one and is rejected."""
+    ids = column.cast(pa.string()).to_pylist()
+    for row, value in enumerate(ids):
+        if not value:
+            found = errors.get(row) or ("null" if value is None else "an empty string")
+            errors[row] = InvalidId(f"id column {columns.id_column!r}: expected a value, found {found}")
+            ids[row] = derived[row].as_py()
+    return pa.array(ids, pa.string())
+
+
+def _labels(values: "dict[str, pa.Array[Any]]", name: str | None, num_rows: int) -> "pa.Array[Any]":
+    """Tenant or cost centre of each row; a null is the same as none named."""
+    if name is None:
+        return pa.array([""] * num_rows, pa.string())
+    labels = values[name].cast(pa.string())
+    return pc.if_else(labels.is_null(), pa.scalar(""), labels)
+
+
+def _read_lines(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
+    with storage.open_input(unit.path) as source:
+        source.seek(unit.offset)
+        content = source.read(unit.num_bytes)
+    first_row = unit.first_row
+    lines = [line for line in content.split(b"\n") if line.strip()]
+    for start in range(0, len(lines), MAX_BATCH_ROWS):
+        yield _parse_lines(lines[start : start + MAX_BATCH_ROWS], first_row + start, unit, columns)
+
+
+def _parse_lines(lines: list[bytes], first_row: int, unit: InputUnit, columns: ReadColumns) -> pa.RecordBatch:
+    errors: dict[int, RowError] = {}
+    custom_ids: list[str] = []
+    requests: list[BatchRequest | None] = []
+    for row, line in enumerate(lines):
+        derived = f"{unit.label}:{first_row + row}"
+        try:
+            request = parse_batch_line(line)
+        except RowError as error:
+            found_id = custom_id_of(line)
+            errors[row] = error if found_id is not None else InvalidId(f"custom_id: expected a string, found {error}")
+            custom_ids.append(found_id or derived)
+            requests.append(None)
+        else:
+            custom_ids.append(request.custom_id)
+            requests.append(request)
+    return _assemble(
+        columns,
+        unit,
+        np.arange(first_row, first_row + len(lines)),
+        pa.array(custom_ids, pa.string()),
+        tenants=_labels({}, None, len(lines)),
+        cost_centers=_labels({}, None, len(lines)),
+        errors=errors,
+        inputs=[
+            pa.array([request and getattr(request, field.name) for request in requests], field.type)
+            for field in JSONL_INPUT_FIELDS
+        ],
+        passthrough=[],
+    )
+
+
+def _unit_reject(
+    unit: InputUnit, columns: ReadColumns, scope: str, error: RowError, num_read: int, num_rows: int | None
+) -> pa.RecordBatch:
+    """One row that stands for all rows of a unit that could not be read."""
+    name = unit.label if scope == "file" else f"{unit.label}:{unit.first_row + num_read}"
+    nothing = [pa.nulls(1, field.type) for field in columns.input_fields]
+    return _assemble(
+        columns,
+        unit,
+        np.array([unit.first_row + num_read]),
+        pa.array([name], pa.string()),
+        tenants=_labels({}, None, 1),
+        cost_centers=_labels({}, None, 1),
+        errors={0: error},
+        inputs=nothing,
+        passthrough=[pa.nulls(1, field.type) for field in columns.passthrough],
+        scope=scope,
+        num_rows=num_rows,
+    )
+
+
+def _assemble(
+    columns: ReadColumns,
+    unit: InputUnit,
+    source_rows: "np.ndarray[Any, Any]",
+    custom_ids: "pa.Array[Any]",
+    *,
+    tenants: "pa.Array[Any]",
+    cost_centers: "pa.Array[Any]",
+    errors: dict[int, RowError],
+    inputs: "list[pa.Array[Any]]",
+    passthrough: "list[pa.Array[Any]]",
+    scope: str = "row",
+    num_rows: int | None = 1,
+) -> pa.RecordBatch:
+    size = len(source_rows)
+    found = [errors.get(row) for row in range(size)] if errors else [None] * size
+    return pa.RecordBatch.from_arrays(
+        [
+            custom_ids,
+            pa.array([unit.path] * size, pa.string()),
+            pa.array(source_rows, pa.int64()),
+            pa.array(np.full(size, unit.ordinal), pa.int32()),
+            pa.array([scope] * size, pa.string()),
+            pa.array([num_rows] * size, pa.int64()),
+            tenants,
+            cost_centers,
+            pa.array([error and error.error_stage for error in found], pa.string()),
+            pa.array([error and error.error_type for error in found], pa.string()),
+            pa.array([error and str(error) for error in found], pa.string()),
+            struct_of(pa.struct(list(columns.input_fields)), inputs, size),
+            struct_of(pa.struct(list(columns.passthrough)), passthrough, size),
+        ],
+        schema=columns.schema,
+    )
+
+
+def struct_of(struct: "pa.StructType", arrays: "list[pa.Array[Any]]", size: int) -> "pa.Array[Any]":
+    """A struct array of given child arrays; Arrow's own constructor loses the length when there are none."""
+    if not arrays:
+        return pa.array([{}] * size, struct)
+    return pa.StructArray.from_arrays(arrays, fields=[struct.field(index) for index in range(struct.num_fields)])

@@ -1,0 +1,49 @@
+"""*read*: the input's units become record batches of `moebeam.schemas.tables.read_schema`.
+
+Before it: units from `input_scan`. After it: *render*. How a unit becomes rows is `transforms/read/input_rows.py`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+
+from moebeam.transforms.beam.coders import register_record
+from moebeam.transforms.beam.observe import count
+from moebeam.transforms.read.input_rows import JSONL_INPUT_FIELDS, MAX_BATCH_ROWS, ReadColumns, read_unit, struct_of
+from moebeam.transforms.read.input_scan import InputScan, InputUnit, UnitGroup
+
+__all__ = ["JSONL_INPUT_FIELDS", "MAX_BATCH_ROWS", "ReadColumns", "ReadPrompts", "read_unit", "struct_of"]
+
+register_record(InputUnit)
+register_record(UnitGroup)
+
+
+class ReadPrompts(beam.PTransform[Any, Any]):
+    """Groups of input units -> record batches of rows as read."""
+
+    def __init__(self, scan: InputScan, columns: ReadColumns) -> None:
+        super().__init__()
+        self._groups = scan.groups
+        self._columns = columns
+
+    def expand(self, pcoll: beam.Pipeline) -> "beam.PCollection[pa.RecordBatch]":
+        return (
+            pcoll
+            | "ListUnits" >> beam.Create(self._groups, reshuffle=False).with_output_types(UnitGroup)
+            | "SpreadUnits" >> beam.Reshuffle()
+            | "ReadUnits" >> beam.ParDo(_ReadUnits(self._columns))
+        )
+
+
+class _ReadUnits(beam.DoFn):
+    def __init__(self, columns: ReadColumns) -> None:
+        self._columns = columns
+
+    def process(self, element: UnitGroup) -> Iterator[pa.RecordBatch]:
+        for unit in element.units:
+            for batch in read_unit(unit, self._columns):
+                num_bad = batch.num_rows - batch.column("error_type").null_count
+                count("read", {"num_rows": batch.num_rows - num_bad, "num_rejects": num_bad, "num_bytes": batch.nbytes})
+                yield batch

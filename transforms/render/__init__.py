@@ -1,0 +1,1 @@
+"""Stage *render*: rows to prompts and token ids."""

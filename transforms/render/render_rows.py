@@ -1,0 +1,285 @@
+"""Rows as read into planned rows: chat messages, the model's own prompt, token ids.
+
+The pure part of *render*: nothing here knows Beam, so that a quote renders rows exactly as a run does. A row that
+cannot be rendered, or does not fit the model's context, leaves as a reject with the numbers.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias, cast
+
+import pyarrow as pa
+from pydantic import ValidationError
+
+from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
+from moebeam.model_runner.encoding.remote_prompts import Encoder, load_encoder
+from moebeam.model_runner.encoding.schema_in_prompt import with_schema_in_prompt
+from moebeam.model_runner.prefix_tree import prefix_key
+from moebeam.schemas.arrow import values_of
+from moebeam.schemas.canonical import Json, canonical_json
+from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions, ResponseFormat, options_json, with_own_values
+from moebeam.schemas.errors import ContextOverflow, InvalidSampling, InvalidTools, InvalidValue, RowError
+from moebeam.schemas.job.sections import PromptSection, SamplingSection
+from moebeam.schemas.records import Message, Sampling, TokenIds
+from moebeam.schemas.tables import INPUT, plan_schema
+from moebeam.transforms.render.answer_terms import TermsBook
+from moebeam.transforms.render.chat_messages import messages_json, parse_messages
+from moebeam.transforms.render.prompt_template import PromptTemplate
+
+SchemaInPrompt: TypeAlias = Literal["auto", "always", "never"]
+
+
+@dataclass(frozen=True, slots=True)
+class RenderSpec:
+    """How rows are rendered; small and picklable, the tokenizer is loaded in `setup`.
+
+    Attributes:
+        checkpoint: folder of the tokenizer; empty for a model behind an endpoint whose tokenizer is not at hand.
+        terms: the job's own; `options_column` holds what rows say in place of them, `tools_column` their tools.
+        model: its name, by which limits are looked up where there is no checkpoint.
+    """
+
+    prompt: PromptSection
+    sampling: SamplingSection
+    checkpoint: str
+    passthrough: tuple["pa.Field[Any]", ...]
+    messages_column: str | None
+    sampling_column: str | None = None
+    encoding: str = "auto"
+    terms: TermsBook = field(default_factory=lambda: TermsBook(DEFAULT_OPTIONS, None))
+    options_column: str | None = None
+    tools_column: str | None = None
+    schema_in_prompt: SchemaInPrompt = "auto"
+    model: str = ""
+
+
+@dataclass(slots=True)
+class _Rendered:
+    """Columns of a batch as they fill up; one entry a row."""
+
+    keys: list[bytes | None] = field(default_factory=list[bytes | None])
+    num_tokens: list[int | None] = field(default_factory=list[int | None])
+    messages: list[str | None] = field(default_factory=list[str | None])
+    sampling: list[str | None] = field(default_factory=list[str | None])
+    options: list[str | None] = field(default_factory=list[str | None])
+    errors: list[RowError | None] = field(default_factory=list[RowError | None])
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    text: str
+    messages: str
+    sampling: Sampling
+    options: str | None
+
+
+class Renderer:
+    """The pure part of *render*, with its tokenizer and templates loaded."""
+
+    def __init__(self, spec: RenderSpec) -> None:
+        self._spec = spec
+        self._template = PromptTemplate(spec.prompt)
+        self._encoder = load_encoder(spec.checkpoint, spec.encoding, spec.model)
+        self._schema = plan_schema(spec.passthrough)
+        self._job_sampling = Sampling(**spec.sampling.model_dump())
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of prompt and answer together; None where nobody knows."""
+        return self._encoder.context_length
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether token counts are only guesses, for want of the model's tokenizer."""
+        return self._encoder.is_estimated
+
+    def render_batch(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Render every row of a batch; rejects of *read* pass through as they are."""
+        tenants = values_of(batch, "tenant")
+        is_rejected = [error is not None for error in values_of(batch, "error_type")]
+        prompts = [
+            None if rejected else row if isinstance(row, RowError) else self._prompt_of(row)
+            for row, rejected in zip(_input_rows(batch), is_rejected, strict=True)
+        ]
+        token_ids = iter(self._encoder.encode_batch([p.text for p in prompts if isinstance(p, _Prompt)]))
+        rendered = _Rendered()
+        for prompt, tenant in zip(prompts, tenants, strict=True):
+            self._append(rendered, prompt, tenant, token_ids)
+        return self._with_columns(batch, rendered)
+
+    def _prompt_of(self, row: Mapping[str, Any]) -> "_Prompt | RowError":
+        try:
+            column = self._spec.messages_column
+            messages = self._template.render(row) if column is None else parse_messages(row[column])
+            sampling = self._sampling_of(row)
+            options = self._options_of(row)
+            spec = self._spec
+            text = prompt_of(self._encoder, messages, spec.terms.of(options).options, spec.schema_in_prompt)
+            return _Prompt(text, messages_json(messages), sampling, options)
+        except RowError as error:
+            return error
+
+    def _options_of(self, row: Mapping[str, Any]) -> str | None:
+        """What a row asks in place of the job's own options; None where it says nothing of its own."""
+        spec = self._spec
+        own: dict[str, Any] = {}
+        if spec.options_column is not None and (text := row[spec.options_column]):
+            own = json.loads(text)
+        if spec.tools_column is not None and (tools := tools_value(row[spec.tools_column], spec.tools_column)):
+            own["tools"] = tools
+        options = with_own_values(spec.terms.options, own)
+        if options.tool_choice.mode in ("required", "named") and not options.callable_tools:
+            raise InvalidTools(
+                f"tools: expected some to choose from (tool_choice {options.tool_choice.mode}), found none"
+            )
+        return options_json(options) if own else None
+
+    def _sampling_of(self, row: Mapping[str, Any]) -> Sampling:
+        own = row[self._spec.sampling_column] if self._spec.sampling_column is not None else None
+        if not own or own == "{}":
+            return self._job_sampling
+        merged = {**self._spec.sampling.model_dump(), **json.loads(own)}
+        try:
+            return Sampling(**SamplingSection.model_validate(merged).model_dump())
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InvalidSampling(f"{where}: {first['msg']}, found {first['input']!r}") from error
+
+    def _append(
+        self, rendered: _Rendered, prompt: "_Prompt | RowError | None", tenant: str, token_ids: Iterator[TokenIds]
+    ) -> None:
+        key = num_tokens = error = messages = sampling = options = None
+        if isinstance(prompt, _Prompt):
+            tokens = next(token_ids)
+            num_tokens = int(tokens.shape[0])
+            error = self._overflow(num_tokens, prompt.sampling)
+            if error is None:
+                key = prefix_key(tenant, tokens, are_words=self._encoder.is_estimated)
+                messages, sampling, options = prompt.messages, sampling_json(prompt.sampling), prompt.options
+        else:
+            error = prompt
+        rendered.keys.append(key)
+        rendered.num_tokens.append(num_tokens)
+        rendered.messages.append(messages)
+        rendered.sampling.append(sampling)
+        rendered.options.append(options)
+        rendered.errors.append(error)
+
+    def _overflow(self, num_tokens: int, sampling: Sampling) -> ContextOverflow | None:
+        if self._encoder.fits(num_tokens, sampling.max_tokens):
+            return None
+        about = "about " if self._encoder.is_estimated else ""
+        return ContextOverflow(
+            f"expected prompt and output within the model's context of {self._encoder.context_length} tokens, "
+            f"found {about}{num_tokens} prompt tokens + max_tokens {sampling.max_tokens} "
+            f"= {num_tokens + sampling.max_tokens}"
+        )
+
+    def _with_columns(self, batch: pa.RecordBatch, rendered: _Rendered) -> pa.RecordBatch:
+        columns: dict[str, pa.Array[Any]] = {name: batch.column(name) for name in batch.schema.names}
+        columns["prefix_key"] = pa.array(rendered.keys, pa.large_binary())
+        columns["num_prompt_tokens"] = pa.array(rendered.num_tokens, pa.int32())
+        columns["messages"] = pa.array(rendered.messages, pa.large_string())
+        columns["sampling"] = pa.array(rendered.sampling, pa.string())
+        columns["options"] = pa.array(rendered.options, pa.string())
+        columns["merged_into"] = pa.nulls(batch.num_rows, pa.string())
+        if any(rendered.errors):
+            for name, values in _error_columns(rendered.errors).items():
+                merged = [
+                    new if new is not None else old for new, old in zip(values, columns[name].to_pylist(), strict=True)
+                ]
+                columns[name] = pa.array(merged, pa.string())
+        return pa.RecordBatch.from_arrays([columns[name] for name in self._schema.names], schema=self._schema)
+
+
+def prompt_of(
+    encoder: Encoder, messages: Sequence[Message], options: ChatOptions, schema_in_prompt: SchemaInPrompt
+) -> str:
+    """The model's own prompt of a chat, with or without the schema of its answer.
+
+    Raises:
+        InvalidMessages: the encoding has no place for such a chat.
+    """
+    if options.response_format.type == "json_schema":
+        if schema_in_prompt == "never":
+            options = replace(options, response_format=ResponseFormat())
+        elif schema_in_prompt == "always" and has_no_place_for_schemas(encoder):
+            messages = with_schema_in_prompt(messages, options.response_format.schema)
+    return encoder.render(messages, options)
+
+
+def has_no_place_for_schemas(encoder: Encoder) -> bool:
+    """Whether a schema that the model is to read has to be put into a message."""
+    return isinstance(encoder, PromptEncoder) and encoder.encoding.name == "chat_template"
+
+
+def tools_value(value: object, column: str) -> Json:
+    """A row's tools as a list of JSON objects; a column holds them as JSON text, or as structs.
+
+    Raises:
+        InvalidTools: text that is not JSON.
+    """
+    if not isinstance(value, str):
+        return cast("Json", _without_nulls(value))
+    try:
+        return cast("Json", json.loads(value))
+    except (ValueError, RecursionError) as error:
+        raise InvalidTools(f"{column}: expected a JSON list of tools, found text that is not JSON: {error}") from error
+
+
+def _without_nulls(value: object) -> object:
+    """Structs of a column have every field that any of its rows has; what a row does not say is null there."""
+    if isinstance(value, Mapping):
+        items = cast("Mapping[str, object]", value).items()
+        return {key: _without_nulls(item) for key, item in items if item is not None}
+    return [_without_nulls(item) for item in cast("list[object]", value)] if isinstance(value, list) else value
+
+
+def _input_rows(batch: pa.RecordBatch) -> list[Any]:
+    """The input columns of each row, or why Python cannot hold them, such as a date after the year 9999."""
+    try:
+        return values_of(batch, INPUT)
+    except Exception:  # each type has errors of its own
+        return [_input_row(batch, row) for row in range(batch.num_rows)]
+
+
+def _input_row(batch: pa.RecordBatch, row: int) -> Any:
+    try:
+        return batch.column(INPUT)[row].as_py()
+    except Exception as error:
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return InvalidValue(f"a column of the prompt: expected a value that Python can hold, found {found}")
+
+
+def _error_columns(errors: list[RowError | None]) -> dict[str, list[str | None]]:
+    return {
+        "error_stage": [error and error.error_stage for error in errors],
+        "error_type": [error and error.error_type for error in errors],
+        "error_message": [error and str(error) for error in errors],
+    }
+
+
+def sampling_json(sampling: Sampling) -> str:
+    """Sampling as canonical JSON: equal text, equal sampling."""
+    return canonical_json(
+        {
+            "max_tokens": sampling.max_tokens,
+            "temperature": float(sampling.temperature),
+            "top_p": float(sampling.top_p),
+            "stop": list(sampling.stop),
+            "seed": sampling.seed,
+            "min_p": float(sampling.min_p),
+            "logprobs": sampling.logprobs,
+        }
+    )
+
+
+@lru_cache(maxsize=1024)
+def sampling_of(text: str) -> Sampling:
+    """The inverse of `sampling_json`."""
+    values: dict[str, Any] = json.loads(text)
+    values["stop"] = tuple(values["stop"])
+    return Sampling(**values)

@@ -1,0 +1,61 @@
+"""*render*: rows become chat messages, the model's own prompt, and token ids.
+
+Before it: *read*. After it: *plan*. Batches of `moebeam.schemas.tables.plan_schema` leave; how a row is rendered is
+`transforms/render/render_rows.py`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from moebeam.transforms.beam.observe import count
+from moebeam.transforms.render.render_rows import (
+    Renderer,
+    RenderSpec,
+    SchemaInPrompt,
+    prompt_of,
+    sampling_json,
+    sampling_of,
+    tools_value,
+)
+
+__all__ = [
+    "RenderPrompts",
+    "RenderSpec",
+    "Renderer",
+    "SchemaInPrompt",
+    "prompt_of",
+    "sampling_json",
+    "sampling_of",
+    "tools_value",
+]
+
+
+class RenderPrompts(beam.PTransform[Any, Any]):
+    """Batches of rows as read -> batches of planned rows, not yet in order."""
+
+    def __init__(self, spec: RenderSpec) -> None:
+        super().__init__()
+        self._spec = spec
+
+    def expand(self, pcoll: "beam.PCollection[pa.RecordBatch]") -> "beam.PCollection[pa.RecordBatch]":
+        planned: Any = pcoll | "RenderBatch" >> beam.ParDo(_RenderBatch(self._spec))
+        return planned
+
+
+class _RenderBatch(beam.DoFn):
+    def __init__(self, spec: RenderSpec) -> None:
+        self._spec = spec
+
+    def setup(self) -> None:
+        self._renderer = Renderer(self._spec)
+
+    def process(self, element: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+        rendered = self._renderer.render_batch(element)
+        num_bad = element.column("error_type").null_count - rendered.column("error_type").null_count
+        tokens = pc.sum(rendered.column("num_prompt_tokens")).as_py() or 0
+        count("render", {"num_rows": element.num_rows, "num_rejects": num_bad, "prompt_tokens": tokens})
+        yield rendered
