@@ -30,7 +30,8 @@ from benchmarks.report import machine_facts
 from benchmarks.synthetic_tokenizer import DEEPSEEK_VOCAB_SIZE, END_TOKEN_ID, synthetic_tokenizer
 from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
 from moebeam.model_runner.grammar.constraint import Constraint, ConstraintCompiler
-from moebeam.model_runner.grammar.json_grammar import Relaxation, enforceable_schema, json_schema_grammar
+from moebeam.model_runner.grammar.json_grammar import enforceable_schema, json_schema_grammar
+from moebeam.model_runner.grammar.schema_forms.relaxation import Relaxation
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.errors import InvalidGrammar, JobFileError, RowError

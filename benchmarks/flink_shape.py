@@ -26,7 +26,7 @@ from moebeam.schemas.contract.output_type import OutputType, output_type
 from moebeam.schemas.job.sections import PromptSection
 from moebeam.schemas.tables import OUTPUT
 from moebeam.transforms.beam.coders import RecordBatchCoder
-from moebeam.transforms.read.step import MAX_BATCH_ROWS
+from moebeam.transforms.read.input_rows import MAX_BATCH_ROWS
 from moebeam.transforms.render.prompt_template import PromptTemplate
 
 Contender = Literal["shape", "work"]

@@ -26,14 +26,14 @@ from benchmarks.sharding_workloads import zipf
 from moebeam.model_runner.prefix_tree import common_prefix_lengths, num_tokens_of, num_tree_tokens, prefix_key
 from moebeam.schemas.arrow import values_of
 from moebeam.schemas.job.sections import PlanSection
-from moebeam.schemas.records import Sampling
+from moebeam.schemas.records import Sampling, sampling_json, sampling_of
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import plan_schema
+from moebeam.transforms.plan.build_shards import PlanSpec, build_shards, write_plan
 from moebeam.transforms.plan.shard_cut import expected_output_tokens
+from moebeam.transforms.plan.shard_ranges import cut_ranges
 from moebeam.transforms.plan.sorted_runs import MAX_RUN_BYTES, RunFile, read_rows, write_runs
-from moebeam.transforms.plan.step import PlanSpec, build_shards, cut_ranges, write_plan
 from moebeam.transforms.read.input_scan import GROUP_ROWS
-from moebeam.transforms.render.render_rows import sampling_json, sampling_of
 
 SAMPLINGS = tuple(Sampling(max_tokens=most, temperature=1.0) for most in (32, 128, 512, 4096))
 """One for each row, at random; none is greedy, so that equal prompts are not merged."""

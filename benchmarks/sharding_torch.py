@@ -24,8 +24,10 @@ from moebeam.schemas.arrow import values_of
 from moebeam.schemas.job.sections import PlanSection
 from moebeam.schemas.records import Request, Sampling
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.plan.build_shards import PlanSpec, build_shards
+from moebeam.transforms.plan.plan_record import PlannedShard
+from moebeam.transforms.plan.shard_ranges import cut_ranges
 from moebeam.transforms.plan.sorted_runs import read_rows
-from moebeam.transforms.plan.step import PlannedShard, PlanSpec, build_shards, cut_ranges
 
 SAMPLING = Sampling(max_tokens=8)
 

@@ -18,12 +18,14 @@ from benchmarks.contenders.whole_way import benchmark_job
 from benchmarks.prompts import BenchmarkFiles
 from moebeam.jobs.check.preflight import check_job
 from moebeam.pipelines.main_job import MainJob
-from moebeam.transforms.answer.step import LoadedEngine, answer_shard
+from moebeam.transforms.answer.answer_shard import LoadedEngine, answer_shard
+from moebeam.transforms.plan.build_shards import build_shards, write_plan
+from moebeam.transforms.plan.plan_record import PlannedShard
+from moebeam.transforms.plan.shard_ranges import cut_ranges
 from moebeam.transforms.plan.sorted_runs import MAX_RUN_BYTES, RunFile, read_rows, write_runs
-from moebeam.transforms.plan.step import PlannedShard, build_shards, cut_ranges, write_plan
-from moebeam.transforms.publish.step import publish_shard, write_manifest
-from moebeam.transforms.read.step import read_unit
-from moebeam.transforms.render.step import Renderer
+from moebeam.transforms.publish.manifest import publish_shard, write_manifest
+from moebeam.transforms.read.input_rows import read_unit
+from moebeam.transforms.render.render_rows import Renderer
 
 PACKAGES = ("schemas", "model_runner", "transforms", "pipelines", "jobs")
 _ROOT = Path(__file__).resolve().parent.parent

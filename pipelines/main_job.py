@@ -6,13 +6,19 @@ from typing import Any
 
 import apache_beam as beam
 
-from moebeam.transforms.answer.step import AnswerShards, AnswerSpec
+from moebeam.transforms.answer.answer_shard import AnswerSpec
+from moebeam.transforms.answer.step import AnswerShards
+from moebeam.transforms.plan.build_shards import PlanSpec
 from moebeam.transforms.plan.duplicate_ids import FindDuplicates
-from moebeam.transforms.plan.step import PlannedShard, PlanRecord, PlanShards, PlanSpec
-from moebeam.transforms.publish.step import PublishRun, PublishSpec
+from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord
+from moebeam.transforms.plan.step import PlanShards
+from moebeam.transforms.publish.manifest import PublishSpec
+from moebeam.transforms.publish.step import PublishRun
+from moebeam.transforms.read.input_rows import ReadColumns
 from moebeam.transforms.read.input_scan import InputScan
-from moebeam.transforms.read.step import ReadColumns, ReadPrompts
-from moebeam.transforms.render.step import RenderPrompts, RenderSpec
+from moebeam.transforms.read.step import ReadPrompts
+from moebeam.transforms.render.render_rows import RenderSpec
+from moebeam.transforms.render.step import RenderPrompts
 
 
 @dataclass(frozen=True, slots=True)

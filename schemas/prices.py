@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
+from decimal import Context, Decimal, Inexact, InvalidOperation, Overflow
 from typing import Literal, TypeAlias
 
 CostBasis: TypeAlias = Literal["exact", "upper_bound"]
@@ -72,3 +72,7 @@ class Charge:
     @property
     def cost(self) -> Decimal:
         return self.input_cost + self.output_cost
+
+
+EXACT = Context(prec=38, traps=[Inexact, InvalidOperation, Overflow])
+"""Arithmetic that raises where the default context, of 28 digits, would round in silence."""

@@ -4,18 +4,19 @@ Between stages rows travel as Arrow record batches (`moebeam.schemas.tables`); t
 only around the model runner.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal, TypeAlias
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from moebeam.schemas.canonical import Json
+from moebeam.schemas.canonical import Json, canonical_json
 from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
 from moebeam.schemas.errors import RowError
-from moebeam.schemas.lost_calls import LostCall
 from moebeam.schemas.prices import PriceMode
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
@@ -117,6 +118,27 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
+class LostCall:
+    """A call to a provider that ended without a usage, and that it may bill all the same.
+
+    *account* says what it costs at most; nothing of it is added to what was billed.
+
+    Attributes:
+        error_type: how it ended, such as `engine_timeout`.
+        started_at: UTC; decides the price.
+        prompt_tokens: of the request, as they were counted or estimated here.
+        max_output_tokens: most that the provider could have written.
+    """
+
+    provider: str
+    model: str
+    error_type: str
+    started_at: datetime
+    prompt_tokens: int
+    max_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """What became of one request: an answer, or a typed failure in `error`.
 
@@ -175,3 +197,26 @@ class Completion:
             error=error,
             lost_calls=lost_calls,
         )
+
+
+def sampling_json(sampling: Sampling) -> str:
+    """Sampling as canonical JSON: equal text, equal sampling."""
+    return canonical_json(
+        {
+            "max_tokens": sampling.max_tokens,
+            "temperature": float(sampling.temperature),
+            "top_p": float(sampling.top_p),
+            "stop": list(sampling.stop),
+            "seed": sampling.seed,
+            "min_p": float(sampling.min_p),
+            "logprobs": sampling.logprobs,
+        }
+    )
+
+
+@lru_cache(maxsize=1024)
+def sampling_of(text: str) -> Sampling:
+    """The inverse of `sampling_json`."""
+    values: dict[str, Any] = json.loads(text)
+    values["stop"] = tuple(values["stop"])
+    return Sampling(**values)

@@ -4,7 +4,7 @@ Versioned: a column is only ever added, and then `TABLES_VERSION` rises. A colum
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
@@ -216,3 +216,9 @@ def read_schema(input_fields: "Iterable[pa.Field[Any]]", passthrough: "Iterable[
             pa.field(PASSTHROUGH, pa.struct(list(passthrough))),
         ]
     )
+
+
+Table: TypeAlias = Literal["results", "rejects", "ledger"]
+
+
+TABLES: tuple[Table, ...] = ("results", "rejects", "ledger")

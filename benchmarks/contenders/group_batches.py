@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from benchmarks.prompts import BenchmarkFiles
 from moebeam.jobs.check.beam_options import beam_options
 from moebeam.transforms.beam.coders import RecordBatchCoder
-from moebeam.transforms.read.step import MAX_BATCH_ROWS
+from moebeam.transforms.read.input_rows import MAX_BATCH_ROWS
 
 NUM_KEYS = 16
 

@@ -17,7 +17,7 @@ from moebeam.schemas.contract.output_column import output_column
 from moebeam.schemas.contract.output_type import output_type
 from moebeam.schemas.job.sections import PromptSection
 from moebeam.schemas.tables import OUTPUT, RESULT_SCHEMA, result_schema
-from moebeam.transforms.read.step import MAX_BATCH_ROWS
+from moebeam.transforms.read.input_rows import MAX_BATCH_ROWS
 from moebeam.transforms.render.prompt_template import PromptTemplate
 
 

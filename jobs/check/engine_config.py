@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
+from moebeam.model_runner.checkpoint.files import checkpoint_revision
 from moebeam.model_runner.checkpoint.model_limits import limits_of
-from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder, checkpoint_revision
+from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.model_runner.encoding.remote_prompts import Encoder, RemotePrompts, load_encoder
 from moebeam.model_runner.openai_engine.profiles import Profile, profile_of
 from moebeam.model_runner.protocol import ENGINES, REMOTE_ENGINES, EngineConfig, Fallback, load_runner

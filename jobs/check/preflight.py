@@ -96,11 +96,11 @@ class CheckedJob:
         """What the pipeline of an attempt that starts now is built from; `planned` is the plan of an earlier one."""
         # Here, because a quote checks the job too, on machines without Beam.
         from moebeam.pipelines.main_job import MainJob
+        from moebeam.transforms.answer.answer_shard import AnswerSpec
         from moebeam.transforms.answer.budget import Limits
-        from moebeam.transforms.answer.step import AnswerSpec
         from moebeam.transforms.answer.waste import WasteTerms
-        from moebeam.transforms.plan.step import PlanSpec
-        from moebeam.transforms.publish.step import PublishSpec
+        from moebeam.transforms.plan.build_shards import PlanSpec
+        from moebeam.transforms.publish.manifest import PublishSpec
 
         run_id = self.identity.run_id
         is_jsonl = self.scan.format == "jsonl"

@@ -21,8 +21,9 @@ from moebeam.schemas.arrow import values_of
 from moebeam.schemas.canonical import Json, fingerprint
 from moebeam.schemas.errors import CommitError, JobFileError, OutputError
 from moebeam.schemas.store import files as storage
-from moebeam.schemas.store.run_layout import TABLES, RunLayout, Table
+from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.store.streamed_file import Write, streamed_file
+from moebeam.schemas.tables import TABLES, Table
 from moebeam.transforms.durable.commit import read_commit
 
 OUTPUT_FILE = "output.jsonl"

@@ -20,8 +20,8 @@ from moebeam.schemas.store import files as storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import waste_folder
 from moebeam.transforms.durable.commit import read_commit
-from moebeam.transforms.plan.step import read_plan
-from moebeam.transforms.publish.step import passing_files
+from moebeam.transforms.plan.plan_record import read_plan
+from moebeam.transforms.publish.manifest import passing_files
 
 RETENTION_DAYS = 30.0
 """How long the plan and the journals of a finished run are kept, which hold its prompts and answers; `retry-failed`

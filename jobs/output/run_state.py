@@ -19,15 +19,16 @@ from typing import Any
 import psutil
 
 from moebeam.jobs.console.summary import ProgressSnapshot
+from moebeam.schemas.answers import ShardCommit, Totals
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.store import files as storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import read_waste, waste_names
-from moebeam.transforms.durable.commit import ShardCommit, Totals, read_commit
+from moebeam.transforms.durable.commit import read_commit
 from moebeam.transforms.durable.heartbeat import read_beats
 from moebeam.transforms.durable.lease import LEASE_S, host_identity, read_leases
-from moebeam.transforms.plan.step import PlanRecord, read_plan
-from moebeam.transforms.publish.step import cost_of
+from moebeam.transforms.plan.plan_record import PlanRecord, read_plan
+from moebeam.transforms.publish.manifest import cost_of
 
 LAUNCHER_BEAT_S = 5.0
 """How often a launcher says that it lives."""

@@ -16,7 +16,7 @@ from moebeam.jobs.run.progress import spell_duration, spell_money
 from moebeam.schemas.errors import OutputError
 from moebeam.transforms.durable.failure import Failure, read_failure
 from moebeam.transforms.durable.stop import ON_ERROR
-from moebeam.transforms.publish.step import cost_of
+from moebeam.transforms.publish.manifest import cost_of
 
 RunState: TypeAlias = Literal[
     "planning", "answering", "publishing", "complete", "incomplete", "failed", "stopped", "not started"

@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from moebeam.jobs.console.report_table import Column, ReportTable
 from moebeam.schemas.arrow import values_of
+from moebeam.schemas.prices import EXACT
 from moebeam.schemas.tables import MONEY
-from moebeam.transforms.money.account import EXACT
 
 FOCUS_VERSION = "1.2"
 PRICING_UNIT = "1000000 Tokens"

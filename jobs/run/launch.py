@@ -23,17 +23,17 @@ from moebeam.jobs.output.run_state import Watch, forget_gone_launchers, present,
 from moebeam.jobs.run.retry_failed import write_retry_plan
 from moebeam.model_runner.encoding.remote_prompts import load_encoder
 from moebeam.pipelines.main_job import build
+from moebeam.schemas.answers import Totals
 from moebeam.schemas.errors import JobInterrupted, OutputError, PipelineFailed
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.record_json import RecordJson
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.reuse import ReuseSource
-from moebeam.transforms.beam.coders import RecordCoder
-from moebeam.transforms.durable.commit import Totals
 from moebeam.transforms.durable.failure import WorkerWatch, read_failure
 from moebeam.transforms.durable.stop import BY_SIGNAL, ON_ERROR, StopReason, request_stop
-from moebeam.transforms.plan.step import PlanRecord, read_plan
-from moebeam.transforms.publish.step import cost_of, sole_amount
+from moebeam.transforms.plan.plan_record import PlanRecord, read_plan
+from moebeam.transforms.publish.manifest import cost_of, sole_amount
 from moebeam.transforms.read.input_scan import InputScan
 
 POLL_S = 0.25
@@ -235,8 +235,8 @@ def summary_of(manifest: dict[str, Any], job: Job, status: RunStatus, started: f
     Args:
         started: of this attempt, by the monotonic clock.
     """
-    totals = RecordCoder(Totals).decode(json.dumps(manifest["totals"]).encode())
-    wasted = RecordCoder(Totals).decode(json.dumps(manifest["wasted"]).encode()) if "wasted" in manifest else Totals()
+    totals = RecordJson(Totals).decode(json.dumps(manifest["totals"]).encode())
+    wasted = RecordJson(Totals).decode(json.dumps(manifest["wasted"]).encode()) if "wasted" in manifest else Totals()
     cost, currency = cost_of(totals)
     cached = totals.cached_tokens
     is_complete = manifest["status"] == "complete"

@@ -22,8 +22,9 @@ from moebeam.schemas.errors import CommitError, ContextOverflow, JobFileError, O
 from moebeam.schemas.job.sections import Job, SamplingSection
 from moebeam.schemas.store import files as storage
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.plan.build_shards import write_plan, write_shard
+from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_plan
 from moebeam.transforms.plan.sorted_runs import read_rows
-from moebeam.transforms.plan.step import PlannedShard, PlanRecord, read_plan, write_plan, write_shard
 from moebeam.transforms.read.input_scan import InputScan
 
 _OF_THE_ENGINE = ("run", "validate")

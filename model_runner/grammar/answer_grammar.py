@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from moebeam.model_runner.encoding.answers import END_OF_THINKING
 from moebeam.model_runner.encoding.call_formats import DEEPSEEK_V3, DEEPSEEK_V3_1, HERMES, CallFormat, JsonCallFormat
 from moebeam.model_runner.encoding.deepseek.dsml import DSML, V3_2_CALLS, V4_1_CALLS, V4_CALLS, DsmlFormat
-from moebeam.model_runner.grammar.json_grammar import Relaxation, enforceable_schema, json_schema_grammar
+from moebeam.model_runner.grammar.json_grammar import enforceable_schema, json_schema_grammar
 from moebeam.model_runner.grammar.lark_writer import LarkWriter
 from moebeam.model_runner.grammar.parameter_grammar import ParameterWriter
+from moebeam.model_runner.grammar.schema_forms.relaxation import Relaxation
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.chat_options import ChatOptions, Tool
 from moebeam.schemas.contract.answer_schema import Formats

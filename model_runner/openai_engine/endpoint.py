@@ -29,8 +29,7 @@ from moebeam.model_runner.openai_engine.request_body import ChatBody, chat_body
 from moebeam.model_runner.openai_engine.responses import Answer, StreamedAnswer, read_answer
 from moebeam.schemas.canonical import fingerprint
 from moebeam.schemas.errors import AnswerInterrupted, EngineOverloaded, RowError
-from moebeam.schemas.lost_calls import LostCall
-from moebeam.schemas.records import Request
+from moebeam.schemas.records import LostCall, Request
 
 _PATH = "/chat/completions"
 _CONNECT_TIMEOUT_S = 30.0

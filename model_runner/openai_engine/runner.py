@@ -27,8 +27,7 @@ from moebeam.model_runner.openai_engine.prefix_gate import PrefixGate, WarmPrefi
 from moebeam.model_runner.openai_engine.profiles import profile_of
 from moebeam.model_runner.protocol import EngineConfig, Fallback, RemoteMode
 from moebeam.schemas.errors import EngineLoadError, EngineUnavailable, RowError
-from moebeam.schemas.lost_calls import LostCall
-from moebeam.schemas.records import Completion, Request
+from moebeam.schemas.records import Completion, LostCall, Request
 
 _LOOK_AHEAD = 64
 """Requests pulled beyond those that may be in flight, so that no place stays empty while input is read."""

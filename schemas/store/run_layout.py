@@ -13,12 +13,9 @@ _moebeam/commits/           one record a committed shard; the first one wins
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 from moebeam.schemas.store import files as storage
-
-Table: TypeAlias = Literal["results", "rejects", "ledger"]
-TABLES: tuple[Table, ...] = ("results", "rejects", "ledger")
+from moebeam.schemas.tables import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,12 +28,13 @@ from benchmarks.sharding_simulator import (
 from benchmarks.sharding_workloads import NO_NODE, WORKLOADS, Workload
 from moebeam.model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens, prefix_key
 from moebeam.schemas.job.sections import PlanSection
-from moebeam.schemas.records import Sampling
+from moebeam.schemas.records import Sampling, sampling_json
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import plan_schema
+from moebeam.transforms.plan.build_shards import PlanSpec, build_shards
+from moebeam.transforms.plan.plan_record import PlannedShard
+from moebeam.transforms.plan.shard_ranges import cut_ranges
 from moebeam.transforms.plan.sorted_runs import read_rows, write_runs
-from moebeam.transforms.plan.step import PlannedShard, PlanSpec, build_shards, cut_ranges
-from moebeam.transforms.render.render_rows import sampling_json
 
 # Few token values and short prompts, so that prefixes, forks and repeated prompts are common.
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=50)

@@ -8,7 +8,8 @@ from pathlib import Path
 from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
 from tests.support.disturbed_runs import tables_of
 from tests.support.jobs_for_tests import write_parquet
-from tests.support.killed_runs import ROOT, RUN_TIMEOUT_S
+from tests.support.killed_runs import RUN_TIMEOUT_S
+from tests.support.paths import ROOT
 
 JOB = """\
 [input]

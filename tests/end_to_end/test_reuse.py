@@ -14,7 +14,7 @@ from moebeam.jobs.console.summary import RunSummary
 from moebeam.jobs.output.run_record import read_record
 from moebeam.jobs.run.launch import launch, resume
 from moebeam.schemas.errors import OutputError
-from moebeam.transforms.answer.step import LoadedEngine
+from moebeam.transforms.answer.answer_shard import LoadedEngine
 from tests.support.disturbed_runs import tables_of
 from tests.support.jobs_for_tests import TEMPLATE, fake_job, priced, run_fake_job, write_parquet, write_script
 

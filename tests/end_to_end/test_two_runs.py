@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.disturbed_runs import Work, problems_of
-from tests.support.killed_runs import ROOT, RUN_TIMEOUT_S, undisturbed_run
+from tests.support.killed_runs import RUN_TIMEOUT_S, undisturbed_run
+from tests.support.paths import ROOT
 
 COUNTED = """
 import os, sys

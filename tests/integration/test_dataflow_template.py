@@ -22,8 +22,9 @@ import pytest
 from apache_beam.portability.api import beam_runner_api_pb2
 
 from tests.support import beam_boot
-from tests.support.clean_environment import ROOT, clean_environment, image_entry_point, image_variables
+from tests.support.clean_environment import clean_environment, image_entry_point, image_variables
 from tests.support.gcs_server import GcsServer
+from tests.support.paths import ROOT
 from tests.support.s3_jobs import NUM_ROWS, tables, write_job
 from tests.support.staged_pipelines import Image, run_staged
 

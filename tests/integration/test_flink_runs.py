@@ -17,8 +17,9 @@ from moebeam.jobs.deploy.flink.cluster import LocalCluster
 from moebeam.jobs.deploy.flink.worker_pool import WORKER_MODULE
 from tests.support.disturbed_runs import Tables, Work, problems_of, tables_of
 from tests.support.flink_cluster import make_cluster
-from tests.support.killed_runs import ROOT, run_to_end, start
+from tests.support.killed_runs import run_to_end, start
 from tests.support.local_servers import free_port
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.integration
 

@@ -26,8 +26,8 @@ from moebeam.schemas.store.object_store import StoreError
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA, RESULT_SCHEMA
 from moebeam.transforms.durable.commit import commit_shard
+from moebeam.transforms.read.input_rows import read_unit
 from moebeam.transforms.read.input_scan import scan_input
-from moebeam.transforms.read.step import read_unit
 from tests.support.s3_jobs import (
     NUM_ROWS,
     Ended,

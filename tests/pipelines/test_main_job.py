@@ -8,7 +8,7 @@ from apache_beam.pipeline import PipelineVisitor
 
 from moebeam.jobs.check.preflight import check_job
 from moebeam.pipelines.main_job import build
-from moebeam.transforms.plan.step import PlannedShard, PlanRecord
+from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord
 from tests.support.jobs_for_tests import fake_job, write_parquet
 
 

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from moebeam.schemas.answers import ValidatedAnswer
 from moebeam.schemas.job.sections import FailuresSection
 from moebeam.schemas.records import Request
 from moebeam.transforms.answer.repair import Repair
-from moebeam.transforms.answer.validate import ValidatedAnswer
 
 MAX_WAIT_S = 60.0
 

@@ -16,13 +16,13 @@ from threading import Lock
 
 from moebeam.model_runner.admission import AdmittingRunner, Verdict
 from moebeam.model_runner.protocol import ModelRunner
+from moebeam.schemas.answers import AccountedAnswer
 from moebeam.schemas.job.sections import LimitsSection
 from moebeam.schemas.records import Completion, Request
 from moebeam.transforms.answer.expectation import Ceiling, Expectation
 from moebeam.transforms.answer.spending import Spent
 from moebeam.transforms.durable.stop import StopKind, StopReason
-from moebeam.transforms.money.account import AccountedAnswer
-from moebeam.transforms.plan.step import PlannedShard
+from moebeam.transforms.plan.plan_record import PlannedShard
 
 
 class BudgetEnded(Exception):

@@ -7,12 +7,12 @@ shard's own step. Each attempt is paid and accounted like the first.
 from dataclasses import dataclass, replace
 
 from moebeam.model_runner.encoding.remote_prompts import Encoder
+from moebeam.schemas.answers import ValidatedAnswer
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import EmptyAnswer, RowError, TruncatedAnswer
 from moebeam.schemas.job.sections import RepairSection
 from moebeam.schemas.records import Completion, Message, Request
-from moebeam.transforms.answer.validate import ValidatedAnswer
-from moebeam.transforms.render.step import SchemaInPrompt, prompt_of
+from moebeam.transforms.render.render_rows import SchemaInPrompt, prompt_of
 
 _WITHOUT_ANSWER = (EmptyAnswer, TruncatedAnswer)
 """Errors of answers that are not shown again: there is nothing in them, or too much."""

@@ -14,15 +14,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moebeam.model_runner.prefix_tree import common_prefix_lengths
+from moebeam.schemas.answers import AccountedAnswer, ValidatedAnswer
 from moebeam.schemas.arrow import rows_at, struct_columns, values_of
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.output_column import output_column
 from moebeam.schemas.contract.output_type import OutputType
-from moebeam.schemas.store.run_layout import Table
-from moebeam.schemas.tables import LEDGER_SCHEMA, PASSTHROUGH, RESULT_SCHEMA, result_schema
+from moebeam.schemas.prices import EXACT
+from moebeam.schemas.tables import LEDGER_SCHEMA, PASSTHROUGH, RESULT_SCHEMA, Table, result_schema
 from moebeam.transforms.answer.reuse import EarlierAnswer, parsed_output
-from moebeam.transforms.answer.validate import ValidatedAnswer
-from moebeam.transforms.money.account import EXACT, AccountedAnswer, class_amounts
+from moebeam.transforms.money.account import class_amounts
 from moebeam.transforms.money.allocate import Allocation, Bill, allocate, bill_of, to_units
 
 _ZERO = Decimal(0)

@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 
+from moebeam.schemas.answers import Totals, ValidatedAnswer
 from moebeam.schemas.prices import Charge
 from moebeam.schemas.records import Completion
 from moebeam.schemas.store import files as storage
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.answer.validate import ValidatedAnswer
 from moebeam.transforms.answer.waste import read_waste, waste_names
-from moebeam.transforms.durable.commit import Totals, read_commit
+from moebeam.transforms.durable.commit import read_commit
 from moebeam.transforms.durable.heartbeat import Beat, read_beats
 from moebeam.transforms.durable.journal_file import read_journal
 from moebeam.transforms.money.account import account

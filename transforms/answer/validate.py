@@ -7,11 +7,11 @@ request for it, it is asked again.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias
 
 from moebeam.model_runner.protocol import ModelRunner
-from moebeam.schemas.canonical import Json
+from moebeam.schemas.answers import ValidatedAnswer
 from moebeam.schemas.errors import (
     ContentRefused,
     EmptyAnswer,
@@ -26,28 +26,6 @@ from moebeam.schemas.errors import (
 from moebeam.schemas.records import Completion, Request
 from moebeam.transforms.answer.run import run
 from moebeam.transforms.render.answer_terms import AnswerTerms
-
-
-@dataclass(frozen=True, slots=True)
-class ValidatedAnswer:
-    """A completion and what became of it.
-
-    Attributes:
-        output_json: the answer's JSON as the model wrote it, without the white space around it; None without a
-            schema or with an error.
-        error: why there is no valid answer; None if there is one.
-        value: the parsed JSON where `output_json` is set.
-        attempt: which attempt of its request this is, from 1.
-        is_last: whether the request is not asked again.
-    """
-
-    completion: Completion
-    output_json: str | None
-    error: RowError | None
-    value: Json = None
-    attempt: int = 1
-    is_last: bool = True
-
 
 AskAgain: TypeAlias = Callable[[Request, ValidatedAnswer], Request | None]
 

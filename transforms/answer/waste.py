@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 
 import pyarrow.parquet as pq
 
+from moebeam.schemas.answers import AccountedAnswer, Totals, ValidatedAnswer
 from moebeam.schemas.arrow import parquet_bytes, values_of, with_column
 from moebeam.schemas.store import files as storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.shard_tables import PlannedRows, ShardNames, shard_tables
-from moebeam.transforms.answer.validate import ValidatedAnswer
-from moebeam.transforms.durable.commit import Totals, ledger_totals
+from moebeam.transforms.durable.commit import ledger_totals
 from moebeam.transforms.durable.journal_file import read_journal
-from moebeam.transforms.money.account import AccountedAnswer, account
+from moebeam.transforms.money.account import account
 from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.plan.sorted_runs import read_rows
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import psutil
 
 from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.record_json import RecordJson
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.beam.coders import RecordCoder
 
 LEASE_S = 60.0
 """How long a lease holds after its last renewal."""
@@ -165,7 +165,7 @@ class ShardLease:
         if time.monotonic() - self._seen_since > LEASE_S:
             return False
         try:
-            lease = RecordCoder(Lease).decode(content)
+            lease = RecordJson(Lease).decode(content)
         except ValueError:
             # Not ours to understand: a later version's, or damaged. Silence alone tells.
             return True
@@ -202,7 +202,7 @@ def _read_all(layout: RunLayout) -> dict[tuple[str, int], Lease]:
         content = _read(layout.lease(shard, int(generation)))
         with contextlib.suppress(ValueError):
             if content is not None:
-                leases[shard, int(generation)] = RecordCoder(Lease).decode(content)
+                leases[shard, int(generation)] = RecordJson(Lease).decode(content)
     return leases
 
 

@@ -9,40 +9,12 @@ tokens x price / 10^6 has at most 12, which is what decimal128(38, 12) holds.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from decimal import Context, Decimal, Inexact, InvalidOperation, Overflow
+from decimal import Decimal
 
-from moebeam.schemas.prices import Charge, CostBasis, PriceLine
+from moebeam.schemas.answers import AccountedAnswer, ClassAmounts, ValidatedAnswer
+from moebeam.schemas.prices import EXACT, Charge, CostBasis, PriceLine
 from moebeam.schemas.records import Completion, Usage
-from moebeam.transforms.answer.validate import ValidatedAnswer
 from moebeam.transforms.money.price_book import PriceBook
-
-EXACT = Context(prec=38, traps=[Inexact, InvalidOperation, Overflow])
-"""Arithmetic that raises where the default context, of 28 digits, would round in silence."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClassAmounts:
-    """A charge by token class; the four amounts add up to its cost."""
-
-    cache_hit: Decimal
-    cache_miss: Decimal
-    visible_output: Decimal
-    reasoning: Decimal
-
-
-@dataclass(frozen=True, slots=True)
-class AccountedAnswer:
-    """A validated answer and what its attempt cost; None where no price is known, which is not zero.
-
-    `lost_cost_at_most` is what calls without a usage may be billed at most, beside `charge` and in its currency; None
-    where there are none, or one of them has no price in it. `journal` is where the answer was kept as it arrived.
-    """
-
-    answer: ValidatedAnswer
-    charge: Charge | None
-    journal: str | None = None
-    lost_cost_at_most: Decimal | None = None
 
 
 def account(

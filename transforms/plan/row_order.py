@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from moebeam.schemas.canonical import canonical_json
 from moebeam.schemas.job.sections import PlanSection
-from moebeam.transforms.render.render_rows import sampling_of
+from moebeam.schemas.records import sampling_of
 
 RUN_ORDER = ("prefix_key", "sampling", "options", "cost_center", "unit", "source_row")
 """Token order first; equal requests of one cost centre stand together, the first of the input ahead."""

@@ -13,20 +13,16 @@ import numpy as np
 from moebeam.schemas.arrow import values_of
 from moebeam.schemas.errors import CommitError
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.durable.failure import recorded_failure
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.plan.row_order import Place
 from moebeam.transforms.plan.shard_cut import MAX_SHARD_BYTES
 from moebeam.transforms.plan.sorted_runs import MAX_RUN_BYTES, SHARD_WEIGHT, RunFile, read_samples
 
-register_record(RunFile)
-
 MAX_REJECT_ROWS = 65_536
 """Most rows of a shard that holds rejects only."""
 
 
-@register_record
 @dataclass(frozen=True, slots=True)
 class ShardRange:
     """Rows that one worker plans: those of `runs` that stand in `[lower, upper)`; one shard or some come of them.

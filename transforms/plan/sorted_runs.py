@@ -19,11 +19,11 @@ import pyarrow.compute as pc
 from moebeam.model_runner.prefix_tree import NUM_TENANT_BYTES, common_prefix_length
 from moebeam.schemas.arrow import arrow_file_bytes, open_arrow_file, values_of
 from moebeam.schemas.job.sections import PlanSection
+from moebeam.schemas.records import sampling_of
 from moebeam.schemas.store import files as storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.plan.row_order import Place, Places, can_merge, sort_rows
 from moebeam.transforms.plan.shard_cut import expected_output_tokens
-from moebeam.transforms.render.render_rows import sampling_of
 
 MAX_RUN_BYTES = 48 << 20
 SAMPLE_BYTES = MAX_RUN_BYTES // 128

@@ -6,66 +6,32 @@ then merges its range of every run, marks duplicates of ids and of requests, and
 cost in that order. Each is written to `_moebeam/plan/<shard>.arrow`.
 """
 
-import contextlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import apache_beam as beam
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from apache_beam.pvalue import AsList
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
-from moebeam.model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens
-from moebeam.schemas.arrow import values_of, with_column
-from moebeam.schemas.errors import DuplicateId
-from moebeam.schemas.job.sections import PlanSection
-from moebeam.schemas.store import files as storage
-from moebeam.schemas.store.record_json import RecordJson
-from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.schemas.tables import plan_schema
 from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.beam.observe import count
 from moebeam.transforms.durable.failure import recorded_failure
 from moebeam.transforms.durable.heartbeat import Beat, Heartbeat
+from moebeam.transforms.plan.build_shards import PlanSpec, build_shards, write_plan
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_plan
-from moebeam.transforms.plan.row_order import Place, can_merge, sort_rows
-from moebeam.transforms.plan.shard_cut import RowCosts, cut_rows, expected_output_tokens
 from moebeam.transforms.plan.shard_ranges import ShardRange, cut_ranges
 from moebeam.transforms.plan.sorted_runs import (
     MAX_RUN_BYTES,
     RunFile,
-    read_range,
-    read_rows,
-    row_bytes,
     run_name,
-    write_rows,
     write_runs,
 )
-from moebeam.transforms.render.render_rows import sampling_of
 
-register_record(PlannedShard)
-register_record(PlanRecord)
-
-
-@dataclass(frozen=True, slots=True)
-class PlanSpec:
-    """What the plan's steps need to know of the job.
-
-    Attributes:
-        group_starts: the first input unit of each group of units; a run never holds rows of two groups.
-    """
-
-    section: PlanSection
-    layout: RunLayout
-    passthrough: tuple["pa.Field[Any]", ...]
-    group_starts: tuple[int, ...] = (0,)
+for record_type in (PlannedShard, PlanRecord, RunFile, ShardRange):
+    register_record(record_type)
 
 
 class PlanShards(beam.PTransform[Any, Any]):
@@ -168,132 +134,3 @@ class _BuildShards(beam.DoFn):
         plan = read_plan(self._spec.layout)
         assert plan is not None, f"range {element.shard} has no runs and no plan"
         return [shard for shard in plan.shards if element.holds(shard.shard)]
-
-
-def build_shards(element: ShardRange, spec: PlanSpec, duplicates: Mapping[int, set[int]]) -> list[PlannedShard]:
-    """Merge a range of every run, mark duplicates, cut it, and write the plan of each shard; no rows make none.
-
-    Args:
-        duplicates: input unit -> rows of its file whose id came before.
-    """
-    layout, schema = spec.layout, plan_schema(spec.passthrough)
-    if element.is_rejects:
-        table = pa.concat_tables([read_rows(layout.run_file(run)) for run in element.runs])
-        return [write_shard(layout, element.shard, table.cast(schema))]
-    lower, upper = Place.of_text(element.lower), Place.of_text(element.upper) if element.upper else None
-    parts = [read_range(layout, run, lower, upper) for run in element.runs]
-    table = sort_rows(pa.concat_tables([part for part in parts if part.num_rows] or parts[:1]))
-    del parts
-    table = _reject_duplicate_ids(table, duplicates).cast(schema)
-    keys = values_of(table, "prefix_key")
-    table, can_begin = _merge_requests(table, keys, spec.section)
-    costs = _costs_of(table, keys, can_begin)
-    del keys
-    starts = cut_rows(costs, spec.section)
-    return [
-        write_shard(layout, element.shard_name(number), table.slice(start, end - start))
-        for number, (start, end) in enumerate(pairwise([*starts, table.num_rows]))
-    ]
-
-
-def _costs_of(table: pa.Table, keys: Sequence[bytes], can_begin: npt.NDArray[np.bool_]) -> RowCosts:
-    """What each planned row costs, beside the others in their order."""
-    asked = np.flatnonzero(_is_asked(table))
-    texts = values_of(table, "sampling")
-    outputs = {text: expected_output_tokens(sampling_of(text).max_tokens) for text in set(texts)}
-    shared = common_prefix_lengths([keys[row] for row in asked.tolist()])
-    tokens = np.zeros(table.num_rows, dtype=np.int64)
-    tokens[asked] = table.column("num_prompt_tokens").to_numpy()[asked] - shared
-    tokens[asked] += np.array([outputs[texts[row]] for row in asked.tolist()], dtype=np.int64)
-    # A row that is not asked shares what the next one does, with which the tree of its shard begins.
-    following = np.searchsorted(asked, np.arange(table.num_rows))
-    return RowCosts(
-        tokens=tokens,
-        shared_tokens=np.append(shared, 0)[following],
-        num_rows=np.ones(table.num_rows, dtype=np.int64),
-        num_bytes=row_bytes(table),
-        can_begin=can_begin,
-    )
-
-
-def _is_asked(table: pa.Table) -> Any:
-    """A mask of the rows that are asked: not rejected, and not merged into another."""
-    return pc.and_(pc.is_null(table.column("error_type")), pc.is_null(table.column("merged_into")))
-
-
-def write_shard(layout: RunLayout, shard: str, table: pa.Table) -> PlannedShard:
-    """Write the plan of one shard, rows of `moebeam.schemas.tables.plan_schema` in token order."""
-    write_rows(layout.shard_plan(shard), table)
-    requests = table.select(["prefix_key", "num_prompt_tokens"]).filter(_is_asked(table))
-    keys = values_of(requests, "prefix_key")
-    lengths = requests.column("num_prompt_tokens").to_numpy().astype(np.int64)
-    return PlannedShard(
-        shard,
-        num_rows=table.num_rows,
-        num_requests=len(keys),
-        num_rejects=table.num_rows - table.column("error_type").null_count,
-        num_prompt_tokens=int(lengths.sum()),
-        num_tree_tokens=num_tree_tokens(lengths, common_prefix_lengths(keys)),
-    )
-
-
-def _reject_duplicate_ids(table: pa.Table, duplicates: Mapping[int, set[int]]) -> pa.Table:
-    if not duplicates:
-        return table
-    rows = zip(values_of(table, "unit"), values_of(table, "source_row"), strict=True)
-    is_duplicate = [row in duplicates.get(unit, ()) for unit, row in rows]
-    if not any(is_duplicate):
-        return table
-    ids = values_of(table, "custom_id")
-    error = DuplicateId
-    columns = {
-        "error_stage": [error.error_stage if marked else None for marked in is_duplicate],
-        "error_type": [error.error_type if marked else None for marked in is_duplicate],
-        "error_message": [
-            f"id {custom_id!r}: expected every id once, found it on an earlier row" if marked else None
-            for marked, custom_id in zip(is_duplicate, ids, strict=True)
-        ],
-    }
-    for name, values in columns.items():
-        table = with_column(table, name, values)
-    return table
-
-
-def _merge_requests(
-    table: pa.Table, keys: Sequence[bytes], section: PlanSection
-) -> tuple[pa.Table, npt.NDArray[np.bool_]]:
-    """Let each request that repeats the one before it, in a table in `RUN_ORDER`, name that one's first copy.
-
-    Returns:
-        The table, and whether a shard may begin with a row: not with one that repeats a request which may be merged.
-    """
-    can_begin = np.ones(table.num_rows, dtype=np.bool_)
-    if section.merge == "never":
-        return table, can_begin
-    mergeable = {text: can_merge(text, section) for text in set(values_of(table, "sampling"))}
-    names = ("sampling", "options", "cost_center", "custom_id", "error_type")
-    merged: list[str | None] = []
-    before: tuple[Any, ...] = ()
-    first_id: str | None = None
-    for row, (key, sampling, options, cost_center, custom_id, error) in enumerate(
-        zip(keys, *(values_of(table, name) for name in names), strict=True)
-    ):
-        request = (key, sampling, options, cost_center)
-        can_begin[row] = not mergeable[sampling] or request != before
-        if can_begin[row]:
-            before, first_id = request, None
-        merged.append(first_id if error is None else None)
-        if error is None and first_id is None:
-            first_id = custom_id
-    return with_column(table, "merged_into", merged), can_begin
-
-
-def write_plan(shards: Iterable[PlannedShard], layout: RunLayout) -> tuple[PlannedShard, ...]:
-    """Declare the plan complete, then drop the runs that it was made of."""
-    record = PlanRecord(tuple(sorted(shards, key=lambda shard: shard.shard)))
-    with recorded_failure(layout, "plan"):
-        storage.write_whole(layout.plan_record, RecordJson(PlanRecord).encode(record))
-        with contextlib.suppress(OSError):
-            # Another launcher may be writing the same runs; *publish* removes whatever is left.
-            storage.remove_tree(layout.runs)
-    return record.shards

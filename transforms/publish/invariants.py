@@ -16,14 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from moebeam.schemas.answers import ShardCommit, Totals
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import CommitError
+from moebeam.schemas.prices import EXACT
 from moebeam.schemas.store import files as storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.beam.coders import register_record
-from moebeam.transforms.durable.commit import ShardCommit, Totals, costs_by_currency
+from moebeam.transforms.durable.commit import costs_by_currency
 from moebeam.transforms.money.accelerator_time import NUM_PROMPTS
-from moebeam.transforms.money.account import EXACT
 from moebeam.transforms.publish.rollup import GroupSums, Rollup
 
 _ROW_COLUMNS = (

@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from moebeam.schemas.answers import ShardCommit
 from moebeam.schemas.canonical import Json, canonical_json
 from moebeam.schemas.errors import CommitError, JobFileError
+from moebeam.schemas.prices import EXACT
 from moebeam.schemas.store import files as storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA
 from moebeam.transforms.beam.coders import register_record
-from moebeam.transforms.durable.commit import ShardCommit
-from moebeam.transforms.money.account import EXACT
 
 DEFAULT_BY = ("tenant", "cost_center", "day")
 MAX_GROUPS = 1000

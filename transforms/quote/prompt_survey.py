@@ -19,11 +19,12 @@ from moebeam.model_runner.prefix_tree import common_prefix_lengths
 from moebeam.schemas.arrow import values_of
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import PlanSection
+from moebeam.schemas.records import sampling_of
 from moebeam.transforms.plan.row_order import can_merge
 from moebeam.transforms.plan.shard_cut import RowCosts, cut_rows, expected_output_tokens
 from moebeam.transforms.read.input_rows import ReadColumns, read_unit
 from moebeam.transforms.read.input_scan import InputScan, InputUnit
-from moebeam.transforms.render.render_rows import Renderer, sampling_of
+from moebeam.transforms.render.render_rows import Renderer
 
 MAX_SURVEY_BYTES = 1 << 30
 """Most memory for the keys of a survey, four bytes a prompt token; a larger input is sampled instead."""

@@ -15,8 +15,7 @@ from decimal import Decimal
 
 import numpy as np
 
-from moebeam.schemas.prices import PriceLine
-from moebeam.transforms.money.account import EXACT
+from moebeam.schemas.prices import EXACT, PriceLine
 from moebeam.transforms.quote.cache_rules import CacheRule, expected_hits
 from moebeam.transforms.quote.prompt_survey import Counts, PromptSurvey
 

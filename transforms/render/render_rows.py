@@ -7,7 +7,6 @@ cannot be rendered, or does not fit the model's context, leaves as a reject with
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, Literal, TypeAlias, cast
 
 import pyarrow as pa
@@ -18,11 +17,11 @@ from moebeam.model_runner.encoding.remote_prompts import Encoder, load_encoder
 from moebeam.model_runner.encoding.schema_in_prompt import with_schema_in_prompt
 from moebeam.model_runner.prefix_tree import prefix_key
 from moebeam.schemas.arrow import values_of
-from moebeam.schemas.canonical import Json, canonical_json
+from moebeam.schemas.canonical import Json
 from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions, ResponseFormat, options_json, with_own_values
 from moebeam.schemas.errors import ContextOverflow, InvalidSampling, InvalidTools, InvalidValue, RowError
 from moebeam.schemas.job.sections import PromptSection, SamplingSection
-from moebeam.schemas.records import Message, Sampling, TokenIds
+from moebeam.schemas.records import Message, Sampling, TokenIds, sampling_json
 from moebeam.schemas.tables import INPUT, plan_schema
 from moebeam.transforms.render.answer_terms import TermsBook
 from moebeam.transforms.render.chat_messages import messages_json, parse_messages
@@ -260,26 +259,3 @@ def _error_columns(errors: list[RowError | None]) -> dict[str, list[str | None]]
         "error_type": [error and error.error_type for error in errors],
         "error_message": [error and str(error) for error in errors],
     }
-
-
-def sampling_json(sampling: Sampling) -> str:
-    """Sampling as canonical JSON: equal text, equal sampling."""
-    return canonical_json(
-        {
-            "max_tokens": sampling.max_tokens,
-            "temperature": float(sampling.temperature),
-            "top_p": float(sampling.top_p),
-            "stop": list(sampling.stop),
-            "seed": sampling.seed,
-            "min_p": float(sampling.min_p),
-            "logprobs": sampling.logprobs,
-        }
-    )
-
-
-@lru_cache(maxsize=1024)
-def sampling_of(text: str) -> Sampling:
-    """The inverse of `sampling_json`."""
-    values: dict[str, Any] = json.loads(text)
-    values["stop"] = tuple(values["stop"])
-    return Sampling(**values)

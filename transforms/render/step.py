@@ -11,16 +11,9 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from moebeam.schemas.records import sampling_json, sampling_of
 from moebeam.transforms.beam.observe import count
-from moebeam.transforms.render.render_rows import (
-    Renderer,
-    RenderSpec,
-    SchemaInPrompt,
-    prompt_of,
-    sampling_json,
-    sampling_of,
-    tools_value,
-)
+from moebeam.transforms.render.render_rows import Renderer, RenderSpec, SchemaInPrompt, prompt_of, tools_value
 
 __all__ = [
     "RenderPrompts",

@@ -9,8 +9,8 @@ import pytest
 
 from moebeam.jobs.check.disk import check_disk, estimate_disk, spell_bytes
 from moebeam.schemas.errors import OutputError
+from moebeam.transforms.read.input_rows import ReadColumns
 from moebeam.transforms.read.input_scan import InputScan, scan_input
-from moebeam.transforms.read.step import ReadColumns
 from tests.support.jobs_for_tests import fake_job, write_parquet
 
 

@@ -11,7 +11,8 @@ from moebeam.jobs.commands.cli import run_command
 from moebeam.jobs.output.run_record import describe_job, read_record, refuse_secrets
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.failure import recorded_failure
-from moebeam.transforms.plan.step import PlannedShard, write_plan
+from moebeam.transforms.plan.build_shards import write_plan
+from moebeam.transforms.plan.plan_record import PlannedShard
 from tests.support.jobs_for_tests import fake_job
 
 COMMANDS = (

@@ -16,7 +16,8 @@ from moebeam.jobs.prices.shipped import SHIPPED_BOOK
 from moebeam.jobs.reports.price_cross_check import TOLERANCE, cost_elsewhere, cross_check
 from moebeam.schemas.records import Usage
 from moebeam.transforms.money.account import charge
-from moebeam.transforms.money.price_book import COLUMNS, PriceBook
+from moebeam.transforms.money.price_book import PriceBook
+from moebeam.transforms.money.price_file import COLUMNS
 
 HEADER = ",".join(COLUMNS)
 WEEKDAY = datetime(2026, 11, 24, tzinfo=UTC)

@@ -11,8 +11,9 @@ from apache_beam.internal.cloudpickle import cloudpickle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebeam.schemas.contract.answer_schema import MAX_EXCERPT, AnswerSchema
+from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.contract.strict_json import MAX_DEPTH
+from moebeam.schemas.contract.wording import MAX_EXCERPT
 from moebeam.schemas.errors import EmptyAnswer, JobFileError, ModelRejected, NotJson, SchemaViolation
 
 TICKET = {

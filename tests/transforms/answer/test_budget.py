@@ -13,16 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebeam.model_runner.protocol import EngineConfig, Fallback
+from moebeam.schemas.answers import AccountedAnswer, ValidatedAnswer
 from moebeam.schemas.errors import EngineFailed
 from moebeam.schemas.job.sections import LimitsSection
 from moebeam.schemas.records import Completion, Request, Sampling, Usage
 from moebeam.transforms.answer.budget import BudgetedRunner, BudgetEnded, Limits, ShardBudget
 from moebeam.transforms.answer.expectation import Ceiling
 from moebeam.transforms.answer.spending import Pricing, Spent
-from moebeam.transforms.answer.validate import ValidatedAnswer
-from moebeam.transforms.money.account import AccountedAnswer
 from moebeam.transforms.money.price_book import PriceBook
-from moebeam.transforms.plan.step import PlannedShard
+from moebeam.transforms.plan.plan_record import PlannedShard
 
 NOW = 1_000_000.0
 SHARD = PlannedShard("s1", num_rows=9, num_requests=8, num_rejects=1, num_prompt_tokens=80, num_tree_tokens=40)

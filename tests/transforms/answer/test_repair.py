@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
+from moebeam.schemas.answers import ValidatedAnswer
 from moebeam.schemas.errors import (
     EmptyAnswer,
     EngineOverloaded,
@@ -17,7 +18,6 @@ from moebeam.schemas.errors import (
 from moebeam.schemas.job.sections import RepairSection
 from moebeam.schemas.records import Completion, Message, Request, Sampling, ToolCall, Usage
 from moebeam.transforms.answer.repair import Repair
-from moebeam.transforms.answer.validate import ValidatedAnswer
 
 ERROR = NotJson("expected one JSON value, found text at character 0")
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
+from moebeam.schemas.answers import ValidatedAnswer
 from moebeam.schemas.errors import ContentRefused, EngineCrashed, EngineOverloaded, EngineTimeout, NotJson, RowError
 from moebeam.schemas.job.sections import FailuresSection, RepairSection
 from moebeam.schemas.records import Completion, Message, Request, Sampling, Usage
 from moebeam.transforms.answer.ask_again import MAX_WAIT_S, AskAgain
 from moebeam.transforms.answer.repair import Repair
-from moebeam.transforms.answer.validate import ValidatedAnswer
 
 
 @pytest.fixture(scope="module")

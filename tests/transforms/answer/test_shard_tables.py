@@ -12,16 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebeam.model_runner.prefix_tree import prefix_key
+from moebeam.schemas.answers import AccountedAnswer, ValidatedAnswer
 from moebeam.schemas.errors import EngineFailed, NotJson, RowError
 from moebeam.schemas.prices import PriceLine
-from moebeam.schemas.records import Completion, Sampling, Usage
+from moebeam.schemas.records import Completion, Sampling, Usage, sampling_json
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import plan_schema
 from moebeam.transforms.answer.shard_tables import PlannedRows, ShardNames, shard_tables
-from moebeam.transforms.answer.validate import ValidatedAnswer
 from moebeam.transforms.durable.commit import commit_shard, totals_of
-from moebeam.transforms.money.account import AccountedAnswer, charge
-from moebeam.transforms.render.step import sampling_json
+from moebeam.transforms.money.account import charge
 
 LINE = PriceLine(
     line_id="7",

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moebeam.schemas.answers import ValidatedAnswer
 from moebeam.schemas.chat_options import ChatOptions
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.errors import (
@@ -23,7 +24,7 @@ from moebeam.schemas.errors import (
     TruncatedAnswer,
 )
 from moebeam.schemas.records import Completion, Message, Request, Sampling, Usage
-from moebeam.transforms.answer.validate import ValidatedAnswer, validate, validate_completion
+from moebeam.transforms.answer.validate import validate, validate_completion
 from moebeam.transforms.render.answer_terms import AnswerTerms
 
 NUMBER = AnswerSchema.from_json({"type": "integer"}, formats="assert", source="number.json")

@@ -8,10 +8,11 @@ import pytest
 from apache_beam import coders
 from apache_beam.pipeline import PipelineVisitor
 
+from moebeam.schemas.answers import ShardCommit, StagedFile, Totals
 from moebeam.transforms.beam.coders import RecordBatchCoder, RecordCoder
-from moebeam.transforms.durable.commit import ShardCommit, StagedFile, Totals
+from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord
+from moebeam.transforms.plan.shard_ranges import ShardRange
 from moebeam.transforms.plan.sorted_runs import RunFile
-from moebeam.transforms.plan.step import PlannedShard, PlanRecord, ShardRange
 from moebeam.transforms.read.input_scan import InputUnit
 
 RECORDS = [

@@ -11,7 +11,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from moebeam.jobs.check.preflight import check_job
 from moebeam.pipelines.main_job import build
 from moebeam.transforms.beam import observe
-from moebeam.transforms.beam.observe import tell
+from moebeam.transforms.log_events import tell
 from tests.support.jobs_for_tests import fake_job, priced, write_parquet, write_script
 
 NUM_ROWS = 30

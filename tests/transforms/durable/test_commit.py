@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from moebeam.schemas.answers import ShardCommit, Totals
 from moebeam.schemas.errors import CommitError
-from moebeam.schemas.store.run_layout import RunLayout, Table
-from moebeam.schemas.tables import LEDGER_SCHEMA, RESULT_SCHEMA
-from moebeam.transforms.durable.commit import ShardCommit, Totals, commit_shard, ledger_totals, read_commit, totals_of
-from moebeam.transforms.publish.step import publish_shard
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.tables import LEDGER_SCHEMA, RESULT_SCHEMA, Table
+from moebeam.transforms.durable.commit import commit_shard, ledger_totals, read_commit, totals_of
+from moebeam.transforms.publish.manifest import publish_shard
 
 ROW: dict[str, Any] = {
     "custom_id": "a",

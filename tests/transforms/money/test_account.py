@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moebeam.schemas.answers import ValidatedAnswer
 from moebeam.schemas.errors import EngineFailed
-from moebeam.schemas.lost_calls import LostCall
 from moebeam.schemas.prices import PriceLine
-from moebeam.schemas.records import Completion, Usage
+from moebeam.schemas.records import Completion, LostCall, Usage
 from moebeam.schemas.tables import MONEY
-from moebeam.transforms.answer.validate import ValidatedAnswer
 from moebeam.transforms.money.account import account, charge
-from moebeam.transforms.money.price_book import COLUMNS, PriceBook
+from moebeam.transforms.money.price_book import PriceBook
+from moebeam.transforms.money.price_file import COLUMNS
 
 NOON = datetime(2026, 11, 2, 12, tzinfo=UTC)
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.prices import PriceLine
-from moebeam.transforms.money.price_book import COLUMNS, PriceBook
+from moebeam.transforms.money.price_book import PriceBook
+from moebeam.transforms.money.price_file import COLUMNS
 from tests.support.paths import SHARED
 
 FACTS = SHARED / "facts" / "prices.csv"

@@ -1,6 +1,7 @@
 from datetime import datetime
 
-from moebeam.transforms.money.price_book import COLUMNS, PriceBook
+from moebeam.transforms.money.price_book import PriceBook
+from moebeam.transforms.money.price_file import COLUMNS
 from moebeam.transforms.money.price_review import Finding, changed_fields, diff, prices_at, review
 
 HEADER = ",".join((*COLUMNS, "days", "mode"))

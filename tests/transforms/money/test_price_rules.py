@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from moebeam.jobs.prices.shipped import SHIPPED_BOOK
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.prices import DayRule
-from moebeam.transforms.money.price_book import COLUMNS, PriceBook
+from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.money.price_calendar import is_on_days, parse_day_rule, parse_holidays, spell_day_rule
+from moebeam.transforms.money.price_file import COLUMNS
 
 HEADER = ",".join((*COLUMNS, "days", "mode", "prompt_tokens", "batch_percent"))
 HOLIDAYS = b"calendar,date,source\nCN,2026-10-01,notice\n"

@@ -15,26 +15,20 @@ from hypothesis import strategies as st
 
 from moebeam.model_runner.prefix_tree import prefix_key
 from moebeam.model_runner.protocol import EngineConfig
+from moebeam.schemas.chat_options import ChatOptions
 from moebeam.schemas.job.sections import PlanSection
-from moebeam.schemas.records import ChatOptions, Sampling
+from moebeam.schemas.records import Sampling, sampling_json
 from moebeam.schemas.store import files as storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import plan_schema
+from moebeam.transforms.answer.answer_shard import AnswerSpec, requests_of
 from moebeam.transforms.answer.shard_tables import PlannedRows
-from moebeam.transforms.answer.step import AnswerSpec, requests_of
 from moebeam.transforms.plan import shard_cut, shard_ranges, sorted_runs
+from moebeam.transforms.plan.build_shards import PlanSpec, build_shards, write_plan
+from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_plan
+from moebeam.transforms.plan.shard_ranges import cut_ranges
 from moebeam.transforms.plan.sorted_runs import ROW_BYTES, RunFile, read_rows, write_runs
-from moebeam.transforms.plan.step import (
-    PlannedShard,
-    PlanRecord,
-    PlanSpec,
-    build_shards,
-    cut_ranges,
-    read_plan,
-    write_plan,
-)
 from moebeam.transforms.render.answer_terms import AnswerTerms, TermsBook
-from moebeam.transforms.render.step import sampling_json
 
 GREEDY = sampling_json(Sampling(max_tokens=16))
 HOT = sampling_json(Sampling(max_tokens=16, temperature=1.0))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moebeam.model_runner.prefix_tree import prefix_key
 from moebeam.schemas.job.sections import PlanSection
-from moebeam.schemas.records import Sampling
+from moebeam.schemas.records import Sampling, sampling_json
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import plan_schema
 from moebeam.transforms.plan import shard_ranges, sorted_runs
@@ -28,7 +28,6 @@ from moebeam.transforms.plan.sorted_runs import (
     sample_places,
     write_runs,
 )
-from moebeam.transforms.render.render_rows import sampling_json
 
 SAMPLINGS = {"greedy": sampling_json(Sampling(max_tokens=9)), "hot": sampling_json(Sampling(9, temperature=1.0))}
 ROWS = st.lists(

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from moebeam.schemas.answers import Totals
 from moebeam.schemas.errors import CommitError
-from moebeam.transforms.durable.commit import Totals
 from moebeam.transforms.publish.invariants import RowSums, check_invariants
 from moebeam.transforms.publish.rollup import GroupSums, Rollup
 

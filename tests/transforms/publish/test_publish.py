@@ -11,8 +11,9 @@ from moebeam.schemas.errors import CommitError
 from moebeam.schemas.store import files as storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.commit import read_commit
-from moebeam.transforms.plan.step import ShardRange, cut_ranges, read_plan
-from moebeam.transforms.publish.step import publish_shard
+from moebeam.transforms.plan.plan_record import read_plan
+from moebeam.transforms.plan.shard_ranges import ShardRange, cut_ranges
+from moebeam.transforms.publish.manifest import publish_shard
 from tests.support.disturbed_runs import Work, problems_of, tables_of
 
 
@@ -66,7 +67,7 @@ def test_a_run_that_another_launcher_completed_meanwhile_stays_complete(
     launch(work.job(output))
     layout = RunLayout(str(output))
     undisturbed = tables_of(output)
-    from moebeam.transforms.publish.step import PublishSpec, write_manifest
+    from moebeam.transforms.publish.manifest import PublishSpec, write_manifest
 
     before = Path(layout.manifest).read_text()
     found: dict[str, Any] = json.loads(before)

@@ -14,10 +14,10 @@ from apache_beam.testing.util import assert_that
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moebeam.schemas.answers import ShardCommit, StagedFile, Totals
 from moebeam.schemas.errors import CommitError, JobFileError
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA
-from moebeam.transforms.durable.commit import ShardCommit, StagedFile, Totals
 from moebeam.transforms.publish.rollup import (
     GroupSums,
     Rollup,

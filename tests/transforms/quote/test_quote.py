@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.transforms.money.price_book import COLUMNS, PriceBook
+from moebeam.transforms.money.price_book import PriceBook
+from moebeam.transforms.money.price_file import COLUMNS
 from moebeam.transforms.quote.cache_rules import NONE, TREE, UNITS, UNKNOWN, CacheRule
 from moebeam.transforms.quote.cheapest_start import (
     Offer,

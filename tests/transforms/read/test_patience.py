@@ -11,8 +11,8 @@ from moebeam.schemas.job.sections import InputSection
 from moebeam.schemas.store import files as storage
 from moebeam.schemas.store.object_store import StoreError
 from moebeam.transforms.read import transient_errors as patience
+from moebeam.transforms.read.input_rows import ReadColumns, read_unit
 from moebeam.transforms.read.input_scan import scan_input
-from moebeam.transforms.read.step import ReadColumns, read_unit
 from moebeam.transforms.read.transient_errors import patiently
 from tests.support.jobs_for_tests import write_parquet
 

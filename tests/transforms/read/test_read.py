@@ -13,8 +13,9 @@ from apache_beam.testing.util import assert_that, equal_to
 from moebeam.schemas.errors import InputPatternError
 from moebeam.schemas.job.sections import InputSection
 from moebeam.transforms.read import input_rows, input_scan
+from moebeam.transforms.read.input_rows import MAX_BATCH_ROWS, ReadColumns, read_unit
 from moebeam.transforms.read.input_scan import InputScan, scan_input
-from moebeam.transforms.read.step import MAX_BATCH_ROWS, ReadColumns, ReadPrompts, read_unit
+from moebeam.transforms.read.step import ReadPrompts
 from tests.support.jobs_for_tests import write_parquet
 from tests.support.paths import SHARED
 
@@ -102,7 +103,7 @@ def test_large_jsonl_files_are_cut_at_lines(tmp_path: Path, monkeypatch: pytest.
 
 
 def read_all_jsonl(found: InputScan) -> list[dict[str, Any]]:
-    from moebeam.transforms.read.step import JSONL_INPUT_FIELDS
+    from moebeam.transforms.read.input_rows import JSONL_INPUT_FIELDS
 
     columns = ReadColumns(JSONL_INPUT_FIELDS, ())
     return [row for unit in found.units for batch in read_unit(unit, columns) for row in batch.to_pylist()]

@@ -10,9 +10,9 @@ import pyarrow as pa
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.model_runner.prefix_tree import prefix_key, token_ids_of
 from moebeam.schemas.job.sections import PromptSection, SamplingSection
-from moebeam.schemas.records import Message, Sampling
+from moebeam.schemas.records import Message, Sampling, sampling_json, sampling_of
 from moebeam.schemas.tables import plan_schema, read_schema
-from moebeam.transforms.render.step import Renderer, RenderSpec, sampling_json, sampling_of
+from moebeam.transforms.render.render_rows import Renderer, RenderSpec
 
 
 def render(checkpoint: Path, rows: list[dict[str, Any]], **changes: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,313 @@
+"""One shard from its plan to its commit: run -> validate (which may ask again) -> account -> tables -> commit.
+
+The heart of *answer*, composed of pure iterator functions; `step.py` wraps it for Beam.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from typing import Literal, TypeAlias
+
+import pyarrow as pa
+
+from moebeam.model_runner.checkpoint.model_store import local_checkpoint
+from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
+from moebeam.model_runner.encoding.remote_prompts import Encoder, load_encoder
+from moebeam.model_runner.encoding.schema_in_prompt import with_schema_in_prompt
+from moebeam.model_runner.engine_process.host_runner import HostRunner
+from moebeam.model_runner.engine_process.isolated_runner import IsolatedRunner
+from moebeam.model_runner.prefix_tree import token_ids_of
+from moebeam.model_runner.protocol import (
+    CONSTRAINED_ENGINES,
+    REMOTE_ENGINES,
+    WEIGHTLESS_ENGINES,
+    CountingRunner,
+    EngineConfig,
+    ModelRunner,
+    counters_since,
+    load_runner,
+)
+from moebeam.schemas.answers import AccountedAnswer, ShardCommit
+from moebeam.schemas.contract.output_type import OutputType
+from moebeam.schemas.job.sections import FailuresSection, RepairSection
+from moebeam.schemas.records import Request, sampling_of
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.answer.ask_again import AskAgain
+from moebeam.transforms.answer.budget import BudgetedRunner, BudgetEnded, Limits, ShardBudget
+from moebeam.transforms.answer.grammar_book import GrammarBook
+from moebeam.transforms.answer.journal import JournaledRunner, ShardJournal, keeping_runner
+from moebeam.transforms.answer.repair import Repair
+from moebeam.transforms.answer.reuse import EarlierAnswers, ReuseSource
+from moebeam.transforms.answer.shard_events import log_commit
+from moebeam.transforms.answer.shard_tables import PlannedRows, ShardNames, shard_tables
+from moebeam.transforms.answer.spending import Pricing, Spent
+from moebeam.transforms.answer.validate import validate
+from moebeam.transforms.answer.waste import record_waste
+from moebeam.transforms.durable.commit import commit_shard
+from moebeam.transforms.durable.heartbeat import Beat, Heartbeat
+from moebeam.transforms.durable.stop import ON_ERROR, StopReason, request_stop
+from moebeam.transforms.money.account import account
+from moebeam.transforms.money.price_book import PriceBook
+from moebeam.transforms.render.answer_terms import TermsBook
+from moebeam.transforms.render.chat_messages import parse_messages
+from moebeam.transforms.render.render_rows import SchemaInPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSpec:
+    """How a job's shards are answered; picklable, without a loaded model.
+
+    Attributes:
+        terms: what answers must keep.
+        is_constrained: whether engines in process are held to the terms while they decode.
+        output_type: of the typed column of answers, where the job has a schema.
+        provider, model: whose prices apply; None means what each completion names.
+        failures: what happens to rows that the engine cannot answer, and to an engine that dies.
+        reuse: the earlier run whose answers are taken over, if any.
+        tag_columns: passthrough columns that become tags of ledger lines.
+    """
+
+    run_id: str
+    layout: RunLayout
+    engine: EngineConfig
+    terms: TermsBook
+    prices: PriceBook | None
+    repair: RepairSection = field(default_factory=RepairSection)
+    schema_in_prompt: SchemaInPrompt = "auto"
+    is_constrained: bool = True
+    output_type: OutputType | None = None
+    provider: str | None = None
+    model: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    failures: FailuresSection = field(default_factory=FailuresSection)
+    tag_columns: tuple[str, ...] = ()
+    reuse: ReuseSource | None = None
+
+    @property
+    def pricing(self) -> Pricing:
+        """Whose prices apply."""
+        return Pricing(self.prices, self.provider, self.model)
+
+    @property
+    def is_journaled(self) -> bool:
+        """Whether answers are kept as they arrive."""
+        choice = self.failures.journal
+        return choice == "always" or (choice == "auto" and self.engine.engine in REMOTE_ENGINES)
+
+
+EngineProcess: TypeAlias = Literal["shared", "own", "host"]
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class LoadedEngine:
+    """What the threads of a worker process share: the engine, and the encoding of its prompts."""
+
+    runner: ModelRunner
+    encoder: Encoder
+
+    @classmethod
+    def load(
+        cls, config: EngineConfig, process: EngineProcess = "shared", max_silence_s: float | None = None
+    ) -> "LoadedEngine":
+        """Load both.
+
+        Args:
+            process: where the engine lives: in this process, in one of its own, or in one that the host shares.
+            max_silence_s: see `IsolatedRunner`.
+        Raises:
+            EngineLoadError: the engine or its tokenizer cannot be loaded, or the checkpoint is not the job's.
+        """
+        if config.engine not in WEIGHTLESS_ENGINES:
+            config = replace(config, path=local_checkpoint(config.path, config.revision))
+        runner: ModelRunner
+        match process:
+            case "own":
+                runner = IsolatedRunner(config, max_silence_s=max_silence_s)
+            case "host":
+                runner = HostRunner(config, max_silence_s=max_silence_s)
+            case "shared":
+                runner = load_runner(config)
+        return cls(runner, load_encoder(config.path, config.encoding, config.name))
+
+
+def planned_rows(table: pa.Table, spec: AnswerSpec) -> PlannedRows:
+    """A shard's plan, sorted out, with the answers that an earlier run already gave.
+
+    Raises:
+        OSError: the earlier run cannot be read.
+    """
+    rows = PlannedRows.of(table)
+    if spec.reuse is None or not rows.asked:
+        return rows
+    return rows.with_reused(EarlierAnswers.load(spec.reuse, spec.layout).of(table, rows.asked))
+
+
+def answer_shard(
+    shard: str, table: pa.Table, engine: LoadedEngine | None, spec: AnswerSpec, budget: ShardBudget | None = None
+) -> ShardCommit | None:
+    """As `answer_rows`, from a shard's plan, rows of `moebeam.schemas.tables.plan_schema`."""
+    return answer_rows(shard, planned_rows(table, spec), engine, spec, budget)
+
+
+def answer_rows(
+    shard: str, rows: PlannedRows, engine: LoadedEngine | None, spec: AnswerSpec, budget: ShardBudget | None = None
+) -> ShardCommit | None:
+    """Run, validate and account one shard, and commit its tables.
+
+    Args:
+        engine: may be None for a shard of which nothing is asked.
+        budget: ends the shard in the middle when it is spent; None is without limits.
+    Returns:
+        None where the run is to stop before the shard is whole; what it paid is then kept as waste, or in the journal
+        for the next attempt.
+    """
+    started = time.monotonic()
+    names = ShardNames(spec.run_id, shard, spec.prices.version if spec.prices else None, spec.tag_columns)
+    budget = budget or ShardBudget(Limits(), Spent)
+    runner = engine and engine.runner
+    before = counters_of(runner)
+    answers: dict[int, list[AccountedAnswer]] = {}
+    replayed: Mapping[str, float] = {}
+    if rows.asked:
+        assert engine is not None, f"shard {shard} has requests but no engine"
+        try:
+            with _journal_of(shard, spec) as journal:
+                with contextlib.suppress(BudgetEnded):
+                    for answer in _accounted(shard, rows, engine, spec, budget, journal):
+                        answers.setdefault(int(answer.answer.completion.request_id), []).append(answer)
+                replayed = journal.counters if journal is not None else {}
+        except Exception:
+            if not spec.is_journaled:
+                with contextlib.suppress(OSError):
+                    record_waste(spec.layout, rows, answers, names)
+            raise
+    is_whole = all(row in answers and answers[row][-1].answer.is_last for row in rows.asked)
+    if budget.stop is not None and (budget.stop.kind == ON_ERROR or not is_whole):
+        if not spec.is_journaled:
+            record_waste(spec.layout, rows, answers, names)
+        request_stop(spec.layout, budget.stop)
+        return None
+    counted = counters_since(before, counters_of(runner))
+    tables = shard_tables(rows, answers, names, spec.output_type)
+    commit = commit_shard(spec.layout, spec.run_id, shard, tables, {**counted, **replayed})
+    ids, kinds = (tables["rejects"].column(name).to_pylist() for name in ("custom_id", "error_type"))
+    log_commit(commit, time.monotonic() - started, list(zip(ids, kinds, strict=True)))
+    return commit
+
+
+def _journal_of(shard: str, spec: AnswerSpec) -> contextlib.AbstractContextManager[ShardJournal | None]:
+    if not spec.is_journaled:
+        return contextlib.nullcontext()
+    return ShardJournal.open(spec.layout, shard, takes_failures=spec.failures.on_error != "fail")
+
+
+def _accounted(
+    shard: str,
+    rows: PlannedRows,
+    engine: LoadedEngine,
+    spec: AnswerSpec,
+    budget: ShardBudget,
+    journal: ShardJournal | None,
+) -> Iterator[AccountedAnswer]:
+    """The way of a shard's requests to answers that say what they cost, until the budget ends."""
+    options = rows.text("options")
+    has_stops = spec.limits.has_any or spec.failures.on_error == "fail"
+    runner = engine.runner if journal is None else keeping_runner(engine.runner, journal)
+    if has_stops:
+        runner = BudgetedRunner(runner, budget)
+    if journal is not None:
+        # Counted at once, as spent before; what is taken from the journal is then not counted again.
+        kept = (entry.completion for entry in journal.kept.entries)
+        budget.own += spec.pricing.spent(kept)
+        runner = JournaledRunner(runner, journal)
+    validated = validate(
+        requests_of(shard, rows, spec, engine.encoder),
+        runner,
+        lambda request_id: spec.terms.of(options[int(request_id)]),
+        again := AskAgain(spec.failures, Repair(spec.repair, engine.encoder, spec.schema_in_prompt)),
+        again.pause,
+    )
+    accounted = account(validated, spec.prices, spec.provider, spec.model)
+    for answer in _with_heartbeat(shard, rows, accounted, spec.layout, is_last_told=journal is not None):
+        if journal is not None:
+            place = (answer.answer.completion.request_id, answer.answer.attempt)
+            answer = replace(answer, journal=journal.references.get(place))
+        budget.note_answer(answer)
+        if spec.failures.on_error == "fail" and budget.stop is None:
+            budget.stop = _failed_row(rows, answer)
+        yield answer
+
+
+def _failed_row(rows: PlannedRows, answer: AccountedAnswer) -> StopReason | None:
+    """Why a run whose rows must not fail stops here; None if the engine answered."""
+    error = answer.answer.error
+    if error is None or error.error_stage != "run" or not answer.answer.is_last:
+        return None
+    row = int(answer.answer.completion.request_id)
+    custom_id, file, number = (rows.text(name)[row] for name in ("custom_id", "source_file", "source_row"))
+    return StopReason(ON_ERROR, f"row {custom_id!r} ({file}, row {number}): {error.error_type}: {error}")
+
+
+def counters_of(runner: ModelRunner | None) -> Mapping[str, float]:
+    """What an engine has counted so far; nothing where it does not count."""
+    return dict(runner.counters()) if isinstance(runner, CountingRunner) else {}
+
+
+def requests_of(shard: str, rows: PlannedRows, spec: AnswerSpec, encoder: Encoder) -> Iterator[Request]:
+    """The requests of a shard in token order, each made when it is pulled; `request_id` is the row's index."""
+    columns = [rows.table.column(name) for name in ("prefix_key", "messages", "sampling", "options", "tenant")]
+    is_constrained = spec.is_constrained and spec.engine.engine in CONSTRAINED_ENGINES
+    grammars = GrammarBook(encoder) if is_constrained and isinstance(encoder, PromptEncoder) else None
+    # Engines with a tokenizer read the schema in their prompts, which were rendered with it.
+    is_told = spec.schema_in_prompt == "always" and spec.engine.engine in REMOTE_ENGINES
+    for row in rows.asked:
+        key, messages, sampling, options, tenant = (column[row].as_py() for column in columns)
+        token_ids = token_ids_of(key)
+        terms = spec.terms.of(options)
+        chat = parse_messages(json.loads(messages))
+        response_format = terms.options.response_format
+        if is_told and response_format.type == "json_schema":
+            chat = with_schema_in_prompt(chat, response_format.schema)
+        yield Request(
+            request_id=str(row),
+            prompt_token_ids=token_ids,
+            messages=chat,
+            sampling=sampling_of(sampling),
+            tenant=tenant,
+            grammar=grammars.grammar_of(options, terms, token_ids) if grammars is not None else None,
+            options=terms.options,
+            scope=shard,
+        )
+
+
+def _with_heartbeat(
+    shard: str, rows: PlannedRows, accounted: Iterable[AccountedAnswer], layout: RunLayout, *, is_last_told: bool
+) -> Iterator[AccountedAnswer]:
+    """Pass answers on and tell how many there were; `is_last_told` tells it once more at the end, however it comes."""
+    heartbeat = Heartbeat(layout, "answer")
+    beat, cost = Beat(), Decimal(0)
+    try:
+        for answer in accounted:
+            completion = answer.answer.completion
+            # A row is done at its last attempt.
+            group = 1 + len(rows.followers.get(int(completion.request_id), ())) if answer.answer.is_last else 0
+            usage = completion.usage
+            cost += answer.charge.cost if answer.charge else 0
+            beat = replace(
+                beat,
+                rows_done=beat.rows_done + group,
+                num_requests=beat.num_requests + 1,
+                num_rejects=beat.num_rejects + (group if answer.answer.error else 0),
+                prompt_tokens=beat.prompt_tokens + usage.prompt_tokens,
+                cached_tokens=beat.cached_tokens + (usage.cached_tokens or 0),
+                completion_tokens=beat.completion_tokens + usage.completion_tokens,
+            )
+            if heartbeat.is_due(shard):
+                heartbeat.beat(shard, replace(beat, cost=format(cost, "f")))
+            yield answer
+    finally:
+        if is_last_told:
+            heartbeat.beat(shard, replace(beat, cost=format(cost, "f")))

@@ -1,0 +1,242 @@
+"""Tables that appear whole, and the manifest that comes last.
+
+The heart of *publish*; `step.py` wraps it for Beam. Everything here can be repeated: names follow from shards.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from functools import reduce
+from typing import Any
+
+import pyarrow as pa
+
+from moebeam.model_runner.protocol import add_counters
+from moebeam.schemas.answers import ShardCommit, StagedFile, Totals
+from moebeam.schemas.arrow import parquet_bytes
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.contract.output_type import OutputType
+from moebeam.schemas.errors import CommitError
+from moebeam.schemas.store import files as storage
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.tables import LEDGER_SCHEMA, TABLES, TABLES_VERSION, Table, result_schema
+from moebeam.transforms.answer.waste import Waste, WasteTerms, publish_waste
+from moebeam.transforms.durable.stop import read_stop
+from moebeam.transforms.plan.plan_record import read_plan
+from moebeam.transforms.publish.invariants import RowSums, check_invariants
+from moebeam.transforms.publish.rollup import Rollup
+
+EMPTY_SHARD = "empty"
+
+
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PublishSpec:
+    """What *publish* needs to know of the job.
+
+    Attributes:
+        num_input_rows: rows that the input's footers promise; unreadable files do not tell theirs.
+        output_type: of the typed column of answers, where the job has a schema.
+        described: what the manifest says of the job, its model and its input, as it was checked before the run.
+        views: DuckDB views over the tables, written beside them as `views.sql`; None writes none.
+        waste: how journaled answers that no shard used are accounted; None looks for none.
+    """
+
+    run_id: str
+    layout: RunLayout
+    passthrough: tuple["pa.Field[Any]", ...]
+    num_input_rows: int
+    described: Mapping[str, Json]
+    output_type: OutputType | None = None
+    views: str | None = None
+    waste: WasteTerms | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunAccounts:
+    """A run added up from its published files, apart from what its commits say."""
+
+    ledger: Rollup
+    rows: RowSums
+
+
+def publish_shard(commit: ShardCommit, layout: RunLayout) -> None:
+    """Copy a shard's committed files to their visible names; files already there are left as they are.
+
+    Raises:
+        CommitError: a file that was committed is gone or damaged.
+    """
+    for file in commit.files:
+        target = layout.published(file.table, commit.shard)
+        staged = storage.join(layout.output, file.path)
+        try:
+            _check_file(staged, file)
+            storage.copy_whole(staged, target)
+        except FileNotFoundError:
+            # An earlier attempt, or another launcher beside this one, has published it and dropped what was staged.
+            if not storage.exists(target):
+                raise CommitError(
+                    f"{staged}: expected the {file.table} of shard {commit.shard}, found no file"
+                ) from None
+            _check_file(target, file)
+
+
+def _check_file(path: str, file: StagedFile) -> None:
+    found = hashlib.sha256(storage.read_bytes(path)).hexdigest()
+    if found != file.sha256:
+        raise CommitError(f"{path}: expected the committed content (sha256 {file.sha256}), found {found}")
+
+
+def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec, accounts: RunAccounts | None = None) -> str:
+    """Check the run as a whole and write `manifest.json`; returns its text.
+
+    A run with shards left to answer gets `status = "incomplete"`, unless another launcher has completed it meanwhile.
+    What a complete run needs no more is removed before the manifest appears: whoever sees it finds nothing left over,
+    and a launcher that is killed on the way is followed by one that begins here again.
+
+    Args:
+        accounts: of the same commits; None leaves the roll-up and the checks out of the manifest.
+    Raises:
+        CommitError: rows were lost or doubled, or the accounts of the run contradict each other.
+    """
+    layout = spec.layout
+    ordered = sorted(commits, key=lambda commit: commit.shard)
+    plan = read_plan(layout)
+    if plan is None:
+        raise CommitError(f"{layout.plan_record}: expected the run's plan, found none")
+    is_complete = [commit.shard for commit in ordered] == [shard.shard for shard in plan.shards]
+    if not is_complete and (complete := _complete_manifest(layout)) is not None:
+        return complete
+    totals = _sum(commit.totals for commit in ordered)
+    if is_complete:
+        _check_rows(totals, spec)
+    engine = reduce(add_counters, (commit.engine or {} for commit in ordered), {})
+    checks = accounts and check_invariants(accounts.ledger, accounts.rows, totals, engine)
+    wasted = publish_waste(layout)
+    stop = None if is_complete else read_stop(layout)
+    files = {table: _published_files(table, ordered, wasted, spec) for table in TABLES}
+    manifest: dict[str, Json] = {
+        "manifest_version": MANIFEST_VERSION,
+        "tables_version": TABLES_VERSION,
+        "status": "complete" if is_complete else "incomplete",
+        "reason": stop and stop.kind,
+        "reason_message": stop and stop.message,
+        "run_id": spec.run_id,
+        **spec.described,
+        "rows_in": spec.num_input_rows - totals.num_unreadable_rows,
+        "num_shards": len(plan.shards),
+        "num_committed_shards": len(ordered),
+        "max_hit_rate": plan.max_hit_rate,
+        "totals": asdict(totals),
+        "wasted": asdict(_sum(waste.totals for waste in wasted)),
+        "engine": engine,
+        "checks": checks,
+        "rollup": accounts and accounts.ledger.to_json(),
+        "files": files,
+    }
+    for folder in (*map(layout.table, TABLES), layout.output):
+        storage.sync_folder(folder)
+    if is_complete:
+        _remove_leftovers(layout)
+    if spec.views is not None:
+        storage.write_whole(views_path(layout), spec.views.encode())
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    storage.write_whole(layout.manifest, text.encode())
+    return text
+
+
+def views_path(layout: RunLayout) -> str:
+    """Where the DuckDB views over a run's tables lie."""
+    return storage.join(layout.output, "views.sql")
+
+
+def _sum(totals: Iterable[Totals]) -> Totals:
+    return sum(totals, Totals(costs={}, rejects_by_type={}))
+
+
+def _complete_manifest(layout: RunLayout) -> str | None:
+    """The manifest of a run that is complete, or None."""
+    with contextlib.suppress(FileNotFoundError):
+        text = storage.read_bytes(layout.manifest).decode()
+        return text if json.loads(text)["status"] == "complete" else None
+    return None
+
+
+def _remove_leftovers(layout: RunLayout) -> None:
+    """Remove what only an unfinished run needs, and the temporary files of writers that were killed."""
+    for folder in (layout.staging, layout.runs, layout.progress, layout.leases):
+        storage.remove_tree(folder)
+    storage.remove_files(passing_files(layout))
+
+
+def passing_files(layout: RunLayout) -> list[str]:
+    """Files that writers who were killed left beside those they wrote."""
+    folders = (*map(layout.table, TABLES), layout.plan, layout.commits, layout.state, layout.output)
+    return [
+        storage.join(folder, name)
+        for folder in folders
+        for name in storage.list_names(folder)
+        if storage.is_passing(name)
+    ]
+
+
+def _check_rows(totals: Totals, spec: PublishSpec) -> None:
+    expected = spec.num_input_rows - totals.num_unreadable_rows
+    found = totals.num_results + totals.num_rejects
+    if found != expected:
+        raise CommitError(
+            f"rows: expected results + rejects = {expected} rows of readable input, "
+            f"found {totals.num_results} + {totals.num_rejects} = {found}"
+        )
+
+
+def _published_files(
+    table: Table, commits: Sequence[ShardCommit], wasted: Sequence[Waste], spec: PublishSpec
+) -> list[Json]:
+    """The files of a table; one that holds no row at all gets a typed file without rows."""
+    layout = spec.layout
+    empty = layout.published(table, EMPTY_SHARD)
+    files: list[Json] = [
+        {
+            "path": layout.published(table, commit.shard).removeprefix(layout.output.rstrip("/") + "/"),
+            "num_rows": file.num_rows,
+            "num_bytes": file.num_bytes,
+            "sha256": file.sha256,
+        }
+        for commit in commits
+        for file in commit.files
+        if file.table == table
+    ]
+    if table == "ledger":
+        files += [
+            {"path": waste.path, "num_rows": waste.num_rows, "num_bytes": waste.num_bytes, "sha256": waste.sha256}
+            for waste in wasted
+        ]
+    if files:
+        storage.remove_files([empty])
+        return files
+    schema = (
+        LEDGER_SCHEMA
+        if table == "ledger"
+        else result_schema(spec.passthrough, spec.output_type and spec.output_type.arrow)
+    )
+    storage.write_whole(empty, parquet_bytes(schema.empty_table()))
+    return []
+
+
+def cost_of(totals: Totals) -> tuple[Decimal | None, str | None]:
+    """A run's cost and its currency; None where nothing was priced, or in more than one currency."""
+    return sole_amount(totals.costs)
+
+
+def sole_amount(amounts: Mapping[str, str] | None) -> tuple[Decimal | None, str | None]:
+    """The amount of the only currency, and that currency; None for none or several."""
+    if amounts is None or len(amounts) != 1:
+        return None, None
+    ((currency, amount),) = amounts.items()
+    return Decimal(amount), currency
