@@ -28,7 +28,7 @@ import openai
 from moebeam.model_runner.openai_engine.runner import load_openai_runner
 from moebeam.model_runner.protocol import EngineConfig, ModelRunner
 from moebeam.schemas.records import Message, Request, Sampling
-from moebeam.transforms.answer.budget import BudgetedRunner, Limits, ShardBudget
+from moebeam.transforms.answer.budget import BudgetedRunner, ShardBudget, SpendingLimits
 from moebeam.transforms.answer.expectation import Ceiling
 from moebeam.transforms.answer.spending import Pricing, Spent
 from moebeam.transforms.money.price_book import PriceBook
@@ -91,7 +91,7 @@ def measure_engine(base_url: str, num: int, concurrency: int, *, is_budgeted: bo
     asking: ModelRunner = runner
     if is_budgeted:
         ceiling = Ceiling.of(Pricing(PriceBook.parse(PRICES, "prices.csv")), config)
-        asking = BudgetedRunner(runner, ShardBudget(Limits(max_cost=Decimal(10**6)), Spent, ceiling))
+        asking = BudgetedRunner(runner, ShardBudget(SpendingLimits(max_cost=Decimal(10**6)), Spent, ceiling))
     before, started, requests_s = _cpu_s(), time.perf_counter(), 0.0
     num_ahead = num // 10
     for num_done, completion in enumerate(asking.generate(requests(num + num_ahead)), 1):

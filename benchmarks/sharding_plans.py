@@ -32,7 +32,7 @@ from moebeam.schemas.tables import plan_schema
 from moebeam.transforms.plan.build_shards import PlanSpec, build_shards, write_plan
 from moebeam.transforms.plan.shard_cut import expected_output_tokens
 from moebeam.transforms.plan.shard_ranges import cut_ranges
-from moebeam.transforms.plan.sorted_runs import MAX_RUN_BYTES, RunFile, read_rows, write_runs
+from moebeam.transforms.plan.sorted_runs import MAX_SORTED_RUN_BYTES, RunFile, read_rows, write_runs
 from moebeam.transforms.read.input_scan import GROUP_ROWS
 
 SAMPLINGS = tuple(Sampling(max_tokens=most, temperature=1.0) for most in (32, 128, 512, 4096))
@@ -200,7 +200,7 @@ def write_all_runs(batches: Iterator[pa.RecordBatch], spec: PlanSpec) -> tuple[l
         if held and sum(one.num_rows for one in held) + batch.num_rows > GROUP_ROWS:
             seconds += write()
         held.append(batch)
-        if sum(one.nbytes for one in held) >= MAX_RUN_BYTES:
+        if sum(one.nbytes for one in held) >= MAX_SORTED_RUN_BYTES:
             seconds += write()
     if held:
         seconds += write()

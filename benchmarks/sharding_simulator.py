@@ -22,11 +22,11 @@ from benchmarks.sharding_workloads import NO_NODE, Ints, Workload
 from moebeam.model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens, prefix_key
 from moebeam.schemas.job.sections import PlanSection
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.plan.row_order import Place
+from moebeam.transforms.plan.row_order import RowKey
 from moebeam.transforms.plan.shard_cut import RowCosts, cut_rows, expected_output_tokens
 from moebeam.transforms.plan.shard_ranges import cut_ranges
 from moebeam.transforms.plan.sorted_runs import (
-    MAX_RUN_BYTES,
+    MAX_SORTED_RUN_BYTES,
     ROW_BYTES,
     SHARD_WEIGHT,
     RunFile,
@@ -127,7 +127,7 @@ class Outcome:
 def rows_a_run(workload: Workload) -> int:
     """How many rows of a workload the plan sorts at once: a group of units, or what a run may hold."""
     row_bytes = max(1, round(float(workload.lengths.mean()) * TOKEN_BYTES))
-    return max(1, min(GROUP_ROWS, MAX_RUN_BYTES // row_bytes))
+    return max(1, min(GROUP_ROWS, MAX_SORTED_RUN_BYTES // row_bytes))
 
 
 def token_order(workload: Workload, *, run_rows: int | None = None) -> TokenOrder:
@@ -169,7 +169,7 @@ def planned_starts(order: TokenOrder, folder: Path, section: PlanSection) -> Int
     """
     layout = RunLayout(str(folder))
     runs = [_sampled(run, f"{number:06d}-requests", layout, section) for number, run in enumerate(order.runs)]
-    lower = [Place.of_text(part.lower).key for part in cut_ranges(runs, layout)]
+    lower = [RowKey.of_text(part.lower).key for part in cut_ranges(runs, layout)]
     keys = np.array(order.keys, dtype=object)
     ranges = np.unique(np.searchsorted(keys, np.array(lower, dtype=object), side="left"))
     starts: list[int] = []
@@ -195,7 +195,7 @@ def _sampled(run: Run, name: str, layout: RunLayout, section: PlanSection) -> Ru
     picked = sampled_rows(bytes_before, offset_share=share_of(name))
     unmerged = section.model_copy(update={"merge": "never"})
     samples = samples_table(sample_places(rows, picked, unmerged), bytes_before, batch_rows=1)
-    write_rows(layout.samples_file(name), samples)
+    write_rows(layout.sorted_run_samples(name), samples)
     by_tokens = run.planned_cost * SHARD_WEIGHT // section.max_shard_tokens
     weight = max(by_tokens, num_rows * SHARD_WEIGHT // section.max_shard_rows)
     return RunFile(name, "requests", num_rows, int(bytes_before[-1]), weight)

@@ -22,7 +22,7 @@ from moebeam.transforms.answer.answer_shard import LoadedEngine, answer_shard
 from moebeam.transforms.plan.build_shards import build_shards, write_plan
 from moebeam.transforms.plan.plan_record import PlannedShard
 from moebeam.transforms.plan.shard_ranges import cut_ranges
-from moebeam.transforms.plan.sorted_runs import MAX_RUN_BYTES, RunFile, read_rows, write_runs
+from moebeam.transforms.plan.sorted_runs import MAX_SORTED_RUN_BYTES, RunFile, read_rows, write_runs
 from moebeam.transforms.publish.manifest import publish_shard, write_manifest
 from moebeam.transforms.read.input_rows import read_unit
 from moebeam.transforms.render.render_rows import Renderer
@@ -90,7 +90,7 @@ def _write_runs(job: MainJob, clock: StageClock) -> Iterator[RunFile]:
             for batch in batches:
                 with clock.timed("render"):
                     rendered.append(renderer.render_batch(batch))
-                if sum(batch.nbytes for batch in rendered) >= MAX_RUN_BYTES:
+                if sum(batch.nbytes for batch in rendered) >= MAX_SORTED_RUN_BYTES:
                     yield from _write_run(rendered, job, clock)
                     rendered = []
         if rendered:

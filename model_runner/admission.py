@@ -24,7 +24,7 @@ class Admission(Protocol):
         """
         ...
 
-    def arrived(self, completion: Completion) -> None:
+    def settle(self, completion: Completion) -> None:
         """What became of a request that was admitted, told before another one gets its place at the provider."""
         ...
 
@@ -35,7 +35,7 @@ class Unlimited:
     def admit(self, request: Request) -> Verdict:
         return "send"
 
-    def arrived(self, completion: Completion) -> None:
+    def settle(self, completion: Completion) -> None:
         return None
 
 

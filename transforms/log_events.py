@@ -1,4 +1,4 @@
-"""Log events of all stages, with the run, shard and request that they speak of.
+"""Log events of all stages, with the run, shard and request that they run_and_report of.
 
 Events are records of the logger `moebeam` at level INFO, one line of `key=value` each; the same fields are in the
 record's attribute `moebeam`, for handlers that write JSON. They hold no prompts, answers or keys.
@@ -10,7 +10,7 @@ import logging
 _LOGGER = logging.getLogger("moebeam")
 
 
-def tell(event: str, **fields: str | float | None) -> None:
+def log_event(event: str, **fields: str | float | None) -> None:
     """Log an event; fields that are None are left out."""
     if _LOGGER.isEnabledFor(logging.INFO):
         told = {name: value for name, value in fields.items() if value is not None}

@@ -18,9 +18,9 @@ from moebeam.schemas.contract.strict_json import parse_json
 from moebeam.schemas.errors import JobFileError, RowError
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.records import Sampling
-from moebeam.schemas.store import files as storage
-from moebeam.transforms.answer.grammar_book import GrammarBook
-from moebeam.transforms.render.answer_terms import TermsBook
+from moebeam.schemas.store import storage
+from moebeam.transforms.answer.grammar_book import GrammarCache
+from moebeam.transforms.render.answer_terms import TermsCache
 
 
 def answer_schema(job: Job) -> AnswerSchema | None:
@@ -78,13 +78,13 @@ def answer_options(job: Job, schema: AnswerSchema | None) -> ChatOptions:
     )
 
 
-def answer_terms(job: Job, options: ChatOptions, schema: AnswerSchema | None) -> TermsBook:
+def answer_terms(job: Job, options: ChatOptions, schema: AnswerSchema | None) -> TermsCache:
     """What answers must keep, held against itself.
 
     Raises:
         JobFileError: a tool's parameters cannot be compiled.
     """
-    terms = TermsBook(options, schema, job.output.formats)
+    terms = TermsCache(options, schema, job.output.formats)
     try:
         terms.of(None)
     except RowError as error:
@@ -97,7 +97,7 @@ def answer_type(schema: AnswerSchema | None) -> OutputType | None:
     return output_type(schema.document, schema.formats) if schema is not None else None
 
 
-def terms_warnings(job: Job, checked: CheckedEngine, terms: TermsBook) -> Iterable[str]:
+def terms_warnings(job: Job, checked: CheckedEngine, terms: TermsCache) -> Iterable[str]:
     """What a person should know of the answers' terms before the run."""
     engine, encoder = checked.config, checked.encoder
     thinking = thinks(encoder, terms.options)
@@ -109,7 +109,7 @@ def terms_warnings(job: Job, checked: CheckedEngine, terms: TermsBook) -> Iterab
             yield f"tool {tool.name!r} is strict, and DeepSeek's API would refuse it: {'; '.join(problems)}"
     is_constrained = engine.engine in CONSTRAINED_ENGINES and job.output.constrain == "auto"
     if is_constrained and isinstance(encoder, PromptEncoder):
-        built = GrammarBook(encoder).build(terms.of(None), starts_in_reasoning=thinking)
+        built = GrammarCache(encoder).build(terms.of(None), starts_in_reasoning=thinking)
         for relaxed in built.relaxed if built is not None else ():
             yield (
                 f"{job.output.schema_ or '[tools]'}: {relaxed.keyword} at {relaxed.pointer or '/'} is not enforced "

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.job.sections import Job
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.plan.shard_cut import USUAL_OUTPUT_TOKENS

@@ -13,7 +13,7 @@ from moebeam.schemas.chat_options import ChatOptions, options_json
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.job.sections import Job
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import TABLES_VERSION
 from moebeam.transforms.money.price_book import PriceBook

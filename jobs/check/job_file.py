@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import Job
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 _PATH_KEYS = {
     ("input", "path"),
@@ -50,7 +50,7 @@ _EXPECTED = {
     "string_too_short": "a path",
 }
 
-Place = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -59,10 +59,10 @@ class _Draft:
 
     name: str
     values: dict[str, Any]
-    set_texts: dict[Place, str] = field(default_factory=dict[Place, str])
+    set_texts: dict[KeyPath, str] = field(default_factory=dict[KeyPath, str])
     problems: list[str] = field(default_factory=list[str])
 
-    def refuse(self, place: Place, problem: str) -> None:
+    def refuse(self, place: KeyPath, problem: str) -> None:
         if place in self.set_texts:
             self.problems.append(f"--set {'.'.join(place)}: {problem}")
         else:
@@ -90,7 +90,7 @@ def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
     return job.located(_folder_of(path))
 
 
-def with_overrides(job: Job, overrides: Sequence[str], refusal: Callable[[Place], str | None]) -> Job:
+def with_overrides(job: Job, overrides: Sequence[str], refusal: Callable[[KeyPath], str | None]) -> Job:
     """A job that was read before, with `--set` applied to the keys that may still change.
 
     Args:
@@ -222,13 +222,13 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _leaves(place: Place, value: Any) -> list[tuple[Place, Any]]:
+def _leaves(place: KeyPath, value: Any) -> list[tuple[KeyPath, Any]]:
     if isinstance(value, dict) and len(place) == 1:
         return [((*place, key), inner) for key, inner in cast("dict[str, Any]", value).items()]
     return [(place, value)]
 
 
-def _set_value(draft: _Draft, place: Place, value: Any, text: str) -> None:
+def _set_value(draft: _Draft, place: KeyPath, value: Any, text: str) -> None:
     draft.set_texts[place] = text
     if isinstance(value, str) and place in _PATH_KEYS and value:
         value = _resolve(value, os.getcwd(), may_be_class=place == ("output", "schema"))
@@ -308,10 +308,10 @@ def _validated(draft: _Draft) -> Job | None:
     return None
 
 
-def _dates(value: Any, place: Place) -> list[Place]:
+def _dates(value: Any, place: KeyPath) -> list[KeyPath]:
     """Section and key of every value that is, or holds, a date or time."""
     if isinstance(value, dict):
-        inner = [(cast("Place", (*place, key))[:2], held) for key, held in cast("dict[str, Any]", value).items()]
+        inner = [(cast("KeyPath", (*place, key))[:2], held) for key, held in cast("dict[str, Any]", value).items()]
     elif isinstance(value, list):
         inner = [(place, held) for held in cast("list[Any]", value)]
     else:
@@ -319,10 +319,10 @@ def _dates(value: Any, place: Place) -> list[Place]:
     return [found for where, held in inner for found in _dates(held, where)]
 
 
-def _explain(draft: _Draft, error: ValidationError, *, skip: set[Place]) -> None:
+def _explain(draft: _Draft, error: ValidationError, *, skip: set[KeyPath]) -> None:
     """Turn pydantic's problems into one line for each key; a union's branches become `a or b`."""
-    expected: dict[Place, list[str]] = {}
-    found: dict[Place, str] = {}
+    expected: dict[KeyPath, list[str]] = {}
+    found: dict[KeyPath, str] = {}
     for problem in error.errors(include_url=False):
         place = tuple(str(part) for part in problem["loc"][:2])
         if place in skip:
@@ -349,7 +349,7 @@ def _inner(place: Sequence[int | str]) -> str:
     return ".".join(str(part + 1) if isinstance(part, int) else part for part in place[2:])
 
 
-def _missing(place: Place) -> str:
+def _missing(place: KeyPath) -> str:
     section = cast("type[BaseModel]", Job.model_fields[place[0]].annotation)
     if len(place) == 1:
         needed = [key for key, inner in section.model_fields.items() if inner.is_required()]
@@ -384,7 +384,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
 
 
-def _spell(place: Place) -> str:
+def _spell(place: KeyPath) -> str:
     return f"[{place[0]}]" if len(place) == 1 else f"[{place[0]}] {'.'.join(place[1:])}"
 
 

@@ -26,14 +26,14 @@ from moebeam.schemas.contract.output_type import OutputType, describe_output_typ
 from moebeam.schemas.errors import JobError, JobFileError, OutputError
 from moebeam.schemas.job.sections import Job, PlanSection
 from moebeam.schemas.prices import PriceLine
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.reuse import ReuseSource
 from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.plan.plan_record import PlanRecord
 from moebeam.transforms.read.input_rows import ReadColumns
 from moebeam.transforms.read.input_scan import InputScan, scan_input
-from moebeam.transforms.render.answer_terms import TermsBook
+from moebeam.transforms.render.answer_terms import TermsCache
 from moebeam.transforms.render.prompt_template import PromptTemplate
 from moebeam.transforms.render.render_rows import RenderSpec
 
@@ -54,7 +54,7 @@ class CheckedJob:
     scan: InputScan
     columns: ReadColumns
     engine: EngineConfig
-    terms: TermsBook
+    terms: TermsCache
     output_type: OutputType | None
     prices: PriceBook | None
     price_line: PriceLine | None
@@ -97,7 +97,7 @@ class CheckedJob:
         # Here, because a quote checks the job too, on machines without Beam.
         from moebeam.pipelines.main_job import MainJob
         from moebeam.transforms.answer.answer_shard import AnswerSpec
-        from moebeam.transforms.answer.budget import Limits
+        from moebeam.transforms.answer.budget import SpendingLimits
         from moebeam.transforms.answer.waste import WasteTerms
         from moebeam.transforms.plan.build_shards import PlanSpec
         from moebeam.transforms.publish.manifest import PublishSpec
@@ -128,7 +128,7 @@ class CheckedJob:
                 provider=self.job.accounting.provider,
                 model=self.job.accounting.model,
                 tag_columns=self.job.accounting.tag_columns,
-                limits=Limits.of(self.job.limits, time.time()),
+                limits=SpendingLimits.of(self.job.limits, time.time()),
                 failures=self.job.failures,
                 reuse=self.reuse,
             ),

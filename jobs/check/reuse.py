@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from moebeam.jobs.output.run_record import read_record
 from moebeam.jobs.output.run_state import read_manifest
 from moebeam.schemas.errors import OutputError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.reuse import ReuseSource, fences_path, write_fences
 

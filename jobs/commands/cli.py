@@ -25,7 +25,7 @@ from moebeam.jobs.console.console import (
     failure_answer,
     json_line,
     print_error,
-    speak,
+    run_and_report,
     stderr_console,
 )
 from moebeam.jobs.console.summary import EXIT_WRONG_JOB, PIPELINE_THREAD
@@ -150,7 +150,7 @@ def run(
             print_summary(console, summary)
         return summary.exit_code, summary.to_json()
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 @app.command(help=_VALIDATE_HELP)
@@ -175,7 +175,7 @@ def validate(
             print_report(console, report)
         return 0, {"status": "valid", "exit_code": 0, **report.to_json()}
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 for _name, _help, _command, _settings in (

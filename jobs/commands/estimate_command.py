@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moebeam.jobs.console.console import Answer, speak
+from moebeam.jobs.console.console import Answer, run_and_report
 from moebeam.jobs.console_options import AsJson, Debug, Overrides, Quiet
 from moebeam.schemas.errors import JobFileError
 
@@ -91,7 +91,7 @@ def estimate(
                 console.print(f"saved: {saved}", soft_wrap=True, markup=False, highlight=False)
         return 0, {"status": "quoted", "exit_code": 0, **quote.to_json(), "saved": saved}
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 COMMANDS: tuple[tuple[str, str, Callable[..., None], Mapping[str, Any]], ...] = (

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from moebeam.jobs.commands.output_commands import OutputPath, folder_of
-from moebeam.jobs.console.console import Answer, speak
+from moebeam.jobs.console.console import Answer, run_and_report
 from moebeam.jobs.console_options import AsJson, Debug, Quiet
 
 _EXPORT_HELP = """Write a run's answers as the files of OpenAI's Batch API.
@@ -52,7 +52,7 @@ def export(
                 console.print("the run is not finished: the other rows are in neither file", highlight=False)
         return 0, {"status": "exported", "exit_code": 0, **made.to_json()}
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 COMMANDS: tuple[tuple[str, str, Callable[..., None], Mapping[str, Any]], ...] = (("export", _EXPORT_HELP, export, {}),)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moebeam.jobs.console.console import Answer, speak
+from moebeam.jobs.console.console import Answer, run_and_report
 from moebeam.jobs.console_options import AsJson, Debug, Quiet
 from moebeam.schemas.errors import JobFileError, OutputError
 
@@ -100,7 +100,7 @@ def report(
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         return 0, {**made.to_json(), "exit_code": 0}
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 def reconcile(
@@ -161,7 +161,7 @@ def reconcile(
         answer = {"status": status, "exit_code": exit_code, "num_unpriced": num_unpriced, "counts": counts}
         return exit_code, {**answer, "lines": table.to_json()}
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 def _decimal(option: str, text: str) -> Decimal:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moebeam.jobs.console.console import Answer, draining_signals, speak
+from moebeam.jobs.console.console import Answer, draining_signals, run_and_report
 from moebeam.jobs.console_options import AsJson, Debug, Overrides, Quiet
 from moebeam.schemas.errors import JobFileError
 
@@ -89,7 +89,7 @@ def resume(
             print_summary(console, summary)
         return summary.exit_code, summary.to_json()
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 def status(output: OutputPath, is_json: AsJson = False, is_debug: Debug = False) -> None:
@@ -103,7 +103,7 @@ def status(output: OutputPath, is_json: AsJson = False, is_debug: Debug = False)
             print_status(console, report)
         return 0, {**report.to_json(), "exit_code": 0}
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 def retry_failed(
@@ -143,7 +143,7 @@ def retry_failed(
             print_summary(console, summary)
         return summary.exit_code, summary.to_json()
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 def clean(
@@ -170,7 +170,7 @@ def clean(
             console.print("removed", highlight=False)
         return 0, {"status": "cleaned" if has_removed else "nothing removed", "exit_code": 0, **plan.to_json()}
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 def _has_agreed(console: Console) -> bool:

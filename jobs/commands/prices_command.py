@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from moebeam.jobs.console.console import Answer, speak
+from moebeam.jobs.console.console import Answer, run_and_report
 from moebeam.jobs.console_options import AsJson, Debug
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.prices import PriceLine
@@ -64,7 +64,7 @@ def list_prices(
             "prices": [line_json(line) for line in lines],
         }
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 @app.command()
@@ -130,7 +130,7 @@ def check(
                 _print(console, f"not compared: it does not know {provider} {model}", is_json, "dim")
         return exit_code, {"exit_code": exit_code, **answer}
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 @app.command(name="diff")
@@ -163,7 +163,7 @@ def diff_books(
             ],
         }
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}

@@ -1,6 +1,6 @@
 """How a command talks: errors, logs and progress on standard error, one JSON line on standard output, signals.
 
-Every command of `jobs/commands/cli.py` and `jobs/commands/output_commands.py` does its work inside `speak`.
+Every command of `jobs/commands/cli.py` and `jobs/commands/output_commands.py` does its work inside `run_and_report`.
 """
 
 import json
@@ -25,7 +25,7 @@ from moebeam.schemas.errors import JobError
 Answer = Mapping[str, object]
 
 
-def speak(work: Callable[[Console], tuple[int, Answer]], *, is_json: bool, is_debug: bool) -> NoReturn:
+def run_and_report(work: Callable[[Console], tuple[int, Answer]], *, is_json: bool, is_debug: bool) -> NoReturn:
     """Run a command's work, tell its errors, print its JSON line, and leave with its exit code."""
     console = stderr_console()
     is_killed = False

@@ -20,7 +20,7 @@ from moebeam.jobs.output.run_state import read_manifest
 from moebeam.schemas.arrow import values_of
 from moebeam.schemas.canonical import Json, fingerprint
 from moebeam.schemas.errors import CommitError, JobFileError, OutputError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.store.streamed_file import Write, streamed_file
 from moebeam.schemas.tables import TABLES, Table

@@ -16,7 +16,7 @@ from moebeam.jobs.check.disk import spell_bytes
 from moebeam.jobs.output.run_record import RunRecord
 from moebeam.jobs.output.run_state import launchers_folder, modified_at, read_manifest, signs_of_life
 from moebeam.schemas.errors import OutputError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import waste_folder
 from moebeam.transforms.durable.commit import read_commit
@@ -136,7 +136,7 @@ def clean(plan: CleanPlan) -> None:
         for removal in plan.removals:
             storage.remove_files(removal.paths)
         layout = RunLayout(plan.output)
-        states = (layout.staging, layout.runs, layout.leases, layout.progress, layout.journal)
+        states = (layout.staging, layout.sorted_runs, layout.leases, layout.progress, layout.journal)
         for folder in (*states, launchers_folder(layout)):
             if not _below(folder):
                 storage.remove_tree(folder)
@@ -153,7 +153,7 @@ def _leftovers(layout: RunLayout, *, is_complete: bool) -> Iterator[Removal]:
     staged = [entry for entry in _below(layout.staging) if entry[0].rpartition("/")[2] not in needed]
     yield _removal("staged tables of attempts that were not committed", staged)
     if is_complete or read_plan(layout) is not None:
-        yield _removal("sorted runs of the plan", _below(layout.runs))
+        yield _removal("sorted runs of the plan", _below(layout.sorted_runs))
     yield _removal("leases", _below(layout.leases))
     yield _removal("heartbeats", [*_below(layout.progress), *_below(launchers_folder(layout))])
     if is_complete:

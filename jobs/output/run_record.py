@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from moebeam.schemas.canonical import Json, fingerprint
 from moebeam.schemas.errors import InputPatternError, JobFileError, OutputError
 from moebeam.schemas.job.sections import InputSection, Job
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.record_json import RecordJson
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.reuse import ReuseSource

@@ -21,11 +21,11 @@ import psutil
 from moebeam.jobs.console.summary import ProgressSnapshot
 from moebeam.schemas.answers import ShardCommit, Totals
 from moebeam.schemas.errors import OutputError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import read_waste, waste_names
 from moebeam.transforms.durable.commit import read_commit
-from moebeam.transforms.durable.heartbeat import read_beats
+from moebeam.transforms.durable.heartbeat import read_progress
 from moebeam.transforms.durable.lease import LEASE_S, host_identity, read_leases
 from moebeam.transforms.plan.plan_record import PlanRecord, read_plan
 from moebeam.transforms.publish.manifest import cost_of
@@ -73,7 +73,7 @@ class Watch:
         layout = self._layout
         self._plan = self._plan or read_plan(layout)
         if self._plan is None:
-            rows_done = sum(beat.rows_done for beat in read_beats(layout, "plan").values())
+            rows_done = sum(beat.rows_done for beat in read_progress(layout, "plan").values())
             cost = None if self._currency is None else Decimal(0)
             return self._snapshot("plan", rows_done, self._rows_total, Totals(cached_tokens=0), cost)
         for name in storage.list_names(layout.commits, ".json"):
@@ -84,7 +84,7 @@ class Watch:
             if name not in self._wasted:
                 self._wasted[name] = read_waste(layout, name).totals
         totals = self.committed
-        beats = [beat for shard, beat in read_beats(layout, "answer").items() if shard not in self._commits]
+        beats = [beat for shard, beat in read_progress(layout, "answer").items() if shard not in self._commits]
         rows_done = totals.num_results + totals.num_rejects + totals.num_unreadable
         answering = Totals(
             num_rejects=sum(beat.num_rejects for beat in beats),
@@ -145,7 +145,7 @@ def read_manifest(layout: RunLayout) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class LauncherBeat:
+class LauncherPresence:
     """A launcher that is at work on a run, as of `at` (seconds since the epoch, by its own clock)."""
 
     host: str
@@ -176,7 +176,7 @@ class Presence:
         """Write the beat, if it is due; a store that fails now and then does not matter."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + LAUNCHER_BEAT_S
-            beat = LauncherBeat(host_identity(), socket.gethostname(), os.getpid(), time.time())
+            beat = LauncherPresence(host_identity(), socket.gethostname(), os.getpid(), time.time())
             with contextlib.suppress(OSError):
                 storage.write_note(self._path, json.dumps(asdict(beat)).encode())
 
@@ -211,12 +211,14 @@ def launchers_folder(layout: RunLayout) -> str:
     return storage.join(layout.state, "launchers")
 
 
-def read_launchers(layout: RunLayout) -> dict[str, LauncherBeat]:
+def read_launchers(layout: RunLayout) -> dict[str, LauncherPresence]:
     """The beats of launchers, also of those that were killed, by name."""
-    beats: dict[str, LauncherBeat] = {}
+    beats: dict[str, LauncherPresence] = {}
     for name in storage.list_names(launchers_folder(layout), ".json"):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            beats[name] = LauncherBeat(**json.loads(storage.read_bytes(storage.join(launchers_folder(layout), name))))
+            beats[name] = LauncherPresence(
+                **json.loads(storage.read_bytes(storage.join(launchers_folder(layout), name)))
+            )
     return beats
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 from moebeam.jobs.check.preflight import CheckedJob
 from moebeam.jobs.quotes.estimate import Quote
 from moebeam.schemas.errors import OutputError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.plan.plan_record import read_plan
 

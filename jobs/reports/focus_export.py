@@ -2,8 +2,8 @@
 
 Part of `moebeam report --focus FILE`. One row a UTC day, tenant, cost centre, provider, model, token class, unit price
 and tag set: a row's quantity times its unit price is its cost, exactly. Columns of the specification come first, our
-own after them with the prefix `x_`. Columns that speak of commitments, reservations, regions and resources do not
-apply to tokens and are left out, as the specification allows.
+own after them with the prefix `x_`. Columns that run_and_report of commitments, reservations, regions and resources do
+not apply to tokens and are left out, as the specification allows.
 """
 
 import json

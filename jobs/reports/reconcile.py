@@ -18,7 +18,7 @@ from moebeam.jobs.console.report_table import Cell, Column, ReportTable
 from moebeam.schemas.arrow import values_of
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.prices import EXACT
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 Verdict: TypeAlias = Literal["matched", "different", "missing in the bill", "missing in the ledger"]
 BillKey: TypeAlias = tuple[str, str, str]

@@ -22,7 +22,7 @@ from moebeam.schemas.arrow import parquet_bytes
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import CommitError, OutputError
 from moebeam.schemas.job.sections import ValueChainSection
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.publish.rollup import (
     GroupKey,

@@ -18,7 +18,7 @@ from moebeam.jobs.console.report_table import Column, ReportTable
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.records import Usage
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.transforms.money.accelerator_time import NUM_PROMPTS, engine_seconds
 from moebeam.transforms.money.account import charge
 from moebeam.transforms.money.price_book import PriceBook

@@ -18,7 +18,7 @@ from moebeam.schemas.arrow import values_of
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import PartySection, ValueChainSection
 from moebeam.schemas.records import Usage
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.value_chain import Attempt, Money, PriceOf, Rates, Seller, ValueChain, markup_of, order_of
 from moebeam.transforms.money.account import charge
 from moebeam.transforms.money.price_book import PriceBook

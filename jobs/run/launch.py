@@ -26,7 +26,7 @@ from moebeam.pipelines.main_job import build
 from moebeam.schemas.answers import Totals
 from moebeam.schemas.errors import JobInterrupted, OutputError, PipelineFailed
 from moebeam.schemas.job.sections import Job
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.record_json import RecordJson
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.reuse import ReuseSource

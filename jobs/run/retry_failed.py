@@ -20,7 +20,7 @@ from moebeam.schemas.arrow import values_of, with_column
 from moebeam.schemas.canonical import canonical_json
 from moebeam.schemas.errors import CommitError, ContextOverflow, JobFileError, OutputError, RowError
 from moebeam.schemas.job.sections import Job, SamplingSection
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.plan.build_shards import write_plan, write_shard
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_plan

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, cast
 import tokenizers
 
 from moebeam.schemas.errors import EngineLoadError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 MAX_WHOLE_BYTES = 64 * 1024 * 1024
 """Larger weight files are sampled by `checkpoint_revision`."""

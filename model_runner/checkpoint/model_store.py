@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from moebeam.model_runner.checkpoint.files import checkpoint_files, checkpoint_revision
 from moebeam.schemas.errors import EngineLoadError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 FOLDER_VARIABLE = "MOEBEAM_MODEL_FOLDER"
 """Environment variable that names the folder for copies; else they lie in the user's cache."""

@@ -11,7 +11,7 @@ from moebeam.model_runner.checkpoint.files import read_json_object
 from moebeam.model_runner.encoding.chat_encoding import ChatEncoding
 from moebeam.schemas.errors import EngineLoadError, RowError
 from moebeam.schemas.records import FinishReason, Request, TokenIds, ToolCall
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 _NUM_SPARE_TOKENS = 8
 _NUM_TAIL_TOKENS = 64

@@ -21,7 +21,7 @@ from moebeam.model_runner.encoding.token_marks import TokenMarks
 from moebeam.schemas.chat_options import ChatOptions
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.records import Message, ToolCall
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 __all__ = ["ChatEncoding", "EncodingName", "ParsedAnswer", "encoding_of"]
 

@@ -24,7 +24,7 @@ from moebeam.schemas.canonical import Json
 from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
 from moebeam.schemas.errors import EngineLoadError, InvalidMessages
 from moebeam.schemas.records import Message, ToolCall
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 TEMPLATE_FILE = "chat_template.jinja"
 SETTINGS_FILE = "tokenizer_config.json"

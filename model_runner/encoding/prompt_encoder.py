@@ -19,7 +19,7 @@ from moebeam.model_runner.encoding.token_marks import MARK, TokenMarks
 from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
 from moebeam.schemas.errors import EngineLoadError, InvalidMessages
 from moebeam.schemas.records import Message, TokenIds
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 __all__ = ["PromptEncoder", "checkpoint_revision"]
 

@@ -21,7 +21,7 @@ from moebeam.schemas.records import Completion, Request
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Death:
+class EngineExit:
     """The end of a process: what is known of its cause, and how many calls it had open."""
 
     cause: str
@@ -29,7 +29,7 @@ class Death:
     num_calls: int
 
 
-Messages: TypeAlias = "SimpleQueue[tuple[Any, ...] | Death]"
+Messages: TypeAlias = "SimpleQueue[tuple[Any, ...] | EngineExit]"
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class EngineLink:
         self._owner_pid = os.getpid()
         self._calls: dict[int, Messages] = {}
         self._call_ids = count()
-        self._death: Death | None = None
+        self._death: EngineExit | None = None
         self._counters: Mapping[str, float] = {}
         self._last_sign = time.monotonic()
 
@@ -108,8 +108,8 @@ class EngineLink:
         self,
         source: Iterator[Request],
         calling: Calling,
-        next_of: Callable[[Messages], tuple[Any, ...] | Death] = lambda messages: messages.get(),
-    ) -> Generator[Completion, None, Death | None]:
+        next_of: Callable[[Messages], tuple[Any, ...] | EngineExit] = lambda messages: messages.get(),
+    ) -> Generator[Completion, None, EngineExit | None]:
         """One call of the engine, as long as it and the requests last; how it died, if it did.
 
         Args:
@@ -122,7 +122,7 @@ class EngineLink:
         try:
             while True:
                 message = next_of(messages)
-                if isinstance(message, Death):
+                if isinstance(message, EngineExit):
                     is_over = True
                     return message
                 match message[0]:
@@ -172,7 +172,7 @@ class EngineLink:
                 self._take(self._link.recv())
         cause, is_silence = self._cause_of_death()
         with self._lock:
-            self._death = Death(cause, is_silence, len(self._calls))
+            self._death = EngineExit(cause, is_silence, len(self._calls))
             waiting = list(self._calls.values())
             self._calls.clear()
         self._link.close()

@@ -20,7 +20,7 @@ from queue import Empty
 from typing import Any
 
 from moebeam.model_runner.engine_process.child import engine_command, engine_environment
-from moebeam.model_runner.engine_process.engine_link import Calling, Death, EngineLink, Messages
+from moebeam.model_runner.engine_process.engine_link import Calling, EngineExit, EngineLink, Messages
 from moebeam.model_runner.engine_process.process_log import ProcessLog
 from moebeam.model_runner.protocol import EngineConfig, add_counters
 from moebeam.schemas.errors import EngineCrashed, EngineLoadError, EngineTimeout, MoebeamError, RowError
@@ -29,7 +29,7 @@ from moebeam.schemas.records import Completion, Request
 MAX_DEATHS_ALONE = 2
 """Deaths over a request that was alone, after which it fails: one may have been somebody else's doing."""
 
-MAX_BARREN_DEATHS = 24
+MAX_FRUITLESS_RESTARTS = 24
 """Deaths in a row without an answer: halving the largest window down to one request takes fewer."""
 
 SHUTDOWN_TIMEOUT_S = 5.0
@@ -174,7 +174,8 @@ class IsolatedRunner:
         """Answer requests as the engine does; those that it dies over, alone and twice, fail.
 
         Raises:
-            EngineLoadError: it died `MAX_BARREN_DEATHS` times without an answer in between, or cannot be started again.
+            EngineLoadError: it died `MAX_FRUITLESS_RESTARTS` times without an answer in between, or cannot be started
+            again.
         """
         source = iter(requests)
         calling = Calling()
@@ -182,7 +183,7 @@ class IsolatedRunner:
             calling = Calling()
             death = yield from self._call(source, calling, is_suspect=False)
             if death is not None:
-                self._note_death(death, calling.has_answered)
+                self._record_exit(death, calling.has_answered)
                 with self._turns.search():
                     yield from self._searched(list(calling.in_flight.values()))
 
@@ -196,7 +197,7 @@ class IsolatedRunner:
             death = yield from _noting(self._call(iter(group.requests), taken, is_suspect=True), answered)
             if death is None:
                 continue
-            self._note_death(death, taken.has_answered)
+            self._record_exit(death, taken.has_answered)
             left = [request for request in group.requests if request.request_id not in answered]
             if len(group.requests) > 1:
                 groups += _halves(left)
@@ -207,13 +208,13 @@ class IsolatedRunner:
 
     def _call(
         self, source: Iterator[Request], calling: Calling, *, is_suspect: bool
-    ) -> Generator[Completion, None, Death | None]:
+    ) -> Generator[Completion, None, EngineExit | None]:
         """One call of the engine; how it died, if it did. That of a suspect has the engine for itself."""
         with self._turns.taken(is_suspect=is_suspect):
             process = self._process()
             return (yield from process.link.answers(source, calling, lambda messages: self._next(process, messages)))
 
-    def _next(self, process: _EngineProcess, messages: Messages) -> tuple[Any, ...] | Death:
+    def _next(self, process: _EngineProcess, messages: Messages) -> tuple[Any, ...] | EngineExit:
         if self._max_silence_s is None:
             return messages.get()
         while True:
@@ -232,17 +233,17 @@ class IsolatedRunner:
                 self._processes[:] = [_EngineProcess(self.config)]
             return self._processes[-1]
 
-    def _note_death(self, death: Death, has_answered: bool) -> None:
+    def _record_exit(self, death: EngineExit, has_answered: bool) -> None:
         _LOGGER.warning("the engine %r died: %s; it is started again", self.config.engine, death.cause)
         with self._lock:
             self._num_barren_deaths = 0 if has_answered else self._num_barren_deaths + 1
-            if self._num_barren_deaths >= MAX_BARREN_DEATHS:
+            if self._num_barren_deaths >= MAX_FRUITLESS_RESTARTS:
                 raise EngineLoadError(
                     f"engine {self.config.engine!r} died {self._num_barren_deaths} times without an answer: "
                     f"{death.cause}"
                 )
 
-    def _failed(self, request: Request, death: Death) -> Completion:
+    def _failed(self, request: Request, death: EngineExit) -> Completion:
         error: RowError = (
             EngineTimeout(f"the engine was silent for more than {self._max_silence_s:g} s over this request alone")
             if death.is_silence
@@ -258,8 +259,8 @@ class IsolatedRunner:
 
 
 def _noting(
-    completions: Generator[Completion, None, Death | None], answered: set[str]
-) -> Generator[Completion, None, Death | None]:
+    completions: Generator[Completion, None, EngineExit | None], answered: set[str]
+) -> Generator[Completion, None, EngineExit | None]:
     while True:
         try:
             completion = next(completions)

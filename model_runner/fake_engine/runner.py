@@ -32,7 +32,7 @@ from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.canonical import canonical_json
 from moebeam.schemas.errors import EngineLoadError, RowError
 from moebeam.schemas.records import Completion, FinishReason, Request, TokenIds, ToolCall, Usage
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 PROVIDER = "fake"
 FAILURES: dict[str, type[RowError]] = {

@@ -1,7 +1,7 @@
-"""The door: requests that have a place at the provider pass it one by one, as long as the budget lasts.
+"""The queue: requests that have a place at the provider pass it one by one, as long as the budget lasts.
 
 Part of the `openai` engine, between the endpoint's limit (`concurrency.py`) and the call itself, so that what is behind
-the door is in flight and nothing else. Lives on the event loop, one for each `generate`.
+the queue is in flight and nothing else. Lives on the event loop, one for each `generate`.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ class NotAdmitted(Exception):
     """The request was not sent, and will not be."""
 
 
-class Door:
+class AdmissionQueue:
     """Lets requests through in the order in which they came; without an admission all at once."""
 
     def __init__(self, admission: Admission | None = None) -> None:
@@ -24,7 +24,7 @@ class Door:
         self._is_closed = False
         self._waiting: deque[asyncio.Future[None]] = deque()
 
-    async def enter(self, request: Request) -> None:
+    async def acquire(self, request: Request) -> None:
         """Wait until a request may be sent.
 
         Raises:
@@ -50,9 +50,9 @@ class Door:
         enqueue(turn)
         await turn
 
-    def arrived(self, completion: Completion) -> Completion:
+    def settle(self, completion: Completion) -> Completion:
         """Tell what became of a request, and give it back; the first that waits is asked about again."""
-        self._admission.arrived(completion)
+        self._admission.settle(completion)
         self._wake_first()
         return completion
 

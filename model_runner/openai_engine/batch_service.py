@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class BatchPatience:
+class BatchPolling:
     """How long to wait, and how many looks at a batch in a row may fail.
 
     Attributes:
@@ -56,7 +56,7 @@ class BatchService:
 
     spec: EndpointSpec
     secret: str = field(repr=False)
-    patience: BatchPatience = field(default_factory=BatchPatience)
+    patience: BatchPolling = field(default_factory=BatchPolling)
     sleep: Callable[[float], None] = time.sleep
     counts: Counter[str] = field(default_factory=Counter[str])
     _client: openai.OpenAI = field(init=False, repr=False)

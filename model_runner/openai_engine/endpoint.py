@@ -21,7 +21,7 @@ import openai
 from openai.types.chat import ChatCompletionChunk
 from tenacity import AsyncRetrying, RetryCallState
 
-from moebeam.model_runner.openai_engine.admission_queue import Door
+from moebeam.model_runner.openai_engine.admission_queue import AdmissionQueue
 from moebeam.model_runner.openai_engine.concurrency import AdaptiveLimit, MachineShare
 from moebeam.model_runner.openai_engine.failures import CallFailure, failure_of
 from moebeam.model_runner.openai_engine.profiles import Profile
@@ -40,7 +40,7 @@ MAX_FAILED_IN_A_ROW = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How long to wait between tries: doubled each time from the first to the longest, and half of it is chance.
 
     After a refusal as too many the wait grows less: the limit adapts, and the place in it is kept meanwhile.
@@ -88,21 +88,21 @@ class Endpoint:
         down: why nothing can be answered here any more; None while something can.
     """
 
-    def __init__(self, spec: EndpointSpec, secret: str, patience: Patience | None = None) -> None:
+    def __init__(self, spec: EndpointSpec, secret: str, patience: RetryPolicy | None = None) -> None:
         self.spec = spec
         self.down: RowError | None = None
         self.limit = AdaptiveLimit(spec.max_concurrency)
         self.counts: Counter[str] = Counter()
         self._secret = secret
-        self._patience = patience or Patience()
+        self._patience = patience or RetryPolicy()
         self._share = MachineShare(f"{spec.base_url} {spec.model}")
         self._num_failed_in_a_row = 0
         self._client: openai.AsyncOpenAI | None = None
         self._strict_client: openai.AsyncOpenAI | None = None
 
     @asynccontextmanager
-    async def place(self) -> AsyncGenerator[None]:
-        """A place among the requests in flight, waited for and given back at the end."""
+    async def slot(self) -> AsyncGenerator[None]:
+        """A slot among the requests in flight, waited for and given back at the end."""
         self.limit.cap(self._share.part_of(self.spec.max_concurrency))
         await self.limit.acquire()
         try:
@@ -110,11 +110,11 @@ class Endpoint:
         finally:
             self.limit.release()
 
-    async def ask(self, request: Request, door: Door, lost: list[LostCall]) -> Arrived:
+    async def ask(self, request: Request, queue: AdmissionQueue, lost: list[LostCall]) -> Arrived:
         """Answer one request that has a place here, by as many calls as patience and `max_retries` allow.
 
         Args:
-            door: passed before the first call.
+            queue: passed before the first call.
             lost: calls that the provider may bill although they brought no usage are added.
         Raises:
             CallFailure: there is no answer from here.
@@ -123,7 +123,7 @@ class Endpoint:
         body = self._body(request)
         try:
             if self.down is None:
-                await door.enter(request)
+                await queue.acquire(request)
             # Another request may have found the endpoint closed meanwhile.
             if self.down is not None:
                 raise CallFailure("endpoint", self.down)

@@ -8,19 +8,19 @@ again. Calls that failed without a usage are repeated here.
 
 import asyncio
 import os
-import queue
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from queue import SimpleQueue
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from moebeam.model_runner.admission import Admission
-from moebeam.model_runner.openai_engine.admission_queue import Door, NotAdmitted
+from moebeam.model_runner.openai_engine.admission_queue import AdmissionQueue, NotAdmitted
 from moebeam.model_runner.openai_engine.batch_runner import BatchRunner
 from moebeam.model_runner.openai_engine.batch_service import BatchService
-from moebeam.model_runner.openai_engine.endpoint import Arrived, Endpoint, EndpointSpec, Patience
+from moebeam.model_runner.openai_engine.endpoint import Arrived, Endpoint, EndpointSpec, RetryPolicy
 from moebeam.model_runner.openai_engine.event_loop import BackgroundLoop
 from moebeam.model_runner.openai_engine.failures import CallFailure
 from moebeam.model_runner.openai_engine.prefix_gate import PrefixGate, WarmPrefixes
@@ -83,16 +83,16 @@ class OpenAIRunner:
         Raises:
             EngineUnavailable: no endpoint is left that could answer; what was in flight came out before.
         """
-        return self._generate(requests, Door())
+        return self._generate(requests, AdmissionQueue())
 
     def generate_admitted(self, requests: Iterable[Request], admission: Admission) -> Iterator[Completion]:
         """As `generate`, but each request is asked about once it has a place; see `AdmittingRunner`."""
-        return self._generate(requests, Door(admission))
+        return self._generate(requests, AdmissionQueue(admission))
 
-    def _generate(self, requests: Iterable[Request], door: Door) -> Iterator[Completion]:
+    def _generate(self, requests: Iterable[Request], queue: AdmissionQueue) -> Iterator[Completion]:
         profile = self.endpoints[0].spec.profile
         gate = PrefixGate(num_leaders=profile.num_leaders, min_prefix_tokens=profile.min_prefix_tokens, warm=self._warm)
-        arrivals: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
+        arrivals: SimpleQueue[_Arrival] = SimpleQueue()
         tasks: set[asyncio.Task[None]] = set()
         source, num_away, reason, is_over = iter(requests), 0, "", False
         try:
@@ -102,7 +102,7 @@ class OpenAIRunner:
                     if request is None:
                         is_over = True
                     else:
-                        num_away += self._send(gate.offer(request), door, arrivals, tasks)
+                        num_away += self._send(gate.offer(request), queue, arrivals, tasks)
                 if num_away == 0:
                     break
                 arrival = arrivals.get()
@@ -117,7 +117,7 @@ class OpenAIRunner:
                     reason = reason or arrival.reason
                     continue
                 if not reason:
-                    num_away += self._send(gate.finished(arrival.request_id), door, arrivals, tasks)
+                    num_away += self._send(gate.finished(arrival.request_id), queue, arrivals, tasks)
                 yield arrival
         finally:
             if num_away:
@@ -140,38 +140,38 @@ class OpenAIRunner:
     def _send(
         self,
         requests: Sequence[Request],
-        door: Door,
-        arrivals: "queue.SimpleQueue[_Arrival]",
+        queue: AdmissionQueue,
+        arrivals: SimpleQueue[_Arrival],
         tasks: set[asyncio.Task[None]],
     ) -> int:
         if requests:
-            self._background.call(self._start, requests, door, arrivals, tasks)
+            self._background.call(self._start, requests, queue, arrivals, tasks)
         return len(requests)
 
     def _start(
         self,
         requests: Sequence[Request],
-        door: Door,
-        arrivals: "queue.SimpleQueue[_Arrival]",
+        queue: AdmissionQueue,
+        arrivals: SimpleQueue[_Arrival],
         tasks: set[asyncio.Task[None]],
     ) -> None:
         for request in requests:
-            task = self._background.spawn(self._arrive(request, door, arrivals))
+            task = self._background.spawn(self._arrive(request, queue, arrivals))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
-    async def _arrive(self, request: Request, door: Door, arrivals: "queue.SimpleQueue[_Arrival]") -> None:
+    async def _arrive(self, request: Request, queue: AdmissionQueue, arrivals: SimpleQueue[_Arrival]) -> None:
         try:
-            arrival = await self._completed(request, door)
+            arrival = await self._completed(request, queue)
             if isinstance(arrival, _Unanswered):
-                door.close()
+                queue.close()
             arrivals.put(arrival)
         except NotAdmitted:
             arrivals.put(_Unsent())
         except Exception as error:
             arrivals.put(_Broken(error))
 
-    async def _completed(self, request: Request, door: Door) -> Completion | _Unanswered:
+    async def _completed(self, request: Request, queue: AdmissionQueue) -> Completion | _Unanswered:
         failed: tuple[Endpoint, RowError] | None = None
         lost: list[LostCall] = []
         for endpoint in self.endpoints:
@@ -179,17 +179,17 @@ class OpenAIRunner:
                 continue
             started_at = datetime.now(UTC)
             try:
-                async with endpoint.place():
-                    arrived = await endpoint.ask(request, door, lost)
+                async with endpoint.slot():
+                    arrived = await endpoint.ask(request, queue, lost)
                     # While it has its place: no other request is sent before this answer is kept.
-                    return door.arrived(_completion(request, endpoint, arrived, self.config, lost))
+                    return queue.settle(_completion(request, endpoint, arrived, self.config, lost))
             except CallFailure as failure:
                 if failure.consequence == "row":
-                    return door.arrived(_failed(request, endpoint, failure.error, started_at, lost))
+                    return queue.settle(_failed(request, endpoint, failure.error, started_at, lost))
                 if failure.consequence != "endpoint":
                     failed = endpoint, failure.error
         if failed is not None and any(endpoint.down is None for endpoint in self.endpoints):
-            return door.arrived(_failed(request, *failed, datetime.now(UTC), lost))
+            return queue.settle(_failed(request, *failed, datetime.now(UTC), lost))
         told = "; ".join(str(endpoint.down) for endpoint in self.endpoints if endpoint.down is not None)
         return _Unanswered(request.request_id, f"no provider can answer: {told}")
 
@@ -237,7 +237,7 @@ def _cancel(tasks: set[asyncio.Task[None]]) -> None:
         task.cancel()
 
 
-def load_openai_runner(config: EngineConfig, patience: Patience | None = None) -> OpenAIRunner | BatchRunner:
+def load_openai_runner(config: EngineConfig, patience: RetryPolicy | None = None) -> OpenAIRunner | BatchRunner:
     """Look up providers and keys; no call is made.
 
     Raises:
@@ -264,7 +264,7 @@ def _named(wanted: Sequence[Fallback]) -> Iterator[tuple[str, Fallback]]:
         yield (f"fallbacks[{position - 1}]" if position else "model", one)
 
 
-def _endpoint(config: EngineConfig, wanted: Fallback, where: str, patience: Patience | None) -> Endpoint:
+def _endpoint(config: EngineConfig, wanted: Fallback, where: str, patience: RetryPolicy | None) -> Endpoint:
     return Endpoint(_spec(config, wanted, where), _secret(wanted, where), patience)
 
 

@@ -1,7 +1,7 @@
 """Answers that grow a token at a time under transformers' `generate`: their ends, their grammars, their prompts' rests.
 
 Stands inside the `transformers` engine: `transformers_runner` hands these to `generate`, which calls the processors
-before each token, and `AnswersEnd` after it.
+before each token, and `StopWhenAnswered` after it.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ class GrowingAnswer:
             self.finish_reason = "stop"
 
 
-class RestOfPrompts(LogitsProcessor):
+class ForcePrompt(LogitsProcessor):
     """Makes each row's next token its prompt's own, as long as the prompt has one."""
 
     def __init__(self, prompts: Sequence[TokenIds]) -> None:
@@ -102,7 +102,7 @@ class AllowedTokens(LogitsProcessor):
         return scores.masked_fill(~is_allowed, -torch.inf)
 
 
-class AnswersEnd(StoppingCriteria):
+class StopWhenAnswered(StoppingCriteria):
     """Collects what rows say after their prompts, and tells which are over."""
 
     def __init__(self, prompts: Sequence[TokenIds], answers: Sequence[GrowingAnswer]) -> None:

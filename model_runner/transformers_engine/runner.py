@@ -38,13 +38,13 @@ from moebeam.model_runner.protocol import EngineConfig
 from moebeam.model_runner.torch_engine.accelerators import pick_device
 from moebeam.model_runner.transformers_engine.growing_answers import (
     AllowedTokens,
-    AnswersEnd,
+    ForcePrompt,
     GrowingAnswer,
-    RestOfPrompts,
+    StopWhenAnswered,
 )
 from moebeam.schemas.errors import EngineFailed, EngineLoadError, RowError
 from moebeam.schemas.records import Completion, Request, Usage
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 PROVIDER = "local"
 NUM_WINDOW_REQUESTS = 512
@@ -203,7 +203,7 @@ class TransformersRunner:
         sampling = batch[0].sampling
         if not sampling.is_greedy:
             settings.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
-        processors: list[LogitsProcessor] = [RestOfPrompts(prompts)]
+        processors: list[LogitsProcessor] = [ForcePrompt(prompts)]
         if any(answer.constraint is not None for answer in answers):
             processors.append(AllowedTokens(prompts, answers, self._masks))
         with torch.inference_mode(), _quiet(), _seeded(self._device, None if sampling.is_greedy else seed_of(batch[0])):
@@ -212,7 +212,7 @@ class TransformersRunner:
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=settings,
                 logits_processor=LogitsProcessorList(processors),
-                stopping_criteria=StoppingCriteriaList([AnswersEnd(prompts, answers)]),
+                stopping_criteria=StoppingCriteriaList([StopWhenAnswered(prompts, answers)]),
             )
         return answers
 

@@ -44,7 +44,7 @@ from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import EngineFailed, EngineLoadError, RowError
 from moebeam.schemas.records import Completion, FinishReason, Request, Usage
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 PROVIDER = "local"
 PYTHON_VARIABLE = "MOEBEAM_VLLM_PYTHON"
@@ -67,7 +67,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class LoadedLimits:
     """What a loaded vLLM takes: tokens of a context, token ids, sequences that run together; and on which device."""
 
     max_model_len: int
@@ -118,7 +118,7 @@ class _Process:
         self._routes: dict[str, _Replies] = {}
         self._death: _Death | None = None
         self._failure = ""
-        self._ready: SimpleQueue[Limits | _Death] = SimpleQueue()
+        self._ready: SimpleQueue[LoadedLimits | _Death] = SimpleQueue()
         environment = {
             # Nothing is fetched and nothing is reported to anyone; threads and `fork` do not go together.
             "HF_HUB_OFFLINE": "1",
@@ -223,7 +223,7 @@ class _Process:
     def _take(self, message: dict[str, Any]) -> None:
         kind = message.pop("type")
         if kind == "ready":
-            self._ready.put(Limits(**message))
+            self._ready.put(LoadedLimits(**message))
         elif kind == "broken":
             self._failure = str(message["error"])
         elif kind in ("tokens", "refused"):

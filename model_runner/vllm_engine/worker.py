@@ -1,7 +1,7 @@
 """vLLM's side of the `vllm` engine: a script for an interpreter that has vLLM and none of our packages.
 
-Stands behind `model_runner/vllm_engine/runner.py`, which starts it by file path. Both speak lines of JSON, this side on
-standard input and output; whatever vLLM prints goes to standard error.
+Stands behind `model_runner/vllm_engine/runner.py`, which starts it by file path. Both run_and_report lines of JSON,
+this side on standard input and output; whatever vLLM prints goes to standard error.
 
     runner -> worker    {"type": "load", "engine": {arguments of vLLM's EngineArgs}}         first and once
                         {"type": "ask", "id", "prompt_token_ids", "cache_salt", "sampling", "grammar", "is_streamed"}

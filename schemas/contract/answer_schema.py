@@ -21,9 +21,16 @@ from jsonschema_rs import ReferencingError, Registry, ValidationError, Validatio
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.strict_json import MAX_DEPTH, depth_of, has_lone_surrogate, parse_json
 from moebeam.schemas.contract.user_module import ModuleSources, ShippedClass, import_user_module
-from moebeam.schemas.contract.wording import MAX_EXCERPT, describe_violation, excerpt, pointer_of, shorten, tell
+from moebeam.schemas.contract.wording import (
+    MAX_EXCERPT,
+    describe_error,
+    describe_violation,
+    excerpt,
+    pointer_of,
+    shorten,
+)
 from moebeam.schemas.errors import EmptyAnswer, JobFileError, ModelRejected, NotJson, SchemaViolation, abbreviated
-from moebeam.schemas.store.files import read_bytes
+from moebeam.schemas.store.storage import read_bytes
 
 Formats: TypeAlias = Literal["assert", "annotate"]
 Retriever: TypeAlias = Callable[[str], Json]
@@ -170,7 +177,7 @@ class AnswerSchema:
             ) from error
         except Exception as error:
             # A validator of the user's own may raise anything; that is this answer's problem, not the job's.
-            raise ModelRejected(f"{model.__name__} raised {tell(error)}; found {shorten(text)}") from error
+            raise ModelRejected(f"{model.__name__} raised {describe_error(error)}; found {shorten(text)}") from error
 
 
 def _restore(
@@ -251,7 +258,9 @@ def _json_schema_of(model: type[pydantic.BaseModel], reference: str) -> Json:
         return cast("Json", model.model_json_schema())
     except Exception as error:
         # Fields may bring their own schema code, which may raise anything.
-        raise JobFileError(f"{reference}: expected a model with a JSON Schema, found {tell(error)}") from error
+        raise JobFileError(
+            f"{reference}: expected a model with a JSON Schema, found {describe_error(error)}"
+        ) from error
 
 
 def _own_copy(document: Json, source: str) -> Json:
@@ -259,7 +268,7 @@ def _own_copy(document: Json, source: str) -> Json:
         copy = cast("Json", json.loads(json.dumps(document, allow_nan=False)))
     except (TypeError, ValueError, RecursionError) as error:
         raise JobFileError(
-            f"{source}: expected a JSON Schema, found a value that is not JSON: {tell(error)}"
+            f"{source}: expected a JSON Schema, found a value that is not JSON: {describe_error(error)}"
         ) from error
     if depth_of(copy) > MAX_DEPTH:
         raise JobFileError(f"{source}: expected a schema of at most {MAX_DEPTH} levels, found more")

@@ -29,7 +29,7 @@ from typing import Final
 from zipimport import zipimporter
 
 from moebeam.schemas.canonical import fingerprint
-from moebeam.schemas.contract.wording import tell
+from moebeam.schemas.contract.wording import describe_error
 from moebeam.schemas.errors import JobFileError
 
 MAX_SOURCE_BYTES = 1 << 20
@@ -67,7 +67,7 @@ def import_user_module(name: str, folder: str | Path | None = None) -> ModuleTyp
             return import_module(name)
         except (Exception, SystemExit) as error:
             # Importing runs the user's code, which may raise anything.
-            raise JobFileError(f"module {name!r} cannot be imported: {tell(error)}") from error
+            raise JobFileError(f"module {name!r} cannot be imported: {describe_error(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,8 @@ class ModuleSources:
                 # Importing runs the user's code, which may raise anything.
                 hint = "; what it imports must be installed, here and on every worker"
                 raise JobFileError(
-                    f"module {self.module!r} cannot be imported: {tell(error)}" + hint * isinstance(error, ImportError)
+                    f"module {self.module!r} cannot be imported: {describe_error(error)}"
+                    + hint * isinstance(error, ImportError)
                 ) from error
 
 
@@ -304,7 +305,7 @@ def _read_source(name: str, path: Path, *, is_package: bool) -> SourceFile:
         return SourceFile(name, is_package, str(path), importlib.util.decode_source(path.read_bytes()))
     except (OSError, UnicodeDecodeError, SyntaxError) as error:
         # A SyntaxError tells of an unknown encoding declared in the first lines.
-        raise _unreadable(name, path, tell(error)) from error
+        raise _unreadable(name, path, describe_error(error)) from error
 
 
 def _unreadable(name: str, path: Path, found: str) -> JobFileError:

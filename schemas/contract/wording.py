@@ -78,7 +78,7 @@ def shorten(text: str) -> str:
     return text if len(text) <= MAX_EXCERPT else f"{text[: MAX_EXCERPT - 1]}…"
 
 
-def tell(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """A foreign error in a few words; its own `__str__` may fail, or quote whatever it likes."""
     try:
         text = str(error)

@@ -1,13 +1,13 @@
 """A file on disk that grows, for what must survive its writer: object stores have no such thing.
 
-Beside `schemas/store/files.py`, whose files are whole or not there. What was written survives the death of the process;
-what was synced survives that of the machine. A reader may find the last write cut off.
+Beside `schemas/store/storage.py`, whose files are whole or not there. What was written survives the death of the
+process; what was synced survives that of the machine. A reader may find the last write cut off.
 """
 
 import os
 from pathlib import Path
 
-from moebeam.schemas.store.files import sync_folder
+from moebeam.schemas.store.storage import sync_folder
 
 
 class AppendedFile:

@@ -1,4 +1,4 @@
-"""What object stores raise and how their files are read; `schemas/store/files.py` is what the rest of the product sees.
+"""What object stores raise and how their files are read; the rest of the product sees `storage.py`.
 
 Every store's library brings errors of its own, most of which are no OSErrors. Here they become such, by type.
 """

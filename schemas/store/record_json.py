@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from moebeam.schemas.canonical import Json, canonical_json
 from moebeam.schemas.errors import CommitError, abbreviated
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 Record = TypeVar("Record")
 

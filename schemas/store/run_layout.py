@@ -14,7 +14,7 @@ _moebeam/commits/           one record a committed shard; the first one wins
 
 from dataclasses import dataclass
 
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.tables import Table
 
 
@@ -53,7 +53,7 @@ class RunLayout:
         return storage.join(self.state, "plan")
 
     @property
-    def runs(self) -> str:
+    def sorted_runs(self) -> str:
         return storage.join(self.plan, "runs")
 
     @property
@@ -83,11 +83,11 @@ class RunLayout:
     def shard_journal(self, shard: str) -> str:
         return storage.join(self.journal, shard)
 
-    def run_file(self, run_id: str) -> str:
-        return storage.join(self.runs, f"{run_id}.arrow")
+    def sorted_run_file(self, run_id: str) -> str:
+        return storage.join(self.sorted_runs, f"{run_id}.arrow")
 
-    def samples_file(self, run_id: str) -> str:
-        return storage.join(self.runs, f"{run_id}.samples")
+    def sorted_run_samples(self, run_id: str) -> str:
+        return storage.join(self.sorted_runs, f"{run_id}.samples")
 
     def shard_plan(self, shard: str) -> str:
         return storage.join(self.plan, f"{shard}.arrow")

@@ -1,6 +1,6 @@
 """A file that is written piece by piece and seen whole or not at all, for what is too long to be held.
 
-Beside `schemas/store/files.py`, whose whole files come from one value in memory.
+Beside `schemas/store/storage.py`, whose whole files come from one value in memory.
 """
 
 import contextlib
@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from moebeam.schemas.store.files import file_system, spelled, sync_folder, temporary_of
 from moebeam.schemas.store.object_store import is_local, named_errors
+from moebeam.schemas.store.storage import file_system, spelled, sync_folder, temporary_of
 
 _BUFFER_BYTES = 1024 * 1024
 _PART_BYTES = 16 * 1024 * 1024

@@ -12,7 +12,7 @@ import pytest
 
 from moebeam.jobs.run.launch import launch
 from moebeam.schemas.errors import PipelineFailed
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from tests.support.jobs_for_tests import fake_job, priced, write_parquet
 

@@ -12,7 +12,7 @@ import pytest
 from moebeam.jobs.check.preflight import check_job
 from moebeam.jobs.run.launch import launch
 from moebeam.schemas.errors import InputPatternError, JobFileError, OutputError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from tests.support.jobs_for_tests import column, fake_job, read_table, run_fake_job, write_parquet, write_script
 
 TEXTS = [f"ticket number {row}" for row in range(30)]

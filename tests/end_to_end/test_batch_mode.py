@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moebeam.jobs.run.launch import launch
-from moebeam.model_runner.openai_engine.batch_service import BatchPatience
+from moebeam.model_runner.openai_engine.batch_service import BatchPolling
 from moebeam.schemas.errors import JobFileError
 from tests.support.batch_endpoint import BatchEndpoint
 from tests.support.fake_endpoint import deepseek
@@ -27,7 +27,7 @@ alibaba,{MODEL},2020-01-01T00:00:00Z,,,USD,0.028,0.14,0.28,50,made up,
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    monkeypatch.setattr(BatchPatience.__init__, "__defaults__", (0.001, 0.002, 3, 0.001))
+    monkeypatch.setattr(BatchPolling.__init__, "__defaults__", (0.001, 0.002, 3, 0.001))
 
 
 def row_of(body: Mapping[str, Any]) -> int:

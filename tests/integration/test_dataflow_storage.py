@@ -8,7 +8,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from tests.support.gcs_server import GcsServer
 from tests.support.s3_jobs import run_moebeam, tables, upload, write_job
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moebeam.model_runner.openai_engine.endpoint import Patience
+from moebeam.model_runner.openai_engine.endpoint import RetryPolicy
 from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.errors import EngineOverloaded
@@ -34,7 +34,7 @@ def requests(num: int, words: str = "question") -> Iterator[Request]:
 
 def runner(base_url: str, **values: Any) -> OpenAIRunner:
     config = EngineConfig("openai", "", "mock", "r", provider="sglang", base_url=base_url, **values)
-    return load_openai_runner(config, Patience(first_wait_s=0.05))
+    return load_openai_runner(config, RetryPolicy(first_wait_s=0.05))
 
 
 @pytest.mark.parametrize("mode", ["plain", "stream"])

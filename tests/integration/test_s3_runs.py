@@ -21,7 +21,7 @@ from moebeam.jobs.check.job_file import load_job
 from moebeam.jobs.check.preflight import check_job
 from moebeam.pipelines.main_job import build
 from moebeam.schemas.errors import JobError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.object_store import StoreError
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA, RESULT_SCHEMA

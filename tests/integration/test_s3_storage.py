@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moebeam.schemas.errors import CommitError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.object_store import StoreAccessDenied, StoreError
 from tests.support.paths import ROOT
 from tests.support.s3_server import S3Server

@@ -3,7 +3,7 @@
 import fsspec
 import pytest
 
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.streamed_file import streamed_file
 
 pytestmark = pytest.mark.integration

@@ -21,7 +21,7 @@ from moebeam.jobs.run.launch import launch
 from moebeam.model_runner.fake_engine.runner import FakeRunner
 from moebeam.schemas.errors import EngineFailed, JobError
 from moebeam.schemas.records import Completion, Request
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from tests.support.disturbed_runs import Tables, Work, problems_of
 
 READS = ("open_input", "exists", "is_folder", "list_names", "list_files")
@@ -130,7 +130,7 @@ class Faults:
 
     @contextlib.contextmanager
     def installed(self) -> Generator["Faults"]:
-        """Stand in front of `moebeam.schemas.store.files` and of the fake engine while inside."""
+        """Stand in front of `moebeam.schemas.store.storage` and of the fake engine while inside."""
         with contextlib.ExitStack() as stack:
             for name in (*READS, *WRITES):
                 real = getattr(storage, name)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import threading
 
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.lease import Lease, ShardLease
 

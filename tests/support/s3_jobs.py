@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from tests.support.jobs_for_tests import PRICES, TEMPLATE, read_table, write_parquet, write_script
 from tests.support.paths import ROOT
 

@@ -35,23 +35,23 @@ from moebeam.schemas.contract.output_type import OutputType
 from moebeam.schemas.job.sections import FailuresSection, RepairSection
 from moebeam.schemas.records import Request, sampling_of
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.answer.ask_again import AskAgain
-from moebeam.transforms.answer.budget import BudgetedRunner, BudgetEnded, Limits, ShardBudget
-from moebeam.transforms.answer.grammar_book import GrammarBook
+from moebeam.transforms.answer.ask_again import AttemptPolicy
+from moebeam.transforms.answer.budget import BudgetedRunner, BudgetEnded, ShardBudget, SpendingLimits
+from moebeam.transforms.answer.grammar_book import GrammarCache
 from moebeam.transforms.answer.journal import JournaledRunner, ShardJournal, keeping_runner
 from moebeam.transforms.answer.repair import Repair
 from moebeam.transforms.answer.reuse import EarlierAnswers, ReuseSource
 from moebeam.transforms.answer.shard_events import log_commit
 from moebeam.transforms.answer.shard_tables import PlannedRows, ShardNames, shard_tables
 from moebeam.transforms.answer.spending import Pricing, Spent
-from moebeam.transforms.answer.validate import validate
+from moebeam.transforms.answer.validate import answer_and_validate
 from moebeam.transforms.answer.waste import record_waste
 from moebeam.transforms.durable.commit import commit_shard
-from moebeam.transforms.durable.heartbeat import Beat, Heartbeat
+from moebeam.transforms.durable.heartbeat import Heartbeat, ShardProgress
 from moebeam.transforms.durable.stop import ON_ERROR, StopReason, request_stop
 from moebeam.transforms.money.account import account
 from moebeam.transforms.money.price_book import PriceBook
-from moebeam.transforms.render.answer_terms import TermsBook
+from moebeam.transforms.render.answer_terms import TermsCache
 from moebeam.transforms.render.chat_messages import parse_messages
 from moebeam.transforms.render.render_rows import SchemaInPrompt
 
@@ -73,7 +73,7 @@ class AnswerSpec:
     run_id: str
     layout: RunLayout
     engine: EngineConfig
-    terms: TermsBook
+    terms: TermsCache
     prices: PriceBook | None
     repair: RepairSection = field(default_factory=RepairSection)
     schema_in_prompt: SchemaInPrompt = "auto"
@@ -81,7 +81,7 @@ class AnswerSpec:
     output_type: OutputType | None = None
     provider: str | None = None
     model: str | None = None
-    limits: Limits = field(default_factory=Limits)
+    limits: SpendingLimits = field(default_factory=SpendingLimits)
     failures: FailuresSection = field(default_factory=FailuresSection)
     tag_columns: tuple[str, ...] = ()
     reuse: ReuseSource | None = None
@@ -166,7 +166,7 @@ def answer_rows(
     """
     started = time.monotonic()
     names = ShardNames(spec.run_id, shard, spec.prices.version if spec.prices else None, spec.tag_columns)
-    budget = budget or ShardBudget(Limits(), Spent)
+    budget = budget or ShardBudget(SpendingLimits(), Spent)
     runner = engine and engine.runner
     before = counters_of(runner)
     answers: dict[int, list[AccountedAnswer]] = {}
@@ -213,7 +213,7 @@ def _accounted(
     journal: ShardJournal | None,
 ) -> Iterator[AccountedAnswer]:
     """The way of a shard's requests to answers that say what they cost, until the budget ends."""
-    options = rows.text("options")
+    options = rows.values("options")
     has_stops = spec.limits.has_any or spec.failures.on_error == "fail"
     runner = engine.runner if journal is None else keeping_runner(engine.runner, journal)
     if has_stops:
@@ -223,11 +223,11 @@ def _accounted(
         kept = (entry.completion for entry in journal.kept.entries)
         budget.own += spec.pricing.spent(kept)
         runner = JournaledRunner(runner, journal)
-    validated = validate(
+    validated = answer_and_validate(
         requests_of(shard, rows, spec, engine.encoder),
         runner,
         lambda request_id: spec.terms.of(options[int(request_id)]),
-        again := AskAgain(spec.failures, Repair(spec.repair, engine.encoder, spec.schema_in_prompt)),
+        again := AttemptPolicy(spec.failures, Repair(spec.repair, engine.encoder, spec.schema_in_prompt)),
         again.pause,
     )
     accounted = account(validated, spec.prices, spec.provider, spec.model)
@@ -247,7 +247,7 @@ def _failed_row(rows: PlannedRows, answer: AccountedAnswer) -> StopReason | None
     if error is None or error.error_stage != "run" or not answer.answer.is_last:
         return None
     row = int(answer.answer.completion.request_id)
-    custom_id, file, number = (rows.text(name)[row] for name in ("custom_id", "source_file", "source_row"))
+    custom_id, file, number = (rows.values(name)[row] for name in ("custom_id", "source_file", "source_row"))
     return StopReason(ON_ERROR, f"row {custom_id!r} ({file}, row {number}): {error.error_type}: {error}")
 
 
@@ -260,7 +260,7 @@ def requests_of(shard: str, rows: PlannedRows, spec: AnswerSpec, encoder: Encode
     """The requests of a shard in token order, each made when it is pulled; `request_id` is the row's index."""
     columns = [rows.table.column(name) for name in ("prefix_key", "messages", "sampling", "options", "tenant")]
     is_constrained = spec.is_constrained and spec.engine.engine in CONSTRAINED_ENGINES
-    grammars = GrammarBook(encoder) if is_constrained and isinstance(encoder, PromptEncoder) else None
+    grammars = GrammarCache(encoder) if is_constrained and isinstance(encoder, PromptEncoder) else None
     # Engines with a tokenizer read the schema in their prompts, which were rendered with it.
     is_told = spec.schema_in_prompt == "always" and spec.engine.engine in REMOTE_ENGINES
     for row in rows.asked:
@@ -288,7 +288,7 @@ def _with_heartbeat(
 ) -> Iterator[AccountedAnswer]:
     """Pass answers on and tell how many there were; `is_last_told` tells it once more at the end, however it comes."""
     heartbeat = Heartbeat(layout, "answer")
-    beat, cost = Beat(), Decimal(0)
+    beat, cost = ShardProgress(), Decimal(0)
     try:
         for answer in accounted:
             completion = answer.answer.completion

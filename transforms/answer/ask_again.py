@@ -20,8 +20,8 @@ MAX_WAIT_S = 60.0
 
 
 @dataclass(slots=True)
-class AskAgain:
-    """Retries and repairs of one shard; see `validate.AskAgain`. Both count for themselves."""
+class AttemptPolicy:
+    """Retries and repairs of one shard; see `answer_and_validate.NextAttempt`. Both count for themselves."""
 
     section: FailuresSection
     repair: Repair

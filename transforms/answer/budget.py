@@ -30,7 +30,7 @@ class BudgetEnded(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SpendingLimits:
     """The limits of one attempt of a run; `deadline_at` is in seconds since the epoch. None is no limit."""
 
     max_cost: Decimal | None = None
@@ -40,7 +40,7 @@ class Limits:
     deadline_at: float | None = None
 
     @classmethod
-    def of(cls, section: LimitsSection, now: float) -> "Limits":
+    def of(cls, section: LimitsSection, now: float) -> "SpendingLimits":
         """The limits of an attempt that starts `now`, in seconds since the epoch."""
         return cls(
             section.max_cost,
@@ -52,7 +52,7 @@ class Limits:
 
     @property
     def has_any(self) -> bool:
-        return self != Limits()
+        return self != SpendingLimits()
 
     def reached(self, spent: Spent, now: float) -> StopReason | None:
         """The first limit that leaves nothing more to spend, if any."""
@@ -96,7 +96,7 @@ def _spelled(amount: Decimal | int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _OnItsWay:
+class InFlight:
     """What a request may take, and what it is expected to take beyond what was counted when it left."""
 
     most: Spent
@@ -116,53 +116,56 @@ class ShardBudget:
         stop: why no more requests may be sent; None while they may.
     """
 
-    limits: Limits
-    outside: Callable[[], Spent]
+    limits: SpendingLimits
+    spent_by_others: Callable[[], Spent]
     ceiling: Ceiling = field(default_factory=Ceiling)
     own: Spent = field(default_factory=Spent)
     stop: StopReason | None = None
     _expectation: Expectation = field(default_factory=Expectation)
-    _away: dict[str, _OnItsWay] = field(default_factory=dict[str, _OnItsWay])
+    _in_flight: dict[str, InFlight] = field(default_factory=dict[str, InFlight])
     _expected: Spent = field(default_factory=Spent)
-    _outside: Spent = field(default_factory=Spent)
+    _spent_by_others: Spent = field(default_factory=Spent)
     _lock: Lock = field(default_factory=Lock)
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Look up what is spent outside, unless that was done a moment ago."""
         if self.stop is None and self.limits.has_any:
-            self._outside = self.outside()
+            self._spent_by_others = self.spent_by_others()
 
     def may_ask(self) -> bool:
         """Look up what is spent outside, and say whether anything is left."""
-        self.look()
+        self.refresh()
         with self._lock:
             return self._is_open()
 
     def admit(self, request: Request) -> Verdict:
         """Whether a request may be sent now; see `Admission.admit`."""
         with self._lock:
-            if request.request_id in self._away:
+            if request.request_id in self._in_flight:
                 return "send"
             if not self._is_open():
                 return "stop"
             if self.limits.has_any:
-                if self._away and self.limits.reached(self._outside + self.own + self._expected, 0.0) is not None:
+                if (
+                    self._in_flight
+                    and self.limits.reached(self._spent_by_others + self.own + self._expected, 0.0) is not None
+                ):
                     return "wait"
                 most = self.ceiling.most(request)
                 expected = self._expectation.of(most)
                 counted = Spent(num_requests=1, input_tokens=expected.input_tokens)
                 self.own += counted
                 self._expected += expected - counted
-                self._away[request.request_id] = _OnItsWay(most, expected)
+                self._in_flight[request.request_id] = InFlight(most, expected)
             return "send"
 
-    def arrived(self, completion: Completion) -> None:
+    def settle(self, completion: Completion) -> None:
         """Count what a request took instead of what was expected of it; replayed answers, which none sent, not at all.
 
         Of one that failed without a usage the prompt stays counted.
         """
         with self._lock:
-            away = self._away.pop(completion.request_id, None)
+            away = self._in_flight.pop(completion.request_id, None)
             if away is None:
                 return
             counted = Spent(num_requests=1, input_tokens=away.expected.input_tokens)
@@ -175,7 +178,7 @@ class ShardBudget:
     def end_round(self) -> None:
         """Nothing is on its way any more; what an engine lost stays counted as far as it was."""
         with self._lock:
-            self._away.clear()
+            self._in_flight.clear()
             self._expected = Spent()
 
     def note_answer(self, answer: AccountedAnswer) -> None:
@@ -185,7 +188,7 @@ class ShardBudget:
 
     def _is_open(self) -> bool:
         if self.stop is None and self.limits.has_any:
-            self.stop = self.limits.reached(self._outside + self.own, time.time())
+            self.stop = self.limits.reached(self._spent_by_others + self.own, time.time())
         return self.stop is None
 
 
@@ -211,12 +214,12 @@ class BudgetedRunner:
             for completion in self.runner.generate_admitted(waiting.pulled(), self.budget):
                 waiting.unanswered.pop(completion.request_id, None)
                 yield completion
-                self.budget.look()
+                self.budget.refresh()
         else:
             while not waiting.is_over:
                 for completion in self.runner.generate(waiting.admitted()):
                     waiting.unanswered.pop(completion.request_id, None)
-                    self.budget.arrived(completion)
+                    self.budget.settle(completion)
                     yield completion
                 self.budget.end_round()
         if waiting.unanswered and self.budget.stop is not None:

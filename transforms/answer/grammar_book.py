@@ -13,7 +13,7 @@ from moebeam.transforms.render.answer_terms import MAX_COMPILED, AnswerTerms
 
 
 @dataclass(slots=True)
-class GrammarBook:
+class GrammarCache:
     """Grammars for one encoding and its tokenizer."""
 
     encoder: PromptEncoder

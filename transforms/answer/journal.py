@@ -209,6 +209,6 @@ class _KeepingAdmission:
     def admit(self, request: Request) -> Verdict:
         return self.admission.admit(request)
 
-    def arrived(self, completion: Completion) -> None:
+    def settle(self, completion: Completion) -> None:
         self.journal.keep(completion)
-        self.admission.arrived(completion)
+        self.admission.settle(completion)

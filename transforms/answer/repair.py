@@ -20,7 +20,7 @@ _WITHOUT_ANSWER = (EmptyAnswer, TruncatedAnswer)
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """Makes the next attempt of a request; see `validate.AskAgain`."""
+    """Makes the next attempt of a request; see `validate.NextAttempt`."""
 
     section: RepairSection
     encoder: Encoder

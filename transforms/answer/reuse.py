@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from moebeam.schemas.arrow import values_of
 from moebeam.schemas.errors import CommitError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.plan.sorted_runs import read_rows, write_rows

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from moebeam.schemas.answers import ShardCommit
-from moebeam.transforms.log_events import tell
+from moebeam.transforms.log_events import log_event
 
-MAX_REQUEST_EVENTS = 20
+MAX_REJECT_EVENTS = 20
 """Rejected requests of a shard that are logged one by one; the others are only counted."""
 
 
@@ -37,11 +37,11 @@ def log_commit(commit: ShardCommit, seconds: float, rejected: Sequence[tuple[str
     """
     totals = commit.totals
     where = {"run": commit.run_id, "shard": commit.shard}
-    for custom_id, error_type in rejected[:MAX_REQUEST_EVENTS]:
-        tell("request_rejected", **where, request=custom_id, error_type=error_type)
-    if len(rejected) > MAX_REQUEST_EVENTS:
-        tell("requests_rejected", **where, num_more=len(rejected) - MAX_REQUEST_EVENTS)
-    tell(
+    for custom_id, error_type in rejected[:MAX_REJECT_EVENTS]:
+        log_event("request_rejected", **where, request=custom_id, error_type=error_type)
+    if len(rejected) > MAX_REJECT_EVENTS:
+        log_event("requests_rejected", **where, num_more=len(rejected) - MAX_REJECT_EVENTS)
+    log_event(
         "shard_committed",
         **where,
         attempt=commit.attempt,

@@ -70,7 +70,7 @@ class PlannedRows:
                 followers.setdefault(row_of[first_id], []).append(row)
         return cls(table, asked, followers)
 
-    def text(self, name: str) -> list[Any]:
+    def values(self, name: str) -> list[Any]:
         """A column as Python values."""
         return values_of(self.table, name)
 
@@ -120,8 +120,8 @@ def _values(rows: PlannedRows, answers: Mapping[int, Attempts]) -> list[Json]:
 
 def _allocate(rows: PlannedRows, answers: Mapping[int, Attempts]) -> dict[int, Allocation | None]:
     """Shares of what first attempts cost; a later attempt's prompt is its row's own affair, see `_later_cost`."""
-    keys = rows.text("prefix_key")
-    lengths = rows.text("num_prompt_tokens")
+    keys = rows.values("prefix_key")
+    lengths = rows.values("num_prompt_tokens")
     bills = [_bill(answers[row], num_rows=1 + len(rows.followers.get(row, ()))) for row in rows.asked]
     lcps = common_prefix_lengths([keys[row] for row in rows.asked])
     return dict(zip(rows.asked, allocate([lengths[row] for row in rows.asked], lcps, bills), strict=True))
@@ -182,7 +182,7 @@ def _result_columns(
     columns: dict[str, list[Any]] = {field.name: [None] * num_rows for field in RESULT_SCHEMA}
     repeated = ("custom_id", "source_file", "source_row", "scope", "num_rows", "merged_into")
     for name in (*repeated, "error_type", "error_message", "error_stage"):
-        columns[name] = rows.text(name)
+        columns[name] = rows.values(name)
     columns["run_id"] = [names.run_id] * num_rows
     columns["status"] = ["rejected"] * num_rows
     for name in (
@@ -302,7 +302,7 @@ def _ledger(
     names: ShardNames,
 ) -> pa.Table:
     """One line for each attempt that was made."""
-    repeated = {name: rows.text(name) for name in ("custom_id", "source_file", "source_row", "tenant", "cost_center")}
+    repeated = {name: rows.values(name) for name in ("custom_id", "source_file", "source_row", "tenant", "cost_center")}
     tags = _tags(rows, names.tag_columns)
     lines: list[dict[str, Any]] = []
     for row in rows.asked:

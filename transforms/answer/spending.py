@@ -13,11 +13,11 @@ from decimal import Decimal
 from moebeam.schemas.answers import Totals, ValidatedAnswer
 from moebeam.schemas.prices import Charge
 from moebeam.schemas.records import Completion
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import read_waste, waste_names
 from moebeam.transforms.durable.commit import read_commit
-from moebeam.transforms.durable.heartbeat import Beat, read_beats
+from moebeam.transforms.durable.heartbeat import ShardProgress, read_progress
 from moebeam.transforms.durable.journal_file import read_journal
 from moebeam.transforms.money.account import account
 from moebeam.transforms.money.price_book import PriceBook
@@ -61,7 +61,7 @@ class Spent:
         return cls(totals.num_attempts, totals.prompt_tokens, totals.completion_tokens, cost)
 
     @classmethod
-    def of_beat(cls, beat: Beat) -> "Spent":
+    def of_beat(cls, beat: ShardProgress) -> "Spent":
         """What a shard at work took until its last heartbeat."""
         return cls(beat.num_requests, beat.prompt_tokens, beat.completion_tokens, Decimal(beat.cost))
 
@@ -134,26 +134,26 @@ class RunSpending:
         self._committed: dict[str, Spent] = {}
         self._wasted: dict[str, Spent] = {}
         self._beats: dict[str, Spent] = {}
-        self._outside: dict[str, Spent] = {}
+        self._spent_by_others: dict[str, Spent] = {}
         self._next_look = 0.0
 
-    def outside(self, shard: str) -> Spent:
+    def spent_by_others(self, shard: str) -> Spent:
         """What was spent, but for what the shard's present attempt spends; looked up at most every `REFRESH_S`."""
         if time.monotonic() >= self._next_look:
             started = time.monotonic()
             self._look()
-            self._outside.clear()
+            self._spent_by_others.clear()
             ended = time.monotonic()
             self._next_look = ended + max(REFRESH_S, _REFRESH_SHARE * (ended - started))
-        if shard not in self._outside:
-            self._outside[shard] = self._sum_outside(shard)
-        return self._outside[shard]
+        if shard not in self._spent_by_others:
+            self._spent_by_others[shard] = self._sum_others(shard)
+        return self._spent_by_others[shard]
 
-    def forget_look(self) -> None:
+    def invalidate(self) -> None:
         """Look again at the next question."""
         self._next_look = 0.0
 
-    def _sum_outside(self, shard: str) -> Spent:
+    def _sum_others(self, shard: str) -> Spent:
         paid_before = self._paid_before or {}
         at_work = [
             self._beats.get(name, Spent()).or_more(paid_before.get(name, Spent()))
@@ -165,7 +165,7 @@ class RunSpending:
     def _look(self) -> None:
         layout = self._layout
         # Beats before commits: a shard that commits in between is then counted as committed, never not at all.
-        self._beats = {shard: Spent.of_beat(beat) for shard, beat in read_beats(layout, "answer").items()}
+        self._beats = {shard: Spent.of_beat(beat) for shard, beat in read_progress(layout, "answer").items()}
         for name in storage.list_names(layout.commits, ".json"):
             shard = name.removesuffix(".json")
             if shard not in self._committed and (commit := read_commit(layout, shard)) is not None:

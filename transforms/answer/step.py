@@ -21,19 +21,19 @@ from moebeam.model_runner.protocol import (
     SELF_HEALING_ENGINES,
 )
 from moebeam.schemas.answers import ShardCommit
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.transforms.answer.answer_shard import AnswerSpec, EngineProcess, LoadedEngine, answer_rows, planned_rows
 from moebeam.transforms.answer.budget import ShardBudget
 from moebeam.transforms.answer.expectation import Ceiling
 from moebeam.transforms.answer.shard_events import shard_counters
 from moebeam.transforms.answer.spending import JournaledSpending, RunSpending
 from moebeam.transforms.beam.coders import register_record
-from moebeam.transforms.beam.observe import count
+from moebeam.transforms.beam.counters import add_to_counters
 from moebeam.transforms.durable.commit import read_commit
 from moebeam.transforms.durable.failure import recorded_failure
 from moebeam.transforms.durable.lease import POLL_S, ShardLease, has_lost_a_holder
 from moebeam.transforms.durable.stop import request_stop
-from moebeam.transforms.log_events import tell
+from moebeam.transforms.log_events import log_event
 from moebeam.transforms.plan.plan_record import PlannedShard
 from moebeam.transforms.plan.sorted_runs import read_rows
 
@@ -100,24 +100,26 @@ class _AnswerShard(beam.DoFn):
         """The shard's commit; None if the run has to stop before or within it."""
         spec = self._spec
         ceiling = Ceiling.of(spec.pricing, spec.engine)
-        budget = ShardBudget(spec.limits, lambda: self._spending.outside(planned.shard), ceiling)
+        budget = ShardBudget(spec.limits, lambda: self._spending.spent_by_others(planned.shard), ceiling)
         if spec.limits.has_any and planned.num_requests and spec.reuse is None:
-            self._spending.forget_look()
-            budget.stop = spec.limits.refused(budget.outside(), planned)
+            self._spending.invalidate()
+            budget.stop = spec.limits.refused(budget.spent_by_others(), planned)
             if budget.stop is not None:
                 request_stop(spec.layout, budget.stop)
                 return None
         rows = planned_rows(read_rows(spec.layout.shard_plan(planned.shard)), spec)
         # Loaded only once there is something to answer: a finished or empty run needs no model.
         engine = self._shared.acquire(self._load) if rows.asked else None
-        count("answer", {"num_rows": planned.num_rows})
-        tell("shard_begun", run=spec.run_id, shard=planned.shard, num_rows=planned.num_rows, num_asked=len(rows.asked))
+        add_to_counters("answer", {"num_rows": planned.num_rows})
+        log_event(
+            "shard_begun", run=spec.run_id, shard=planned.shard, num_rows=planned.num_rows, num_asked=len(rows.asked)
+        )
         started = time.monotonic()
         commit = answer_rows(planned.shard, rows, engine, spec, budget)
         if commit is not None:
-            count("answer", shard_counters(commit, time.monotonic() - started))
+            add_to_counters("answer", shard_counters(commit, time.monotonic() - started))
         elif budget.stop is not None:
-            tell("shard_stopped", run=spec.run_id, shard=planned.shard, reason=str(budget.stop.kind))
+            log_event("shard_stopped", run=spec.run_id, shard=planned.shard, reason=str(budget.stop.kind))
         return commit
 
     def _load(self) -> LoadedEngine:

@@ -27,14 +27,14 @@ from moebeam.schemas.records import Completion, Request
 from moebeam.transforms.answer.run import run
 from moebeam.transforms.render.answer_terms import AnswerTerms
 
-AskAgain: TypeAlias = Callable[[Request, ValidatedAnswer], Request | None]
+NextAttempt: TypeAlias = Callable[[Request, ValidatedAnswer], Request | None]
 
 
-def validate(
+def answer_and_validate(
     requests: Iterable[Request],
     runner: ModelRunner,
     terms_of: Callable[[str], AnswerTerms],
-    ask_again: AskAgain | None = None,
+    ask_again: NextAttempt | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> Iterator[ValidatedAnswer]:
     """Answer requests and validate what comes, each attempt as soon as it is done.

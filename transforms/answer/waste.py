@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from moebeam.schemas.answers import AccountedAnswer, Totals, ValidatedAnswer
 from moebeam.schemas.arrow import parquet_bytes, values_of, with_column
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.shard_tables import PlannedRows, ShardNames, shard_tables
 from moebeam.transforms.durable.commit import ledger_totals

@@ -20,7 +20,7 @@ from moebeam.schemas.answers import ShardCommit, StagedFile, Totals
 from moebeam.schemas.arrow import parquet_bytes, values_of
 from moebeam.schemas.errors import CommitError
 from moebeam.schemas.prices import EXACT
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.record_json import RecordJson, read_record
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import TABLES, Table

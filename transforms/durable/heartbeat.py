@@ -9,14 +9,14 @@ import json
 import time
 from dataclasses import asdict, dataclass, fields
 
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 
 INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
+class ShardProgress:
     """Progress of one shard (or one run, while planning)."""
 
     rows_done: int = 0
@@ -39,17 +39,17 @@ class Heartbeat:
     def is_due(self, name: str) -> bool:
         return time.monotonic() - self._last.get(name, 0.0) >= INTERVAL_S
 
-    def beat(self, name: str, beat: Beat) -> None:
+    def beat(self, name: str, beat: ShardProgress) -> None:
         self._last[name] = time.monotonic()
         content = json.dumps(asdict(beat)).encode()
         with contextlib.suppress(OSError):
             storage.write_note(self._layout.heartbeat(self._stage, name), content)
 
 
-def read_beats(layout: RunLayout, stage: str) -> dict[str, Beat]:
+def read_progress(layout: RunLayout, stage: str) -> dict[str, ShardProgress]:
     """The latest beat of every name of a stage."""
-    beats: dict[str, Beat] = {}
-    known = {field.name for field in fields(Beat)}
+    beats: dict[str, ShardProgress] = {}
+    known = {field.name for field in fields(ShardProgress)}
     for name in storage.list_names(layout.progress, ".json"):
         if not name.startswith(f"{stage}-"):
             continue
@@ -57,7 +57,7 @@ def read_beats(layout: RunLayout, stage: str) -> dict[str, Beat]:
             values = json.loads(storage.read_bytes(storage.join(layout.progress, name)))
         except (OSError, ValueError):
             continue
-        beats[name.removeprefix(f"{stage}-").removesuffix(".json")] = Beat(
+        beats[name.removeprefix(f"{stage}-").removesuffix(".json")] = ShardProgress(
             **{k: v for k, v in values.items() if k in known}
         )
     return beats

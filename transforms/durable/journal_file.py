@@ -18,7 +18,7 @@ from typing import Any
 
 from moebeam.schemas.errors import EngineFailed, RowError
 from moebeam.schemas.records import Completion, LostCall, ToolCall, Usage
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.appended_file import AppendedFile
 from moebeam.schemas.store.run_layout import RunLayout
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.record_json import RecordJson
 from moebeam.schemas.store.run_layout import RunLayout
 

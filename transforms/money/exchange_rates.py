@@ -13,7 +13,7 @@ from datetime import UTC, date, datetime
 from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 
 from moebeam.schemas.errors import JobFileError
-from moebeam.schemas.store.files import read_bytes
+from moebeam.schemas.store.storage import read_bytes
 
 RATE_COLUMNS = ("date", "base", "quote", "rate", "source")
 """Columns of a file of rates: on `date` one unit of `base` was worth `rate` units of `quote`."""

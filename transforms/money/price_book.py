@@ -13,7 +13,7 @@ from itertools import combinations
 
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.prices import PriceLine, PriceMode
-from moebeam.schemas.store.files import read_bytes
+from moebeam.schemas.store.storage import read_bytes
 from moebeam.transforms.money.price_calendar import HOLIDAY_FILE, Holidays, is_on_days, parse_holidays
 from moebeam.transforms.money.price_file import COLUMNS, MINUTES_A_DAY, parse_price_file, spell_instant
 

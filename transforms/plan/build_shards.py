@@ -19,13 +19,13 @@ from moebeam.schemas.arrow import values_of, with_column
 from moebeam.schemas.errors import DuplicateId
 from moebeam.schemas.job.sections import PlanSection
 from moebeam.schemas.records import sampling_of
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.record_json import RecordJson
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import plan_schema
 from moebeam.transforms.durable.failure import recorded_failure
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord
-from moebeam.transforms.plan.row_order import Place, can_merge, sort_rows
+from moebeam.transforms.plan.row_order import RowKey, can_merge, sort_rows
 from moebeam.transforms.plan.shard_cut import RowCosts, cut_rows, expected_output_tokens
 from moebeam.transforms.plan.shard_ranges import ShardRange
 from moebeam.transforms.plan.sorted_runs import read_range, read_rows, row_bytes, write_rows
@@ -53,9 +53,9 @@ def build_shards(element: ShardRange, spec: PlanSpec, duplicates: Mapping[int, s
     """
     layout, schema = spec.layout, plan_schema(spec.passthrough)
     if element.is_rejects:
-        table = pa.concat_tables([read_rows(layout.run_file(run)) for run in element.runs])
+        table = pa.concat_tables([read_rows(layout.sorted_run_file(run)) for run in element.runs])
         return [write_shard(layout, element.shard, table.cast(schema))]
-    lower, upper = Place.of_text(element.lower), Place.of_text(element.upper) if element.upper else None
+    lower, upper = RowKey.of_text(element.lower), RowKey.of_text(element.upper) if element.upper else None
     parts = [read_range(layout, run, lower, upper) for run in element.runs]
     table = sort_rows(pa.concat_tables([part for part in parts if part.num_rows] or parts[:1]))
     del parts
@@ -170,5 +170,5 @@ def write_plan(shards: Iterable[PlannedShard], layout: RunLayout) -> tuple[Plann
         storage.write_whole(layout.plan_record, RecordJson(PlanRecord).encode(record))
         with contextlib.suppress(OSError):
             # Another launcher may be writing the same runs; *publish* removes whatever is left.
-            storage.remove_tree(layout.runs)
+            storage.remove_tree(layout.sorted_runs)
     return record.shards

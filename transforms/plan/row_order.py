@@ -23,7 +23,7 @@ RequestRest: TypeAlias = tuple[str, bool, str, str]
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Place:
+class RowKey:
     """A point in `RUN_ORDER`; with parts left out it stands before every row that agrees with what is there."""
 
     key: bytes = b""
@@ -36,7 +36,7 @@ class Place:
         return canonical_json([self.key.hex(), list(self.request), list(self.row)])
 
     @classmethod
-    def of_text(cls, text: str) -> "Place":
+    def of_text(cls, text: str) -> "RowKey":
         """The inverse of `text`; an empty text is the beginning."""
         if not text:
             return cls()
@@ -54,9 +54,9 @@ class Places:
     def __len__(self) -> int:
         return self._num_rows
 
-    def __getitem__(self, row: int) -> Place:
+    def __getitem__(self, row: int) -> RowKey:
         unit, source_row = (column[row].as_py() for column in self._columns[4:])
-        return Place(self.key(row), self.request(row), (unit, source_row))
+        return RowKey(self.key(row), self.request(row), (unit, source_row))
 
     def key(self, row: int) -> bytes:
         return self._columns[0][row].as_py()
@@ -66,7 +66,7 @@ class Places:
         # Arrow sorts null after every text.
         return sampling, options is None, options or "", cost_center
 
-    def first_from(self, place: Place) -> int:
+    def first_from(self, place: RowKey) -> int:
         """The first row that does not stand before a place; the number of rows if all do."""
         return bisect_left(self, place)
 

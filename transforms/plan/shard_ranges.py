@@ -15,9 +15,9 @@ from moebeam.schemas.errors import CommitError
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.failure import recorded_failure
 from moebeam.transforms.plan.plan_record import read_plan
-from moebeam.transforms.plan.row_order import Place
+from moebeam.transforms.plan.row_order import RowKey
 from moebeam.transforms.plan.shard_cut import MAX_SHARD_BYTES
-from moebeam.transforms.plan.sorted_runs import MAX_RUN_BYTES, SHARD_WEIGHT, RunFile, read_samples
+from moebeam.transforms.plan.sorted_runs import MAX_SORTED_RUN_BYTES, SHARD_WEIGHT, RunFile, read_samples
 
 MAX_REJECT_ROWS = 65_536
 """Most rows of a shard that holds rejects only."""
@@ -28,7 +28,7 @@ class ShardRange:
     """Rows that one worker plans: those of `runs` that stand in `[lower, upper)`; one shard or some come of them.
 
     The first shard has the name `shard`, others add a number to it, so that names stand in token order. Places are in
-    the form of `Place.text`; an empty one is the beginning or the end of all. Rejects are one shard of whole runs.
+    the form of `RowKey.text`; an empty one is the beginning or the end of all. Rejects are one shard of whole runs.
     """
 
     shard: str
@@ -60,7 +60,9 @@ def cut_ranges(runs: Sequence[RunFile], layout: RunLayout) -> Iterator[ShardRang
         if (plan := read_plan(layout)) is not None:
             ranges = [ShardRange(shard.shard, "", "", ()) for shard in plan.shards]
         if ranges is None:
-            raise CommitError(f"{layout.runs}: expected the runs that were written for the plan, found some missing")
+            raise CommitError(
+                f"{layout.sorted_runs}: expected the runs that were written for the plan, found some missing"
+            )
     yield from ranges
 
 
@@ -83,11 +85,11 @@ def num_ranges(runs: Sequence[RunFile]) -> int:
     """
     num_bytes = sum(run.num_bytes for run in runs)
     shard_bytes = num_bytes * SHARD_WEIGHT // max(SHARD_WEIGHT, sum(run.weight for run in runs))
-    several, least = min(8 * shard_bytes, 2 * MAX_RUN_BYTES), min(2 * shard_bytes, MAX_SHARD_BYTES)
-    return max(1, -(-num_bytes // max(several, least, MAX_RUN_BYTES)))
+    several, least = min(8 * shard_bytes, 2 * MAX_SORTED_RUN_BYTES), min(2 * shard_bytes, MAX_SHARD_BYTES)
+    return max(1, -(-num_bytes // max(several, least, MAX_SORTED_RUN_BYTES)))
 
 
-def _borders(runs: Sequence[RunFile], layout: RunLayout) -> list[Place]:
+def _borders(runs: Sequence[RunFile], layout: RunLayout) -> list[RowKey]:
     """The places between ranges, in order: quantiles of the bytes that stand before each sample of all runs.
 
     At its own samples a run's bytes are known; between two it is taken to be half way, so it is wrong by half of
@@ -98,10 +100,10 @@ def _borders(runs: Sequence[RunFile], layout: RunLayout) -> list[Place]:
     count = num_ranges(runs)
     if count == 1:
         return []
-    steps: list[tuple[Place, int]] = []
+    steps: list[tuple[RowKey, int]] = []
     for run in runs:
         samples = read_samples(layout, run.run_id)
-        places = [Place.of_text(text) for text in values_of(samples, "place")]
+        places = [RowKey.of_text(text) for text in values_of(samples, "place")]
         before = [0, *values_of(samples, "bytes_before"), run.num_bytes]
         # Twice what is added at a sample: half of what stands between the one before it and the one after.
         steps += [(place, before[i + 2] - before[i]) for i, place in enumerate(places)]

@@ -20,13 +20,13 @@ from moebeam.model_runner.prefix_tree import NUM_TENANT_BYTES, common_prefix_len
 from moebeam.schemas.arrow import arrow_file_bytes, open_arrow_file, values_of
 from moebeam.schemas.job.sections import PlanSection
 from moebeam.schemas.records import sampling_of
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.plan.row_order import Place, Places, can_merge, sort_rows
+from moebeam.transforms.plan.row_order import Places, RowKey, can_merge, sort_rows
 from moebeam.transforms.plan.shard_cut import expected_output_tokens
 
-MAX_RUN_BYTES = 48 << 20
-SAMPLE_BYTES = MAX_RUN_BYTES // 128
+MAX_SORTED_RUN_BYTES = 48 << 20
+SAMPLE_BYTES = MAX_SORTED_RUN_BYTES // 128
 """A run is sampled once in so many bytes; a range of rows can be wrong by as much for each run."""
 
 ROW_BYTES = 1024
@@ -75,7 +75,7 @@ def write_runs(batches: Sequence[pa.RecordBatch], layout: RunLayout, section: Pl
     rejects = table.filter(is_reject)
     if rejects.num_rows:
         run_id = f"{first}-rejects"
-        storage.write_note(layout.run_file(run_id), arrow_file_bytes(rejects, max_batch_rows=_BATCH_ROWS))
+        storage.write_note(layout.sorted_run_file(run_id), arrow_file_bytes(rejects, max_batch_rows=_BATCH_ROWS))
         yield RunFile(run_id, "rejects", rejects.num_rows, rejects.nbytes, 0)
     requests = table if not rejects.num_rows else table.filter(pc.invert(is_reject))
     if requests.num_rows:
@@ -85,10 +85,12 @@ def write_runs(batches: Sequence[pa.RecordBatch], layout: RunLayout, section: Pl
         num_bytes = int(bytes_before[-1])
         batch_rows = max(1, min(_BATCH_ROWS, requests.num_rows * _BATCH_BYTES // num_bytes))
         # A run lives only until the plan is complete, so it need not survive the machine.
-        storage.write_note(layout.run_file(run_id), arrow_file_bytes(requests, max_batch_rows=batch_rows))
+        storage.write_note(layout.sorted_run_file(run_id), arrow_file_bytes(requests, max_batch_rows=batch_rows))
         picked = sampled_rows(bytes_before, offset_share=share_of(run_id))
         samples = samples_table(sample_places(requests, picked, section), bytes_before, batch_rows=batch_rows)
-        storage.write_note(layout.samples_file(run_id), arrow_file_bytes(samples, max_batch_rows=samples.num_rows))
+        storage.write_note(
+            layout.sorted_run_samples(run_id), arrow_file_bytes(samples, max_batch_rows=samples.num_rows)
+        )
         yield RunFile(run_id, "requests", requests.num_rows, num_bytes, _weight(requests, picked, section))
 
 
@@ -120,7 +122,7 @@ def sampled_rows(bytes_before: npt.NDArray[np.int64], *, offset_share: float) ->
     return picked[picked < len(bytes_before) - 1].tolist()
 
 
-def sample_places(rows: pa.Table, picked: Sequence[int], section: PlanSection) -> list[tuple[Place, int]]:
+def sample_places(rows: pa.Table, picked: Sequence[int], section: PlanSection) -> list[tuple[RowKey, int]]:
     """Places between sampled rows and those before them, where rows may be cut apart, and the first row after each.
 
     A place is as short as it can be: a key only up to where it differs from the one before, so that samples of long
@@ -130,14 +132,14 @@ def sample_places(rows: pa.Table, picked: Sequence[int], section: PlanSection) -
     return list(dict(_sample(places, row, section) for row in picked).items())
 
 
-def _sample(places: Places, row: int, section: PlanSection) -> tuple[Place, int]:
+def _sample(places: Places, row: int, section: PlanSection) -> tuple[RowKey, int]:
     key = places.key(row)
     before = places.key(row - 1) if row else key
     if key != before:
-        return Place(key[: NUM_TENANT_BYTES + 4 * (_shared_tokens(before, key) + 1)]), row
+        return RowKey(key[: NUM_TENANT_BYTES + 4 * (_shared_tokens(before, key) + 1)]), row
     request = places.request(row)
     if can_merge(request[0], section):
-        place = Place(key, request)
+        place = RowKey(key, request)
         return place, places.first_from(place)
     return places[row], row
 
@@ -149,7 +151,7 @@ def _shared_tokens(before: bytes, key: bytes) -> int:
 
 
 def samples_table(
-    places: Sequence[tuple[Place, int]], bytes_before: npt.NDArray[np.int64], *, batch_rows: int
+    places: Sequence[tuple[RowKey, int]], bytes_before: npt.NDArray[np.int64], *, batch_rows: int
 ) -> pa.Table:
     """The result of `sample_places` in `SAMPLE_SCHEMA`, for a run in batches of so many rows."""
     columns = (
@@ -184,7 +186,7 @@ def share_of(run_id: str) -> float:
 
 def read_samples(layout: RunLayout, run_id: str) -> pa.Table:
     """The samples of a run, rows of `SAMPLE_SCHEMA` in the order of places."""
-    return read_rows(layout.samples_file(run_id))
+    return read_rows(layout.sorted_run_samples(run_id))
 
 
 def read_rows(path: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -197,14 +199,14 @@ def read_rows(path: str, columns: Sequence[str] | None = None) -> pa.Table:
         return reader.read_all()
 
 
-def read_range(layout: RunLayout, run_id: str, lower: Place, upper: Place | None) -> pa.Table:
+def read_range(layout: RunLayout, run_id: str, lower: RowKey, upper: RowKey | None) -> pa.Table:
     """The rows of a run of requests that stand in `[lower, upper)`; reads only the batches that hold them."""
     samples = read_samples(layout, run_id)
-    places = [Place.of_text(text) for text in values_of(samples, "place")]
+    places = [RowKey.of_text(text) for text in values_of(samples, "place")]
     position = bisect_right(places, lower)
     first = samples.column("batch")[position - 1].as_py() if position else 0
     position = len(places) if upper is None else bisect_left(places, upper)
-    with storage.open_input(layout.run_file(run_id)) as source, open_arrow_file(source) as reader:
+    with storage.open_input(layout.sorted_run_file(run_id)) as source, open_arrow_file(source) as reader:
         last = samples.column("batch")[position].as_py() if position < len(places) else reader.num_record_batches - 1
         kept: list[pa.RecordBatch] = []
         for index in range(first, last + 1):

@@ -17,14 +17,14 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from moebeam.transforms.beam.coders import register_record
-from moebeam.transforms.beam.observe import count
+from moebeam.transforms.beam.counters import add_to_counters
 from moebeam.transforms.durable.failure import recorded_failure
-from moebeam.transforms.durable.heartbeat import Beat, Heartbeat
+from moebeam.transforms.durable.heartbeat import Heartbeat, ShardProgress
 from moebeam.transforms.plan.build_shards import PlanSpec, build_shards, write_plan
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_plan
 from moebeam.transforms.plan.shard_ranges import ShardRange, cut_ranges
 from moebeam.transforms.plan.sorted_runs import (
-    MAX_RUN_BYTES,
+    MAX_SORTED_RUN_BYTES,
     RunFile,
     run_name,
     write_runs,
@@ -76,7 +76,7 @@ class _WriteRuns(beam.DoFn):
         self._num_bytes += element.nbytes
         if self._heartbeat.is_due(self._run_name()):
             self._beat()
-        if self._num_bytes >= MAX_RUN_BYTES:
+        if self._num_bytes >= MAX_SORTED_RUN_BYTES:
             yield from self._flush()
 
     def finish_bundle(self) -> "Iterator[WindowedValue]":
@@ -102,7 +102,7 @@ class _WriteRuns(beam.DoFn):
         return bisect_right(self._spec.group_starts, int(batch.column("unit")[0].as_py()))
 
     def _beat(self) -> None:
-        self._heartbeat.beat(self._run_name(), Beat(rows_done=sum(batch.num_rows for batch in self._batches)))
+        self._heartbeat.beat(self._run_name(), ShardProgress(rows_done=sum(batch.num_rows for batch in self._batches)))
 
     def _run_name(self) -> str:
         return run_name(self._batches[0])
@@ -121,7 +121,7 @@ class _BuildShards(beam.DoFn):
         num_rows, num_requests = (
             sum(getattr(shard, name) for shard in shards) for name in ("num_rows", "num_requests")
         )
-        count("plan", {"num_shards": len(shards), "num_rows": num_rows, "num_requests": num_requests})
+        add_to_counters("plan", {"num_shards": len(shards), "num_rows": num_rows, "num_requests": num_requests})
         yield from shards
 
     def _built(self, element: ShardRange, duplicates: Mapping[int, set[int]]) -> list[PlannedShard]:

@@ -20,7 +20,7 @@ from moebeam.schemas.answers import ShardCommit, Totals
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import CommitError
 from moebeam.schemas.prices import EXACT
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.durable.commit import costs_by_currency

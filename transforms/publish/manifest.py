@@ -20,7 +20,7 @@ from moebeam.schemas.arrow import parquet_bytes
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.output_type import OutputType
 from moebeam.schemas.errors import CommitError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA, TABLES, TABLES_VERSION, Table, result_schema
 from moebeam.transforms.answer.waste import Waste, WasteTerms, publish_waste
@@ -169,7 +169,7 @@ def _complete_manifest(layout: RunLayout) -> str | None:
 
 def _remove_leftovers(layout: RunLayout) -> None:
     """Remove what only an unfinished run needs, and the temporary files of writers that were killed."""
-    for folder in (layout.staging, layout.runs, layout.progress, layout.leases):
+    for folder in (layout.staging, layout.sorted_runs, layout.progress, layout.leases):
         storage.remove_tree(folder)
     storage.remove_files(passing_files(layout))
 

@@ -22,7 +22,7 @@ from moebeam.schemas.answers import ShardCommit
 from moebeam.schemas.canonical import Json, canonical_json
 from moebeam.schemas.errors import CommitError, JobFileError
 from moebeam.schemas.prices import EXACT
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA
 from moebeam.transforms.beam.coders import register_record

@@ -12,7 +12,7 @@ from apache_beam.pvalue import AsSingleton
 from moebeam.schemas.answers import ShardCommit
 from moebeam.transforms.answer.waste import record_unused
 from moebeam.transforms.beam.coders import register_record
-from moebeam.transforms.beam.observe import count
+from moebeam.transforms.beam.counters import add_to_counters
 from moebeam.transforms.durable.failure import recorded_failure
 from moebeam.transforms.publish.invariants import RowSums, SumRows
 from moebeam.transforms.publish.manifest import PublishSpec, RunAccounts, publish_shard, write_manifest
@@ -52,7 +52,7 @@ def _publish(commit: ShardCommit, spec: PublishSpec) -> Iterator[ShardCommit]:
         if spec.waste is not None:
             record_unused(spec.layout, commit.shard, spec.waste)
     num_bytes = sum(file.num_bytes for file in commit.files)
-    count("publish", {"num_shards": 1, "num_files": len(commit.files), "num_bytes": num_bytes})
+    add_to_counters("publish", {"num_shards": 1, "num_files": len(commit.files), "num_bytes": num_bytes})
     yield commit
 
 

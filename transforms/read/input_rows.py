@@ -23,11 +23,11 @@ from moebeam.schemas.errors import (
     UnreadableFile,
     UnreadableRowGroup,
 )
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.tables import read_schema
 from moebeam.transforms.read.batch_lines import BatchRequest, custom_id_of, parse_batch_line
 from moebeam.transforms.read.input_scan import InputUnit
-from moebeam.transforms.read.transient_errors import PAUSES_S, is_of_the_file, may_pass
+from moebeam.transforms.read.transient_errors import RETRY_DELAYS_S, is_permanent, is_transient
 
 MAX_BATCH_ROWS = 1024
 MAX_BATCH_BYTES = 8 << 20
@@ -84,7 +84,7 @@ def read_unit(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]
         yield _unit_reject(unit, columns, "file", UnreadableFile(f"{unit.path}: {unit.error}"), 0, None)
         return
     num_read = 0
-    pauses_s = iter(PAUSES_S)
+    pauses_s = iter(RETRY_DELAYS_S)
     while True:
         try:
             for batch in _rows_from(num_read, unit, columns):
@@ -94,10 +94,10 @@ def read_unit(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]
                     yield wanted
             break
         except (pa.ArrowException, OSError, ValueError) as error:
-            if may_pass(error) and (pause_s := next(pauses_s, None)) is not None:
+            if is_transient(error) and (pause_s := next(pauses_s, None)) is not None:
                 time.sleep(pause_s)
                 continue
-            if not is_of_the_file(error):
+            if not is_permanent(error):
                 raise
             message = f"{unit.path}: row group {unit.row_group}: {' '.join(str(error).split())}"
             missing = unit.num_rows - num_read

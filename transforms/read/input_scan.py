@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from moebeam.schemas.canonical import Json, fingerprint
 from moebeam.schemas.errors import InputPatternError
 from moebeam.schemas.job.sections import InputSection
-from moebeam.schemas.store import files as storage
-from moebeam.transforms.read.transient_errors import is_of_the_file, patiently
+from moebeam.schemas.store import storage
+from moebeam.transforms.read.transient_errors import is_permanent, retry_transient
 
 InputFormat: TypeAlias = Literal["parquet", "jsonl"]
 
@@ -206,9 +206,9 @@ def _file_identity(path: str, info: Mapping[str, Any]) -> Json:
 def _scan_file(input_format: InputFormat, path: str) -> _FileScan:
     scan = _scan_parquet_file if input_format == "parquet" else _scan_jsonl_file
     try:
-        return patiently(lambda: scan(path))
+        return retry_transient(lambda: scan(path))
     except (pa.ArrowException, OSError, ValueError) as error:
-        if not is_of_the_file(error):
+        if not is_permanent(error):
             raise InputPatternError(f"[input] path: {path}: cannot be read now: {_one_line(error)}") from error
         return _FileScan((_unreadable(path, input_format, _one_line(error)),), None)
 

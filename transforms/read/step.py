@@ -10,7 +10,7 @@ import apache_beam as beam
 import pyarrow as pa
 
 from moebeam.transforms.beam.coders import register_record
-from moebeam.transforms.beam.observe import count
+from moebeam.transforms.beam.counters import add_to_counters
 from moebeam.transforms.read.input_rows import JSONL_INPUT_FIELDS, MAX_BATCH_ROWS, ReadColumns, read_unit, struct_of
 from moebeam.transforms.read.input_scan import InputScan, InputUnit, UnitGroup
 
@@ -45,5 +45,7 @@ class _ReadUnits(beam.DoFn):
         for unit in element.units:
             for batch in read_unit(unit, self._columns):
                 num_bad = batch.num_rows - batch.column("error_type").null_count
-                count("read", {"num_rows": batch.num_rows - num_bad, "num_rejects": num_bad, "num_bytes": batch.nbytes})
+                add_to_counters(
+                    "read", {"num_rows": batch.num_rows - num_bad, "num_rejects": num_bad, "num_bytes": batch.nbytes}
+                )
                 yield batch

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from moebeam.schemas.store.object_store import StoreError
 
-PAUSES_S = (0.2, 1.0)
+RETRY_DELAYS_S = (0.2, 1.0)
 """Waits before another look at a file that could not be read."""
 
 _OF_THE_FILE = {
@@ -29,7 +29,7 @@ _OF_THE_FILE = {
 Read = TypeVar("Read")
 
 
-def is_of_the_file(error: Exception) -> bool:
+def is_permanent(error: Exception) -> bool:
     """Whether an error that stays says that the file itself cannot be read: damaged, missing or not allowed.
 
     pyarrow tells damage by OSErrors without a number.
@@ -39,7 +39,7 @@ def is_of_the_file(error: Exception) -> bool:
     return not isinstance(error, OSError) or error.errno is None or error.errno in _OF_THE_FILE
 
 
-def may_pass(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether another look may help: anything the system or the network reported but that a file is not there or not
     ours to read. Object stores have been tried again by their own libraries already.
     """
@@ -50,17 +50,17 @@ def may_pass(error: Exception) -> bool:
     )
 
 
-def patiently(read: Callable[[], Read]) -> Read:
+def retry_transient(read: Callable[[], Read]) -> Read:
     """What `read` returns; it is called again after an error that may pass.
 
     Raises:
         Exception: the last error of `read`.
     """
-    for pause_s in PAUSES_S:
+    for pause_s in RETRY_DELAYS_S:
         try:
             return read()
         except OSError as error:
-            if not may_pass(error):
+            if not is_transient(error):
                 raise
         time.sleep(pause_s)
     return read()

@@ -69,7 +69,7 @@ class AnswerTerms:
 
 
 @dataclass(slots=True)
-class TermsBook:
+class TermsCache:
     """The terms of a job, and of the rows that bring their own.
 
     Attributes:

@@ -23,7 +23,7 @@ from moebeam.schemas.errors import ContextOverflow, InvalidSampling, InvalidTool
 from moebeam.schemas.job.sections import PromptSection, SamplingSection
 from moebeam.schemas.records import Message, Sampling, TokenIds, sampling_json
 from moebeam.schemas.tables import INPUT, plan_schema
-from moebeam.transforms.render.answer_terms import TermsBook
+from moebeam.transforms.render.answer_terms import TermsCache
 from moebeam.transforms.render.chat_messages import messages_json, parse_messages
 from moebeam.transforms.render.prompt_template import PromptTemplate
 
@@ -47,7 +47,7 @@ class RenderSpec:
     messages_column: str | None
     sampling_column: str | None = None
     encoding: str = "auto"
-    terms: TermsBook = field(default_factory=lambda: TermsBook(DEFAULT_OPTIONS, None))
+    terms: TermsCache = field(default_factory=lambda: TermsCache(DEFAULT_OPTIONS, None))
     options_column: str | None = None
     tools_column: str | None = None
     schema_in_prompt: SchemaInPrompt = "auto"

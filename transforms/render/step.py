@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moebeam.schemas.records import sampling_json, sampling_of
-from moebeam.transforms.beam.observe import count
+from moebeam.transforms.beam.counters import add_to_counters
 from moebeam.transforms.render.render_rows import Renderer, RenderSpec, SchemaInPrompt, prompt_of, tools_value
 
 __all__ = [
@@ -50,5 +50,5 @@ class _RenderBatch(beam.DoFn):
         rendered = self._renderer.render_batch(element)
         num_bad = element.column("error_type").null_count - rendered.column("error_type").null_count
         tokens = pc.sum(rendered.column("num_prompt_tokens")).as_py() or 0
-        count("render", {"num_rows": element.num_rows, "num_rejects": num_bad, "prompt_tokens": tokens})
+        add_to_counters("render", {"num_rows": element.num_rows, "num_rejects": num_bad, "prompt_tokens": tokens})
         yield rendered

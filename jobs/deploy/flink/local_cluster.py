@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moebeam.jobs.console.console import Answer, speak
+from moebeam.jobs.console.console import Answer, run_and_report
 from moebeam.jobs.console_options import AsJson, Debug
 from moebeam.jobs.deploy.flink.cluster import (
     MAX_TASK_MANAGERS,
@@ -56,7 +56,7 @@ def start(
         console.print(f"moebeam run JOB.toml {' '.join(cluster.beam_options)}", soft_wrap=True, highlight=False)
         return 0, read_state(folder)
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 @_app.command()
@@ -80,7 +80,7 @@ def status(folder: ClusterFolder, is_json: AsJson = False, is_debug: Debug = Fal
         running = {name: process is not None for name, process in found.items()}
         return int(not all(running.values())), {**state, "running": running}
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 @_app.command()
@@ -92,7 +92,7 @@ def stop(folder: ClusterFolder, is_json: AsJson = False, is_debug: Debug = False
         stop_processes(read_processes(folder))
         return 0, {"status": "stopped"}
 
-    speak(work, is_json=is_json, is_debug=is_debug)
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 
 from moebeam.model_runner.checkpoint.files import read_checkpoint_file
 from moebeam.schemas.errors import EngineLoadError, InvalidMessages, abbreviated
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 _NUMBER = "{budget}"
 _DEFAULT = "DEFAULT_REASONING_EFFORT"

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import TypeAlias, cast
 
 from moebeam.model_runner.grammar.schema_forms.negation import negations
-from moebeam.model_runner.grammar.schema_forms.references import Place, References, draft_of, made
+from moebeam.model_runner.grammar.schema_forms.references import References, SchemaLocation, draft_of, made
 from moebeam.model_runner.grammar.schema_forms.relaxation import Relaxation
 from moebeam.schemas.canonical import Json
 
-Places: TypeAlias = tuple[Place, ...]
+Places: TypeAlias = tuple[SchemaLocation, ...]
 
 MAX_ALTERNATIVES = 256
 """Most alternatives of one place; beyond, a keyword that splits is left to validation."""
@@ -43,7 +43,7 @@ PLAIN_SINCE = {
 class Part:
     """A place whose plain keywords hold, and the keys of the places that it was reached through."""
 
-    place: Place
+    place: SchemaLocation
     ancestors: frozenset[str]
 
 
@@ -66,7 +66,7 @@ class Choices:
 
 @dataclass(slots=True)
 class _Split:
-    owner: Place
+    owner: SchemaLocation
     keyword: str
     options: list[Places]
     ancestors: frozenset[str]
@@ -77,7 +77,9 @@ class _Conjunction:
     parts: list[Part] = field(default_factory=list[Part])
     keys: set[str] = field(default_factory=set[str])
     splits: list[_Split] = field(default_factory=list[_Split])
-    pending: list[tuple[Place, str, frozenset[str]]] = field(default_factory=list[tuple[Place, str, frozenset[str]]])
+    pending: list[tuple[SchemaLocation, str, frozenset[str]]] = field(
+        default_factory=list[tuple[SchemaLocation, str, frozenset[str]]]
+    )
     is_false: bool = False
 
     def copy(self) -> "_Conjunction":
@@ -128,7 +130,7 @@ class Chooser:
             found.relaxed = list(dict.fromkeys(found.relaxed))
             return found
 
-    def active(self, place: Place, keyword: str) -> bool:
+    def active(self, place: SchemaLocation, keyword: str) -> bool:
         """Whether a place has a keyword and its draft knows it."""
         schema = place.schema
         return (
@@ -137,7 +139,9 @@ class Chooser:
             and self.references.draft >= _SINCE.get(keyword, PLAIN_SINCE.get(keyword, 4))
         )
 
-    def _visit(self, place: Place, ancestors: frozenset[str], conjunction: _Conjunction, found: Choices) -> None:
+    def _visit(
+        self, place: SchemaLocation, ancestors: frozenset[str], conjunction: _Conjunction, found: Choices
+    ) -> None:
         if conjunction.is_false or place.key in conjunction.keys:
             return
         conjunction.keys.add(place.key)
@@ -176,7 +180,7 @@ class Chooser:
                 conjunction.parts.append(Part(place, ancestors))
 
     def _follow(
-        self, place: Place, keyword: str, ancestors: frozenset[str], conjunction: _Conjunction, found: Choices
+        self, place: SchemaLocation, keyword: str, ancestors: frozenset[str], conjunction: _Conjunction, found: Choices
     ) -> None:
         target = self.references.resolve(place, keyword)
         if target is None:
@@ -222,7 +226,9 @@ class Chooser:
                 self._visit(place, split.ancestors, branch, found)
             self._branch(branch, found, ignored, splits)
 
-    def _options(self, place: Place, keyword: str, context: Sequence[Part], found: Choices) -> list[list[Places]]:
+    def _options(
+        self, place: SchemaLocation, keyword: str, context: Sequence[Part], found: Choices
+    ) -> list[list[Places]]:
         """The splits that a keyword asks for; each a list of options of which a value takes at least one."""
         pointer = place.pointer
         known = tuple(part.place if part.place.is_plain else part.place.plain() for part in context)
@@ -248,7 +254,7 @@ class Chooser:
                     for name, value in _items(place, keyword)
                 ]
 
-    def _one_of(self, place: Place, known: Places, found: Choices) -> list[Places]:
+    def _one_of(self, place: SchemaLocation, known: Places, found: Choices) -> list[Places]:
         branches = _children(place, "oneOf")
         options: list[Places] = []
         is_exact = True
@@ -267,7 +273,7 @@ class Chooser:
             found.relaxed.append(Relaxation(place.pointer, "oneOf", "more than one of its schemas may match"))
         return options
 
-    def _if(self, place: Place, known: Places, found: Choices) -> list[list[Places]]:
+    def _if(self, place: SchemaLocation, known: Places, found: Choices) -> list[list[Places]]:
         condition = place.child("if")
         then, otherwise = (
             (place.child(keyword),) if place.get(keyword) is not None else () for keyword in ("then", "else")
@@ -281,20 +287,20 @@ class Chooser:
             found.relaxed.append(Relaxation(place.pointer, "if", "the opposite of its condition cannot be written"))
         return [[(condition, *then), *((*option, *otherwise) for option in negated)]]
 
-    def _negations(self, place: Place, known: Places, pointer: str) -> tuple[list[Places], bool]:
+    def _negations(self, place: SchemaLocation, known: Places, pointer: str) -> tuple[list[Places], bool]:
         options, is_exact = negations(
             place, known, pointer, references=self.references, values_of=self._values_of, children=property_places
         )
         # What a schema says that must not match is looked at by none.
         return [
-            tuple(part.unseen() if isinstance(part, Place) else made(part, pointer) for part in option)
+            tuple(part.unseen() if isinstance(part, SchemaLocation) else made(part, pointer) for part in option)
             for option in options
         ], is_exact
 
 
 def property_places(places: Places, name: str) -> Places:
     """What `properties` say of one property, without patterns."""
-    found: list[Place] = []
+    found: list[SchemaLocation] = []
     for place in places:
         properties = place.get("properties")
         if isinstance(properties, Mapping) and name in properties:
@@ -302,14 +308,14 @@ def property_places(places: Places, name: str) -> Places:
     return tuple(found)
 
 
-def _children(place: Place, keyword: str) -> list[Place]:
+def _children(place: SchemaLocation, keyword: str) -> list[SchemaLocation]:
     found = place.get(keyword)
     if not isinstance(found, Sequence) or isinstance(found, str):
         return []
     return [place.child(keyword, index) for index in range(len(found))]
 
 
-def _items(place: Place, keyword: str) -> list[tuple[str, Json]]:
+def _items(place: SchemaLocation, keyword: str) -> list[tuple[str, Json]]:
     found = place.get(keyword)
     return list(found.items()) if isinstance(found, Mapping) else []
 

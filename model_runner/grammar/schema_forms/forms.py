@@ -13,7 +13,7 @@ from jsonschema_rs import Registry, ValidationError, Validator, validator_for
 from moebeam.model_runner.grammar.schema_forms.choices import Choices, Chooser, Part, Places
 from moebeam.model_runner.grammar.schema_forms.numeric import number_forms
 from moebeam.model_runner.grammar.schema_forms.objects import object_forms
-from moebeam.model_runner.grammar.schema_forms.references import Place, References, json_key, unescaped
+from moebeam.model_runner.grammar.schema_forms.references import References, SchemaLocation, json_key, unescaped
 from moebeam.model_runner.grammar.schema_forms.relaxation import Relaxation
 from moebeam.model_runner.grammar.schema_forms.values import (
     DRAFT_URIS,
@@ -196,7 +196,7 @@ class Forms:
         validator = self._validators[key]
         return validator is not None and validator.is_valid(name)
 
-    def _validator(self, place: Place) -> Validator | None:
+    def _validator(self, place: SchemaLocation) -> Validator | None:
         """None where the document refers outside itself: then nothing is known to be invalid."""
         if place.key not in self._validators:
             try:
@@ -205,7 +205,7 @@ class Forms:
                 self._validators[place.key] = None
         return self._validators[place.key]
 
-    def _compiled(self, place: Place) -> Validator:
+    def _compiled(self, place: SchemaLocation) -> Validator:
         draft = DRAFT_URIS[self.references.draft]
         formats = self._are_formats_asserted
         if place.is_plain and not isinstance(place.schema, bool):
@@ -222,7 +222,7 @@ class Forms:
         reference = _ROOT_URI + "#" + quote(place.pointer)
         return validator_for({"$schema": draft, "$ref": reference}, validate_formats=formats, registry=self._registry)
 
-    def _compiled_plain(self, place: Place, draft: str) -> Validator:
+    def _compiled_plain(self, place: SchemaLocation, draft: str) -> Validator:
         """A place without its in-place keywords, where it stands: its parts may refer to the rest of the document."""
         schema = cast("Mapping[str, Json]", place.schema)
         kept = {keyword: value for keyword, value in schema.items() if keyword not in _IN_PLACE}

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise, product
 from typing import TypeAlias, cast
 
-from moebeam.model_runner.grammar.schema_forms.references import Place, References, draft_of, json_key
+from moebeam.model_runner.grammar.schema_forms.references import References, SchemaLocation, draft_of, json_key
 from moebeam.schemas.canonical import Json
 
-Option: TypeAlias = tuple[Place | Mapping[str, Json], ...]
+Option: TypeAlias = tuple[SchemaLocation | Mapping[str, Json], ...]
 Negations: TypeAlias = tuple[list[Option], bool]
 """Options of which a value that breaks a schema takes at least one, and whether no other value does."""
 
@@ -41,13 +41,13 @@ _ANYTHING: Negations = ([()], False)
 
 
 def negations(
-    place: Place,
-    known: tuple[Place, ...],
+    place: SchemaLocation,
+    known: tuple[SchemaLocation, ...],
     pointer: str,
     *,
     references: References,
-    values_of: Callable[[tuple[Place, ...]], list[Json] | None],
-    children: Callable[[tuple[Place, ...], str], tuple[Place, ...]],
+    values_of: Callable[[tuple[SchemaLocation, ...]], list[Json] | None],
+    children: Callable[[tuple[SchemaLocation, ...], str], tuple[SchemaLocation, ...]],
     depth: int = 0,
 ) -> Negations:
     """The opposite of a schema, as far as it can be written without `not`.
@@ -66,7 +66,7 @@ def negations(
     if depth > 8 or draft_of(schema) not in (None, references.draft):
         return _ANYTHING
 
-    def negate(other: Place, context: tuple[Place, ...] = known) -> Negations:
+    def negate(other: SchemaLocation, context: tuple[SchemaLocation, ...] = known) -> Negations:
         return negations(
             other, context, pointer, references=references, values_of=values_of, children=children, depth=depth + 1
         )
@@ -97,10 +97,12 @@ def negations(
                     below = children(known, name)
                     some, is_some_exact = negate(place.child("properties", name), below)
                     for option in some:
-                        if any(isinstance(part, Place) and '"$' in json.dumps(part.schema) for part in option):
+                        if any(isinstance(part, SchemaLocation) and '"$' in json.dumps(part.schema) for part in option):
                             # It may refer to where it stands, which it leaves here.
                             return _ANYTHING
-                        parts: list[Json] = [part.schema if isinstance(part, Place) else part for part in option]
+                        parts: list[Json] = [
+                            part.schema if isinstance(part, SchemaLocation) else part for part in option
+                        ]
                         child: Json = {"allOf": parts} if parts else True
                         found[0].append(({"type": "object", "required": [name], "properties": {name: child}},))
                     found = found[0], found[1] and is_some_exact
@@ -141,8 +143,8 @@ def _not_type(value: Json) -> Negations:
 
 def _not_values(
     values: Sequence[Json],
-    known: tuple[Place, ...],
-    values_of: Callable[[tuple[Place, ...]], list[Json] | None],
+    known: tuple[SchemaLocation, ...],
+    values_of: Callable[[tuple[SchemaLocation, ...]], list[Json] | None],
 ) -> Negations:
     refused = {json_key(value) for value in values}
     possible = values_of(known)

@@ -10,7 +10,7 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from fractions import Fraction
 
 from moebeam.model_runner.grammar.schema_forms.choices import Part
-from moebeam.model_runner.grammar.schema_forms.references import Place
+from moebeam.model_runner.grammar.schema_forms.references import SchemaLocation
 from moebeam.model_runner.grammar.schema_forms.values import Form, Notes, Number, Values
 
 MAX_MULTIPLE = 10_000
@@ -28,7 +28,7 @@ def number_forms(parts: Sequence[Part], types: set[str], notes: Notes) -> list[F
     low: tuple[Fraction, bool] | None = None  # and whether it is exclusive
     high: tuple[Fraction, bool] | None = None  # and whether it is inclusive
     multiple: Fraction | None = None
-    at: dict[str, Place] = {}
+    at: dict[str, SchemaLocation] = {}
     for part in parts:
         for keyword, value in _number_keywords(part.place):
             at[keyword] = part.place
@@ -81,7 +81,7 @@ def _is_exact(bound: int) -> bool:
     return bound == MAX_EXACT_INTEGER or (abs(bound) < 2**63 - 512 and int(float(bound)) == bound)
 
 
-def _number_keywords(place: Place) -> Iterable[tuple[str, int | float]]:
+def _number_keywords(place: SchemaLocation) -> Iterable[tuple[str, int | float]]:
     for keyword in ("multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
         value = place.get(keyword)
         if isinstance(value, bool):
@@ -148,7 +148,7 @@ def _inward(bound: Fraction, *, is_exclusive: bool, rounding: str) -> float:
     return float(rounded)
 
 
-def _divisor(multiple: Fraction | None, at: dict[str, Place], notes: Notes) -> Fraction | None:
+def _divisor(multiple: Fraction | None, at: dict[str, SchemaLocation], notes: Notes) -> Fraction | None:
     """The divisor, if a grammar can divide by it; 1 is none for integers, and so is 0."""
     if multiple is None or multiple == 1:
         return None

@@ -11,7 +11,7 @@ from typing import cast
 
 from moebeam.model_runner.grammar.schema_forms.choices import Choices, Part, Places
 from moebeam.model_runner.grammar.schema_forms.patterns import UnsupportedPattern, are_disjoint, translate
-from moebeam.model_runner.grammar.schema_forms.references import Place, made
+from moebeam.model_runner.grammar.schema_forms.references import SchemaLocation, made
 from moebeam.model_runner.grammar.schema_forms.values import (
     Anything,
     Form,
@@ -39,10 +39,10 @@ class _Rules:
         is_open: whether named ones and patterns are only left out of `additional`, not constrained.
     """
 
-    place: Place
-    properties: Mapping[str, Place]
-    patterns: Mapping[str, Place]
-    additional: Place | None
+    place: SchemaLocation
+    properties: Mapping[str, SchemaLocation]
+    patterns: Mapping[str, SchemaLocation]
+    additional: SchemaLocation | None
     is_open: bool = False
 
 
@@ -100,8 +100,8 @@ def object_forms(
     return _counted(form, parts, notes)
 
 
-def _rules(place: Place, notes: Notes) -> _Rules:
-    found: dict[str, dict[str, Place]] = {"properties": {}, "patternProperties": {}}
+def _rules(place: SchemaLocation, notes: Notes) -> _Rules:
+    found: dict[str, dict[str, SchemaLocation]] = {"properties": {}, "patternProperties": {}}
     for keyword, children in found.items():
         value = place.get(keyword)
         if isinstance(value, Mapping):
@@ -122,9 +122,9 @@ def _unevaluated(part: Part, parts: Sequence[Part], choices: Choices, notes: Not
         return _Rules(place, {}, {}, None, is_open=True)
     if place.key in choices.open_choices:
         notes.relax(place, "unevaluatedProperties", "what it leaves out depends on which alternatives match")
-    properties: dict[str, Place] = {}
-    patterns: dict[str, Place] = {}
-    additional: Place | None = place.child("unevaluatedProperties")
+    properties: dict[str, SchemaLocation] = {}
+    patterns: dict[str, SchemaLocation] = {}
+    additional: SchemaLocation | None = place.child("unevaluatedProperties")
     for other in evaluated_below(part, parts, choices):
         if other.place.get("additionalProperties") is not None or (
             other.place.key != place.key and other.place.get("unevaluatedProperties") is not None
@@ -136,7 +136,7 @@ def _unevaluated(part: Part, parts: Sequence[Part], choices: Choices, notes: Not
     return _Rules(place, properties, patterns, additional, is_open=True)
 
 
-def _of_name(name: str, rules: Iterable[_Rules], matches: Callable[[str, str], bool]) -> Iterable[Place]:
+def _of_name(name: str, rules: Iterable[_Rules], matches: Callable[[str, str], bool]) -> Iterable[SchemaLocation]:
     """All that is asked of the property of one name."""
     for rule in rules:
         found = [rule.properties[name]] if name in rule.properties else []
@@ -162,7 +162,7 @@ def _patterns(
             for rule in holders:
                 notes.relax(rule.place, "patternProperties", f"not an expression for grammars: {error}")
             return None
-        children: list[Place] = []
+        children: list[SchemaLocation] = []
         for rule in rules:
             if pattern in rule.patterns:
                 children += [] if rule.is_open else [rule.patterns[pattern]]
@@ -185,7 +185,7 @@ def _patterns(
 
 def _restricted(
     form: Object,
-    place: Place,
+    place: SchemaLocation,
     notes: Notes,
     forms_of: Callable[[Places], Sequence[Form] | None],
     is_valid: Callable[[Json, Places], bool],

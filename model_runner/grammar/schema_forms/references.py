@@ -25,7 +25,7 @@ _BASE = "http://schema.invalid/"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SchemaLocation:
     """A schema that a value must keep, and where it stands.
 
     Attributes:
@@ -52,18 +52,18 @@ class Place:
         """Whether its in-place keywords do not count."""
         return self.key.startswith("+")
 
-    def plain(self) -> "Place":
+    def plain(self) -> "SchemaLocation":
         """The place without its in-place keywords."""
-        return Place(self.schema, self.pointer, self.base, f"+{self.key}")
+        return SchemaLocation(self.schema, self.pointer, self.base, f"+{self.key}")
 
-    def unseen(self) -> "Place":
+    def unseen(self) -> "SchemaLocation":
         """The place, such that `unevaluatedProperties` and `unevaluatedItems` do not look at it."""
-        return Place(self.schema, self.pointer, self.base, f"!{self.key}")
+        return SchemaLocation(self.schema, self.pointer, self.base, f"!{self.key}")
 
     def get(self, keyword: str) -> Json:
         return self.schema.get(keyword) if isinstance(self.schema, Mapping) else None
 
-    def child(self, *steps: str | int) -> "Place":
+    def child(self, *steps: str | int) -> "SchemaLocation":
         """The schema below a keyword; a boolean or an object."""
         found: Json = self.schema
         for step in steps:
@@ -76,12 +76,12 @@ class Place:
         base = self.base
         if isinstance(found, Mapping) and isinstance(found.get("$id"), str):
             base = urldefrag(urljoin(base, cast("str", found["$id"])))[0]
-        return Place(found, pointer, base, pointer)
+        return SchemaLocation(found, pointer, base, pointer)
 
 
-def made(schema: Json, pointer: str) -> Place:
+def made(schema: Json, pointer: str) -> SchemaLocation:
     """A schema of our own, without references, for the place at `pointer`."""
-    return Place(schema, pointer, _BASE, "=" + canonical_json(schema))
+    return SchemaLocation(schema, pointer, _BASE, "=" + canonical_json(schema))
 
 
 def escaped(step: str | int) -> str:
@@ -106,18 +106,18 @@ class References:
         self.document = document
         self.draft = draft_of(document) or NEWEST_DRAFT
         self._id_keyword = "id" if self.draft == 4 else "$id"
-        self._resources: dict[str, Place] = {}
-        self._anchors: dict[tuple[str, str], Place] = {}
+        self._resources: dict[str, SchemaLocation] = {}
+        self._anchors: dict[tuple[str, str], SchemaLocation] = {}
         self._dynamic_names: dict[str, int] = {}
         self.has_recursive_anchor = False
         self.has_unevaluated = False
         base = self._base_of(document, _BASE)
-        self.root = Place(document, "", base, "")
+        self.root = SchemaLocation(document, "", base, "")
         self._resources[_BASE] = self._resources[base] = self.root
         for place in _subschemas(self.root, self._id_keyword):
             self._enter(place)
 
-    def resolve(self, place: Place, keyword: str) -> Place | None:
+    def resolve(self, place: SchemaLocation, keyword: str) -> SchemaLocation | None:
         """What a reference names; None where that lies outside the document or depends on the way there.
 
         Args:
@@ -141,7 +141,7 @@ class References:
             return self._anchors.get((uri, fragment))
         return self._at(resource, fragment)
 
-    def _at(self, place: Place, pointer: str) -> Place | None:
+    def _at(self, place: SchemaLocation, pointer: str) -> SchemaLocation | None:
         found = place
         for step in pointer.split("/")[1:]:
             name = unescaped(step)
@@ -160,7 +160,7 @@ class References:
         found = schema.get(self._id_keyword) if isinstance(schema, Mapping) else None
         return urldefrag(urljoin(base, found))[0] if isinstance(found, str) else base
 
-    def _enter(self, place: Place) -> None:
+    def _enter(self, place: SchemaLocation) -> None:
         identifier = place.get(self._id_keyword)
         if isinstance(identifier, str) and not (self.draft <= 7 and isinstance(place.get("$ref"), str)):
             self._resources.setdefault(place.base, place)
@@ -187,7 +187,7 @@ def draft_of(schema: Json) -> int | None:
     return DRAFTS.get(declared.removesuffix("#").removeprefix("https://").removeprefix("http://"))
 
 
-def _subschemas(root: Place, id_keyword: str) -> Iterator[Place]:
+def _subschemas(root: SchemaLocation, id_keyword: str) -> Iterator[SchemaLocation]:
     """Every object that may be a schema, in document order; plain data is passed over."""
     waiting = [root]
     while waiting:
@@ -204,7 +204,7 @@ def _subschemas(root: Place, id_keyword: str) -> Iterator[Place]:
             child = place.child(step)
             if id_keyword != "$id" and isinstance(child.get(id_keyword), str):
                 base = urldefrag(urljoin(place.base, cast("str", child.get(id_keyword))))[0]
-                child = Place(child.schema, child.pointer, base, child.key)
+                child = SchemaLocation(child.schema, child.pointer, base, child.key)
             waiting.append(child)
 
 

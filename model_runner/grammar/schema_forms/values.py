@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias, cast
 
 from moebeam.model_runner.grammar.schema_forms.choices import Choices, Part, Places
 from moebeam.model_runner.grammar.schema_forms.patterns import FORMATS, UnsupportedPattern, is_asserted, translate
-from moebeam.model_runner.grammar.schema_forms.references import Place
+from moebeam.model_runner.grammar.schema_forms.references import SchemaLocation
 from moebeam.model_runner.grammar.schema_forms.relaxation import Relaxation
 from moebeam.schemas.canonical import Json
 
@@ -106,10 +106,10 @@ class Notes:
     relaxed: list[Relaxation] = field(default_factory=list[Relaxation])
     enforced: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
-    def relax(self, place: Place, keyword: str, reason: str) -> None:
+    def relax(self, place: SchemaLocation, keyword: str, reason: str) -> None:
         self.relaxed.append(Relaxation(place.pointer, keyword, reason))
 
-    def enforce(self, place: Place, keyword: str) -> None:
+    def enforce(self, place: SchemaLocation, keyword: str) -> None:
         if not place.is_made:
             self.enforced.append((place.pointer, keyword))
 
@@ -129,7 +129,7 @@ def without(part: Part, keywords: frozenset[str]) -> Part:
             wider[keyword] = dict.fromkeys(value, True)
         elif keyword in _LISTS and isinstance(value, Sequence) and not isinstance(value, str):
             wider[keyword] = [True] * len(value)
-    return Part(Place(wider, part.place.pointer, part.place.base, part.place.key), part.ancestors)
+    return Part(SchemaLocation(wider, part.place.pointer, part.place.base, part.place.key), part.ancestors)
 
 
 def types_of(parts: Iterable[Part]) -> set[str]:
@@ -175,7 +175,7 @@ def string_forms(parts: Sequence[Part], notes: Notes, *, draft: int, are_formats
     return [String(min_length, max_length, tuple(patterns))]
 
 
-def count_of(place: Place, keyword: str, notes: Notes) -> int | None:
+def count_of(place: SchemaLocation, keyword: str, notes: Notes) -> int | None:
     """A keyword's count, which may be written 2.0; None where there is none."""
     value = place.get(keyword)
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -187,7 +187,7 @@ def count_of(place: Place, keyword: str, notes: Notes) -> int | None:
 def array_forms(parts: Sequence[Part], choices: Choices, notes: Notes, *, draft: int) -> list[Form]:
     """Arrays; what `contains` and `uniqueItems` ask beyond a number of items is left to validation."""
     min_items, max_items = 0, None
-    tuples: list[tuple[list[Place], Places, bool]] = []
+    tuples: list[tuple[list[SchemaLocation], Places, bool]] = []
     for part in parts:
         place = part.place
         min_items = max(min_items, count_of(place, "minItems", notes) or 0)
@@ -206,7 +206,7 @@ def array_forms(parts: Sequence[Part], choices: Choices, notes: Notes, *, draft:
     num_prefix = max((len(prefix) for prefix, _, _ in tuples), default=0)
     children: list[Places] = []
     for index in range(num_prefix + 1):
-        child: list[Place] = []
+        child: list[SchemaLocation] = []
         for prefix, rest, is_rest_only in tuples:
             if index < len(prefix):
                 if not is_rest_only:
@@ -224,10 +224,10 @@ def array_forms(parts: Sequence[Part], choices: Choices, notes: Notes, *, draft:
     return [Array(tuple(children[:-1]), children[-1], min_items, max_items)]
 
 
-_NOTHING = Place(False, "", "", "=false")
+_NOTHING = SchemaLocation(False, "", "", "=false")
 
 
-def items_of(place: Place, draft: int) -> tuple[list[Place], Places]:
+def items_of(place: SchemaLocation, draft: int) -> tuple[list[SchemaLocation], Places]:
     """What a place says of its first items one by one, and of all that follow."""
     items = place.get("items")
     if draft >= 2020:
@@ -243,7 +243,7 @@ def items_of(place: Place, draft: int) -> tuple[list[Place], Places]:
     return [], () if items is None else (place.child("items"),)
 
 
-def _contained(place: Place, draft: int, notes: Notes) -> int:
+def _contained(place: SchemaLocation, draft: int, notes: Notes) -> int:
     """The least number of items that `contains` asks for."""
     least = count_of(place, "minContains", notes) if draft >= 2019 else None
     least = 1 if least is None else least
@@ -256,7 +256,7 @@ def _contained(place: Place, draft: int, notes: Notes) -> int:
 
 def _unevaluated(
     part: Part, parts: Sequence[Part], choices: Choices, notes: Notes, draft: int
-) -> tuple[list[Place], Places, bool]:
+) -> tuple[list[SchemaLocation], Places, bool]:
     place = part.place
     below = evaluated_below(part, parts, choices)
     if place.key in choices.unknown:

@@ -30,7 +30,7 @@ from moebeam.model_runner.torch_engine.weights.quantized import (
 )
 from moebeam.model_runner.torch_engine.weights.tensor_names import RENAMINGS, module_names, scale_name
 from moebeam.schemas.errors import EngineLoadError, abbreviated
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

@@ -19,7 +19,7 @@ from moebeam.jobs.commands.cli import run_command
 from moebeam.jobs.output import batch_export
 from moebeam.jobs.output.batch_export import answer_line, error_line, json_line
 from moebeam.jobs.run.launch import launch
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from tests.support.jobs_for_tests import fake_job, priced, run_fake_job, write_script
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}

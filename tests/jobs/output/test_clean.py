@@ -38,7 +38,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         commit_shard(layout, "r", "s000000", tables([ROW], [LINE]))
         for path in (
             layout.shard_plan("s000000"),
-            layout.run_file("000000-x"),
+            layout.sorted_run_file("000000-x"),
             layout.staged("s000001", "dead", "results"),
             layout.heartbeat("answer", "s000001"),
             layout.published("results", "s000000"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from moebeam.jobs.output.run_state import (
-    LauncherBeat,
+    LauncherPresence,
     launchers_folder,
     modified_at,
     present,
@@ -23,7 +23,7 @@ from moebeam.jobs.output.run_state import (
 from moebeam.jobs.output.run_state import signs_of_life as life_of
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.durable.heartbeat import Beat, Heartbeat
+from moebeam.transforms.durable.heartbeat import Heartbeat, ShardProgress
 from moebeam.transforms.durable.lease import host_identity
 
 
@@ -32,14 +32,14 @@ def layout(tmp_path: Path) -> RunLayout:
     return RunLayout(str(tmp_path / "out"))
 
 
-def leave(layout: RunLayout, name: str, beat: LauncherBeat) -> None:
+def leave(layout: RunLayout, name: str, beat: LauncherPresence) -> None:
     path = Path(launchers_folder(layout)) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(beat)))
 
 
-def own_beat() -> LauncherBeat:
-    return LauncherBeat(host_identity(), "here", os.getpid(), time.time())
+def own_beat() -> LauncherPresence:
+    return LauncherPresence(host_identity(), "here", os.getpid(), time.time())
 
 
 def ended_process() -> int:
@@ -79,7 +79,7 @@ def test_what_killed_launchers_left_goes_with_the_next_one_and_living_ones_stay(
 
 
 def test_a_worker_that_plans_without_a_launcher_is_seen_by_its_heartbeat(layout: RunLayout) -> None:
-    Heartbeat(layout, "plan").beat("000000", Beat(rows_done=1))
+    Heartbeat(layout, "plan").beat("000000", ShardProgress(rows_done=1))
     assert life_of(layout).who == ("a worker that is planning",)
     Path(layout.failure).write_text("{}")
     assert not life_of(layout).is_alive

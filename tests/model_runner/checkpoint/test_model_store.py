@@ -13,7 +13,7 @@ from moebeam.model_runner.checkpoint import model_store
 from moebeam.model_runner.checkpoint.files import checkpoint_files, checkpoint_revision
 from moebeam.model_runner.checkpoint.model_store import FOLDER_VARIABLE, local_checkpoint
 from moebeam.schemas.errors import EngineLoadError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 
 
 @pytest.fixture(autouse=True)

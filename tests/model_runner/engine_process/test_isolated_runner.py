@@ -189,7 +189,7 @@ def test_an_engine_that_waits_for_work_is_not_silent(tmp_path: Path, isolated: l
 def test_an_engine_that_dies_over_everything_stops_the_job(
     tmp_path: Path, isolated: list[IsolatedRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(isolated_runner, "MAX_BARREN_DEATHS", 5)
+    monkeypatch.setattr(isolated_runner, "MAX_FRUITLESS_RESTARTS", 5)
     isolated.append(runner := IsolatedRunner(config(tmp_path, default={"accident": "crash"})))
     with pytest.raises(EngineLoadError, match=r"died 5 times without an answer: its process ended with signal 9"):
         list(runner.generate(requests(*"abcdefgh")))

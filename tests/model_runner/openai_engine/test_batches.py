@@ -19,7 +19,7 @@ from moebeam.model_runner.openai_engine import batch_lines
 from moebeam.model_runner.openai_engine import batch_runner as batches
 from moebeam.model_runner.openai_engine.batch_lines import BatchWindow, may_hold, request_line
 from moebeam.model_runner.openai_engine.batch_runner import BatchRunner
-from moebeam.model_runner.openai_engine.batch_service import BatchPatience, BatchService
+from moebeam.model_runner.openai_engine.batch_service import BatchPolling, BatchService
 from moebeam.model_runner.openai_engine.endpoint import EndpointSpec
 from moebeam.model_runner.openai_engine.profiles import profile_of
 from moebeam.model_runner.protocol import EngineConfig, Fallback
@@ -90,7 +90,7 @@ def make() -> Make:
         config = EngineConfig(
             engine="openai", path="", name="deepseek-v4-flash", revision="", **values.pop("config", {})
         )
-        patience = BatchPatience(first_look_s=0.001, max_look_s=0.002, max_failed_looks=3, queue_wait_s=0.001)
+        patience = BatchPolling(first_look_s=0.001, max_look_s=0.002, max_failed_looks=3, queue_wait_s=0.001)
         service = BatchService(spec, KEY, patience, values.pop("sleep", lambda seconds: None))
         return BatchRunner(config, service, **values)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moebeam.model_runner.openai_engine import concurrency, runner
-from moebeam.model_runner.openai_engine.endpoint import Patience
+from moebeam.model_runner.openai_engine.endpoint import RetryPolicy
 from moebeam.model_runner.openai_engine.profiles import profile_of
 from moebeam.model_runner.openai_engine.runner import load_openai_runner
 from moebeam.model_runner.protocol import EngineConfig
@@ -15,7 +15,7 @@ from moebeam.schemas.records import Message, Request, Sampling
 from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
 
 HEADER = "Idempotency-Key"
-FAST = Patience(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)
+FAST = RetryPolicy(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)
 ASKED = Request("7", np.arange(3, dtype=np.int32), (Message("user", "same"),), Sampling(100), scope="s1")
 
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from moebeam.model_runner.openai_engine import concurrency
-from moebeam.model_runner.openai_engine.endpoint import Patience
+from moebeam.model_runner.openai_engine.endpoint import RetryPolicy
 from moebeam.model_runner.openai_engine.runner import load_openai_runner
 from moebeam.model_runner.protocol import EngineConfig, Fallback
 from moebeam.schemas.records import Completion, Message, Request, Sampling
 from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error, with_usage
 from tests.support.local_servers import free_port
 
-FAST = Patience(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)
+FAST = RetryPolicy(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)
 GOOD = Reply(deepseek("fine"))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moebeam.model_runner.openai_engine import concurrency, endpoint
-from moebeam.model_runner.openai_engine.endpoint import Patience
+from moebeam.model_runner.openai_engine.endpoint import RetryPolicy
 from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
 from moebeam.model_runner.protocol import EngineConfig, Fallback
 from moebeam.schemas.chat_options import ChatOptions, Tool
@@ -43,7 +43,7 @@ from tests.support.fake_endpoint import (
 )
 
 KEY = "sk-test-0123456789"
-FAST = Patience(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)
+FAST = RetryPolicy(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)
 Answering = Callable[[Call], Reply]
 
 

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 
 from moebeam.schemas.errors import CommitError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.object_store import StoreAccessDenied, StoreError
 
 

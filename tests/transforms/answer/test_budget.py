@@ -17,7 +17,7 @@ from moebeam.schemas.answers import AccountedAnswer, ValidatedAnswer
 from moebeam.schemas.errors import EngineFailed
 from moebeam.schemas.job.sections import LimitsSection
 from moebeam.schemas.records import Completion, Request, Sampling, Usage
-from moebeam.transforms.answer.budget import BudgetedRunner, BudgetEnded, Limits, ShardBudget
+from moebeam.transforms.answer.budget import BudgetedRunner, BudgetEnded, ShardBudget, SpendingLimits
 from moebeam.transforms.answer.expectation import Ceiling
 from moebeam.transforms.answer.spending import Pricing, Spent
 from moebeam.transforms.money.price_book import PriceBook
@@ -40,40 +40,40 @@ def answer(num_output_tokens: int) -> AccountedAnswer:
 @pytest.mark.parametrize(
     ("limits", "spent", "kind"),
     [
-        (Limits(), Spent(10**9, 10**9, 10**9, Decimal(10**9)), None),
-        (Limits(max_requests=5), Spent(num_requests=4), None),
-        (Limits(max_requests=5), Spent(num_requests=5), "max_requests"),
-        (Limits(max_input_tokens=5), Spent(input_tokens=5), "max_input_tokens"),
-        (Limits(max_output_tokens=5), Spent(output_tokens=6), "max_output_tokens"),
-        (Limits(max_cost=Decimal("0.10")), Spent(cost=Decimal("0.099999999999")), None),
-        (Limits(max_cost=Decimal("0.10")), Spent(cost=Decimal("0.1")), "max_cost"),
-        (Limits(deadline_at=NOW + 1), Spent(), None),
-        (Limits(deadline_at=NOW), Spent(), "deadline"),
+        (SpendingLimits(), Spent(10**9, 10**9, 10**9, Decimal(10**9)), None),
+        (SpendingLimits(max_requests=5), Spent(num_requests=4), None),
+        (SpendingLimits(max_requests=5), Spent(num_requests=5), "max_requests"),
+        (SpendingLimits(max_input_tokens=5), Spent(input_tokens=5), "max_input_tokens"),
+        (SpendingLimits(max_output_tokens=5), Spent(output_tokens=6), "max_output_tokens"),
+        (SpendingLimits(max_cost=Decimal("0.10")), Spent(cost=Decimal("0.099999999999")), None),
+        (SpendingLimits(max_cost=Decimal("0.10")), Spent(cost=Decimal("0.1")), "max_cost"),
+        (SpendingLimits(deadline_at=NOW + 1), Spent(), None),
+        (SpendingLimits(deadline_at=NOW), Spent(), "deadline"),
     ],
 )
-def test_a_limit_is_reached_when_nothing_is_left_of_it(limits: Limits, spent: Spent, kind: str | None) -> None:
+def test_a_limit_is_reached_when_nothing_is_left_of_it(limits: SpendingLimits, spent: Spent, kind: str | None) -> None:
     reason = limits.reached(spent, NOW)
     assert (reason and reason.kind) == kind
     assert reason is None or reason.message.startswith(f"[limits] {kind}: ")
 
 
 def test_a_shard_that_cannot_be_finished_is_not_begun() -> None:
-    assert Limits(max_requests=10).refused(Spent(num_requests=2), SHARD) is None
-    reason = Limits(max_requests=10).refused(Spent(num_requests=3), SHARD)
+    assert SpendingLimits(max_requests=10).refused(Spent(num_requests=2), SHARD) is None
+    reason = SpendingLimits(max_requests=10).refused(Spent(num_requests=3), SHARD)
     assert reason is not None
     assert reason.message == "[limits] max_requests: 10 allowed, 3 spent, and shard s1 needs at least 8"
-    assert Limits(max_input_tokens=80).refused(Spent(), SHARD) is None
-    reason = Limits(max_input_tokens=79).refused(Spent(), SHARD)
+    assert SpendingLimits(max_input_tokens=80).refused(Spent(), SHARD) is None
+    reason = SpendingLimits(max_input_tokens=79).refused(Spent(), SHARD)
     assert reason is not None and reason.kind == "max_input_tokens"
 
 
 def test_what_output_a_shard_will_take_is_not_guessed() -> None:
-    assert Limits(max_output_tokens=1, max_cost=Decimal("0.000001")).refused(Spent(), SHARD) is None
+    assert SpendingLimits(max_output_tokens=1, max_cost=Decimal("0.000001")).refused(Spent(), SHARD) is None
 
 
 def test_a_deadline_is_minutes_from_the_start_or_an_instant() -> None:
-    assert Limits.of(LimitsSection(deadline=1.5), NOW).deadline_at == NOW + 90
-    assert Limits.of(LimitsSection(deadline="1970-01-01T01:00:00+00:00"), NOW).deadline_at == 3600
+    assert SpendingLimits.of(LimitsSection(deadline=1.5), NOW).deadline_at == NOW + 90
+    assert SpendingLimits.of(LimitsSection(deadline="1970-01-01T01:00:00+00:00"), NOW).deadline_at == 3600
     for wrong in ("tomorrow", "2026-10-01T06:00:00", 0, -1):
         with pytest.raises(ValueError, match="deadline"):
             LimitsSection(deadline=wrong)
@@ -99,7 +99,7 @@ def test_requests_are_handed_out_up_to_the_limit_and_those_under_way_are_finishe
     num: int, window: int, most: int
 ) -> None:
     engine = Engine(window)
-    shard = ShardBudget(Limits(max_requests=most), Spent)
+    shard = ShardBudget(SpendingLimits(max_requests=most), Spent)
     given_out = [request(name) for name in range(num)]
     answered = [one.request_id for one in BudgetedRunner(engine, shard).generate(given_out)]
     assert answered == engine.pulled == [str(name) for name in range(min(num, most))]
@@ -109,7 +109,7 @@ def test_requests_are_handed_out_up_to_the_limit_and_those_under_way_are_finishe
 @given(num=st.integers(1, 40), window=st.integers(1, 7), most=st.integers(1, 40))
 def test_output_passes_its_limit_by_no_more_than_what_was_under_way(num: int, window: int, most: int) -> None:
     engine = Engine(window)
-    shard = ShardBudget(Limits(max_output_tokens=most), Spent)
+    shard = ShardBudget(SpendingLimits(max_output_tokens=most), Spent)
     with contextlib.suppress(BudgetEnded):
         assert list(BudgetedRunner(engine, shard).generate([request(name) for name in range(num)]))
     # Once one has arrived, the others are expected to take as much; only the last one passes the limit.
@@ -118,12 +118,12 @@ def test_output_passes_its_limit_by_no_more_than_what_was_under_way(num: int, wi
 
 def test_what_others_spend_counts() -> None:
     others = iter([Spent(num_requests=1), Spent(num_requests=2), Spent(num_requests=4)])
-    shard = ShardBudget(Limits(max_requests=5), lambda: next(others))
+    shard = ShardBudget(SpendingLimits(max_requests=5), lambda: next(others))
     assert len(list(BudgetedRunner(Engine(1), shard).generate(map(request, range(9))))) == 2
 
 
 def test_an_answer_without_a_price_ends_a_run_with_a_budget_of_money() -> None:
-    shard = ShardBudget(Limits(max_cost=Decimal(1)), Spent)
+    shard = ShardBudget(SpendingLimits(max_cost=Decimal(1)), Spent)
     shard.note_answer(answer(1))
     assert shard.stop is not None and shard.stop.kind == "max_cost"
     assert not shard.may_ask()
@@ -136,7 +136,7 @@ def test_prompts_that_were_estimated_are_counted_as_the_provider_reports_them() 
                 usage = Usage(prompt_tokens=25 if each.request_id == "0" else 0, completion_tokens=0)
                 yield replace(answer(0).answer.completion, request_id=each.request_id, usage=usage)
 
-    shard = ShardBudget(Limits(max_input_tokens=100), Spent)
+    shard = ShardBudget(SpendingLimits(max_input_tokens=100), Spent)
     assert len(list(BudgetedRunner(Provider(), shard).generate(map(request, range(2))))) == 2
     # The second one failed without a count: what was expected of it, after the first one, stays counted.
     assert shard.own.input_tokens == 25 + 25
@@ -152,7 +152,7 @@ fake,m,2020-01-01T00:00:00Z,,,USD,10,10,10,made up,
 """
 
 
-def priced(limits: Limits) -> ShardBudget:
+def priced(limits: SpendingLimits) -> ShardBudget:
     pricing = Pricing(PriceBook.parse(BOOK, "prices.csv"))
     return ShardBudget(limits, Spent, Ceiling(pricing, (("fake", "m"),)))
 
@@ -162,24 +162,24 @@ def arrived(name: int, num_output_tokens: int) -> Completion:
 
 
 def test_a_request_waits_while_what_is_on_its_way_may_reach_the_limit_and_stops_once_it_has() -> None:
-    shard = priced(Limits(max_cost=2 * MOST))
+    shard = priced(SpendingLimits(max_cost=2 * MOST))
     assert [shard.admit(request(name)) for name in (0, 1, 2)] == ["send", "send", "wait"]
     assert shard.admit(request(1)) == "send", "it is on its way already"
     # It took two thirds of what it might, and so will the other one: a third one fits in.
-    shard.arrived(arrived(0, 0))
+    shard.settle(arrived(0, 0))
     assert [shard.admit(request(name)) for name in (2, 3)] == ["send", "wait"]
-    shard.arrived(arrived(1, 5))
-    shard.arrived(arrived(2, 5))
+    shard.settle(arrived(1, 5))
+    shard.settle(arrived(2, 5))
     assert shard.own == Spent(3, 30, 10, 40 * PRICE)
     assert shard.admit(request(3)) == "stop"
     assert shard.stop is not None and shard.stop.kind == "max_cost"
 
 
 def test_a_wait_ends_where_nothing_is_on_its_way() -> None:
-    shard = priced(Limits(max_cost=MOST / 2))
+    shard = priced(SpendingLimits(max_cost=MOST / 2))
     assert [shard.admit(request(name)) for name in (0, 1)] == ["send", "wait"]
     failed = Completion.failed("0", EngineFailed("broke"))
-    shard.arrived(failed)
+    shard.settle(failed)
     assert shard.admit(request(1)) == "send"
 
 
@@ -193,7 +193,7 @@ def test_money_passes_its_limit_by_no_more_than_a_window_at_its_maximal_price(
                 yield arrived(int(completion.request_id), outputs[int(completion.request_id)])
 
     engine, most = Varying(window), num_affordable_tokens * PRICE
-    shard = priced(Limits(max_cost=most))
+    shard = priced(SpendingLimits(max_cost=most))
     with contextlib.suppress(BudgetEnded):
         for _ in BudgetedRunner(engine, shard).generate([request(name) for name in range(len(outputs))]):
             pass
@@ -210,7 +210,7 @@ def test_an_engine_that_loses_requests_does_not_make_the_rest_wait_for_ever() ->
                 if int(each.request_id) % 2:
                     yield arrived(int(each.request_id), 0)
 
-    shard = priced(Limits(max_cost=MOST * 3))
+    shard = priced(SpendingLimits(max_cost=MOST * 3))
     found = list(BudgetedRunner(Losing(), shard).generate(map(request, range(6))))
     assert [completion.request_id for completion in found] == ["1", "3", "5"]
 

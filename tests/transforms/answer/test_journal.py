@@ -18,7 +18,7 @@ from moebeam.model_runner.openai_engine.runner import load_openai_runner
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.errors import ContentRefused, EngineOverloaded, EngineTimeout, RowError
 from moebeam.schemas.records import Completion, LostCall, Message, Request, Sampling, ToolCall, Usage
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.journal import JournaledRunner, ShardJournal, keeping_runner, request_key
 from moebeam.transforms.durable import journal_file

@@ -11,7 +11,7 @@ from moebeam.schemas.answers import ValidatedAnswer
 from moebeam.schemas.errors import ContentRefused, EngineCrashed, EngineOverloaded, EngineTimeout, NotJson, RowError
 from moebeam.schemas.job.sections import FailuresSection, RepairSection
 from moebeam.schemas.records import Completion, Message, Request, Sampling, Usage
-from moebeam.transforms.answer.ask_again import MAX_WAIT_S, AskAgain
+from moebeam.transforms.answer.ask_again import MAX_WAIT_S, AttemptPolicy
 from moebeam.transforms.answer.repair import Repair
 
 
@@ -31,9 +31,9 @@ def failed(error: RowError) -> ValidatedAnswer:
     return ValidatedAnswer(completion, None, error)
 
 
-def asker(encoder: PromptEncoder, waits: list[float], **values: float) -> AskAgain:
+def asker(encoder: PromptEncoder, waits: list[float], **values: float) -> AttemptPolicy:
     repair = Repair(RepairSection(max_attempts=2), encoder)
-    return AskAgain(FailuresSection.model_validate(values), repair, sleep=waits.append)
+    return AttemptPolicy(FailuresSection.model_validate(values), repair, sleep=waits.append)
 
 
 def test_a_failure_that_may_pass_is_retried_as_it_was_until_the_retries_are_used_up(encoder: PromptEncoder) -> None:

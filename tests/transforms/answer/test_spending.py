@@ -13,7 +13,7 @@ from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer import spending
 from moebeam.transforms.answer.spending import JournaledSpending, Pricing, RunSpending, Spent
 from moebeam.transforms.durable.commit import commit_shard
-from moebeam.transforms.durable.heartbeat import Beat, Heartbeat
+from moebeam.transforms.durable.heartbeat import Heartbeat, ShardProgress
 from moebeam.transforms.durable.journal_file import JournalWriter
 from tests.transforms.durable.test_commit import LINE, ROW, tables
 
@@ -28,29 +28,29 @@ def test_spending_is_commits_and_shards_at_work_each_once(tmp_path: Path, monkey
     monkeypatch.setattr(spending, "REFRESH_S", 0.0)
     monkeypatch.setattr(spending, "_REFRESH_SHARE", 0)
     found = RunSpending(layout)
-    assert found.outside("s0") == Spent()
+    assert found.spent_by_others("s0") == Spent()
     beats = Heartbeat(layout, "answer")
     for shard in ("s0", "s1", "s2"):
-        beats.beat(shard, Beat(num_requests=1, prompt_tokens=10, completion_tokens=2, cost="0.25"))
-    assert found.outside("s0") == Spent(2, 20, 4, Decimal("0.5"))
+        beats.beat(shard, ShardProgress(num_requests=1, prompt_tokens=10, completion_tokens=2, cost="0.25"))
+    assert found.spent_by_others("s0") == Spent(2, 20, 4, Decimal("0.5"))
     commit_shard(layout, "r", "s1", tables([ROW], [LINE]))
-    assert found.outside("s0") == Spent(1, 10, 2, Decimal("0.25")) + Spent(1, 10, 3, Decimal("0.5"))
+    assert found.spent_by_others("s0") == Spent(1, 10, 2, Decimal("0.25")) + Spent(1, 10, 3, Decimal("0.5"))
 
 
 def test_the_store_is_looked_at_no_more_often_than_it_is_worth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[float] = []
 
-    def look(*unused: Any) -> dict[str, Beat]:
+    def look(*unused: Any) -> dict[str, ShardProgress]:
         looks.append(time.monotonic())
         return {}
 
-    monkeypatch.setattr(spending, "read_beats", look)
+    monkeypatch.setattr(spending, "read_progress", look)
     found = RunSpending(RunLayout(str(tmp_path)))
     for _ in range(100):
-        found.outside("s0")
+        found.spent_by_others("s0")
     assert len(looks) == 1
-    found.forget_look()
-    found.outside("s0")
+    found.invalidate()
+    found.spent_by_others("s0")
     assert len(looks) == 2
 
 
@@ -62,11 +62,11 @@ def test_a_shard_counts_by_its_journal_or_its_heartbeat_but_not_by_both(tmp_path
             writer.append(str(number), 1, completion(5))
         writer.close()
     heartbeat = Heartbeat(layout, "answer")
-    heartbeat.beat("s2", Beat(num_requests=4, prompt_tokens=40, completion_tokens=20))
-    heartbeat.beat("s4", Beat(num_requests=1, prompt_tokens=10, completion_tokens=5))
+    heartbeat.beat("s2", ShardProgress(num_requests=4, prompt_tokens=40, completion_tokens=20))
+    heartbeat.beat("s4", ShardProgress(num_requests=1, prompt_tokens=10, completion_tokens=5))
     commit_shard(layout, "r", "s4", tables([ROW], [LINE]))
-    committed = RunSpending(layout).outside("s1").num_requests - 4
+    committed = RunSpending(layout).spent_by_others("s1").num_requests - 4
     found = RunSpending(layout, JournaledSpending(layout, Pricing()))
     # s2 by its heartbeat, which says more; s3 by its journal; s4 by its commit; s1 is the one that asks.
-    assert found.outside("s1").num_requests == 4 + 1 + committed
-    assert found.outside("s9").num_requests == 3 + 4 + 1 + committed
+    assert found.spent_by_others("s1").num_requests == 4 + 1 + committed
+    assert found.spent_by_others("s9").num_requests == 3 + 4 + 1 + committed

@@ -24,7 +24,7 @@ from moebeam.schemas.errors import (
     TruncatedAnswer,
 )
 from moebeam.schemas.records import Completion, Message, Request, Sampling, Usage
-from moebeam.transforms.answer.validate import validate, validate_completion
+from moebeam.transforms.answer.validate import answer_and_validate, validate_completion
 from moebeam.transforms.render.answer_terms import AnswerTerms
 
 NUMBER = AnswerSchema.from_json({"type": "integer"}, formats="assert", source="number.json")
@@ -141,7 +141,7 @@ def request(request_id: str) -> Request:
 def test_completions_are_pulled_one_at_a_time() -> None:
     endless = (request(str(number)) for number in count())
     runner = Scripted({})
-    assert len(list(islice(validate(endless, runner, lambda _: terms(NUMBER)), 3))) == 3
+    assert len(list(islice(answer_and_validate(endless, runner, lambda _: terms(NUMBER)), 3))) == 3
     assert len(runner.asked) == 3
 
 
@@ -153,7 +153,7 @@ def test_a_failed_answer_is_asked_again_after_the_others_until_there_is_no_other
         assert answer.error is not None
         return replace(failed, attempt=failed.attempt + 1) if failed.attempt < 3 else None
 
-    answers = list(validate([request(name) for name in "abc"], runner, lambda _: terms(NUMBER), again))
+    answers = list(answer_and_validate([request(name) for name in "abc"], runner, lambda _: terms(NUMBER), again))
     assert runner.asked == [("a", 1), ("b", 1), ("c", 1), ("a", 2), ("b", 2), ("b", 3)]
     found = [(a.completion.request_id, a.attempt, a.is_last, a.error is None) for a in answers]
     assert found == [

@@ -8,31 +8,31 @@ import pytest
 from moebeam.schemas.errors import CommitError
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.failure import WorkerWatch, read_failure, recorded_failure
-from moebeam.transforms.durable.heartbeat import Beat, Heartbeat, read_beats
+from moebeam.transforms.durable.heartbeat import Heartbeat, ShardProgress, read_progress
 
 
 def test_beats_come_back_by_stage_and_name_and_the_last_one_counts(tmp_path: Path) -> None:
     layout = RunLayout(str(tmp_path))
     answering = Heartbeat(layout, "answer")
-    answering.beat("s0", Beat(rows_done=1))
-    answering.beat("s0", Beat(rows_done=2, cost="0.5"))
-    Heartbeat(layout, "plan").beat("u-1", Beat(rows_done=9))
-    assert read_beats(layout, "answer") == {"s0": Beat(rows_done=2, cost="0.5")}
-    assert read_beats(layout, "plan") == {"u-1": Beat(rows_done=9)}
+    answering.beat("s0", ShardProgress(rows_done=1))
+    answering.beat("s0", ShardProgress(rows_done=2, cost="0.5"))
+    Heartbeat(layout, "plan").beat("u-1", ShardProgress(rows_done=9))
+    assert read_progress(layout, "answer") == {"s0": ShardProgress(rows_done=2, cost="0.5")}
+    assert read_progress(layout, "plan") == {"u-1": ShardProgress(rows_done=9)}
 
 
 def test_a_torn_or_foreign_beat_is_passed_over(tmp_path: Path) -> None:
     layout = RunLayout(str(tmp_path))
-    Heartbeat(layout, "answer").beat("s0", Beat(rows_done=1))
+    Heartbeat(layout, "answer").beat("s0", ShardProgress(rows_done=1))
     Path(layout.heartbeat("answer", "s1")).write_text("{")
     Path(layout.heartbeat("answer", "s2")).write_text('{"rows_done": 3, "unknown": 1}')
-    assert read_beats(layout, "answer") == {"s0": Beat(rows_done=1), "s2": Beat(rows_done=3)}
+    assert read_progress(layout, "answer") == {"s0": ShardProgress(rows_done=1), "s2": ShardProgress(rows_done=3)}
 
 
 def test_a_beat_is_due_once_an_interval(tmp_path: Path) -> None:
     heartbeat = Heartbeat(RunLayout(str(tmp_path)), "answer")
     assert heartbeat.is_due("s0")
-    heartbeat.beat("s0", Beat())
+    heartbeat.beat("s0", ShardProgress())
     assert not heartbeat.is_due("s0")
     assert heartbeat.is_due("s1")
 

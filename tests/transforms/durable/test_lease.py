@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable import lease as lease_module
 from moebeam.transforms.durable.lease import ShardLease, host_identity, read_leases

@@ -18,7 +18,7 @@ from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.chat_options import ChatOptions
 from moebeam.schemas.job.sections import PlanSection
 from moebeam.schemas.records import Sampling, sampling_json
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import plan_schema
 from moebeam.transforms.answer.answer_shard import AnswerSpec, requests_of
@@ -28,7 +28,7 @@ from moebeam.transforms.plan.build_shards import PlanSpec, build_shards, write_p
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_plan
 from moebeam.transforms.plan.shard_ranges import cut_ranges
 from moebeam.transforms.plan.sorted_runs import ROW_BYTES, RunFile, read_rows, write_runs
-from moebeam.transforms.render.answer_terms import AnswerTerms, TermsBook
+from moebeam.transforms.render.answer_terms import AnswerTerms, TermsCache
 
 GREEDY = sampling_json(Sampling(max_tokens=16))
 HOT = sampling_json(Sampling(max_tokens=16, temperature=1.0))
@@ -226,7 +226,7 @@ def test_a_shard_goes_into_the_engine_one_request_at_a_time(tmp_path: Path) -> N
     rows = PlannedRows.of(read_rows(RunLayout(str(tmp_path)).shard_plan(shard.shard)))
     made: list[str | None] = []
 
-    class CountedTerms(TermsBook):
+    class CountedTerms(TermsCache):
         def of(self, options: str | None) -> AnswerTerms:
             made.append(options)
             return super().of(options)
@@ -318,7 +318,7 @@ def test_the_plan_record_tells_the_hit_rate_and_ends_planning(tmp_path: Path) ->
     record = read_plan(layout)
     assert record is not None
     assert record.max_hit_rate == 3 / 8
-    assert not Path(layout.runs).exists()
+    assert not Path(layout.sorted_runs).exists()
 
 
 def test_no_rows_give_a_plan_without_shards(tmp_path: Path) -> None:

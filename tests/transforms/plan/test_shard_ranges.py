@@ -17,7 +17,7 @@ from moebeam.schemas.records import Sampling, sampling_json
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import plan_schema
 from moebeam.transforms.plan import shard_ranges, sorted_runs
-from moebeam.transforms.plan.row_order import Place, Places, sort_rows
+from moebeam.transforms.plan.row_order import Places, RowKey, sort_rows
 from moebeam.transforms.plan.shard_ranges import ShardRange, cut_ranges, num_ranges
 from moebeam.transforms.plan.sorted_runs import (
     ROW_BYTES,
@@ -77,8 +77,8 @@ def write_all(layout: RunLayout, batches: Sequence[pa.RecordBatch], section: Pla
     return [run for batch in batches for run in write_runs([batch], layout, section)]
 
 
-def halves(part: ShardRange) -> tuple[Place, Place | None]:
-    return Place.of_text(part.lower), Place.of_text(part.upper) if part.upper else None
+def halves(part: ShardRange) -> tuple[RowKey, RowKey | None]:
+    return RowKey.of_text(part.lower), RowKey.of_text(part.upper) if part.upper else None
 
 
 @settings(max_examples=60)
@@ -121,7 +121,7 @@ def test_a_range_of_a_run_is_what_a_scan_of_all_its_rows_finds(
     places = Places(table)
     every = [places[row] for row in range(len(places))]
     anywhere = st.sampled_from(
-        [Place(), *every, *(Place(p.key) for p in every), *(Place(p.key, p.request) for p in every)]
+        [RowKey(), *every, *(RowKey(p.key) for p in every), *(RowKey(p.key, p.request) for p in every)]
     )
     lower, upper = data.draw(anywhere), data.draw(st.none() | anywhere)
     kept = [row for row, place in enumerate(every) if lower <= place and (upper is None or place < upper)]
@@ -149,7 +149,7 @@ def test_samples_of_long_prompts_are_as_short_as_what_tells_them_apart(tmp_path:
     batch = rendered([([row, *[5] * 1000], "greedy", 0) for row in range(50)])
     with small_runs():
         (run,) = write_all(layout, [batch], PlanSection())
-    keys = [Place.of_text(text).key for text in read_samples(layout, run.run_id).column("place").to_pylist()]
+    keys = [RowKey.of_text(text).key for text in read_samples(layout, run.run_id).column("place").to_pylist()]
     assert len(keys) == 50
     assert {len(key) for key in keys[1:]} == {8 + 4}, "tenant and one token"
 
@@ -175,7 +175,7 @@ def test_a_run_that_is_written_twice_has_the_same_bytes(tmp_path: Path) -> None:
 
 def test_ranges_are_of_the_size_of_runs_unless_shards_are_large() -> None:
     def count(num_runs: int, num_shards: int) -> int:
-        size = shard_ranges.MAX_RUN_BYTES
+        size = shard_ranges.MAX_SORTED_RUN_BYTES
         weight = num_shards * sorted_runs.SHARD_WEIGHT // num_runs
         return num_ranges([RunFile(f"r{run}", "requests", 1, size, weight) for run in range(num_runs)])
 

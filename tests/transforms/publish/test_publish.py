@@ -8,7 +8,7 @@ import pytest
 
 from moebeam.jobs.run.launch import launch
 from moebeam.schemas.errors import CommitError
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.commit import read_commit
 from moebeam.transforms.plan.plan_record import read_plan

@@ -6,7 +6,7 @@ from moebeam.schemas.chat_options import ChatOptions, ResponseFormat, ToolChoice
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.errors import InvalidResponseFormat, InvalidTools, MissingToolCall, ToolArgumentsInvalid
 from moebeam.schemas.records import ToolCall
-from moebeam.transforms.render.answer_terms import AnswerTerms, TermsBook
+from moebeam.transforms.render.answer_terms import AnswerTerms, TermsCache
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS = parse_tools([{"name": "weather", "parameters": CITY}, {"name": "time"}])
@@ -14,7 +14,7 @@ TOOLS = parse_tools([{"name": "weather", "parameters": CITY}, {"name": "time"}])
 
 def terms(choice: ToolChoice | None = None, *, is_parallel: bool = True) -> AnswerTerms:
     options = ChatOptions(tools=TOOLS, tool_choice=choice or ToolChoice(), parallel_tool_calls=is_parallel)
-    return TermsBook(options, None).of(None)
+    return TermsCache(options, None).of(None)
 
 
 def call(name: str = "weather", arguments: str = '{"city": "Rome"}') -> ToolCall:
@@ -54,7 +54,7 @@ def test_a_choice_binds_the_answer() -> None:
 def test_rows_bring_terms_of_their_own_and_others_keep_the_jobs() -> None:
     number = AnswerSchema.from_json({"type": "integer"}, formats="assert", source="number.json")
     job = ChatOptions(response_format=ResponseFormat("json_schema", number.document))
-    book: TermsBook = pickle.loads(pickle.dumps(TermsBook(job, number)))
+    book: TermsCache = pickle.loads(pickle.dumps(TermsCache(job, number)))
     assert book.of(None).schema is book.schema
     assert book.of(options_json(ChatOptions())).schema is None
     own = book.of(options_json(ChatOptions(response_format=ResponseFormat("json_object")))).schema
@@ -66,7 +66,7 @@ def test_rows_bring_terms_of_their_own_and_others_keep_the_jobs() -> None:
 
 
 def test_terms_that_cannot_be_compiled_are_the_rows_error() -> None:
-    book = TermsBook(ChatOptions(), None)
+    book = TermsCache(ChatOptions(), None)
     bad = ChatOptions(response_format=ResponseFormat("json_schema", {"type": "strin"}))
     with pytest.raises(InvalidResponseFormat, match="response_format: "):
         book.of(options_json(bad))

@@ -8,12 +8,12 @@ import pytest
 
 from moebeam.schemas.errors import InputPatternError
 from moebeam.schemas.job.sections import InputSection
-from moebeam.schemas.store import files as storage
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.object_store import StoreError
 from moebeam.transforms.read import transient_errors as patience
 from moebeam.transforms.read.input_rows import ReadColumns, read_unit
 from moebeam.transforms.read.input_scan import scan_input
-from moebeam.transforms.read.transient_errors import patiently
+from moebeam.transforms.read.transient_errors import retry_transient
 from tests.support.jobs_for_tests import write_parquet
 
 PASSING = [TimeoutError("slow"), ConnectionResetError(errno.ECONNRESET, "reset"), OSError(errno.EIO, "moment")]
@@ -105,5 +105,5 @@ def test_a_missing_file_is_not_waited_for() -> None:
         raise FileNotFoundError(errno.ENOENT, "gone")
 
     with pytest.raises(FileNotFoundError):
-        patiently(look)
+        retry_transient(look)
     assert len(looks) == 1

@@ -1,4 +1,4 @@
-"""The door: who may be sent is asked once a place is there, and what is not admitted is never sent."""
+"""The queue: who may be sent is asked once a place is there, and what is not admitted is never sent."""
 
 import asyncio
 from collections.abc import Iterator
@@ -11,15 +11,15 @@ import pytest
 
 from moebeam.model_runner.admission import AdmittingRunner, Verdict
 from moebeam.model_runner.openai_engine import concurrency
-from moebeam.model_runner.openai_engine.admission_queue import Door, NotAdmitted
-from moebeam.model_runner.openai_engine.endpoint import Patience
+from moebeam.model_runner.openai_engine.admission_queue import AdmissionQueue, NotAdmitted
+from moebeam.model_runner.openai_engine.endpoint import RetryPolicy
 from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
 from moebeam.model_runner.protocol import EngineConfig, Fallback
 from moebeam.schemas.errors import EngineFailed, EngineUnavailable
 from moebeam.schemas.records import Completion, Message, Request, Sampling
 from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
 
-FAST = Patience(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)
+FAST = RetryPolicy(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ class Few:
         self.peak_away = max(self.peak_away, len(self.away))
         return "send"
 
-    def arrived(self, completion: Completion) -> None:
+    def settle(self, completion: Completion) -> None:
         self.away.discard(completion.request_id)
 
 
@@ -76,18 +76,18 @@ def answered(call: Call) -> Reply:
 def test_those_who_wait_are_let_in_one_after_the_other_in_their_order() -> None:
     async def scene() -> list[int]:
         admission, entered = Few(most=5, most_away=1), list[int]()
-        door = Door(admission)
+        queue = AdmissionQueue(admission)
 
-        async def enter(name: int) -> None:
-            await door.enter(request(name))
+        async def acquire(name: int) -> None:
+            await queue.acquire(request(name))
             entered.append(name)
 
-        tasks = [asyncio.create_task(enter(name)) for name in range(7)]
+        tasks = [asyncio.create_task(acquire(name)) for name in range(7)]
         for name in range(5):
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             assert entered == list(range(name + 1))
-            door.arrived(Completion.failed(str(name), EngineFailed("broke")))
+            queue.settle(Completion.failed(str(name), EngineFailed("broke")))
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(one) for one in found] == [type(None)] * 5 + [NotAdmitted] * 2
         return entered

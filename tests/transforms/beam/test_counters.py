@@ -11,7 +11,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from moebeam.jobs.check.preflight import check_job
 from moebeam.pipelines.main_job import build
 from moebeam.transforms.beam import observe
-from moebeam.transforms.log_events import tell
+from moebeam.transforms.log_events import log_event
 from tests.support.jobs_for_tests import fake_job, priced, write_parquet, write_script
 
 NUM_ROWS = 30
@@ -80,7 +80,7 @@ def test_events_name_run_shard_and_request(
 def test_of_many_rejects_only_the_first_are_told(
     tmp_path: Path, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(observe, "MAX_REQUEST_EVENTS", 2)
+    monkeypatch.setattr(observe, "MAX_REJECT_EVENTS", 2)
     with caplog.at_level(logging.INFO, logger="moebeam"):
         run(tmp_path, tiny_checkpoint, num_broken=NUM_ROWS)
     by_shard: dict[str, list[str]] = {}
@@ -96,5 +96,5 @@ def test_of_many_rejects_only_the_first_are_told(
 
 def test_a_line_can_be_taken_apart_again(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="moebeam"):
-        tell("something", plain="a-b:1", spaced='x "y" = z', broken="a\nb", empty="", number=1.5, missing=None)
+        log_event("something", plain="a-b:1", spaced='x "y" = z', broken="a\nb", empty="", number=1.5, missing=None)
     assert caplog.messages == ['something plain=a-b:1 spaced="x \\"y\\" = z" broken="a\\nb" empty="" number=1.5']

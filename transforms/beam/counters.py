@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import apache_beam as beam
 
 
-def count(stage: str, amounts: Mapping[str, float]) -> None:
+def add_to_counters(stage: str, amounts: Mapping[str, float]) -> None:
     """Add to a stage's counters; parts of a unit are cut off."""
     for name, amount in amounts.items():
         if int(amount):

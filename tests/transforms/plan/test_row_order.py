@@ -6,7 +6,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.transforms.plan.row_order import RUN_ORDER, Place, Places, sort_rows
+from moebeam.transforms.plan.row_order import RUN_ORDER, Places, RowKey, sort_rows
 
 TEXTS = st.text(alphabet='a\x00é\U0001f600"', max_size=2)
 ROWS = st.lists(
@@ -35,9 +35,9 @@ def test_places_stand_in_the_order_of_sorted_tables(rows: list[tuple[Any, ...]])
 def test_places_come_back_from_their_texts(rows: list[tuple[Any, ...]]) -> None:
     places = Places(table_of(rows))
     for place in (places[row] for row in range(len(places))):
-        for part in (place, Place(place.key), Place(place.key, place.request)):
-            assert Place.of_text(part.text) == part
-    assert Place.of_text("") == Place() <= places[0]
+        for part in (place, RowKey(place.key), RowKey(place.key, place.request)):
+            assert RowKey.of_text(part.text) == part
+    assert RowKey.of_text("") == RowKey() <= places[0]
 
 
 @given(ROWS, st.data())
@@ -47,6 +47,6 @@ def test_a_place_with_parts_left_out_stands_before_all_that_agree_with_it(
     places = Places(sort_rows(table_of(rows)))
     picked = places[data.draw(st.integers(0, len(rows) - 1))]
     all_places = [places[row] for row in range(len(rows))]
-    assert places.first_from(Place(picked.key)) == [p.key for p in all_places].index(picked.key)
+    assert places.first_from(RowKey(picked.key)) == [p.key for p in all_places].index(picked.key)
     requests = [(p.key, p.request) for p in all_places]
-    assert places.first_from(Place(picked.key, picked.request)) == requests.index((picked.key, picked.request))
+    assert places.first_from(RowKey(picked.key, picked.request)) == requests.index((picked.key, picked.request))
