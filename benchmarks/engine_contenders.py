@@ -19,6 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tests.support.engine_configs import engine_config
+
 TRANSFORMERS_BATCH_SIZE = 8
 VLLM_CACHE_GIB = 2
 """What vLLM gets on a CPU where nothing is asked for; its own default is a share of the machine."""
@@ -280,13 +282,12 @@ def run_vllm_runner(work: Work, python: str) -> Run:
         ContenderFailed: a prompt got an error.
         EngineLoadError: vLLM could not be started.
     """
-    from moebeam.model_runner.protocol import EngineConfig
     from moebeam.model_runner.vllm_engine.runner import VllmRunner
 
     os.environ.update(vllm_environment(work))
     started = time.perf_counter()
     runner = VllmRunner(
-        EngineConfig("vllm", work.checkpoint, "benchmark", "", encoding="deepseek_v3_2"),
+        engine_config("vllm", work.checkpoint, "benchmark", "", encoding="deepseek_v3_2"),
         python=python,
         engine_arguments={
             "model": work.checkpoint,

@@ -26,12 +26,13 @@ import numpy as np
 import openai
 
 from moebeam.model_runner.openai_engine.runner import load_openai_runner
-from moebeam.model_runner.protocol import EngineConfig, ModelRunner
+from moebeam.model_runner.protocol import ModelRunner
 from moebeam.schemas.records import Message, Request, Sampling
 from moebeam.transforms.answer.budget import BudgetedRunner, ShardBudget, SpendingLimits
 from moebeam.transforms.answer.expectation import Ceiling
 from moebeam.transforms.answer.spending import Pricing, Spent
 from moebeam.transforms.money.price_book import PriceBook
+from tests.support.engine_configs import engine_config
 
 MODEL = "deepseek-v4-flash"
 KEY_VARIABLE = "MOEBEAM_BENCHMARK_KEY"
@@ -77,7 +78,7 @@ def measure_engine(base_url: str, num: int, concurrency: int, *, is_budgeted: bo
     Args:
         is_budgeted: whether each request is held against a limit of money.
     """
-    config = EngineConfig(
+    config = engine_config(
         "openai",
         "",
         MODEL,

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.sharding_plans import INPUTS, rendered_batches, write_all_runs
 from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
 from moebeam.model_runner.prefix_tree import token_ids_of
-from moebeam.model_runner.protocol import EngineConfig, ModelRunner, load_runner
+from moebeam.model_runner.protocol import ModelRunner, load_runner
 from moebeam.schemas.arrow import values_of
 from moebeam.schemas.job.sections import PlanSection
 from moebeam.schemas.records import Request, Sampling
@@ -28,6 +28,7 @@ from moebeam.transforms.plan.build_shards import PlanSpec, build_shards
 from moebeam.transforms.plan.plan_record import PlannedShard
 from moebeam.transforms.plan.shard_ranges import cut_ranges
 from moebeam.transforms.plan.sorted_runs import read_rows
+from tests.support.engine_configs import engine_config
 
 SAMPLING = Sampling(max_tokens=8)
 
@@ -82,7 +83,7 @@ _engine: ModelRunner | None = None
 def _load(checkpoint: str) -> None:
     """Load this worker's engine."""
     global _engine
-    _engine = load_runner(EngineConfig("torch", checkpoint, "sharding", "none", dtype="float32", device="cpu"))
+    _engine = load_runner(engine_config("torch", checkpoint, "sharding", "none", dtype="float32", device="cpu"))
 
 
 def _answer(plan_path: str) -> ShardAnswers:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-_FILE = Path(__file__).parent / "sql" / "views.sql"
+_FILE = Path(__file__).parent / "check" / "sql" / "views.sql"
 
 
 def run_views() -> str:

@@ -9,9 +9,8 @@ import apache_beam as beam
 from moebeam.transforms.answer.answer_shard import AnswerSpec
 from moebeam.transforms.answer.step import AnswerShards
 from moebeam.transforms.plan.build_shards import PlanSpec
-from moebeam.transforms.plan.duplicate_ids import FindDuplicates
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord
-from moebeam.transforms.plan.step import PlanShards
+from moebeam.transforms.plan.step import FindDuplicates, PlanShards
 from moebeam.transforms.publish.manifest import PublishSpec
 from moebeam.transforms.publish.step import PublishRun
 from moebeam.transforms.read.input_rows import ReadColumns

@@ -5,6 +5,7 @@
     │   ├── JobFileError            exit 2: job file or command
     │   ├── InputPatternError       exit 2: the input names nothing
     │   ├── OutputError             exit 2: the output cannot be used
+    │   ├── MissingExtra            exit 2: a package that the job needs is not installed
     │   ├── ClusterUnavailable      exit 2: the cluster cannot be reached or started
     │   ├── EngineLoadError         exit 1: the model cannot be loaded
     │   ├── EngineContractError     exit 1: the engine answered what it was not asked
@@ -57,6 +58,12 @@ class InputPatternError(JobError):
 
 class OutputError(JobError):
     """The output folder cannot be written, or belongs to another job."""
+
+    exit_code = 2
+
+
+class MissingExtra(JobError):
+    """A package that is installed only on request is missing; says which extra of moebeam brings it."""
 
     exit_code = 2
 

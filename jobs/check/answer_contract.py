@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from moebeam.jobs.check.engine_config import CheckedEngine, thinks
 from moebeam.model_runner.checkpoint.model_limits import parameter_warnings, strict_tool_problems
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
-from moebeam.model_runner.protocol import CONSTRAINED_ENGINES
 from moebeam.schemas.chat_options import ChatOptions, ResponseFormat, Tool, ToolChoice, parse_tool_choice, parse_tools
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.contract.output_type import OutputType, output_type
@@ -107,7 +106,7 @@ def terms_warnings(job: Job, checked: CheckedEngine, terms: TermsCache) -> Itera
     for tool in terms.options.tools:
         if tool.is_strict and (problems := strict_tool_problems(tool)):
             yield f"tool {tool.name!r} is strict, and DeepSeek's API would refuse it: {'; '.join(problems)}"
-    is_constrained = engine.engine in CONSTRAINED_ENGINES and job.output.constrain == "auto"
+    is_constrained = engine.options.is_constrained and job.output.constrain == "auto"
     if is_constrained and isinstance(encoder, PromptEncoder):
         built = GrammarCache(encoder).build(terms.of(None), starts_in_reasoning=thinking)
         for relaxed in built.relaxed if built is not None else ():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moebeam.jobs.console.formats import format_bytes
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store import storage
@@ -95,9 +96,9 @@ def check_disk(job: Job, scan: InputScan, columns: ReadColumns) -> str | None:
         is_planned=is_planned,
     )
     told = (
-        f"[output] path {output!r}: about {spell_bytes(estimate.num_bytes)} for {num_rows:,} rows "
-        f"(plan {spell_bytes(estimate.plan_bytes)}, tables {spell_bytes(estimate.tables_bytes)}), "
-        f"{spell_bytes(free)} free on its disk"
+        f"[output] path {output!r}: about {format_bytes(estimate.num_bytes)} for {num_rows:,} rows "
+        f"(plan {format_bytes(estimate.plan_bytes)}, tables {format_bytes(estimate.tables_bytes)}), "
+        f"{format_bytes(free)} free on its disk"
     )
     if free < _LEAST_SHARE * estimate.num_bytes:
         raise OutputError(f"{told}; free some, or choose another output path")
@@ -120,11 +121,3 @@ def _needed_bytes(scan: InputScan, columns: ReadColumns) -> int:
     sizes = {chunk.path_in_schema: chunk.total_uncompressed_size for chunk in chunks}
     needed = sum(size for name, size in sizes.items() if name.partition(".")[0] in columns.names)
     return num_bytes * needed // max(1, sum(sizes.values()))
-
-
-def spell_bytes(num_bytes: float) -> str:
-    for unit in ("bytes", "KB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "bytes" or num_bytes >= 100 else f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} TB"

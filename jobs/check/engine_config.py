@@ -14,28 +14,17 @@ from moebeam.model_runner.checkpoint.files import checkpoint_revision
 from moebeam.model_runner.checkpoint.model_limits import limits_of
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.model_runner.encoding.remote_prompts import Encoder, RemotePrompts, load_encoder
+from moebeam.model_runner.openai_engine.options import OpenAIOptions
 from moebeam.model_runner.openai_engine.profiles import Profile, profile_of
-from moebeam.model_runner.protocol import ENGINES, REMOTE_ENGINES, EngineConfig, Fallback, load_runner
+from moebeam.model_runner.protocol import ENGINES, EngineConfig, load_runner
 from moebeam.schemas.chat_options import ChatOptions
 from moebeam.schemas.errors import EngineLoadError, JobFileError
-from moebeam.schemas.job.sections import Job, ModelSection
+from moebeam.schemas.job.model import ModelSection
+from moebeam.schemas.job.sections import Job
 from moebeam.schemas.prices import PriceLine
 from moebeam.transforms.money.price_book import PriceBook
 
 EMBEDDED_NAME = "moebeam-tickets-v4"
-
-_OF_CHECKPOINTS = ("dtype", "device", "batch_size", "max_cache_bytes", "accelerator")
-_OF_ENDPOINTS = (
-    "provider",
-    "base_url",
-    "api_key_variable",
-    "max_concurrency",
-    "timeout_s",
-    "max_retries",
-    "mode",
-    "fallbacks",
-)
-"""Keys of `[model]` that mean nothing to the other kind of engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +47,7 @@ def check_engine(job: Job, *, needs_key: bool = True) -> CheckedEngine:
     section = job.model
     if section.engine not in ENGINES:
         raise JobFileError(f"[model] engine: expected one of {', '.join(sorted(ENGINES))}, found {section.engine!r}")
-    is_remote = section.engine in REMOTE_ENGINES
-    for key in _OF_CHECKPOINTS if is_remote else _OF_ENDPOINTS:
-        if getattr(section, key) != ModelSection.model_fields[key].default:
-            whose = "engines with a checkpoint" if is_remote else f"the engine {' or '.join(sorted(REMOTE_ENGINES))}"
-            raise JobFileError(f"[model] {key}: only for {whose}, found engine {section.engine!r}")
-    if section.script is not None and section.engine != "fake":
-        raise JobFileError(f"[model] script: only the engine 'fake' takes one, found engine {section.engine!r}")
+    is_remote = isinstance(section, OpenAIOptions)
     checked = _remote_engine(section, needs_key=needs_key) if is_remote else _local_engine(section)
     _check_max_tokens(job, checked.encoder)
     if section.engine == "fake":
@@ -77,22 +60,11 @@ def _local_engine(section: ModelSection) -> CheckedEngine:
     default_name = EMBEDDED_NAME if section.path is None else path.rstrip("/").rpartition("/")[2]
     # Read first: its errors name the file and the field.
     encoder = PromptEncoder.load(path, section.encoding)
-    config = EngineConfig(
-        engine=section.engine,
-        path=path,
-        name=section.name or default_name,
-        revision=checkpoint_revision(path),
-        dtype=section.dtype,
-        device=section.device,
-        batch_size=section.batch_size,
-        script=section.script,
-        max_cache_bytes=section.max_cache_bytes,
-        encoding=section.encoding,
-    )
+    config = EngineConfig(section, path, section.name or default_name, checkpoint_revision(path))
     return CheckedEngine(config, encoder)
 
 
-def _remote_engine(section: ModelSection, *, needs_key: bool) -> CheckedEngine:
+def _remote_engine(section: OpenAIOptions, *, needs_key: bool) -> CheckedEngine:
     if section.name is None:
         raise JobFileError("[model] name: missing; the provider must be told which model is to answer")
     if section.path is None and section.encoding != "auto":
@@ -118,22 +90,9 @@ def _remote_engine(section: ModelSection, *, needs_key: bool) -> CheckedEngine:
             )
     if section.mode == "batch" and section.fallbacks:
         raise JobFileError("[model] fallbacks: expected none in mode 'batch', whose batches lie at one provider")
-    config = EngineConfig(
-        engine=section.engine,
-        path=section.path or "",
-        name=section.name,
-        revision=checkpoint_revision(section.path) if section.path is not None else "",
-        encoding=section.encoding,
-        base_url=section.base_url,
-        provider=section.provider,
-        api_key_variable=section.api_key_variable,
-        max_concurrency=section.max_concurrency,
-        timeout_s=section.timeout_s,
-        max_retries=section.max_retries,
-        mode=section.mode,
-        fallbacks=tuple(Fallback(**fallback.model_dump()) for fallback in section.fallbacks),
-    )
-    return CheckedEngine(config, load_encoder(config.path, config.encoding, config.name))
+    revision = checkpoint_revision(section.path) if section.path is not None else ""
+    config = EngineConfig(section, section.path or "", section.name, revision)
+    return CheckedEngine(config, load_encoder(config.path, section.encoding, config.name))
 
 
 def _profile(name: str | None, where: str) -> Profile:
@@ -165,7 +124,7 @@ def price_line(job: Job, engine: EngineConfig, prices: PriceBook) -> PriceLine:
     """
     provider = job.accounting.provider or provider_of(engine)
     model = job.accounting.model or engine.name
-    mode = "batch" if engine.mode == "batch" else "online"
+    mode = "batch" if engine.options.is_batch else "online"
     line = prices.find(provider, model, datetime.now(UTC), mode=mode)
     if line is None:
         raise JobFileError(
@@ -177,14 +136,15 @@ def price_line(job: Job, engine: EngineConfig, prices: PriceBook) -> PriceLine:
 
 def provider_of(engine: EngineConfig) -> str:
     """What the engine's completions name as their provider."""
-    if engine.engine in REMOTE_ENGINES:
-        return profile_of(engine.provider).name
+    if isinstance(engine.options, OpenAIOptions):
+        return profile_of(engine.options.provider).name
     return "fake" if engine.engine == "fake" else "local"
 
 
 def engine_warnings(job: Job, engine: EngineConfig, prices: PriceBook | None) -> Iterator[str]:
     """What a person should know of a remote engine before the run; nothing of others."""
-    if engine.engine not in REMOTE_ENGINES:
+    options = engine.options
+    if not isinstance(options, OpenAIOptions):
         return
     if not engine.path:
         known = limits_of(engine.name, datetime.now(UTC)) is not None
@@ -195,14 +155,14 @@ def engine_warnings(job: Job, engine: EngineConfig, prices: PriceBook | None) ->
     if job.failures.journal == "never":
         yield "[failures] journal is `never`: after a crash the answers of unfinished shards are paid again"
     is_fixed = job.accounting.provider is not None and job.accounting.model is not None
-    for fallback in engine.fallbacks if prices is not None and not is_fixed else ():
+    for fallback in options.fallbacks if prices is not None and not is_fixed else ():
         provider = job.accounting.provider or profile_of(fallback.provider).name
         model = job.accounting.model or fallback.name or engine.name
         if prices is not None and prices.find(provider, model, datetime.now(UTC)) is None:
             book = job.accounting.price_book
             yield f"{book}: no price of provider {provider!r}, model {model!r}: such costs stay null"
     if job.output.schema_in_prompt == "never":
-        for name in (engine.provider, *(fallback.provider for fallback in engine.fallbacks)):
+        for name in (options.provider, *(fallback.provider for fallback in options.fallbacks)):
             if "json_schema" not in (profile := profile_of(name)).response_types:
                 yield (
                     f"[output] schema_in_prompt is `never`, but provider {profile.name!r} takes no schema elsewhere: "

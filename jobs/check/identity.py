@@ -7,11 +7,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from moebeam.model_runner.protocol import REMOTE_ENGINES, EngineConfig
+from moebeam.model_runner.openai_engine.options import OpenAIOptions
+from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.canonical import Json, fingerprint
 from moebeam.schemas.chat_options import ChatOptions, options_json
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.errors import OutputError
+from moebeam.schemas.job.model import CheckpointSection, ModelSection
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
@@ -146,17 +148,18 @@ def identify(
         reuse: the run whose answers it takes over, if so.
     """
     columns = {**job.input.model_dump(mode="json", exclude={"path"}), "format": scan.format}
+    script = engine.options.extra_files.get("script")
     model: dict[str, Json] = {
         "engine": engine.engine,
         "name": engine.name,
         "revision": engine.revision,
-        "dtype": engine.dtype,
-        "encoding": engine.encoding,
-        "script": fingerprint(storage.read_bytes(engine.script).hex()) if engine.script is not None else None,
+        "dtype": _dtype(engine.options),
+        "encoding": engine.options.encoding,
+        "script": script and fingerprint(storage.read_bytes(script).hex()),
     }
-    if engine.engine in REMOTE_ENGINES:
+    if isinstance(engine.options, OpenAIOptions):
         # Its endpoint may change, and so may who stands in for it: each row says who answered.
-        model["provider"] = engine.provider
+        model["provider"] = engine.options.provider
     accounting: dict[str, Json] = {
         "price_book": prices.version if prices else None,
         "provider": job.accounting.provider,
@@ -192,3 +195,10 @@ def identify(
     if reuse is not None:
         parts["--reuse"] = reuse
     return JobIdentity({name: fingerprint(part) for name, part in parts.items()})
+
+
+def _dtype(options: ModelSection) -> str:
+    """What identities of all versions say of the type of weights; engines without weights have one here too."""
+    if isinstance(options, CheckpointSection):
+        return options.dtype
+    return "auto" if options.is_remote else "float32"

@@ -13,12 +13,13 @@ import posixpath
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
+from moebeam.jobs.check.job_problems import MAX_SHOWN_CHARS, Draft, KeyPath, explain_errors, join_problems
 from moebeam.schemas.errors import JobFileError
+from moebeam.schemas.job.model import model_keys
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store import storage
 
@@ -34,39 +35,6 @@ _PATH_KEYS = {
 _CLASS_REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _TOML_PLACE = re.compile(r" \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)$")
-_MAX_SHOWN_CHARS = 60
-
-_EXPECTED = {
-    "string_type": "a string",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "tuple_type": "an array",
-    "model_type": "a section",
-    "finite_number": "a finite number",
-    "decimal_type": "a number",
-    "decimal_parsing": "a number",
-    "string_too_short": "a path",
-}
-
-KeyPath = tuple[str, ...]
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A job being read: values by section and key, and where each `--set` value came from."""
-
-    name: str
-    values: dict[str, Any]
-    set_texts: dict[KeyPath, str] = field(default_factory=dict[KeyPath, str])
-    problems: list[str] = field(default_factory=list[str])
-
-    def refuse(self, place: KeyPath, problem: str) -> None:
-        if place in self.set_texts:
-            self.problems.append(f"--set {'.'.join(place)}: {problem}")
-        else:
-            self.problems.append(f"{self.name}: {_spell(place)}: {problem}")
 
 
 def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
@@ -79,15 +47,29 @@ def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
     Raises:
         JobFileError: with every problem found, one a line.
     """
-    draft = _Draft(name=path.rsplit("/", 1)[-1], values=_read_toml(path))
+    draft = Draft(name=path.rsplit("/", 1)[-1], values=_read_toml(path))
     _resolve_paths(draft.values, _folder_of(path))
     _apply_overrides(draft, overrides)
     _drop_unknown_keys(draft)
     _check_empty_paths(draft)
     job = _validated(draft)
     if draft.problems or job is None:
-        raise JobFileError(_one_message(draft.problems))
+        raise JobFileError(join_problems(draft.problems))
     return job.located(_folder_of(path))
+
+
+def read_job(values: Mapping[str, Any], name: str = "the job") -> Job:
+    """A job from sections that a program made; relative paths stay relative to the working directory.
+
+    Raises:
+        JobFileError: with every problem found, one a line, as `load_job` does.
+    """
+    try:
+        return Job.model_validate(values)
+    except ValidationError as error:
+        draft = Draft(name, dict(values))
+        explain_errors(draft, error, skip=set())
+        raise JobFileError(join_problems(draft.problems)) from error
 
 
 def with_overrides(job: Job, overrides: Sequence[str], refusal: Callable[[KeyPath], str | None]) -> Job:
@@ -101,7 +83,7 @@ def with_overrides(job: Job, overrides: Sequence[str], refusal: Callable[[KeyPat
     """
     if not overrides:
         return job
-    draft = _Draft(name="the kept job", values=job.model_dump(mode="json", by_alias=True))
+    draft = Draft(name="the kept job", values=job.model_dump(mode="json", by_alias=True))
     _apply_overrides(draft, overrides)
     known = _sections()
     for place in draft.set_texts:
@@ -111,7 +93,7 @@ def with_overrides(job: Job, overrides: Sequence[str], refusal: Callable[[KeyPat
     _drop_unknown_keys(draft)
     changed = _validated(draft)
     if draft.problems or changed is None:
-        raise JobFileError(_one_message(draft.problems))
+        raise JobFileError(join_problems(draft.problems))
     return changed if job.folder is None else changed.located(job.folder)
 
 
@@ -161,7 +143,7 @@ def _toml_problem(path: str, text: str, message: str) -> str:
         return f"{path}, at its end: not TOML: {reason}"
     lines = text.splitlines()
     number = int(place["line"])
-    shown = f"\n    {lines[number - 1].strip()[:_MAX_SHOWN_CHARS]}" if number <= len(lines) else ""
+    shown = f"\n    {lines[number - 1].strip()[:MAX_SHOWN_CHARS]}" if number <= len(lines) else ""
     return f"{path}, line {number}, column {place['column']}: not TOML: {reason}{shown}"
 
 
@@ -193,7 +175,7 @@ def _resolve(path: str, folder: str, *, may_be_class: bool) -> str:
     return f"{protocol}://{posixpath.normpath(posixpath.join(inner, path))}"
 
 
-def _apply_overrides(draft: _Draft, overrides: Sequence[str]) -> None:
+def _apply_overrides(draft: Draft, overrides: Sequence[str]) -> None:
     for override in overrides:
         if not override.isascii() and any("\ud800" <= letter <= "\udfff" for letter in override):
             draft.problems.append(f"--set {override!a}: is not UTF-8")
@@ -228,7 +210,7 @@ def _leaves(place: KeyPath, value: Any) -> list[tuple[KeyPath, Any]]:
     return [(place, value)]
 
 
-def _set_value(draft: _Draft, place: KeyPath, value: Any, text: str) -> None:
+def _set_value(draft: Draft, place: KeyPath, value: Any, text: str) -> None:
     draft.set_texts[place] = text
     if isinstance(value, str) and place in _PATH_KEYS and value:
         value = _resolve(value, os.getcwd(), may_be_class=place == ("output", "schema"))
@@ -239,7 +221,7 @@ def _set_value(draft: _Draft, place: KeyPath, value: Any, text: str) -> None:
         draft.refuse(place, f"{draft.name} gives [{place[0]}] a single value; it must be a section")
 
 
-def _drop_unknown_keys(draft: _Draft) -> None:
+def _drop_unknown_keys(draft: Draft) -> None:
     """Report keys that no section has, and take them out so that the rest can be validated."""
     sections = _sections()
     for name in list(draft.values):
@@ -260,10 +242,12 @@ def _drop_unknown_keys(draft: _Draft) -> None:
 
 def _sections() -> dict[str, list[str]]:
     """The keys of each section, as a job file spells them."""
-    return {
+    sections = {
         name: [inner.alias or key for key, inner in cast("type[BaseModel]", section.annotation).model_fields.items()]
         for name, section in Job.model_fields.items()
     }
+    # Whether the job's own engine has a key is said later, with the engines that do.
+    return {**sections, "model": model_keys()}
 
 
 def _unknown_section(name: str, *, is_table: bool) -> str:
@@ -288,7 +272,7 @@ def _unknown_key(section: str, key: str) -> str:
     return f"unknown key; [{section}] has {', '.join(sections[section])}"
 
 
-def _check_empty_paths(draft: _Draft) -> None:
+def _check_empty_paths(draft: Draft) -> None:
     """An optional path that is empty would silently mean the folder of the job file."""
     for section, key in sorted(_PATH_KEYS - {("input", "path"), ("output", "path")}):
         table = draft.values.get(section)
@@ -296,7 +280,7 @@ def _check_empty_paths(draft: _Draft) -> None:
             draft.refuse((section, key), "is empty; name a path or leave the key out")
 
 
-def _validated(draft: _Draft) -> Job | None:
+def _validated(draft: Draft) -> Job | None:
     """Validate by pydantic's strict JSON rules, where 512 is a number, "512" a string and true neither."""
     dates = set(_dates(draft.values, ()))
     for place in sorted(dates):
@@ -304,7 +288,7 @@ def _validated(draft: _Draft) -> Job | None:
     try:
         return Job.model_validate_json(json.dumps(draft.values, default=str), strict=True)
     except ValidationError as error:
-        _explain(draft, error, skip=dates)
+        explain_errors(draft, error, skip=dates)
     return None
 
 
@@ -317,78 +301,3 @@ def _dates(value: Any, place: KeyPath) -> list[KeyPath]:
     else:
         return [place] if isinstance(value, (datetime.date, datetime.time)) else []
     return [found for where, held in inner for found in _dates(held, where)]
-
-
-def _explain(draft: _Draft, error: ValidationError, *, skip: set[KeyPath]) -> None:
-    """Turn pydantic's problems into one line for each key; a union's branches become `a or b`."""
-    expected: dict[KeyPath, list[str]] = {}
-    found: dict[KeyPath, str] = {}
-    for problem in error.errors(include_url=False):
-        place = tuple(str(part) for part in problem["loc"][:2])
-        if place in skip:
-            continue
-        if problem["type"] == "missing":
-            draft.refuse(place, _missing(place) if len(problem["loc"]) <= 2 else f"{_inner(problem['loc'])}: missing")
-        elif problem["type"] == "extra_forbidden":
-            # Without the value: a key may stand where the name of a variable belongs.
-            draft.refuse(place, f"{_inner(problem['loc'])}: unknown key")
-        elif problem["type"] == "value_error":
-            draft.refuse(place, str(problem.get("ctx", {}).get("error", problem["msg"])))
-        else:
-            expected.setdefault(place, []).append(_expected(problem["type"], problem.get("ctx", {}), problem["loc"]))
-            found.setdefault(place, _shown(problem["input"]))
-    for place, wanted in expected.items():
-        problem = f"expected {' or '.join(dict.fromkeys(wanted))}, found {found[place]}"
-        if place in draft.set_texts and "a string" in wanted:
-            problem += f"""; for a string write --set '{".".join(place)}="{draft.set_texts[place]}"'"""
-        draft.refuse(place, problem)
-
-
-def _inner(place: Sequence[int | str]) -> str:
-    """Where in an array of tables something is wrong: its number, from 1, and the key."""
-    return ".".join(str(part + 1) if isinstance(part, int) else part for part in place[2:])
-
-
-def _missing(place: KeyPath) -> str:
-    section = cast("type[BaseModel]", Job.model_fields[place[0]].annotation)
-    if len(place) == 1:
-        needed = [key for key, inner in section.model_fields.items() if inner.is_required()]
-        return f"the section is missing; it needs at least {', '.join(needed)}"
-    description = next(
-        (inner.description for key, inner in section.model_fields.items() if (inner.alias or key) == place[1]), None
-    )
-    return f"missing{f' ({description[0].lower()}{description[1:]})' if description else ''}"
-
-
-def _expected(kind: str, context: Mapping[str, Any], place: Sequence[int | str]) -> str:
-    is_item = bool(place) and isinstance(place[-1], int)
-    bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
-    if kind in bounds:
-        words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
-        bound = context[bounds[kind]]
-        return f"{words[bounds[kind]]} {int(bound) if bound == int(bound) else bound}"
-    if kind == "literal_error":
-        return str(context["expected"])
-    if kind == "too_long":
-        return f"at most {context['max_length']} items"
-    wanted = _EXPECTED.get(kind, kind.replace("_", " "))
-    return f"an array of {wanted.removeprefix('a ').removeprefix('an ')}s" if is_item else wanted
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, dict):
-        return "a section"
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}…"
-
-
-def _spell(place: KeyPath) -> str:
-    return f"[{place[0]}]" if len(place) == 1 else f"[{place[0]}] {'.'.join(place[1:])}"
-
-
-def _one_message(problems: Sequence[str]) -> str:
-    if len(problems) == 1:
-        return problems[0]
-    return "\n".join([f"{len(problems)} problems in the job", *(f"  {problem}" for problem in problems)])

@@ -1,8 +1,11 @@
 """The job file's reference, made from the code: `python -m moebeam.jobs.check.job_file_guide > docs/job-file.md`."""
 
 import json
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
+from moebeam.schemas.job.model import ENGINE_OPTIONS, ModelSection, load_options
+from moebeam.schemas.job.section import Section
 from moebeam.schemas.job.sections import Job
 
 _INTRODUCTION = """\
@@ -17,15 +20,34 @@ or `moebeam[gcp]` for `gs://`).
 
 def job_file_guide() -> str:
     """The whole page, in Markdown."""
-    schema: dict[str, Any] = Job.model_json_schema(by_alias=True)
     pages = [_INTRODUCTION]
-    for section in schema["properties"]:
-        definition = schema["$defs"][Job.model_fields[section].annotation.__name__]  # type: ignore[union-attr]
-        required = set(definition.get("required", ()))
-        rows = [_row(name, field, name in required) for name, field in definition["properties"].items()]
-        head = ["| key | type | default | meaning |", "|---|---|---|---|"]
-        pages.append("\n".join([f"## `[{section}]`", "", *head, *rows, ""]))
+    for name, field in Job.model_fields.items():
+        section = cast("type[Section]", field.annotation)
+        pages.append(_table(f"## `[{name}]`", section))
+        if section is ModelSection:
+            pages += _engine_tables()
     return "\n".join(pages)
+
+
+def _engine_tables() -> Iterator[str]:
+    """What each engine's section has beside what all have."""
+    for engine in ENGINE_OPTIONS:
+        options = load_options(engine)
+        summary = cast("str", options.__doc__).strip().partition(": ")[2]
+        yield _table(
+            f'### `[model]` with `engine = "{engine}"`\n\n{summary[0].upper()}{summary[1:]}',
+            options,
+            leave_out=ModelSection,
+        )
+
+
+def _table(title: str, section: type[Section], leave_out: type[Section] | None = None) -> str:
+    schema: dict[str, Any] = section.model_json_schema(by_alias=True)
+    required = set(schema.get("required", ()))
+    inherited = leave_out.model_fields if leave_out is not None else {}
+    own = {name: field for name, field in schema["properties"].items() if name not in inherited}
+    rows = [_row(name, field, name in required) for name, field in own.items()]
+    return "\n".join([title, "", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""])
 
 
 def _row(name: str, field: dict[str, Any], is_required: bool) -> str:

@@ -29,6 +29,7 @@ from moebeam.schemas.prices import PriceLine
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.reuse import ReuseSource
+from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.plan.plan_record import PlanRecord
 from moebeam.transforms.read.input_rows import ReadColumns
@@ -79,7 +80,7 @@ class CheckedJob:
             passthrough=self.columns.passthrough,
             messages_column="messages" if is_jsonl else self.job.prompt.messages_column,
             sampling_column="sampling" if is_jsonl else None,
-            encoding=self.engine.encoding,
+            encoding=self.engine.options.encoding,
             terms=self.terms,
             options_column="options" if is_jsonl else None,
             tools_column=self.job.tools.column,
@@ -98,11 +99,11 @@ class CheckedJob:
         from moebeam.pipelines.main_job import MainJob
         from moebeam.transforms.answer.answer_shard import AnswerSpec
         from moebeam.transforms.answer.budget import SpendingLimits
-        from moebeam.transforms.answer.waste import WasteTerms
         from moebeam.transforms.plan.build_shards import PlanSpec
         from moebeam.transforms.publish.manifest import PublishSpec
 
-        run_id = self.identity.run_id
+        run_id, section = self.identity.run_id, self.job.accounting
+        accounting = Accounting(run_id, self.prices, section.provider, section.model, section.tag_columns)
         is_jsonl = self.scan.format == "jsonl"
         passthrough = self.columns.passthrough
         return MainJob(
@@ -116,18 +117,14 @@ class CheckedJob:
                 group_starts=tuple(group.units[0].ordinal for group in self.scan.groups),
             ),
             answer=AnswerSpec(
-                run_id=run_id,
                 layout=self.layout,
                 engine=self.engine,
                 terms=self.terms,
-                prices=self.prices,
+                accounting=accounting,
                 repair=self.job.repair,
                 schema_in_prompt=self.job.output.schema_in_prompt,
                 is_constrained=self.job.output.constrain == "auto",
                 output_type=self.output_type,
-                provider=self.job.accounting.provider,
-                model=self.job.accounting.model,
-                tag_columns=self.job.accounting.tag_columns,
                 limits=SpendingLimits.of(self.job.limits, time.time()),
                 failures=self.job.failures,
                 reuse=self.reuse,
@@ -140,13 +137,7 @@ class CheckedJob:
                 self._described(),
                 self.output_type,
                 run_views(),
-                WasteTerms(
-                    run_id,
-                    self.prices,
-                    self.job.accounting.provider,
-                    self.job.accounting.model,
-                    self.job.accounting.tag_columns,
-                ),
+                accounting,
             ),
             has_ids=is_jsonl or self.job.input.id_column is not None,
             planned=planned,

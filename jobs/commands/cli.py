@@ -21,6 +21,10 @@ from typer.exceptions import TyperException
 from moebeam.jobs.commands import estimate_command, export_command, money_commands, output_commands, prices_command
 from moebeam.jobs.console.console import (
     Answer,
+    AsJson,
+    Debug,
+    Overrides,
+    Quiet,
     draining_signals,
     failure_answer,
     json_line,
@@ -29,7 +33,6 @@ from moebeam.jobs.console.console import (
     stderr_console,
 )
 from moebeam.jobs.console.summary import EXIT_WRONG_JOB, PIPELINE_THREAD
-from moebeam.jobs.console_options import AsJson, Debug, Overrides, Quiet
 from moebeam.schemas.errors import JobFileError
 
 # Rich keeps the line breaks of all paragraphs but the first: one line a paragraph lets it wrap to any width.

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moebeam.jobs.console.console import Answer, run_and_report
-from moebeam.jobs.console_options import AsJson, Debug, Overrides, Quiet
+from moebeam.jobs.console.console import Answer, AsJson, Debug, Overrides, Quiet, run_and_report
 from moebeam.schemas.errors import JobFileError
 
 _ESTIMATE_HELP = """Quote a job: rows, tokens, cache hits and cost by provider and hour, without asking a model.

@@ -10,8 +10,7 @@ import typer
 from rich.console import Console
 
 from moebeam.jobs.commands.output_commands import OutputPath, folder_of
-from moebeam.jobs.console.console import Answer, run_and_report
-from moebeam.jobs.console_options import AsJson, Debug, Quiet
+from moebeam.jobs.console.console import Answer, AsJson, Debug, Quiet, run_and_report
 
 _EXPORT_HELP = """Write a run's answers as the files of OpenAI's Batch API.
 

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moebeam.jobs.console.console import Answer, run_and_report
-from moebeam.jobs.console_options import AsJson, Debug, Quiet
+from moebeam.jobs.console.console import Answer, AsJson, Debug, Quiet, run_and_report
 from moebeam.schemas.errors import JobFileError, OutputError
 
 EXIT_DIFFERENT = 1

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moebeam.jobs.console.console import Answer, draining_signals, run_and_report
-from moebeam.jobs.console_options import AsJson, Debug, Overrides, Quiet
+from moebeam.jobs.console.console import Answer, AsJson, Debug, Overrides, Quiet, draining_signals, run_and_report
 from moebeam.schemas.errors import JobFileError
 
 _RESUME_HELP = """Go on with a run that was stopped, from its output folder alone.

@@ -7,8 +7,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from moebeam.jobs.console.console import Answer, run_and_report
-from moebeam.jobs.console_options import AsJson, Debug
+from moebeam.jobs.console.console import Answer, AsJson, Debug, run_and_report
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.prices import PriceLine
 from moebeam.transforms.money.price_book import PriceBook

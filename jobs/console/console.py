@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -23,6 +23,14 @@ from moebeam.jobs.console.summary import EXIT_FAILED, EXIT_STOPPED
 from moebeam.schemas.errors import JobError
 
 Answer = Mapping[str, object]
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as sampling.max_tokens=64. Repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON line on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no summary; errors are still shown.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the logs of all libraries.")]
 
 
 def run_and_report(work: Callable[[Console], tuple[int, Answer]], *, is_json: bool, is_debug: bool) -> NoReturn:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moebeam.jobs.run.progress import spell_money
+from moebeam.jobs.console.formats import format_money
 from moebeam.schemas.arrow import parquet_bytes
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.tables import MONEY
@@ -142,7 +142,7 @@ def _spelled(cell: Cell, column: Column) -> str:
     if cell is None:
         return "—" if column.kind != "text" else ""
     if isinstance(cell, Decimal):
-        return spell_money(cell, None)
+        return format_money(cell, None)
     if isinstance(cell, int):
         return f"{cell:,}"
     if isinstance(cell, float):

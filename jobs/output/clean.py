@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from moebeam.jobs.check.disk import spell_bytes
+from moebeam.jobs.console.formats import format_bytes
 from moebeam.jobs.output.run_record import RunRecord
 from moebeam.jobs.output.run_state import launchers_folder, modified_at, read_manifest, signs_of_life
 from moebeam.schemas.errors import OutputError
@@ -119,9 +119,9 @@ def print_cleaning(console: Console, plan: CleanPlan) -> None:
         console.print("nothing to remove", highlight=False)
     for removal in plan.removals:
         files = f"{len(removal.paths):,} file{'' if len(removal.paths) == 1 else 's'}"
-        console.print(f"{files}, {spell_bytes(removal.num_bytes)}: {removal.what}", markup=False, highlight=False)
+        console.print(f"{files}, {format_bytes(removal.num_bytes)}: {removal.what}", markup=False, highlight=False)
     if len(plan.removals) > 1:
-        console.print(f"{plan.num_files:,} files, {spell_bytes(plan.num_bytes)} in all", highlight=False)
+        console.print(f"{plan.num_files:,} files, {format_bytes(plan.num_bytes)} in all", highlight=False)
     for reason in plan.kept:
         console.print(f"kept: {reason}", soft_wrap=True, markup=False, highlight=False)
 

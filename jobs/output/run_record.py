@@ -46,39 +46,48 @@ class RetryOf:
 
 
 @dataclass(frozen=True, slots=True)
+class RunRequest:
+    """What a run was asked to do; each of its attempts is asked the same.
+
+    Attributes:
+        limit: answer only the first so many rows, as a trial.
+        retry_of: answer these rejects of an earlier run instead of the input.
+        reuse: take over what this earlier run answered.
+    """
+
+    job: Job
+    limit: int | None = None
+    retry_of: RetryOf | None = None
+    reuse: ReuseSource | None = None
+
+    def to_json(self, currency: str | None) -> dict[str, Json]:
+        """What `job.json` holds beside the identity; `currency` is that of the price that holds now, if any."""
+        return {
+            "job": self.job.model_dump(mode="json", by_alias=True),
+            "folder": self.job.folder,
+            "limit": self.limit,
+            "currency": currency,
+            "retry_of": asdict(self.retry_of) if self.retry_of is not None else None,
+            "reuse": asdict(self.reuse) if self.reuse is not None else None,
+            "product_version": version("moebeam"),
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """A run as its output folder describes it.
 
     Attributes:
         parts: the identity's digests by name.
-        job: as the last attempt read it, with this folder as its output.
-        limit: the trial's `--limit`.
+        request: with the job as the last attempt read it, and this folder as its output.
         currency: of the price that applied at the start; None without a price book.
     """
 
     layout: RunLayout
     parts: Mapping[str, str]
     run_id: str
-    job: Job
-    limit: int | None
+    request: RunRequest
     currency: str | None
-    retry_of: RetryOf | None
-    reuse: ReuseSource | None
-
-
-def describe_job(
-    job: Job, *, limit: int | None, currency: str | None, retry_of: RetryOf | None, reuse: ReuseSource | None = None
-) -> dict[str, Json]:
-    """What `job.json` holds beside the identity."""
-    return {
-        "job": job.model_dump(mode="json", by_alias=True),
-        "folder": job.folder,
-        "limit": limit,
-        "currency": currency,
-        "retry_of": asdict(retry_of) if retry_of is not None else None,
-        "reuse": asdict(reuse) if reuse is not None else None,
-        "product_version": version("moebeam"),
-    }
 
 
 def read_record(output: str) -> RunRecord:
@@ -108,11 +117,13 @@ def read_record(output: str) -> RunRecord:
             layout=layout,
             parts={str(name): str(part) for name, part in found["parts"].items()},
             run_id=str(found["fingerprint"])[:16],
-            job=job if found["folder"] is None else job.located(found["folder"]),
-            limit=found["limit"],
+            request=RunRequest(
+                job if found["folder"] is None else job.located(found["folder"]),
+                limit=found["limit"],
+                retry_of=retry and RetryOf(retry["output"], retry["run_id"], tuple(retry["kinds"])),
+                reuse=found.get("reuse") and ReuseSource(**found["reuse"]),
+            ),
             currency=found["currency"],
-            reuse=found.get("reuse") and ReuseSource(**found["reuse"]),
-            retry_of=retry and RetryOf(retry["output"], retry["run_id"], tuple(retry["kinds"])),
         )
     except ValidationError as error:
         raise OutputError(
@@ -156,7 +167,9 @@ class InputRecord:
     files: Mapping[str, str]
 
     @classmethod
-    def of(cls, section: InputSection, limit: int | None, scan: InputScan, files: Mapping[str, Json]) -> "InputRecord":
+    def from_scan(
+        cls, scan: InputScan, section: InputSection, limit: int | None, files: Mapping[str, Json]
+    ) -> "InputRecord":
         return cls(
             section=_digest(section),
             limit=limit,
@@ -194,7 +207,7 @@ def input_record_path(layout: RunLayout) -> str:
     return storage.join(layout.state, "input.json")
 
 
-def keep_input(layout: RunLayout, section: InputSection, limit: int | None, scan: InputScan, *, is_retry: bool) -> None:
+def keep_input(layout: RunLayout, request: RunRequest, scan: InputScan) -> None:
     """Keep what the scan found, unless it is kept already.
 
     Raises:
@@ -203,10 +216,11 @@ def keep_input(layout: RunLayout, section: InputSection, limit: int | None, scan
     """
     if read_input_record(layout) is not None:
         return
+    section, is_retry = request.job.input, request.retry_of is not None
     files = {} if is_retry else input_files(section)
     if not is_retry and files_fingerprint(files) != scan.fingerprint:
         raise InputPatternError(f"[input] path {section.path!r}: files changed while they were looked at; run again")
-    record = InputRecord.of(section, limit, scan, files)
+    record = InputRecord.from_scan(scan, section, request.limit, files)
     try:
         storage.write_whole(input_record_path(layout), RecordJson(InputRecord).encode(record))
     except OSError as error:
@@ -220,9 +234,7 @@ def read_input_record(layout: RunLayout) -> InputRecord | None:
     return None
 
 
-def kept_scan(
-    layout: RunLayout, section: InputSection, limit: int | None, retry_of: RetryOf | None
-) -> InputScan | None:
+def read_kept_scan(layout: RunLayout, request: RunRequest) -> InputScan | None:
     """The input's scan without reading it, for a run that has its plan; None where it has to be scanned.
 
     The files are listed, and must be those of the plan; a retry's rows come from its plan alone.
@@ -231,17 +243,17 @@ def kept_scan(
         InputPatternError: the files cannot be listed.
     """
     with contextlib.suppress(OSError):
-        record = read_input_record(layout)
-        if record is None or record.limit != limit or record.section != _digest(section):
+        record, section = read_input_record(layout), request.job.input
+        if record is None or record.limit != request.limit or record.section != _digest(section):
             return None
-        if retry_of is not None:
+        if request.retry_of is not None:
             return record.scan()
         if read_plan(layout) is not None and files_fingerprint(input_files(section)) == record.fingerprint:
             return record.scan()
     return None
 
 
-def changed_files(layout: RunLayout, section: InputSection) -> str:
+def describe_changed_files(layout: RunLayout, section: InputSection) -> str:
     """Which input files are not those of the run, in parentheses; empty where that cannot be told."""
     record = read_input_record(layout)
     if record is None or not record.files:
@@ -255,11 +267,11 @@ def changed_files(layout: RunLayout, section: InputSection) -> str:
         "missing": [path for path in record.files if path not in found],
         "new": [path for path in found if path not in record.files],
     }
-    told = [f"{name}: {_shown(paths)}" for name, paths in groups.items() if paths]
-    return f" ({'; '.join(told)})" if told else ""
+    differences = [f"{name}: {_format_names(paths)}" for name, paths in groups.items() if paths]
+    return f" ({'; '.join(differences)})" if differences else ""
 
 
-def _shown(paths: list[str]) -> str:
+def _format_names(paths: list[str]) -> str:
     names = ", ".join(path.rpartition("/")[2] for path in paths[:_NUM_SHOWN_FILES])
     more = len(paths) - _NUM_SHOWN_FILES
     return f"{names} and {more} more" if more > 0 else names

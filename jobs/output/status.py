@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.text import Text
 
 from moebeam.jobs.console.facts_table import facts_table
+from moebeam.jobs.console.formats import format_duration, format_money
 from moebeam.jobs.console.summary import json_value
 from moebeam.jobs.output.run_record import RunRecord, read_input_record
 from moebeam.jobs.output.run_state import SignsOfLife, Watch, read_manifest, signs_of_life
-from moebeam.jobs.run.progress import spell_duration, spell_money
 from moebeam.schemas.errors import OutputError
 from moebeam.transforms.durable.failure import Failure, read_failure
 from moebeam.transforms.durable.stop import ON_ERROR
@@ -162,15 +162,15 @@ def _lines(report: StatusReport) -> Iterator[tuple[str, str]]:
         yield "shards", f"{report.shards_done:,} of {report.shards_total:,}"
     cached = "" if report.cached_tokens is None else f", {report.cached_tokens:,} of them cache hits"
     yield "tokens", f"{report.prompt_tokens:,} prompt{cached}; {report.completion_tokens:,} output"
-    yield "cost", "unknown: no price" if report.cost is None else f"{spell_money(report.cost, report.currency)} so far"
+    yield "cost", "unknown: no price" if report.cost is None else f"{format_money(report.cost, report.currency)} so far"
     if report.cost_wasted:
-        yield "wasted", f"{spell_money(report.cost_wasted, report.currency)} of it, for answers that were not used"
+        yield "wasted", f"{format_money(report.cost_wasted, report.currency)} of it, for answers that were not used"
     if report.limits:
         yield "limits", ", ".join(f"{name} {value}" for name, value in report.limits.items())
     if report.workers:
         yield "at work", "; ".join(report.workers)
     elif report.state != "complete" and report.last_sign_s is not None:
-        yield "last sign", f"{spell_duration(report.last_sign_s)} ago"
+        yield "last sign", f"{format_duration(report.last_sign_s)} ago"
     if report.retry_note is not None:
         yield "retry", report.retry_note
     yield "output", report.output

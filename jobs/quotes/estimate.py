@@ -13,7 +13,6 @@ from moebeam.jobs.check.engine_config import provider_of
 from moebeam.jobs.check.preflight import CheckedJob, check_job
 from moebeam.jobs.prices.shipped import SHIPPED_BOOK
 from moebeam.jobs.quotes.earlier_run import EarlierRun
-from moebeam.model_runner.protocol import REMOTE_ENGINES
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import Job
@@ -205,7 +204,7 @@ def _candidates(
     """Provider, mode and cache rule of each offer: the job as it stands first, then the book's other providers."""
     engine = checked.engine
     own = checked.job.accounting.provider or provider_of(engine)
-    is_remote = engine.engine in REMOTE_ENGINES
+    is_remote = engine.options.is_remote
     rule = rule_of(own, engine.engine) if is_remote else rule_of("local", engine.engine)
     found: list[tuple[str, PriceMode, CacheRule, bool]] = [(own, "online", rule, True)]
     lines = [line for line in book.lines if line.model == model]

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from moebeam.jobs.console.facts_table import facts_table
+from moebeam.jobs.console.formats import format_duration, format_money
 from moebeam.jobs.quotes.estimate import Quote, QuotedOffer
-from moebeam.jobs.run.progress import spell_duration, spell_money
 from moebeam.transforms.quote.quote import CONFIDENCE, Forecast
 
 
@@ -22,8 +22,8 @@ def print_quote(console: Console, quote: Quote) -> None:
             console.print(Text(line, style="bold" if index == 0 else ""), soft_wrap=True)
     if quote.plan is not None:
         plan = quote.plan
-        took = "" if plan.offer.duration_s is None else f", done after {spell_duration(plan.offer.duration_s)}"
-        told = f"cheapest: {plan.offer.name}, start {_instant(plan.at)}{took}: {spell_money(plan.cost, plan.currency)}"
+        took = "" if plan.offer.duration_s is None else f", done after {format_duration(plan.offer.duration_s)}"
+        told = f"cheapest: {plan.offer.name}, start {_instant(plan.at)}{took}: {format_money(plan.cost, plan.currency)}"
         console.print(Text(told, style="bold"), soft_wrap=True)
     for note in quote.notes:
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
@@ -46,7 +46,7 @@ def _facts(quote: Quote) -> Iterator[tuple[str, str]]:
         yield "bounds", f"hold with a probability of {CONFIDENCE:.1%}"
     yield "prices", f"{quote.price_book}, a start at {_instant(quote.terms.at)}"
     if (duration_s := quote.own.offer.duration_s) is not None:
-        yield "time", f"{spell_duration(duration_s)} on one engine as fast as the earlier run's"
+        yield "time", f"{format_duration(duration_s)} on one engine as fast as the earlier run's"
     else:
         yield "time", "unknown; --like OUTPUT takes it from an earlier run with the same engine"
 
@@ -58,14 +58,14 @@ def _offer_lines(quoted: QuotedOffer) -> Iterator[str]:
         yield "  no price"
         return
     cost, currency = quoted.cost, quoted.currency
-    high = "unknown" if cost.high is None else spell_money(cost.high, currency)
+    high = "unknown" if cost.high is None else format_money(cost.high, currency)
     once = (
         ""
         if cost.high == cost.high_without_repair
-        else (f" ({spell_money(cost.high_without_repair, currency)} if no answer is asked for again)")
+        else (f" ({format_money(cost.high_without_repair, currency)} if no answer is asked for again)")
     )
     yield (
-        f"  expected {spell_money(cost.expected, currency)}, at least {spell_money(cost.low, currency)}, "
+        f"  expected {format_money(cost.expected, currency)}, at least {format_money(cost.low, currency)}, "
         f"at most {high}{once}"
     )
     num_tokens = sum(tier.prompt_tokens.expected for tier in quoted.offer.tiers)
@@ -84,7 +84,7 @@ def _spell_hours(hours: Sequence[tuple[datetime, Decimal | None]], currency: str
             continue
         at, cost = hours[first]
         end = (hours[index - 1][0].hour + 1) % 24
-        told.append(f"{at:%H}-{end:02d} {'no price' if cost is None else spell_money(cost, currency)}")
+        told.append(f"{at:%H}-{end:02d} {'no price' if cost is None else format_money(cost, currency)}")
         first = index
     return "; ".join(told)
 

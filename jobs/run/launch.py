@@ -157,7 +157,7 @@ def _plan_of(checked: CheckedJob) -> PlanRecord | None:
         checked.retry_of,
         checked.job,
         parts=checked.identity.parts,
-        encoder=load_encoder(engine.path, engine.encoding, engine.name),
+        encoder=load_encoder(engine.path, engine.options.encoding, engine.name),
     )
 
 

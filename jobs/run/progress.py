@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from decimal import Decimal
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from moebeam.jobs.console.facts_table import facts_table
+from moebeam.jobs.console.formats import format_duckdb_command, format_duration, format_money
 from moebeam.jobs.console.summary import EXIT_DONE, EXIT_STOPPED, LIMITS, CheckReport, ProgressSnapshot, RunSummary
 
 ShowSnapshot = Callable[[ProgressSnapshot], None]
@@ -138,9 +138,9 @@ def _details(snapshot: ProgressSnapshot, rates: Rates) -> Iterator[str]:
     if snapshot.prompt_tokens:
         yield f"{snapshot.cached_tokens / snapshot.prompt_tokens:.1%} cache hits"
     if snapshot.cost is not None:
-        yield f"{spell_money(snapshot.cost, snapshot.currency)} so far"
+        yield f"{format_money(snapshot.cost, snapshot.currency)} so far"
     if rates.eta_s:
-        yield f"ETA {spell_duration(rates.eta_s)}"
+        yield f"ETA {format_duration(rates.eta_s)}"
 
 
 def print_summary(console: Console, summary: RunSummary) -> None:
@@ -162,7 +162,7 @@ def _headline(summary: RunSummary) -> str:
         return "a job template is written; nothing was run, nothing was paid"
     if summary.exit_code == EXIT_STOPPED:
         return "stopped before the end; nothing is lost"
-    done = f"done in {spell_duration(summary.elapsed_s)}"
+    done = f"done in {format_duration(summary.elapsed_s)}"
     if summary.exit_code == EXIT_DONE:
         return done
     excess = "unreadable input" if summary.num_unreadable else "more rejects than the job allows"
@@ -182,7 +182,7 @@ def _summary_lines(summary: RunSummary) -> Iterator[tuple[str, str]]:
     if summary.num_reused:
         yield "reused", f"{summary.num_reused:,} of the results, answered by an earlier run"
     if summary.cost_wasted:
-        yield "wasted", f"{spell_money(summary.cost_wasted, summary.currency)} beside it, for answers not used"
+        yield "wasted", f"{format_money(summary.cost_wasted, summary.currency)} beside it, for answers not used"
     if summary.num_lost_calls:
         yield "lost calls", _spell_lost(summary)
     if summary.message:
@@ -191,7 +191,7 @@ def _summary_lines(summary: RunSummary) -> Iterator[tuple[str, str]]:
 
 def _spell_lost(summary: RunSummary) -> str:
     most = summary.lost_cost_at_most
-    billed = "" if most is None else f", at most {spell_money(most, summary.currency)}"
+    billed = "" if most is None else f", at most {format_money(most, summary.currency)}"
     return f"{summary.num_lost_calls:,} ended without a usage; the provider may bill them beside it{billed}"
 
 
@@ -220,11 +220,11 @@ def _spell_cost(summary: RunSummary) -> str:
             return "none, nothing was asked"
         return "unknown: the job names no price book" if summary.price_book is None else "unknown: no price applies"
     bound = "at most " if summary.cost_basis == "upper_bound" else ""
-    cost = f"{bound}{spell_money(summary.cost, summary.currency)}"
+    cost = f"{bound}{format_money(summary.cost, summary.currency)}"
     num_rows = summary.num_results + summary.num_rejects
     if num_rows == 0:
         return cost
-    return f"{cost}, {spell_money(summary.cost * 1000 / num_rows, summary.currency)} per 1,000 rows"
+    return f"{cost}, {format_money(summary.cost * 1000 / num_rows, summary.currency)} per 1,000 rows"
 
 
 def _next_steps(summary: RunSummary) -> Iterator[str]:
@@ -238,15 +238,7 @@ def _next_steps(summary: RunSummary) -> Iterator[str]:
     results = "SELECT custom_id, output_json, cost FROM '{}' LIMIT 5"
     rejects = "SELECT error_type, count(*) FROM '{}' GROUP BY ALL"
     query, name = (results, "results") if summary.num_results or not summary.num_rejects else (rejects, "rejects")
-    yield f"Try:    {duckdb_command(query, f'{summary.output}/{name}/*.parquet')}"
-
-
-def duckdb_command(query: str, path: str) -> str:
-    """A shell line that runs a query over a path, which stands for `{}` in it; both levels of quoting are kept."""
-    sql = query.format(path.replace("'", "''"))
-    for special in ("\\", '"', "$", "`"):
-        sql = sql.replace(special, f"\\{special}")
-    return f'duckdb -c "{sql}"'
+    yield f"Try:    {format_duckdb_command(query, f'{summary.output}/{name}/*.parquet')}"
 
 
 def print_report(console: Console, report: CheckReport) -> None:
@@ -268,20 +260,3 @@ def _report_lines(report: CheckReport) -> Iterator[tuple[str, str]]:
         yield "output", report.output_type
     yield "price", report.price or "none: costs will be null"
     yield "tables", report.output
-
-
-def spell_money(amount: Decimal, currency: str | None) -> str:
-    """An amount to two digits, small ones to three significant digits; the tables hold the exact value."""
-    # adjusted() is the exponent of the first digit that is not zero.
-    num_digits = 2 if amount == 0 or abs(amount) >= 1 else 2 - amount.adjusted()
-    text = f"{amount:,.{num_digits}f}"
-    return f"{text} {currency}" if currency else text
-
-
-def spell_duration(seconds: float) -> str:
-    if seconds < 59.5:
-        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    minutes, second = divmod(whole, 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02} min"

@@ -13,7 +13,7 @@ from typing import Any
 
 from moebeam.model_runner.engine_process.child import serve
 from moebeam.model_runner.engine_process.isolated_runner import IsolatedRunner
-from moebeam.model_runner.protocol import SELF_HEALING_ENGINES, EngineConfig, ModelRunner, load_runner
+from moebeam.model_runner.protocol import EngineConfig, ModelRunner, load_runner
 
 GRACE_S = 5.0
 """How long an engine that nobody holds waits for the next worker."""
@@ -58,7 +58,7 @@ class _HostEngine:
     def _load(self, config: EngineConfig) -> ModelRunner:
         with self._lock:
             if self._loaded is None:
-                is_healing = config.engine in SELF_HEALING_ENGINES
+                is_healing = config.options.is_self_healing
                 self._loaded = (
                     load_runner(config) if is_healing else IsolatedRunner(config, max_silence_s=self._max_silence_s)
                 )

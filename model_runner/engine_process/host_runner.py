@@ -2,7 +2,7 @@
 
 Stands inside the *answer* stage where `[failures] engine_process` is `host`. The first worker that needs the engine
 starts `model_runner/engine_process/host_engine.py`, the others find it there; it ends some seconds after the last of
-them. In it the engine has a process of its own again (`isolated_runner.py`), which sees to rows that kill it.
+them. It runs the engine in a further process (`isolated_runner.py`), so that a row that kills it costs that row alone.
 
 Beam's own `MultiProcessShared` is not used: its server dies with the worker that started it, takes orders from anybody
 on the host who knows its fixed password, and hands out no iterators.
@@ -12,7 +12,6 @@ import hashlib
 import logging
 import subprocess
 import threading
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from multiprocessing.connection import Client, Connection
@@ -23,17 +22,18 @@ from filelock import FileLock
 
 from moebeam.model_runner.engine_process.child import engine_command, engine_environment
 from moebeam.model_runner.engine_process.engine_link import Calling, EngineLink
+from moebeam.model_runner.engine_process.supervisor import Supervisor
 from moebeam.model_runner.host_folder import host_folder
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.records import Completion, Request
 
-MAX_DEATHS = 3
+MAX_EXITS = 3
 """Times that the host's process may end under one call; rows that kill the engine do not end it."""
 
 _MAX_TRIES = 5
 
-_log = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 
 
 class HostRunner:
@@ -48,65 +48,49 @@ class HostRunner:
             EngineLoadError: the engine cannot be loaded.
         """
         self.config = config
-        self._max_silence_s = max_silence_s
-        self._lock = threading.Lock()
-        self._links: list[EngineLink] = []
-        self._finalizer = weakref.finalize(self, _close_all, self._links)
-        self._link()
+        self._supervisor: Supervisor[EngineLink] = Supervisor(lambda _: _connect(config, max_silence_s))
 
     def close(self) -> None:
         """Let go of the engine; it ends when nobody holds it."""
-        self._finalizer()
+        self._supervisor.close()
 
     def counters(self) -> Mapping[str, float]:
         """As `CountingRunner.counters`, of the engine: the work of all processes that share it."""
-        return self._links[-1].counters
+        return self._supervisor.last.counters
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests as the engine does.
 
         Raises:
-            EngineLoadError: the process that holds it ended `MAX_DEATHS` times.
+            EngineLoadError: the process that holds it ended `MAX_EXITS` times.
         """
         source = iter(requests)
-        for _ in range(MAX_DEATHS):
+        for _ in range(MAX_EXITS):
             calling = Calling()
-            death = yield from self._link().answers(source, calling)
-            if death is None:
+            if (yield from self._supervisor.running().answers(source, calling)) is None:
                 return
-            _log.warning("the engine that this host shares ended; it is started again")
+            _LOGGER.warning("the engine that this host shares ended; it is started again")
             source = chain(list(calling.in_flight.values()), source)
-        raise EngineLoadError(f"the process that holds engine {self.config.engine!r} for this host ended {MAX_DEATHS}x")
-
-    def _link(self) -> EngineLink:
-        with self._lock:
-            if not self._finalizer.alive:
-                raise EngineLoadError("the engine was closed; load it again")
-            if not self._links or not self._links[-1].is_alive:
-                self._links[:] = [_linked(self.config, self._max_silence_s)]
-            return self._links[-1]
+        raise EngineLoadError(f"the process that holds engine {self.config.engine!r} for this host ended {MAX_EXITS}x")
 
 
-def _linked(config: EngineConfig, max_silence_s: float | None) -> EngineLink:
+def _connect(config: EngineConfig, max_silence_s: float | None) -> EngineLink:
     """A connection to the host's engine, which is started if there is none."""
-    told = repr((config, max_silence_s))
     folder = host_folder() / "engines"
     folder.mkdir(exist_ok=True)
-    address = folder / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.socket"
+    address = folder / f"{hashlib.sha256(repr((config, max_silence_s)).encode()).hexdigest()[:24]}.socket"
     for _ in range(_MAX_TRIES):
         try:
-            link = EngineLink(_connected(address, max_silence_s), lambda: ("the host's process ended", False))
-            link.load(config)
-            return link
+            return EngineLink(_open_socket(address, max_silence_s), config)
         except (OSError, EOFError) as error:
-            # It may have been about to end, as nobody had held it.
-            _log.debug("%s: %s", address, error)
+            # The process was about to end, as nobody held it.
+            _LOGGER.debug("%s: %s", address, error)
     raise EngineLoadError(
         f"the process that is to hold engine {config.engine!r} for this host does not live: {address}"
     )
 
 
-def _connected(address: Path, max_silence_s: float | None) -> "Connection[Any, Any]":
+def _open_socket(address: Path, max_silence_s: float | None) -> "Connection[Any, Any]":
     with FileLock(f"{address}.lock"):
         try:
             return _client(address)
@@ -137,8 +121,3 @@ def _start(address: Path, max_silence_s: float | None) -> None:
             raise ConnectionRefusedError(f"the host's process ended with status {process.wait()} before it listened")
     # Whoever started it may end before it does.
     threading.Thread(target=process.wait, daemon=True).start()
-
-
-def _close_all(links: list[EngineLink]) -> None:
-    for link in links:
-        link.close()

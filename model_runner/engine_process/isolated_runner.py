@@ -12,7 +12,6 @@ import logging
 import socket
 import subprocess
 import threading
-import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -20,81 +19,22 @@ from queue import Empty
 from typing import Any
 
 from moebeam.model_runner.engine_process.child import engine_command, engine_environment
-from moebeam.model_runner.engine_process.engine_link import Calling, EngineExit, EngineLink, Messages
-from moebeam.model_runner.engine_process.process_log import ProcessLog
-from moebeam.model_runner.protocol import EngineConfig, add_counters
-from moebeam.schemas.errors import EngineCrashed, EngineLoadError, EngineTimeout, MoebeamError, RowError
+from moebeam.model_runner.engine_process.engine_link import Calling, EngineLink, Messages
+from moebeam.model_runner.engine_process.process_link import EngineExit, start_process
+from moebeam.model_runner.engine_process.supervisor import Supervisor
+from moebeam.model_runner.protocol import EngineConfig
+from moebeam.schemas.errors import EngineCrashed, EngineLoadError, EngineTimeout, RowError
 from moebeam.schemas.records import Completion, Request
 
-MAX_DEATHS_ALONE = 2
-"""Deaths over a request that was alone, after which it fails: one may have been somebody else's doing."""
+MAX_EXITS_ALONE = 2
+"""Exits over a request that was alone, after which it fails: one may have been somebody else's doing."""
 
 MAX_FRUITLESS_RESTARTS = 24
-"""Deaths in a row without an answer: halving the largest window down to one request takes fewer."""
+"""Exits in a row without an answer: halving the largest window down to one request takes fewer."""
 
-SHUTDOWN_TIMEOUT_S = 5.0
-_NUM_LOG_LINES = 40
-_LOOK_S = 1.0
+_POLL_S = 1.0
 
 _LOGGER = logging.getLogger(__name__)
-
-
-class _EngineProcess:
-    """One engine, loaded, in a process that ends with this object."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        """Start the process and wait until its engine is loaded.
-
-        Raises:
-            EngineLoadError: the engine cannot be loaded, or died while it was.
-        """
-        self._is_silence = False
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._popen = subprocess.Popen(
-                engine_command("moebeam.model_runner.engine_process.child", str(theirs.fileno())),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=(theirs.fileno(),),
-                env=engine_environment(),
-                start_new_session=True,  # Ctrl-C is the launcher's to handle
-            )
-        assert self._popen.stderr is not None
-        self._log = ProcessLog(self._popen.stderr, _LOGGER, max_lines=_NUM_LOG_LINES)
-        self.link = EngineLink(Connection(ours.detach()), self._cause_of_death)
-        try:
-            self.link.load(config)
-        except (OSError, EOFError):
-            raise EngineLoadError(f"the engine's process died while it loaded: {self._cause_of_death()[0]}") from None
-        except MoebeamError:
-            self._popen.wait()
-            raise
-
-    def kill_if_silent(self, max_silence_s: float) -> None:
-        """End the process if it has neither answered nor counted anything for so long while it had calls."""
-        if self.link.silence_s > max_silence_s:
-            self._is_silence = True
-            self._popen.kill()
-
-    def close(self) -> None:
-        """End the process: by the end of its socket, then by force."""
-        if not self.link.close():
-            return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._popen.wait(SHUTDOWN_TIMEOUT_S)
-            return
-        self._popen.kill()
-        self._popen.wait()
-
-    def _cause_of_death(self) -> tuple[str, bool]:
-        code = self._popen.wait()
-        self._log.wait(timeout_s=1.0)
-        if self._is_silence:
-            return "it was ended because it had been silent for too long", True
-        how = f"signal {-code}" if code < 0 else f"exit status {code}"
-        told = [line for line in self._log if "Error" in line or line.startswith("Fatal")]
-        return "; ".join([f"its process ended with {how}", *told[-2:]]), False
 
 
 @dataclass(slots=True)
@@ -102,7 +42,7 @@ class _Group:
     """Requests that are asked in one call of the engine, and how often it died over them when they were one."""
 
     requests: Sequence[Request]
-    num_deaths: int = 0
+    num_exits: int = 0
 
 
 class _Turns:
@@ -153,22 +93,18 @@ class IsolatedRunner:
         """
         self.config = config
         self._max_silence_s = max_silence_s
-        self._lock = threading.Lock()  # over the processes and what dead ones counted
-        self._num_barren_deaths = 0
-        self._counted: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._num_fruitless_restarts = 0
         self._turns = _Turns()
-        self._processes: list[_EngineProcess] = []
-        self._finalizer = weakref.finalize(self, _close_all, self._processes)
-        self._process()
+        self._supervisor: Supervisor[EngineLink] = Supervisor(lambda last: _start(config, last))
 
     def close(self) -> None:
         """End the engine now; nothing can be answered afterwards."""
-        self._finalizer()
+        self._supervisor.close()
 
     def counters(self) -> Mapping[str, float]:
-        """As `CountingRunner.counters`, over all processes so far; what a dead one did last may be missing."""
-        with self._lock:
-            return add_counters(self._counted, self._processes[-1].link.counters)
+        """As `CountingRunner.counters`, over all processes so far."""
+        return self._supervisor.last.counters
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests as the engine does; those that it dies over, alone and twice, fail.
@@ -181,9 +117,9 @@ class IsolatedRunner:
         calling = Calling()
         while not calling.is_exhausted:
             calling = Calling()
-            death = yield from self._call(source, calling, is_suspect=False)
-            if death is not None:
-                self._record_exit(death, calling.has_answered)
+            engine_exit = yield from self._call(source, calling, is_suspect=False)
+            if engine_exit is not None:
+                self._record_exit(engine_exit, calling.has_answered)
                 with self._turns.search():
                     yield from self._searched(list(calling.in_flight.values()))
 
@@ -194,60 +130,49 @@ class IsolatedRunner:
             group = groups.pop()
             taken = Calling()
             answered: set[str] = set()
-            death = yield from _noting(self._call(iter(group.requests), taken, is_suspect=True), answered)
-            if death is None:
+            engine_exit = yield from _noting(self._call(iter(group.requests), taken, is_suspect=True), answered)
+            if engine_exit is None:
                 continue
-            self._record_exit(death, taken.has_answered)
+            self._record_exit(engine_exit, taken.has_answered)
             left = [request for request in group.requests if request.request_id not in answered]
             if len(group.requests) > 1:
                 groups += _halves(left)
-            elif group.num_deaths + 1 >= MAX_DEATHS_ALONE:
-                yield self._failed(group.requests[0], death)
+            elif group.num_exits + 1 >= MAX_EXITS_ALONE:
+                yield self._failed(group.requests[0], engine_exit)
             else:
-                groups.append(_Group(group.requests, group.num_deaths + 1))
+                groups.append(_Group(group.requests, group.num_exits + 1))
 
     def _call(
         self, source: Iterator[Request], calling: Calling, *, is_suspect: bool
     ) -> Generator[Completion, None, EngineExit | None]:
         """One call of the engine; how it died, if it did. That of a suspect has the engine for itself."""
         with self._turns.taken(is_suspect=is_suspect):
-            process = self._process()
-            return (yield from process.link.answers(source, calling, lambda messages: self._next(process, messages)))
+            link = self._supervisor.running()
+            return (yield from link.answers(source, calling, lambda messages: self._next_message(link, messages)))
 
-    def _next(self, process: _EngineProcess, messages: Messages) -> tuple[Any, ...] | EngineExit:
+    def _next_message(self, link: EngineLink, messages: Messages) -> tuple[Any, ...] | EngineExit:
         if self._max_silence_s is None:
             return messages.get()
         while True:
             with contextlib.suppress(Empty):
-                return messages.get(timeout=min(_LOOK_S, self._max_silence_s / 4))
-            process.kill_if_silent(self._max_silence_s)
+                return messages.get(timeout=min(_POLL_S, self._max_silence_s / 4))
+            link.kill_if_silent(self._max_silence_s)
 
-    def _process(self) -> _EngineProcess:
-        """The living process; another is started if the last one died."""
+    def _record_exit(self, engine_exit: EngineExit, has_answered: bool) -> None:
+        _LOGGER.warning("the engine %r died: %s; it is started again", self.config.engine, engine_exit.cause)
         with self._lock:
-            if not self._finalizer.alive:
-                raise EngineLoadError("the engine was closed; load it again")
-            if not self._processes or not self._processes[-1].link.is_alive:
-                if self._processes:
-                    self._counted = add_counters(self._counted, self._processes[-1].link.counters)
-                self._processes[:] = [_EngineProcess(self.config)]
-            return self._processes[-1]
-
-    def _record_exit(self, death: EngineExit, has_answered: bool) -> None:
-        _LOGGER.warning("the engine %r died: %s; it is started again", self.config.engine, death.cause)
-        with self._lock:
-            self._num_barren_deaths = 0 if has_answered else self._num_barren_deaths + 1
-            if self._num_barren_deaths >= MAX_FRUITLESS_RESTARTS:
+            self._num_fruitless_restarts = 0 if has_answered else self._num_fruitless_restarts + 1
+            if self._num_fruitless_restarts >= MAX_FRUITLESS_RESTARTS:
                 raise EngineLoadError(
-                    f"engine {self.config.engine!r} died {self._num_barren_deaths} times without an answer: "
-                    f"{death.cause}"
+                    f"engine {self.config.engine!r} died {self._num_fruitless_restarts} times without an answer: "
+                    f"{engine_exit.cause}"
                 )
 
-    def _failed(self, request: Request, death: EngineExit) -> Completion:
+    def _failed(self, request: Request, engine_exit: EngineExit) -> Completion:
         error: RowError = (
             EngineTimeout(f"the engine was silent for more than {self._max_silence_s:g} s over this request alone")
-            if death.is_silence
-            else EngineCrashed(f"the engine dies over this request: {death.cause}")
+            if engine_exit.is_silence
+            else EngineCrashed(f"the engine dies over this request: {engine_exit.cause}")
         )
         return Completion.failed(
             request.request_id,
@@ -276,6 +201,22 @@ def _halves(requests: Sequence[Request]) -> list[_Group]:
     return [_Group(half) for half in (requests[middle:], requests[:middle]) if half]
 
 
-def _close_all(processes: Iterable[_EngineProcess]) -> None:
-    for process in processes:
-        process.close()
+def _start(config: EngineConfig, last: EngineLink | None) -> EngineLink:
+    """Start a process and wait until its engine is loaded.
+
+    Raises:
+        EngineLoadError: the engine cannot be loaded, or its process ended while it was.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        popen = start_process(
+            engine_command("moebeam.model_runner.engine_process.child", str(theirs.fileno())),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(),),
+            env=engine_environment(),
+        )
+    try:
+        return EngineLink(Connection(ours.detach()), config, popen, last.counters if last is not None else None)
+    except EOFError as error:
+        raise EngineLoadError(f"the engine's process died while it loaded: {error}") from None

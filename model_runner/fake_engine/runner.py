@@ -27,6 +27,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
+from moebeam.model_runner.fake_engine.options import FakeOptions
 from moebeam.model_runner.prefix_tree import common_prefix_length
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.canonical import canonical_json
@@ -242,7 +243,8 @@ def load_fake_runner(config: EngineConfig) -> FakeRunner:
     Raises:
         EngineLoadError: script or tokenizer cannot be read; names the file and the field.
     """
-    script = Script() if config.script is None else _read_script(config.script)
+    options = config.options_as(FakeOptions)
+    script = Script() if options.script is None else _read_script(options.script)
     return FakeRunner(config, script, PromptEncoder.load(config.path) if config.path else None)
 
 

@@ -15,6 +15,7 @@ from openai.types import Batch
 from moebeam.model_runner.openai_engine.batch_lines import BatchWindow, outcomes, problems_of, request_line
 from moebeam.model_runner.openai_engine.batch_service import BatchService
 from moebeam.model_runner.openai_engine.failures import redacted
+from moebeam.model_runner.openai_engine.options import OpenAIOptions
 from moebeam.model_runner.openai_engine.responses import Answer
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.errors import EngineLoadError, EngineUnavailable, MalformedResponse, RowError
@@ -62,7 +63,7 @@ class BatchRunner:
         profile = self.service.spec.profile
         if not profile.has_batches:
             raise EngineLoadError(f"model.mode: expected a provider with batches, found {profile.name}")
-        if self.config.fallbacks:
+        if self.config.options_as(OpenAIOptions).fallbacks:
             raise EngineLoadError("model.fallbacks: expected none in batch mode, whose batches lie at one provider")
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:

@@ -23,9 +23,10 @@ from moebeam.model_runner.openai_engine.batch_service import BatchService
 from moebeam.model_runner.openai_engine.endpoint import Arrived, Endpoint, EndpointSpec, RetryPolicy
 from moebeam.model_runner.openai_engine.event_loop import BackgroundLoop
 from moebeam.model_runner.openai_engine.failures import CallFailure
+from moebeam.model_runner.openai_engine.options import FallbackSection, OpenAIOptions, RemoteMode
 from moebeam.model_runner.openai_engine.prefix_gate import PrefixGate, WarmPrefixes
 from moebeam.model_runner.openai_engine.profiles import profile_of
-from moebeam.model_runner.protocol import EngineConfig, Fallback, RemoteMode
+from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.errors import EngineLoadError, EngineUnavailable, RowError
 from moebeam.schemas.records import Completion, LostCall, Request
 
@@ -243,32 +244,30 @@ def load_openai_runner(config: EngineConfig, patience: RetryPolicy | None = None
     Raises:
         EngineLoadError: a provider is unknown, or its address or its key is missing; names the field or the variable.
     """
-    first = Fallback(
-        provider=config.provider or "",
+    options = config.options_as(OpenAIOptions)
+    first = FallbackSection.model_construct(
+        provider=options.provider or "",
         name=config.name,
-        base_url=config.base_url,
-        api_key_variable=config.api_key_variable,
-        max_concurrency=config.max_concurrency,
+        base_url=options.base_url,
+        api_key_variable=options.api_key_variable,
+        max_concurrency=options.max_concurrency,
     )
-    if config.mode == "batch":
-        service = BatchService(_spec(config, first, "model"), _secret(first, "model"))
+    if options.is_batch:
+        service = BatchService(_spec(config, options, first, "model"), _secret(first, "model"))
         return BatchRunner(config, service, config.run_id)
-    return OpenAIRunner(
-        config,
-        [_endpoint(config, wanted, where, patience) for where, wanted in _named((first, *config.fallbacks))],
-    )
+    endpoints = [
+        Endpoint(_spec(config, options, wanted, where), _secret(wanted, where), patience)
+        for where, wanted in _named((first, *options.fallbacks))
+    ]
+    return OpenAIRunner(config, endpoints)
 
 
-def _named(wanted: Sequence[Fallback]) -> Iterator[tuple[str, Fallback]]:
+def _named(wanted: Sequence[FallbackSection]) -> Iterator[tuple[str, FallbackSection]]:
     for position, one in enumerate(wanted):
         yield (f"fallbacks[{position - 1}]" if position else "model", one)
 
 
-def _endpoint(config: EngineConfig, wanted: Fallback, where: str, patience: RetryPolicy | None) -> Endpoint:
-    return Endpoint(_spec(config, wanted, where), _secret(wanted, where), patience)
-
-
-def _spec(config: EngineConfig, wanted: Fallback, where: str) -> EndpointSpec:
+def _spec(config: EngineConfig, options: OpenAIOptions, wanted: FallbackSection, where: str) -> EndpointSpec:
     """Where and how one provider is asked; raises as `load_openai_runner` does."""
     profile = profile_of(wanted.provider or None)
     base_url = wanted.base_url or profile.base_url
@@ -285,14 +284,14 @@ def _spec(config: EngineConfig, wanted: Fallback, where: str) -> EndpointSpec:
         model=model,
         base_url=base_url,
         max_concurrency=wanted.max_concurrency or profile.concurrency_for(model),
-        timeout_s=config.timeout_s or profile.timeout_s,
-        is_stream=_is_stream(config.mode, profile.mode),
-        max_retries=config.max_retries,
+        timeout_s=options.timeout_s or profile.timeout_s,
+        is_stream=_is_stream(options.mode, profile.mode),
+        max_retries=options.max_retries,
         run_id=config.run_id,
     )
 
 
-def _secret(wanted: Fallback, where: str) -> str:
+def _secret(wanted: FallbackSection, where: str) -> str:
     """The key, from the environment; empty where the endpoint may be asked without one."""
     profile = profile_of(wanted.provider or None)
     if wanted.api_key_variable is None and not wanted.provider and wanted.base_url is not None:

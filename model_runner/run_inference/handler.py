@@ -11,7 +11,7 @@ from typing import Any
 from apache_beam.ml.inference.base import ModelHandler
 
 from moebeam.model_runner.checkpoint.model_store import local_checkpoint
-from moebeam.model_runner.protocol import WEIGHTLESS_ENGINES, EngineConfig, ModelRunner, load_runner
+from moebeam.model_runner.protocol import EngineConfig, ModelRunner, load_runner
 from moebeam.schemas.errors import EngineContractError
 from moebeam.schemas.records import Completion, Request
 
@@ -77,7 +77,7 @@ class MoebeamModelHandler(ModelHandler[Request, Completion, LoadedEngine]):
             EngineLoadError: the engine or its model cannot be loaded, or the checkpoint is not of that revision.
         """
         config = self._config
-        if config.engine not in WEIGHTLESS_ENGINES:
+        if config.options.has_weights:
             config = dataclasses.replace(config, path=local_checkpoint(config.path, config.revision))
         return LoadedEngine(load_runner(config))
 

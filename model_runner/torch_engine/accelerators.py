@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from moebeam.model_runner.host_folder import host_folder
 from moebeam.schemas.errors import EngineLoadError
 
-_log = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +38,14 @@ def pick_device(name: str) -> Device:
     """
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return Device(torch.device("cpu")) if found is None else _unclaimed(found.type)
+        return Device(torch.device("cpu")) if found is None else _claim_free_device(found.type)
     try:
         return Device(torch.device(name))
     except RuntimeError as error:
         raise EngineLoadError(f"expected `auto` or a torch device, found {name!r}: {error}") from error
 
 
-def _unclaimed(kind: str) -> Device:
+def _claim_free_device(kind: str) -> Device:
     num_devices = torch.accelerator.device_count()
     if num_devices <= 1:
         return Device(torch.device(kind))
@@ -57,7 +57,7 @@ def _unclaimed(kind: str) -> Device:
             claim.acquire(timeout=0)
             return Device(torch.device(kind, index), claim)
     index = os.getpid() % num_devices
-    _log.warning(
+    _LOGGER.warning(
         "all %d devices of kind %s are taken by engines of this host; sharing %s:%d", num_devices, kind, kind, index
     )
     return Device(torch.device(kind, index))

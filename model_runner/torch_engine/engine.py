@@ -1,31 +1,35 @@
-"""The torch engine at the level of tokens: plan -> extend -> sample -> retire.
+"""The torch engine, from token ids to token ids. A step is plan -> extend -> sample -> retire.
 
-`model_runner/torch_engine/runner.py` puts texts around it. Architectures stand behind `Architecture`; policy is in
-`schedule.py`, memory in `cache.py`.
+    plan    `schedule/`  which prompts run, and which of their tokens go through the model now
+    extend  `models/`    the forward pass, over the keys and states of `memory/`
+    sample  `sampler.py` one token for each row with logits
+    retire  `schedule/`  tokens join their answers; finished prompts leave and free their memory
+
+`runner.py` turns requests into prompts and answers into texts.
 """
 
 import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from moebeam.model_runner.checkpoint.prompt_limits import why_not_runnable
 from moebeam.model_runner.grammar.constraint import MaskFiller
 from moebeam.model_runner.torch_engine.accelerators import pick_device
+from moebeam.model_runner.torch_engine.counters import EngineCounters
 from moebeam.model_runner.torch_engine.memory.cache import Cache
-from moebeam.model_runner.torch_engine.memory.reading import commit_entries
 from moebeam.model_runner.torch_engine.models.architecture import Architecture, build_architecture, place_step
 from moebeam.model_runner.torch_engine.sampler import Draw, Drawn, sample
 from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node
-from moebeam.model_runner.torch_engine.schedule.schedule import Running, Schedule, Step
+from moebeam.model_runner.torch_engine.schedule.running import Running
+from moebeam.model_runner.torch_engine.schedule.schedule import Schedule
 from moebeam.model_runner.torch_engine.schedule.sequences import Finished, Prompt
+from moebeam.model_runner.torch_engine.schedule.steps import Step
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import (
     Placement,
@@ -45,41 +49,6 @@ MAX_TOUCHED_BYTES = 3 << 29
 NUM_PROBED_TOKENS = 4
 _LOGGER = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(slots=True)
-class EngineCounters:
-    """What an engine has done since it was loaded.
-
-    Attributes:
-        num_tree_tokens: T, tokens of the prefix trees of all windows.
-        num_computed_prefill_tokens: prompt tokens that went through the first layer.
-        num_decode_tokens: tokens of answers that did.
-        num_uncomputed_answer_tokens: tokens of answers that did not: the last of each, and what a constraint had forced
-            right before the end.
-        num_preemptions: how often a prompt gave its memory back.
-        num_failed_steps: steps that broke off, most for want of memory, and were done again in halves.
-        flops: of products with weights; attention and head are not counted.
-        peak_cache_bytes, peak_expanded_bytes: most memory held by live nodes, and by expanded copies.
-        seconds: by phase: plan, extend, sample, retire.
-    """
-
-    num_prompts: int = 0
-    num_prompt_tokens: int = 0
-    num_tree_tokens: int = 0
-    num_computed_prefill_tokens: int = 0
-    num_decode_tokens: int = 0
-    num_uncomputed_answer_tokens: int = 0
-    num_steps: int = 0
-    num_preemptions: int = 0
-    num_failed_steps: int = 0
-    flops: float = 0.0
-    peak_cache_bytes: int = 0
-    peak_live_bytes: int = 0
-    peak_expanded_bytes: int = 0
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("plan", "extend", "sample", "retire"), 0.0)
-    )
 
 
 class TorchEngine:
@@ -131,17 +100,19 @@ class TorchEngine:
         Raises:
             EngineLoadError: the checkpoint cannot be read or is not one that the engine knows.
         """
+        from transformers import AutoConfig  # takes seconds to import
+
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EngineLoadError(
                 f"{path}: expected a config.json of a known model, found: {type(error).__name__}: {error}"
             ) from error
-        chosen = _dtype_of(dtype, config.dtype)
+        parsed_dtype = _parse_dtype(dtype, config.dtype)
         taken = pick_device(device)
-        placement = Placement(taken.device, chosen)
+        placement = Placement(taken.device, parsed_dtype)
         keep_freed_memory(placement.device)
-        weights = CheckpointWeights.open(path, str(config.model_type), chosen)
+        weights = CheckpointWeights.open(path, str(config.model_type), parsed_dtype)
         with torch.inference_mode():
             model = build_architecture(config, weights, placement)
         engine = cls(
@@ -169,7 +140,7 @@ class TorchEngine:
         for num in (1, all_threads, 1, all_threads):
             self.num_threads = num
             started = time.perf_counter()
-            for _ in self.run(_probes(min(self.batch_size, NUM_PROBES), self.model.vocab_size)):
+            for _ in self.run(_make_probes(min(self.batch_size, NUM_PROBES), self.model.vocab_size)):
                 pass
             seconds[num] = min(seconds.get(num, math.inf), time.perf_counter() - started)
         self.num_threads = min(seconds, key=seconds.__getitem__)
@@ -182,7 +153,7 @@ class TorchEngine:
         in one process, on threads or one inside another: their steps take turns, each has memory of its own.
         """
         refused: list[Finished] = []
-        run = _Run(self, self._sound(prompts, refused))
+        run = _Run(self, self._drop_unrunnable(prompts, refused))
         try:
             while run.schedule.has_work():
                 yield from _drain(refused)
@@ -191,7 +162,7 @@ class TorchEngine:
                 yield from finished
             yield from _drain(refused)
         finally:
-            run.count()
+            run.add_to_counters()
 
     def new_cache(self) -> Cache:
         """Empty memory for one run."""
@@ -203,8 +174,8 @@ class TorchEngine:
             max_expanded_bytes=self.max_cache_bytes // 2,
         )
 
-    def _sound(self, prompts: Iterable[Prompt], refused: list[Finished]) -> Iterator[Prompt]:
-        """The prompts that can run; the others are set aside with their reason."""
+    def _drop_unrunnable(self, prompts: Iterable[Prompt], refused: list[Finished]) -> Iterator[Prompt]:
+        """Yield the prompts that can run; append the others to `refused`, each with its error."""
         for prompt in prompts:
             error = why_not_runnable(
                 prompt.token_ids,
@@ -220,12 +191,13 @@ class TorchEngine:
 
 
 class _Run:
-    """One batch of prompts on its way: its schedule and its memory."""
+    """One call of `TorchEngine.run`: its schedule and its cache."""
 
     def __init__(self, engine: TorchEngine, prompts: Iterable[Prompt]) -> None:
         self._engine = engine
         self._cache = engine.new_cache()
         self._num_step_rows = 0
+        self._phase_started = 0.0
         self.schedule = Schedule(
             prompts,
             self._cache,
@@ -236,17 +208,17 @@ class _Run:
 
     @torch.inference_mode()
     def step(self) -> list[Finished]:
-        """plan -> extend -> sample -> retire."""
+        """Take one step and return the prompts that it finished; if it fails, preempt all and halve the batch."""
         try:
             with num_threads(self._engine.num_threads):
                 return self._step()
-        except RuntimeError as error:  # out of memory is one, too
+        except RuntimeError as error:  # torch's out-of-memory errors are among them
             failure = EngineFailed(f"the model failed: {type(error).__name__}: {error}")
-        # Past the handler, so that the error's frames no longer hold the step's tensors.
-        return self._retreat(failure)
+        # Outside of the handler: the error's frames hold the step's tensors until it is dropped.
+        return self._recover(failure)
 
-    def count(self) -> None:
-        """Add what was done to the engine's counters."""
+    def add_to_counters(self) -> None:
+        """Add what this run did to the engine's counters."""
         counters, schedule, cache = self._engine.counters, self.schedule, self._cache
         counters.num_prompts += schedule.num_planned
         counters.num_prompt_tokens += schedule.num_prompt_tokens
@@ -258,62 +230,74 @@ class _Run:
         counters.peak_expanded_bytes = max(counters.peak_expanded_bytes, cache.peak_expanded_bytes)
 
     def _step(self) -> list[Finished]:
-        started = time.perf_counter()
+        step = self._plan()
+        sampled = step.sampled
+        masks = self._engine.masks.start([running.prompt.constraint for running in sampled])
+        try:
+            logits = self._extend(step) if step.num_rows else None
+        finally:
+            allowed = masks.result()  # after a failure too: threads are filling them
+        tokens = self._sample(step, sampled, logits, allowed)
+        return self._retire(sampled, tokens)
+
+    def _plan(self) -> Step:
+        self._phase_started = time.perf_counter()
         step = self.schedule.next_step()
         self._num_step_rows = step.num_rows
-        self._release()
-        drawing = [who for who in step.drawn if isinstance(who, Running)] + step.instant
-        masks = self._engine.masks.start([running.prompt.constraint for running in drawing])
-        try:
-            logits, started = self._extend(step, started) if step.num_rows else (None, started)
-        finally:
-            allowed = masks.result()
-        finished: list[Finished] = []
-        if drawing or step.drawn:
-            drawn = self._sample(step, drawing, logits, allowed)
-            started = self._lap("sample", started)
-            for running, token in zip(drawing, drawn, strict=True):
-                done = _retire(self.schedule, running, token)
-                if done is not None:
-                    finished.append(done)
-        self._release()
-        self._lap("retire", started)
-        return finished
+        self._free_released()
+        return step
 
-    def _extend(self, step: Step, started: float) -> tuple[Tensor, float]:
+    def _extend(self, step: Step) -> Tensor:
+        """Run the model over a step's rows: float32 logits, shape (num_logit_rows, vocab_size)."""
         engine, cache = self._engine, self._cache
         cache.prepare(step.spans, step.num_rows, self.schedule.live_spans)
         batch = place_step(step, engine.model.kinds, engine.placement.device)
-        planned = self._lap("plan", started)
+        self._end_phase("plan")
         logits = engine.model.extend(batch, cache)
-        commit_entries(step.spans, engine.model.kinds)
-        self.schedule.computed(step)
+        cache.commit(step.spans)
+        self.schedule.mark_computed(step)
         engine.counters.num_steps += 1
         engine.counters.num_computed_prefill_tokens += step.num_prompt_rows
         engine.counters.num_decode_tokens += step.num_rows - step.num_prompt_rows
         engine.counters.flops += engine.model.flops(step.num_rows, len(step.logit_rows))
-        return logits, self._lap("extend", planned)
+        self._end_phase("extend")
+        return logits
 
     def _sample(
-        self, step: Step, drawing: Sequence[Running], logits: Tensor | None, allowed: Tensor | None
+        self, step: Step, sampled: Sequence[Running], logits: Tensor | None, allowed: Tensor | None
     ) -> list[Drawn]:
+        """Draw the next token of each of `sampled`; shared nodes keep their logits for the prompts that end on them."""
+        if not sampled and not step.logit_owners:
+            return []
         rows: list[Tensor] = []
         if logits is not None:
-            for place, who in enumerate(step.drawn):
-                if isinstance(who, Node):
-                    who.last_logits = logits[place].clone()
-            chosen = [place for place, who in enumerate(step.drawn) if isinstance(who, Running)]
-            rows.append(logits if len(chosen) == logits.shape[0] else logits[chosen])
-        for running in step.instant:
+            for row, owner in enumerate(step.logit_owners):
+                if isinstance(owner, Node):
+                    owner.last_logits = logits[row].clone()
+            sampled_rows = [row for row, owner in enumerate(step.logit_owners) if isinstance(owner, Running)]
+            rows.append(logits if len(sampled_rows) == logits.shape[0] else logits[sampled_rows])
+        for running in step.full_hits:
             assert running.node.parent is not None
             rows.append(running.node.parent.last_logits.unsqueeze(0))
-        if not drawing:
-            return []
-        draws = [_draw_of(running) for running in drawing]
-        return sample(rows[0] if len(rows) == 1 else torch.cat(rows), draws, allowed)
+        tokens: list[Drawn] = []
+        if sampled:
+            draws = [_make_draw(running) for running in sampled]
+            tokens = sample(rows[0] if len(rows) == 1 else torch.cat(rows), draws, allowed)
+        self._end_phase("sample")
+        return tokens
 
-    def _retreat(self, failure: EngineFailed) -> list[Finished]:
-        """After a failed step: begin again with half as many prompts. What fails alone in small steps is at fault."""
+    def _retire(self, sampled: Sequence[Running], tokens: Sequence[Drawn]) -> list[Finished]:
+        finished: list[Finished] = []
+        for running, token in zip(sampled, tokens, strict=True):
+            done = _append_token(self.schedule, running, token)
+            if done is not None:
+                finished.append(done)
+        self._free_released()
+        self._end_phase("retire")
+        return finished
+
+    def _recover(self, failure: EngineFailed) -> list[Finished]:
+        """Preempt all and go on with half as many prompts; a prompt that fails alone, in small steps, gets the error."""
         schedule, most = self.schedule, self._engine.max_step_rows
         self._engine.counters.num_failed_steps += 1
         _LOGGER.warning("a step of %d rows failed and is done again in halves: %s", self._num_step_rows, failure)
@@ -331,14 +315,15 @@ class _Run:
         schedule.costs = self._cache
         return finished
 
-    def _release(self) -> None:
+    def _free_released(self) -> None:
         for node in self.schedule.take_released():
             self._cache.close(node)
 
-    def _lap(self, phase: str, started: float) -> float:
+    def _end_phase(self, phase: str) -> None:
+        """Count the seconds since the last phase ended as those of `phase`."""
         now = time.perf_counter()
-        self._engine.counters.seconds[phase] += now - started
-        return now
+        self._engine.counters.seconds[phase] += now - self._phase_started
+        self._phase_started = now
 
 
 def _drain(refused: list[Finished]) -> Iterator[Finished]:
@@ -346,13 +331,13 @@ def _drain(refused: list[Finished]) -> Iterator[Finished]:
         yield refused.pop(0)
 
 
-def _probes(num_prompts: int, vocab_size: int) -> Iterator[Prompt]:
+def _make_probes(num_prompts: int, vocab_size: int) -> Iterator[Prompt]:
     """Prompts of one token each, for a few steps of many rows."""
     for i in range(min(num_prompts, vocab_size)):
         yield Prompt(str(i), np.array([i], dtype=np.int32), NUM_PROBED_TOKENS, Sampling(NUM_PROBED_TOKENS))
 
 
-def _draw_of(running: Running) -> Draw:
+def _make_draw(running: Running) -> Draw:
     sampling = running.prompt.sampling
     return Draw(
         temperature=sampling.temperature,
@@ -364,7 +349,7 @@ def _draw_of(running: Running) -> Draw:
     )
 
 
-def _retire(schedule: Schedule, running: Running, token: Drawn) -> Finished | None:
+def _append_token(schedule: Schedule, running: Running, token: Drawn) -> Finished | None:
     constraint = running.prompt.constraint
     if token.is_broken and constraint is not None and constraint.failure is not None:
         return schedule.fail(running, constraint.failure)
@@ -375,7 +360,7 @@ def _retire(schedule: Schedule, running: Running, token: Drawn) -> Finished | No
     return schedule.append(running, token.token_id, token.logprob)
 
 
-def _dtype_of(name: str, configured: object) -> torch.dtype:
+def _parse_dtype(name: str, configured: object) -> torch.dtype:
     if name == "auto":
         return configured if isinstance(configured, torch.dtype) else torch.float32
     if name not in _DTYPES:

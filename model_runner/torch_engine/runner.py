@@ -16,6 +16,7 @@ from moebeam.model_runner.encoding.chat_encoding import encoding_of
 from moebeam.model_runner.grammar.constraint import ConstraintCompiler
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.model_runner.torch_engine.engine import TorchEngine
+from moebeam.model_runner.torch_engine.options import TorchOptions
 from moebeam.model_runner.torch_engine.schedule.sequences import Finished, Prompt
 from moebeam.schemas.errors import RowError
 from moebeam.schemas.records import Completion, Request, Usage
@@ -36,7 +37,7 @@ class TorchRunner:
         self.config = config
         self.engine = engine
         self._tokenizer = tokenizer
-        self._reader = AnswerReader(tokenizer, encoding_of(config.path, config.encoding))
+        self._reader = AnswerReader(tokenizer, encoding_of(config.path, config.options.encoding))
         self._end_token_ids = frozenset(end_token_ids)
         self._compiler = ConstraintCompiler(tokenizer, engine.model.vocab_size, sorted(self._end_token_ids))
 
@@ -110,13 +111,14 @@ def load_torch_runner(config: EngineConfig) -> TorchRunner:
     Raises:
         EngineLoadError: the checkpoint is missing, damaged, or of a model that the engine does not know.
     """
+    options = config.options_as(TorchOptions)
     tokenizer = read_tokenizer(config.path)
     end_token_ids = read_end_token_ids(config.path)
     engine = TorchEngine.load(
         config.path,
-        dtype=config.dtype,
-        device=config.device,
-        batch_size=config.batch_size,
-        max_cache_bytes=config.max_cache_bytes,
+        dtype=options.dtype,
+        device=options.device,
+        batch_size=options.batch_size,
+        max_cache_bytes=options.max_cache_bytes,
     )
     return TorchRunner(config, engine, tokenizer, end_token_ids)

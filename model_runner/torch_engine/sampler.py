@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 MAX_VOCAB_SIZE = 1 << 18
-"""Up to here sums of weights stay within 2**58, as `share_of` needs them, and float32 holds every token id exactly."""
+"""Up to here sums of weights stay within 2**58, as `multiply_share` needs them, and float32 holds every token id exactly."""
 
 _NUM_WEIGHT_BITS = 40
 """Precision of a token's weight: likelier ones than 2**-41 of the likeliest can be drawn."""
@@ -82,21 +82,23 @@ def sample(logits: Tensor, draws: Sequence[Draw], allowed: Tensor | None = None)
     _check_shapes(logits, draws, allowed)
     if not draws:
         return []
-    scores = logits if allowed is None else logits + _bias(allowed, logits)
+    scores = logits if allowed is None else logits + _make_bias(allowed, logits)
     # `max` passes NaN on and gives the first index of equals, so that a row is drawn and checked in one pass.
     best, token_ids = scores.max(dim=-1)  # (num_rows,), (num_rows,)
     sampled_rows = [row for row, draw in enumerate(draws) if draw.temperature > 0.0]
     if sampled_rows:
         rows = torch.tensor(sampled_rows).to(logits.device)
-        drawn = _draw(scores[rows], best[rows], [draws[row] for row in sampled_rows])
+        drawn = _draw_tokens(scores[rows], best[rows], [draws[row] for row in sampled_rows])
         token_ids = token_ids.index_copy(0, rows, drawn)
     columns = [best.float(), token_ids.float()]
     logprob_rows = [row for row, draw in enumerate(draws) if draw.wants_logprob]
     if logprob_rows:
         rows = torch.tensor(logprob_rows).to(logits.device)
-        columns.append(torch.zeros_like(columns[0]).index_copy(0, rows, _logprobs(logits[rows], token_ids[rows])))
+        columns.append(
+            torch.zeros_like(columns[0]).index_copy(0, rows, _compute_logprobs(logits[rows], token_ids[rows]))
+        )
     values: list[list[float]] = torch.stack(columns, dim=-1).tolist()  # (num_rows, 2 or 3)
-    return [_drawn(draw, *row) for draw, row in zip(draws, values, strict=True)]
+    return [_make_drawn(draw, *row) for draw, row in zip(draws, values, strict=True)]
 
 
 def _check_shapes(logits: Tensor, draws: Sequence[Draw], allowed: Tensor | None) -> None:
@@ -110,13 +112,13 @@ def _check_shapes(logits: Tensor, draws: Sequence[Draw], allowed: Tensor | None)
         raise ValueError(f"expected an int32 mask of shape {shape}, found {allowed.dtype} of {tuple(allowed.shape)}")
 
 
-def _drawn(draw: Draw, best: float, token_id: float, logprob: float | None = None) -> Drawn:
+def _make_drawn(draw: Draw, best: float, token_id: float, logprob: float | None = None) -> Drawn:
     if not math.isfinite(best):
         return Drawn(-1, None, is_broken=True)
     return Drawn(int(token_id), logprob if draw.wants_logprob else None, is_broken=False)
 
 
-def _bias(allowed: Tensor, logits: Tensor) -> Tensor:
+def _make_bias(allowed: Tensor, logits: Tensor) -> Tensor:
     """What is added to logits: 0 for allowed tokens, -inf for others; shape (num_rows, vocab_size), the logits' dtype.
 
     Added and not filled in, because NaN and +inf become NaN under it, and so are found in tokens not allowed too.
@@ -128,7 +130,7 @@ def _bias(allowed: Tensor, logits: Tensor) -> Tensor:
     return torch.where(is_allowed.flatten(1)[:, : logits.shape[1]], zero, -torch.inf)
 
 
-def _draw(scores: Tensor, best: Tensor, draws: Sequence[Draw]) -> Tensor:
+def _draw_tokens(scores: Tensor, best: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Token ids of rows with a temperature.
 
     Args:
@@ -139,27 +141,27 @@ def _draw(scores: Tensor, best: Tensor, draws: Sequence[Draw]) -> Tensor:
     """
     settings = torch.tensor([(max(draw.temperature, _MIN_TEMPERATURE), draw.min_p) for draw in draws])
     temperatures, min_ps = settings.to(scores.device).unsqueeze(-1).unbind(dim=1)  # (num_rows, 1) each
-    shares = torch.tensor([(_uniform(draw), _share(draw.top_p)) for draw in draws])
+    shares = torch.tensor([(_draw_uniform(draw), _quantize_share(draw.top_p)) for draw in draws])
     uniforms, top_ps = shares.to(scores.device).unsqueeze(-1).unbind(dim=1)  # (num_rows, 1) each, int64
     # Of the likeliest token's probability. The difference first: it is 0 there at every temperature, and never +inf.
     ratios = ((scores.float() - best.float().unsqueeze(-1)) / temperatures).exp()  # (num_rows, vocab_size)
-    weights = _weights(ratios)
+    weights = _quantize_weights(ratios)
     if any(draw.top_p < 1.0 for draw in draws):
-        weights = weights * _nucleus(ratios, top_ps)
+        weights = weights * _find_nucleus(ratios, top_ps)
     if any(draw.min_p > 0.0 for draw in draws):
         weights = weights * (ratios >= min_ps)
     cumulative = weights.cumsum(dim=-1)
-    targets = share_of(uniforms, cumulative[:, -1:])
+    targets = multiply_share(uniforms, cumulative[:, -1:])
     token_ids = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)  # first whose sum exceeds the target
     return token_ids.clamp_(max=scores.shape[1] - 1)  # a broken row's sums may not ascend
 
 
-def _weights(ratios: Tensor) -> Tensor:
+def _quantize_weights(ratios: Tensor) -> Tensor:
     """Probabilities as integers, the likeliest token's 2**40; same shape."""
     return (ratios * (1 << _NUM_WEIGHT_BITS)).round().long()
 
 
-def _nucleus(ratios: Tensor, top_ps: Tensor) -> Tensor:
+def _find_nucleus(ratios: Tensor, top_ps: Tensor) -> Tensor:
     """Which tokens are in the smallest set that reaches `top_p`; equals enter in order of token id.
 
     Args:
@@ -169,18 +171,18 @@ def _nucleus(ratios: Tensor, top_ps: Tensor) -> Tensor:
         bool, shape (num_rows, vocab_size).
     """
     ordered, order = ratios.sort(dim=-1, descending=True, stable=True)
-    weights = _weights(ordered)
+    weights = _quantize_weights(ordered)
     cumulative = weights.cumsum(dim=-1)
-    is_in = cumulative - weights < share_of(top_ps, cumulative[:, -1:])
+    is_in = cumulative - weights < multiply_share(top_ps, cumulative[:, -1:])
     return torch.zeros_like(is_in).scatter(-1, order, is_in)
 
 
-def _share(fraction: float) -> int:
+def _quantize_share(fraction: float) -> int:
     """A fraction of (0, 1] in 2**-32, at least 1; cut, because rounded up 0.3 would be more than three tenths."""
     return max(1, int(fraction * (1 << _NUM_SHARE_BITS)))
 
 
-def share_of(shares: Tensor, totals: Tensor) -> Tensor:
+def multiply_share(shares: Tensor, totals: Tensor) -> Tensor:
     """`floor(shares * totals / 2**32)`, exactly, although the product has up to 91 bits.
 
     Args:
@@ -191,13 +193,13 @@ def share_of(shares: Tensor, totals: Tensor) -> Tensor:
     return (shares * (totals >> _NUM_LOW_BITS) + (shares * low >> _NUM_LOW_BITS)) >> (_NUM_SHARE_BITS - _NUM_LOW_BITS)
 
 
-def _uniform(draw: Draw) -> int:
+def _draw_uniform(draw: Draw) -> int:
     """The random number of one token, in 2**-32: from 0 to 2**32 - 1."""
     generator = np.random.Philox(key=draw.seed % (1 << 128), counter=draw.position)
     return int(generator.random_raw()) >> (64 - _NUM_SHARE_BITS)
 
 
-def _logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
+def _compute_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
     """Log probability of one token a row, at temperature 1; float32, shape (num_rows,)."""
     logits = logits.float()
     return logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)

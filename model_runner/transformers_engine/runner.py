@@ -42,6 +42,7 @@ from moebeam.model_runner.transformers_engine.growing_answers import (
     GrowingAnswer,
     StopWhenAnswered,
 )
+from moebeam.model_runner.transformers_engine.options import TransformersOptions
 from moebeam.schemas.errors import EngineFailed, EngineLoadError, RowError
 from moebeam.schemas.records import Completion, Request, Usage
 from moebeam.schemas.store import storage
@@ -68,16 +69,17 @@ class TransformersRunner:
         tokenizer: tokenizers.Tokenizer,
         eos_token_ids: Sequence[int],
     ) -> None:
+        options = config.options_as(TransformersOptions)
         self.config = config
         self._model = model
         self._tokenizer = tokenizer
-        self._reader = AnswerReader(tokenizer, encoding_of(config.path, config.encoding))
+        self._reader = AnswerReader(tokenizer, encoding_of(config.path, config.options.encoding))
         self._eos_token_ids = frozenset(eos_token_ids)
         text_config = model.config.get_text_config()
         self._context_length: int | None = getattr(text_config, "max_position_embeddings", None)
         self._num_embeddings = int(model.get_input_embeddings().weight.shape[0])
         self._device = model.device
-        self._batch_size = config.batch_size or DEFAULT_BATCH_SIZE
+        self._batch_size = options.batch_size or DEFAULT_BATCH_SIZE
         self.claim: object = None
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -245,22 +247,23 @@ def load_transformers_runner(config: EngineConfig) -> TransformersRunner:
     Raises:
         EngineLoadError: the folder, the device or the dtype cannot be used.
     """
+    options = config.options_as(TransformersOptions)
     if not storage.is_local(config.path) or not storage.is_folder(config.path):
         raise EngineLoadError(f"{config.path}: expected a local folder with a checkpoint, found none")
-    if config.dtype not in _DTYPES:
-        raise EngineLoadError(f"expected dtype {', '.join(_DTYPES)}, found {config.dtype!r}")
+    if options.dtype not in _DTYPES:
+        raise EngineLoadError(f"expected dtype {', '.join(_DTYPES)}, found {options.dtype!r}")
     tokenizer = read_tokenizer(config.path)
-    taken = pick_device(config.device)
+    taken = pick_device(options.device)
     try:
         with _quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(
-                config.path, dtype=_DTYPES[config.dtype], local_files_only=True, trust_remote_code=False
+                config.path, dtype=_DTYPES[options.dtype], local_files_only=True, trust_remote_code=False
             )
             model = model.to(taken.device).eval()
             _check_forward(model)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise EngineLoadError(
-            f"{config.path}: expected a checkpoint that transformers can load on {config.device!r}, "
+            f"{config.path}: expected a checkpoint that transformers can load on {options.device!r}, "
             f"found: {type(error).__name__}: {error}"
         ) from error
     eos_token_ids = _eos_token_ids(model)

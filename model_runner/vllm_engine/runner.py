@@ -10,27 +10,19 @@ that rounding is independent of the batch: in bfloat16 a neighbour can change a 
 and 0.01 is 0.01 there.
 """
 
-import contextlib
 import hashlib
 import json
-import logging
 import os
-import re
-import subprocess
 import sys
-import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from itertools import count, islice
-from pathlib import Path
 from queue import SimpleQueue
-from signal import SIGKILL, SIGTERM
-from typing import IO, Any, TypeAlias, cast
+from typing import cast
 
 import tokenizers
 
@@ -38,211 +30,30 @@ from moebeam.model_runner.checkpoint.files import read_json_object, read_tokeniz
 from moebeam.model_runner.checkpoint.prompt_limits import why_not_runnable
 from moebeam.model_runner.encoding.answer_text import AnswerReader, StopStrings, read_end_token_ids, seed_of
 from moebeam.model_runner.encoding.chat_encoding import encoding_of
-from moebeam.model_runner.engine_process.process_log import ProcessLog
+from moebeam.model_runner.engine_process.process_link import EngineExit
+from moebeam.model_runner.engine_process.supervisor import Supervisor
 from moebeam.model_runner.prefix_tree import prefix_key
 from moebeam.model_runner.protocol import EngineConfig
+from moebeam.model_runner.vllm_engine.options import VllmOptions
+from moebeam.model_runner.vllm_engine.process import PYTHON_VARIABLE, Replies, TokenUpdate, VllmProcess
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import EngineFailed, EngineLoadError, RowError
 from moebeam.schemas.records import Completion, FinishReason, Request, Usage
 from moebeam.schemas.store import storage
 
 PROVIDER = "local"
-PYTHON_VARIABLE = "MOEBEAM_VLLM_PYTHON"
 ARGUMENTS_VARIABLE = "MOEBEAM_VLLM_ARGS"
-WORKER_SCRIPT = Path(__file__).with_name("vllm_worker.py")
 
 NUM_WINDOW_REQUESTS = 512
 """Most requests that are pulled ahead of the answers, or twice what vLLM has in flight where that is more."""
 
-MAX_DEATHS = 5
-"""After so many deaths of vLLM without one answer in between the engine counts as broken."""
+MAX_FRUITLESS_RESTARTS = 5
+"""Exits of vLLM in a row without an answer, after which the engine counts as broken."""
 
 SUSPECT_SHARE = 16
-"""What was in flight at a death is asked again in groups of so small a part of the usual, then one by one."""
+"""What was in flight at an exit is asked again with this fraction of the usual number in flight, then one by one."""
 
-SHUTDOWN_TIMEOUT_S = 30.0
 _DTYPES = frozenset({"auto", "float32", "bfloat16"})
-_NUM_LOG_LINES = 200
-_LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedLimits:
-    """What a loaded vLLM takes: tokens of a context, token ids, sequences that run together; and on which device."""
-
-    max_model_len: int
-    vocab_size: int
-    max_num_seqs: int
-    device: str
-
-
-@dataclass(frozen=True, slots=True)
-class _News:
-    """Of one request: its next tokens, or in `error` why vLLM refuses it."""
-
-    ask_id: str
-    token_ids: Sequence[int] = ()
-    logprobs: Sequence[float] | None = None
-    cached_tokens: int | None = None
-    finish_reason: str | None = None
-    error: str | None = None
-
-    @property
-    def is_last(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Death:
-    """The end of a process, and what is known of its cause."""
-
-    process: "_Process"
-    cause: str
-
-
-_Replies: TypeAlias = "SimpleQueue[_News | _Death]"
-
-
-class _Process:
-    """One vLLM with a model loaded. Safe for several threads."""
-
-    def __init__(self, python: str, engine_arguments: Mapping[str, Json]) -> None:
-        """Start vLLM and wait until it is ready.
-
-        Raises:
-            EngineLoadError: the interpreter cannot be run, or vLLM ended instead.
-        """
-        self._lock = threading.Lock()  # over the routes and the death
-        self._write_lock = threading.Lock()
-        self._owner_pid = os.getpid()
-        self._routes: dict[str, _Replies] = {}
-        self._death: _Death | None = None
-        self._failure = ""
-        self._ready: SimpleQueue[LoadedLimits | _Death] = SimpleQueue()
-        environment = {
-            # Nothing is fetched and nothing is reported to anyone; threads and `fork` do not go together.
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
-            **os.environ,
-        }
-        try:
-            self._popen = subprocess.Popen(
-                [python, str(WORKER_SCRIPT)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=environment,
-                # A group of its own: Ctrl-C is ours to handle, and vLLM's own processes can be killed with it.
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise EngineLoadError(f"{PYTHON_VARIABLE}: expected a Python interpreter, found: {error}") from error
-        assert self._popen.stdin is not None
-        assert self._popen.stdout is not None
-        assert self._popen.stderr is not None
-        self._stdin = self._popen.stdin
-        self._log = ProcessLog(self._popen.stderr, _LOGGER, max_lines=_NUM_LOG_LINES)
-        self._reader = threading.Thread(target=self._read, args=(self._popen.stdout,), daemon=True)
-        self._reader.start()
-        self._send({"type": "load", "engine": dict(engine_arguments)})
-        try:
-            ready = self._ready.get()
-        except BaseException:
-            self.close()
-            raise
-        if isinstance(ready, _Death):
-            raise EngineLoadError(f"vLLM could not load the model: {ready.cause}")
-        self.limits = ready
-
-    @property
-    def is_alive(self) -> bool:
-        with self._lock:
-            return self._death is None
-
-    def ask(self, ask_id: str, message: dict[str, object], replies: _Replies) -> None:
-        """Send a request; its news, or the process's death, come to `replies`."""
-        with self._lock:
-            if self._death is not None:
-                replies.put(self._death)
-                return
-            self._routes[ask_id] = replies
-        self._send({"type": "ask", "id": ask_id, **message})
-
-    def withdraw(self, ask_ids: Iterable[str]) -> None:
-        """Drop requests that nobody waits for any more."""
-        with self._lock:
-            known = [ask_id for ask_id in ask_ids if self._routes.pop(ask_id, None) is not None]
-        if known:
-            self._send({"type": "withdraw", "ids": known})
-
-    def close(self) -> None:
-        """End vLLM: by the end of its input, then by force."""
-        if os.getpid() != self._owner_pid:
-            return  # a fork of the owner ends, not the owner
-        self._close_input()
-        self._reader.join(SHUTDOWN_TIMEOUT_S)
-        self._signal_group(SIGKILL)
-
-    def _send(self, message: dict[str, object]) -> None:
-        line = json.dumps(message).encode() + b"\n"
-        # Where the process is dead or closed, `_read` tells everyone who waits.
-        with self._write_lock, contextlib.suppress(OSError, ValueError):
-            self._stdin.write(line)
-            self._stdin.flush()
-
-    def _read(self, stdout: IO[bytes]) -> None:
-        """Hand each line to whom it concerns, until the process ends; then say so to all who still wait."""
-        try:
-            with stdout:
-                for line in stdout:
-                    self._take(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            self._failure = f"expected a line of the worker's protocol, found: {type(error).__name__}: {error}"
-            self._signal_group(SIGKILL)
-        # Looked at before `wait`: until then the group's number cannot become another's.
-        ended = os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOWAIT)
-        if ended is None or ended.si_status != 0:
-            # vLLM's other processes give memory back; their log ends when the last of them has.
-            self._signal_group(SIGTERM)
-            self._log.wait(SHUTDOWN_TIMEOUT_S)
-            self._signal_group(SIGKILL)
-        code = self._popen.wait()
-        self._close_input()
-        self._log.wait(timeout_s=1.0)
-        causes = [self._failure or f"its process ended with exit status {code}", *_error_lines(self._log)]
-        death = _Death(self, "; ".join(causes))
-        with self._lock:
-            self._death = death
-            waiting = set(self._routes.values())
-            self._routes.clear()
-        self._ready.put(death)
-        for replies in waiting:
-            replies.put(death)
-
-    def _take(self, message: dict[str, Any]) -> None:
-        kind = message.pop("type")
-        if kind == "ready":
-            self._ready.put(LoadedLimits(**message))
-        elif kind == "broken":
-            self._failure = str(message["error"])
-        elif kind in ("tokens", "refused"):
-            news = _News(message.pop("id"), **message)
-            with self._lock:
-                replies = self._routes.pop(news.ask_id, None) if news.is_last else self._routes.get(news.ask_id)
-            if replies is not None:
-                replies.put(news)
-        else:
-            raise ValueError(f"unknown type {kind!r}")
-
-    def _close_input(self) -> None:
-        with self._write_lock, contextlib.suppress(OSError):
-            self._stdin.close()
-
-    def _signal_group(self, number: int) -> None:
-        if self._popen.returncode is None:  # else its number may be another's by now
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._popen.pid, number)
 
 
 class VllmRunner:
@@ -270,19 +81,16 @@ class VllmRunner:
         self.config = config
         self._tokenizer = tokenizer
         self._end_token_ids = frozenset(end_token_ids)
-        self._reader = AnswerReader(tokenizer, encoding_of(config.path, config.encoding))
+        self._reader = AnswerReader(tokenizer, encoding_of(config.path, config.options.encoding))
         self._ask_ids = count()
-        self._start = lambda: _Process(python, engine_arguments)
-        self._start_lock = threading.Lock()
-        self._processes: list[_Process] = []
-        self._finalizer = weakref.finalize(self, _close_all, self._processes)
-        self.limits = self._process().limits
+        self._supervisor: Supervisor[VllmProcess] = Supervisor(lambda _: VllmProcess(python, engine_arguments))
+        self.limits = self._supervisor.last.limits
         self.max_in_flight = 2 * self.limits.max_num_seqs
         self.num_window_requests = max(NUM_WINDOW_REQUESTS, 2 * self.max_in_flight)
 
     def close(self) -> None:
         """End vLLM now; nothing can be answered afterwards."""
-        self._finalizer()
+        self._supervisor.close()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests, pulling a window of them ahead of the answers and sending it in token order.
@@ -292,9 +100,10 @@ class VllmRunner:
         fails.
 
         Raises:
-            EngineLoadError: vLLM died `MAX_DEATHS` times without an answer in between, or could not be started again.
+            EngineLoadError: vLLM died `MAX_FRUITLESS_RESTARTS` times without an answer in between, or could not be
+                started again.
         """
-        call = _Call(iter(requests), self._process())
+        call = _Call(iter(requests), self._supervisor.running())
         try:
             while call.waiting or call.in_flight or not call.is_exhausted:
                 yield from self._pull(call)
@@ -302,19 +111,6 @@ class VllmRunner:
                 yield from self._receive(call)
         finally:
             call.process.withdraw(call.in_flight)
-
-    def _process(self) -> _Process:
-        """The living process; another is started if the last one died.
-
-        Raises:
-            EngineLoadError: none can be started, or the engine was closed.
-        """
-        with self._start_lock:
-            if not self._finalizer.alive:
-                raise EngineLoadError("vLLM was closed; load the engine again")
-            if not self._processes or not self._processes[-1].is_alive:
-                self._processes[:] = [self._start()]
-            return self._processes[-1]
 
     def _pull(self, call: "_Call") -> Iterator[Completion]:
         """Where nothing waits, take another window of requests and bring it into token order; refusals come out."""
@@ -335,48 +131,48 @@ class VllmRunner:
     def _send(self, call: "_Call") -> None:
         """Give vLLM as many requests as it may have."""
         while call.waiting and len(call.in_flight) < self._most_in_flight(call):
-            request, num_deaths = call.waiting.popleft()
+            request, num_exits = call.waiting.popleft()
             ask_id = str(next(self._ask_ids))
-            call.in_flight[ask_id] = self._answer_to(request, num_deaths)
+            call.in_flight[ask_id] = self._answer_to(request, num_exits)
             call.process.ask(ask_id, _ask_message(request, self._end_token_ids), call.replies)
 
     def _most_in_flight(self, call: "_Call") -> int:
-        num_deaths = max([call.waiting[0][1], *(answer.num_deaths for answer in call.in_flight.values())])
-        return (self.max_in_flight, max(1, self.max_in_flight // SUSPECT_SHARE), 1)[min(num_deaths, 2)]
+        num_exits = max([call.waiting[0][1], *(answer.num_exits for answer in call.in_flight.values())])
+        return (self.max_in_flight, max(1, self.max_in_flight // SUSPECT_SHARE), 1)[min(num_exits, 2)]
 
     def _receive(self, call: "_Call") -> Iterator[Completion]:
-        """Wait for the next news, unless nothing is in flight."""
+        """Wait for the next update, unless nothing is in flight."""
         if not call.in_flight:
             return
-        news = call.replies.get()
-        if isinstance(news, _Death):
-            if news.process is call.process:  # else its death was seen to already
-                yield from self._recover(call, news.cause)
-        elif (answer := call.in_flight.get(news.ask_id)) is not None:
-            error = answer.extend(news)
+        update = call.replies.get()
+        if isinstance(update, EngineExit):
+            if update is call.process.exit:  # else its process was replaced already
+                yield from self._recover(call, update.cause)
+        elif (answer := call.in_flight.get(update.ask_id)) is not None:
+            error = answer.extend(update)
             if error is not None or answer.finish_reason is not None:
-                call.num_deaths = 0
-                del call.in_flight[news.ask_id]
-                if not news.is_last:
-                    call.process.withdraw([news.ask_id])
+                call.num_exits = 0
+                del call.in_flight[update.ask_id]
+                if not update.is_last:
+                    call.process.withdraw([update.ask_id])
                 yield self._completion(answer, error)
 
     def _recover(self, call: "_Call", cause: str) -> Iterator[Completion]:
         """Start another process; what was in flight waits again, but what was alone at its second death fails."""
-        call.num_deaths += 1
-        if call.num_deaths >= MAX_DEATHS:
-            raise EngineLoadError(f"vLLM died {call.num_deaths} times without an answer: {cause}")
+        call.num_exits += 1
+        if call.num_exits >= MAX_FRUITLESS_RESTARTS:
+            raise EngineLoadError(f"vLLM died {call.num_exits} times without an answer: {cause}")
         lost = list(call.in_flight.values())
         call.in_flight.clear()
-        if len(lost) == 1 and lost[0].num_deaths > 0:
+        if len(lost) == 1 and lost[0].num_exits > 0:
             yield self._completion(lost.pop(), EngineFailed(f"vLLM dies over this request: {cause}"))
-        call.waiting.extendleft((answer.request, answer.num_deaths + 1) for answer in reversed(lost))
-        call.process = self._process()
+        call.waiting.extendleft((answer.request, answer.num_exits + 1) for answer in reversed(lost))
+        call.process = self._supervisor.running()
 
-    def _answer_to(self, request: Request, num_deaths: int = 0) -> "_Answer":
+    def _answer_to(self, request: Request, num_exits: int = 0) -> "_Answer":
         stop = request.sampling.stop
         is_stopped = StopStrings(stop, self._tokenizer) if stop else None
-        return _Answer(request, self._end_token_ids, is_stopped, num_deaths)
+        return _Answer(request, self._end_token_ids, is_stopped, num_exits)
 
     def _refusal(self, request: Request) -> RowError | None:
         """Why a request cannot run at all; vLLM would cut `max_tokens` in silence instead."""
@@ -421,7 +217,7 @@ class _Answer:
     request: Request
     end_token_ids: frozenset[int]
     is_stopped: StopStrings | None
-    num_deaths: int = 0
+    num_exits: int = 0
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     start: float = field(default_factory=time.perf_counter)
     cached_tokens: int | None = None
@@ -429,23 +225,23 @@ class _Answer:
     logprobs: list[float] = field(default_factory=list[float])
     finish_reason: FinishReason | None = None
 
-    def extend(self, news: _News) -> EngineFailed | None:
+    def extend(self, update: TokenUpdate) -> EngineFailed | None:
         """Take more tokens, up to the answer's end; a failure if vLLM ended before the answer did."""
-        if news.error is not None:
-            return EngineFailed(f"vLLM refused the request: {news.error}")
-        if news.cached_tokens is not None:
-            self.cached_tokens = news.cached_tokens
-        for position, token_id in enumerate(news.token_ids):
+        if update.error is not None:
+            return EngineFailed(f"vLLM refused the request: {update.error}")
+        if update.cached_tokens is not None:
+            self.cached_tokens = update.cached_tokens
+        for position, token_id in enumerate(update.token_ids):
             if self.finish_reason is None:
                 self._append(token_id)
-                if news.logprobs is not None:
-                    self.logprobs.append(news.logprobs[position])
-        if self.finish_reason is None and news.finish_reason is not None:
-            if news.finish_reason not in ("stop", "length"):
+                if update.logprobs is not None:
+                    self.logprobs.append(update.logprobs[position])
+        if self.finish_reason is None and update.finish_reason is not None:
+            if update.finish_reason not in ("stop", "length"):
                 return EngineFailed(
-                    f"vLLM ended the answer after {len(self.token_ids)} tokens, its reason: {news.finish_reason!r}"
+                    f"vLLM ended the answer after {len(self.token_ids)} tokens, its reason: {update.finish_reason!r}"
                 )
-            self.finish_reason = news.finish_reason
+            self.finish_reason = update.finish_reason
         return None
 
     def _append(self, token_id: int) -> None:
@@ -461,12 +257,12 @@ class _Call:
     """What one `generate` has pulled and not answered; those who wait come with the deaths they were in flight at."""
 
     source: Iterator[Request]
-    process: _Process
-    replies: _Replies = field(default_factory=lambda: SimpleQueue[_News | _Death]())
+    process: VllmProcess
+    replies: Replies = field(default_factory=lambda: SimpleQueue[TokenUpdate | EngineExit]())
     waiting: deque[tuple[Request, int]] = field(default_factory=lambda: deque[tuple[Request, int]]())
     in_flight: dict[str, _Answer] = field(default_factory=dict[str, _Answer])
     is_exhausted: bool = False
-    num_deaths: int = 0
+    num_exits: int = 0
 
 
 def load_vllm_runner(config: EngineConfig) -> VllmRunner:
@@ -478,10 +274,11 @@ def load_vllm_runner(config: EngineConfig) -> VllmRunner:
     Raises:
         EngineLoadError: no interpreter has vLLM, or the folder, the device or an argument cannot be used.
     """
+    options = config.options_as(VllmOptions)
     if not storage.is_local(config.path) or not storage.is_folder(config.path):
         raise EngineLoadError(f"{config.path}: expected a local folder with a checkpoint, found none")
-    if config.dtype not in _DTYPES:
-        raise EngineLoadError(f"expected dtype {', '.join(sorted(_DTYPES))}, found {config.dtype!r}")
+    if options.dtype not in _DTYPES:
+        raise EngineLoadError(f"expected dtype {', '.join(sorted(_DTYPES))}, found {options.dtype!r}")
     runner = VllmRunner(
         config,
         python=_python(),
@@ -489,15 +286,10 @@ def load_vllm_runner(config: EngineConfig) -> VllmRunner:
         tokenizer=read_tokenizer(config.path),
         end_token_ids=read_end_token_ids(config.path),
     )
-    if config.device != "auto" and config.device.partition(":")[0] != runner.limits.device:
+    if options.device != "auto" and options.device.partition(":")[0] != runner.limits.device:
         runner.close()
-        raise EngineLoadError(f"expected a vLLM for device {config.device!r}, found one for {runner.limits.device!r}")
+        raise EngineLoadError(f"expected a vLLM for device {options.device!r}, found one for {runner.limits.device!r}")
     return runner
-
-
-def _close_all(processes: Iterable[_Process]) -> None:
-    for process in processes:
-        process.close()
 
 
 def _ask_message(request: Request, end_token_ids: Iterable[int]) -> dict[str, object]:
@@ -538,7 +330,8 @@ def _python() -> str:
 
 def _engine_arguments(config: EngineConfig) -> dict[str, Json]:
     """What `vllm.EngineArgs` is given: the job's words, ours, and the machine's from `MOEBEAM_VLLM_ARGS`."""
-    dtype = config.dtype
+    options = config.options_as(VllmOptions)
+    dtype = options.dtype
     if dtype == "auto":
         found = read_json_object(config.path, "config.json")
         # vLLM's own `auto` makes bfloat16 of a float32 checkpoint.
@@ -553,8 +346,8 @@ def _engine_arguments(config: EngineConfig) -> dict[str, Json]:
         "trust_remote_code": False,
         "disable_log_stats": True,
     }
-    if config.batch_size:
-        arguments["max_num_seqs"] = config.batch_size
+    if options.batch_size:
+        arguments["max_num_seqs"] = options.batch_size
     try:
         more: object = json.loads(os.environ.get(ARGUMENTS_VARIABLE) or "{}")
     except ValueError as error:
@@ -564,9 +357,3 @@ def _engine_arguments(config: EngineConfig) -> dict[str, Json]:
     if taken := more.keys() & arguments.keys():
         raise EngineLoadError(f"{ARGUMENTS_VARIABLE}: {', '.join(sorted(taken))} cannot be set here")
     return arguments | cast("dict[str, Json]", more)
-
-
-def _error_lines(log: Iterable[str]) -> list[str]:
-    """The last lines of a log that name an error, each once."""
-    found = [line for line in log if re.search(r"\b\w+(Error|Exception)\b: ", line)]
-    return list(dict.fromkeys(found))[-3:]

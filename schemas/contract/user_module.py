@@ -1,12 +1,12 @@
-"""A Python module of the user's own: found beside the job file, and shipped to workers as source.
+"""Finds a user's Python module beside the job file and ships it to workers as source text.
 
-Stands under `schemas/contract/answer_schema.py`, whose pydantic model may live in such a module. The launcher reads the
-sources once (`ModuleSources.collect`), before anything runs; they travel as plain text inside the pickled schema, and
-`restore` makes them importable from memory, in whatever process it is called. No file is written, `sys.path` stays as
-it is. What is installed (standard library, site-packages, moebeam itself) is not shipped: workers have their own.
+Used by `schemas/contract/answer_schema.py`, whose pydantic model may live in such a module. The launcher reads the
+sources once (`ModuleSources.collect`) before anything runs. They travel inside the pickled schema, and `restore` makes
+them importable from memory in any process; it writes no file and leaves `sys.path` alone. Installed modules (standard
+library, site-packages, moebeam) are not shipped: workers have their own.
 
-Shipped is source only: a package that reads data files, or imports modules by computed names from outside of itself,
-must be installed on the workers.
+Only source is shipped. A package that reads data files, or imports modules outside itself by computed names, must be
+installed on the workers. Why not cloudpickle: `docs/adr/0008-user-module-on-workers.md`.
 """
 
 import ast
@@ -36,9 +36,9 @@ MAX_SOURCE_BYTES = 1 << 20
 """Most source text shipped for one module; it travels with every stage that validates."""
 MAX_SOURCE_FILES = 1_000
 
-OWN_PACKAGES = frozenset({"schemas", "model_runner", "transforms", "pipelines", "jobs"})
-"""moebeam's own; every worker has them."""
-_OWN_ROOT = Path(__file__).resolve().parents[1]
+_OWN_PACKAGE = "moebeam"
+_OWN_ROOT = Path(__file__).absolute().parents[3]
+"""The folder that `moebeam` is imported from."""
 
 
 def import_user_module(name: str, folder: str | Path | None = None) -> ModuleType:
@@ -51,16 +51,13 @@ def import_user_module(name: str, folder: str | Path | None = None) -> ModuleTyp
         JobFileError: no such module, its code raised, or its name is taken by another module.
     """
     root = None if folder is None else Path(folder).absolute()
-    if (
-        root is not None
-        and _locate(name, root) is not None
-        and (root.resolve() != _OWN_ROOT or _top(name) not in OWN_PACKAGES)
-    ):
-        if _top(name) in OWN_PACKAGES or _top(name) in sys.stdlib_module_names:
+    if root is not None and _locate(name, root) is not None:
+        if not _is_reserved(_top(name)):
+            return _read_sources(name, root).restore()
+        if _top(name) != _OWN_PACKAGE or root.resolve() != _OWN_ROOT.resolve():
             raise JobFileError(
                 f"module {name!r} of {root} has the name of a module of moebeam's or Python's own; rename it"
             )
-        return _read_sources(name, root).restore()
     with _LOCK:
         invalidate_caches()
         try:
@@ -110,7 +107,7 @@ class ModuleSources:
         if file is None:
             raise JobFileError(f"module {name!r} cannot be shipped to workers: expected a source file, found none")
         path = Path(file).absolute()
-        if _top(name) in OWN_PACKAGES or _is_installed(path):
+        if _top(name) == _OWN_PACKAGE or _is_installed(path):
             return None
         depth = name.count(".") + hasattr(module, "__path__")
         root = path.parents[min(depth, len(path.parents) - 1)]
@@ -332,7 +329,7 @@ def _imports(text: str) -> set[str]:
 
 def _is_beside(top: str, root: Path) -> bool:
     """Whether a module that the user's imports is the user's too: in the same folder, and not loaded from elsewhere."""
-    if top in OWN_PACKAGES or top in sys.stdlib_module_names:
+    if _is_reserved(top):
         return False
     loaded = sys.modules.get(top)
     if loaded is not None and not _is_shipped(loaded):
@@ -378,6 +375,11 @@ def _locate(name: str, root: Path) -> Path | None:
     """The source file of a module below a folder."""
     base = root.joinpath(*name.split("."))
     return next((path for path in (base / "__init__.py", base.with_name(f"{base.name}.py")) if path.is_file()), None)
+
+
+def _is_reserved(top: str) -> bool:
+    """Whether every worker has a module of this name, which a user's own could not replace."""
+    return top == _OWN_PACKAGE or top in sys.stdlib_module_names
 
 
 def _is_shipped(module: ModuleType) -> bool:

@@ -4,23 +4,14 @@ Frozen and picklable; every stage receives the section it needs. Reading TOML, `
 `jobs/check/job_file.py`; what can only be known by looking at files is checked by `jobs/check/preflight.py`.
 """
 
-import re
 from datetime import datetime
 from decimal import Decimal
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, SerializeAsAny, field_validator, model_validator
 
-from moebeam.schemas.job.endpoint import Address, KeyVariable
-
-_ACCELERATOR = re.compile(r"type:[^\s;:=]+(;[a-z][a-z0-9_-]*(:[^\s;]+)?)*")
-_RAM = re.compile(r"[0-9]+(\.[0-9]+)? ?([KMGTP]i?)?B")
-
-
-class Section(BaseModel):
-    """A section of a job file: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+from moebeam.schemas.job.model import ModelSection, check_model, default_model
+from moebeam.schemas.job.section import Section
 
 
 class InputSection(Section):
@@ -80,112 +71,6 @@ class OutputSection(Section):
     )
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class FallbackSection(Section):
-    """One of `[[model.fallbacks]]`: a further provider, asked where those before it could not answer."""
-
-    provider: Annotated[str, Field(min_length=1, description="Name of a provider profile")]
-    name: str | None = Field(default=None, description="The model as this provider calls it; default `[model] name`")
-    base_url: Address | None = Field(default=None, description="Its endpoint; default the profile's")
-    api_key_variable: KeyVariable | None = Field(
-        default=None, description="NAME of the environment variable that holds its key; default the profile's"
-    )
-    max_concurrency: int = Field(default=0, ge=0, description="As in `[model]`")
-
-
-class ModelSection(Section):
-    """`[model]`: which engine and checkpoint answer; left out, the embedded checkpoint does."""
-
-    engine: str = Field(
-        default="torch",
-        description="`torch`, `transformers`, `vllm`, `fake`, or `openai` for any endpoint that speaks OpenAI's chat "
-        "completions",
-    )
-    path: str | None = Field(
-        default=None,
-        description="Folder of a Hugging Face checkpoint, on disk or in an object store, from which each host copies "
-        "it once; default the embedded one. `openai` needs none: with a folder of `tokenizer.json` and `config.json` "
-        "prompts are counted exactly before they are sent, else estimated",
-    )
-    name: str | None = Field(
-        default=None,
-        description="Model name in tables and price books, and as a provider calls it; default the folder's name",
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="float32",
-        description="Type of weights and arithmetic; `float32` gives the same answers at any batch size",
-    )
-    device: str = Field(default="auto", description="`auto` or a torch device")
-    encoding: str = Field(
-        default="auto",
-        description="How chats become prompts: `chat_template`, `deepseek_v4`, `deepseek_v4_1`, `deepseek_v3_2`; "
-        "`auto` is what the checkpoint brings",
-    )
-    batch_size: int = Field(default=0, ge=0, description="Most sequences that run together; 0 lets the engine decide")
-    max_cache_bytes: int = Field(
-        default=0, ge=0, description="`torch` only: most memory for live keys and states; 0 lets the device decide"
-    )
-    script: str | None = Field(default=None, description="`fake` only: JSON file of scripted answers and failures")
-    provider: str | None = Field(
-        default=None,
-        description="`openai` only, like all below: name of a provider profile, such as `deepseek`, `alibaba`, "
-        "`volcano`, `vllm`; default `openai`",
-    )
-    base_url: Address | None = Field(
-        default=None, description="Endpoint, up to where `/chat/completions` follows; default the profile's"
-    )
-    api_key_variable: KeyVariable | None = Field(
-        default=None,
-        description="NAME of the environment variable that holds the key, never the key; default the profile's",
-    )
-    max_concurrency: int = Field(
-        default=0, ge=0, description="Most requests in flight in one process; 0 takes the profile's limit for the model"
-    )
-    timeout_s: float = Field(
-        default=0.0, ge=0, description="Most seconds of silence, however long an answer takes; 0 takes the profile's"
-    )
-    max_retries: int = Field(
-        default=6, ge=0, le=50, description="Times that one provider is asked again after a failure that may pass"
-    )
-    mode: Literal["auto", "plain", "stream", "batch"] = Field(
-        default="auto",
-        description="Whether answers come whole or in pieces; `auto` is what suits the provider; `batch` sends files "
-        "that it answers within a day at its batch price",
-    )
-    fallbacks: tuple[FallbackSection, ...] = Field(
-        default=(),
-        description="Providers to be asked, in this order, where the one before could not answer, as "
-        "`[[model.fallbacks]]` with `provider`, `name`, `base_url`, `api_key_variable`, `max_concurrency`",
-    )
-    accelerator: str | None = Field(
-        default=None,
-        description="Accelerator that a runner's workers need to answer, and for nothing else: Beam's resource hint, "
-        "such as `type:nvidia-l4;count:1;install-nvidia-driver`; for runners that know such hints, as Dataflow does",
-    )
-    min_ram: str | None = Field(
-        default=None, description="Memory of such a worker, such as `64GB`: Beam's resource hint, as `accelerator`"
-    )
-
-    @field_validator("accelerator")
-    @classmethod
-    def _check_accelerator(cls, value: str | None) -> str | None:
-        if value is not None and not _ACCELERATOR.fullmatch(value):
-            raise ValueError(f"expected `type:…;count:…` with further options after `;`, found {value!r}")
-        return value
-
-    @field_validator("min_ram")
-    @classmethod
-    def _check_ram(cls, value: str | None) -> str | None:
-        if value is not None and not _RAM.fullmatch(value):
-            raise ValueError(f"expected a number with its unit, such as 64GB, found {value!r}")
-        return value
-
-    @property
-    def resource_hints(self) -> dict[str, str]:
-        """What a worker needs to answer, in Beam's names."""
-        hints = {"accelerator": self.accelerator, "min_ram": self.min_ram}
-        return {name: value for name, value in hints.items() if value is not None}
 
 
 class SamplingSection(Section):
@@ -411,7 +296,7 @@ class Job(Section):
     input: InputSection
     prompt: PromptSection = Field(default_factory=PromptSection)
     output: OutputSection
-    model: ModelSection = Field(default_factory=ModelSection)
+    model: SerializeAsAny[ModelSection] = Field(default_factory=default_model)
     sampling: SamplingSection = Field(default_factory=SamplingSection)
     thinking: ThinkingSection = Field(default_factory=ThinkingSection)
     tools: ToolsSection = Field(default_factory=ToolsSection)
@@ -422,6 +307,7 @@ class Job(Section):
     failures: FailuresSection = Field(default_factory=FailuresSection)
     value_chain: ValueChainSection = Field(default_factory=ValueChainSection)
     _folder: str | None = PrivateAttr(default=None)
+    _check_model = field_validator("model", mode="before")(check_model)
 
     @property
     def folder(self) -> str | None:

@@ -26,6 +26,7 @@ from moebeam.model_runner.protocol import EngineConfig, ModelRunner, load_runner
 from moebeam.model_runner.run_inference.handler import MoebeamModelHandler
 from moebeam.schemas.errors import RowError
 from moebeam.schemas.records import Completion, Message, Request, Sampling
+from tests.support.engine_configs import engine_config
 from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error, with_usage
 
 ENGINES: dict[str, dict[str, str]] = {
@@ -52,7 +53,7 @@ def config(
         if "provider" in values:
             values["base_url"] = served.base_url
         path = str(tiny_checkpoint)
-        yield EngineConfig(request.param, path, name="tiny", revision=checkpoint_revision(path), **values)
+        yield engine_config(request.param, path, name="tiny", revision=checkpoint_revision(path), **values)
 
 
 def _endpoint(checkpoint: Path) -> FakeEndpoint:

@@ -10,10 +10,10 @@ import pytest
 
 from moebeam.model_runner.openai_engine.endpoint import RetryPolicy
 from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
-from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.errors import EngineOverloaded
 from moebeam.schemas.records import Message, Request, Sampling, ToolCall, Usage
 from tests.support.aimock_server import Aimock
+from tests.support.engine_configs import engine_config
 from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
 
 pytestmark = pytest.mark.integration
@@ -33,7 +33,7 @@ def requests(num: int, words: str = "question") -> Iterator[Request]:
 
 
 def runner(base_url: str, **values: Any) -> OpenAIRunner:
-    config = EngineConfig("openai", "", "mock", "r", provider="sglang", base_url=base_url, **values)
+    config = engine_config("openai", "", "mock", "r", provider="sglang", base_url=base_url, **values)
     return load_openai_runner(config, RetryPolicy(first_wait_s=0.05))
 
 
@@ -85,7 +85,7 @@ def test_one_process_holds_2500_requests_in_flight(monkeypatch: pytest.MonkeyPat
         return Reply(deepseek("x"), is_held=call.number > 5500)
 
     with FakeEndpoint(reply, gather_at=2500) as served:
-        config = EngineConfig("openai", "", "deepseek-v4-flash", "r", provider="deepseek", base_url=served.base_url)
+        config = engine_config("openai", "", "deepseek-v4-flash", "r", provider="deepseek", base_url=served.base_url)
         asking = load_openai_runner(config)
         assert sum(c.error is None for c in asking.generate(requests(10_000))) == 10_000
         assert served.peak_in_flight == asking.counters()["peak_in_flight"] == 2500

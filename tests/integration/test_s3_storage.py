@@ -82,7 +82,7 @@ def test_what_another_process_writes_is_seen_at_once(s3: S3Server, bucket: str) 
     assert storage.list_files(f"{bucket}/out/**/*.json") == []
     assert not storage.exists(f"{folder}/a.json")
     assert not storage.is_folder(folder)
-    code = "import sys; from schemas import storage; storage.write_whole(sys.argv[1], b'one')"
+    code = "import sys; from moebeam.schemas.store import storage; storage.write_whole(sys.argv[1], b'one')"
     subprocess.run([sys.executable, "-c", code, f"{folder}/a.json"], check=True, cwd=ROOT)
     assert storage.list_names(folder, ".json") == ["a.json"]
     assert [path for path, _ in storage.list_files(f"{bucket}/out/**/*.json")] == [f"{folder}/a.json"]

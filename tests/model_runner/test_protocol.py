@@ -8,10 +8,11 @@ import pytest
 from moebeam.model_runner import protocol
 from moebeam.model_runner.protocol import EngineConfig, add_counters, counters_since, load_runner
 from moebeam.schemas.errors import EngineLoadError
+from tests.support.engine_configs import engine_config
 
 
 def config(engine: str) -> EngineConfig:
-    return EngineConfig(engine=engine, path="", name="m", revision="r")
+    return engine_config(engine=engine, path="", name="m", revision="r")
 
 
 def test_unknown_engine_is_refused_naming_the_known_ones() -> None:

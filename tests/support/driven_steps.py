@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moebeam.model_runner.torch_engine.memory.cache import Cache, RingKind
-from moebeam.model_runner.torch_engine.memory.reading import commit_entries
 from moebeam.model_runner.torch_engine.memory.segments import SegmentKind
-from moebeam.model_runner.torch_engine.schedule.schedule import Running, Schedule, Span, Step
+from moebeam.model_runner.torch_engine.schedule.schedule import Schedule
+from moebeam.model_runner.torch_engine.schedule.steps import Span, Step
 from tests.support.checkpoint_layouts import prompts_of, random_tokens
 
 Path = tuple[int, ...]
@@ -54,9 +54,9 @@ def run_steps(prompts: Sequence[Sequence[int]], cache: Cache, read_step: ReadSte
             cache.prepare(step.spans, step.num_rows, schedule.live_spans)
             paths = [path for span in step.spans for path in _paths_of(span)]
             read_step(step, paths)
-            commit_entries(step.spans, cache.store.kinds)
-            schedule.computed(step)
-        for running in [who for who in step.drawn if isinstance(who, Running)] + step.instant:
+            cache.commit(step.spans)
+            schedule.mark_computed(step)
+        for running in step.sampled:
             path = [*running.prompt.token_ids.tolist(), *running.answer]
             schedule.append(running, zlib.crc32(bytes(path)) % 2, None)
         _release(schedule, cache)

@@ -25,7 +25,7 @@ FLINK_PACKAGE = "apache-flink-libraries"
 COMMAND_TIMEOUT_S = 900
 DEBIAN_PACKAGES = ("openjdk-17-jre-headless", "maven")
 
-_POM = ROOT / "jobs" / "flink" / "pom.xml"
+_POM = ROOT / "jobs" / "deploy" / "flink" / "pom.xml"
 _WANTED = ("deps/lib/", "deps/bin/")
 
 

@@ -51,12 +51,19 @@ def allows_value(schema: Json, value: Json) -> bool:
 
 
 def draw(schema: Json, seed: int, num_answers: int) -> list[str]:
-    """Random complete answers; the longer one is, the likelier a quote, a bracket or the end."""
+    """Random complete answers under the grammar that jobs use for a schema."""
+    return draw_answers(constraint_of(schema), seed, num_answers)
+
+
+def draw_answers(first: Constraint, seed: int, num_answers: int) -> list[str]:
+    """Random complete answers under a fresh constraint; the longer one is, the likelier a quote, a bracket or the end.
+
+    Answers that do not end within `MAX_TOKENS` are left out.
+    """
     tokenizer = byte_tokenizer()
     end = tokenizer.token_to_id(EOS)
     closing = {end, *(tokenizer.token_to_id(char) for char in '"}]')}
     mask = np.zeros((1, num_mask_words(tokenizer.get_vocab_size())), dtype=np.int32)
-    first = constraint_of(schema)
     found: list[str] = []
     for answer in range(num_answers):
         rng = np.random.default_rng([seed, answer])

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moebeam.jobs.check.job_file import read_job
 from moebeam.jobs.console.summary import RunSummary
 from moebeam.jobs.run.launch import launch
 from moebeam.schemas.job.sections import Job
@@ -45,7 +46,7 @@ def fake_job(source: Path, output: Path, checkpoint: Path, /, **sections: Mappin
     }
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
-    return Job.model_validate(values)
+    return read_job(values)
 
 
 def priced(folder: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moebeam.jobs.check.job_file import read_job
 from moebeam.schemas.job.sections import Job
 from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
 from tests.support.jobs_for_tests import write_parquet
@@ -91,4 +92,4 @@ def remote_job(folder: Path, output: Path, endpoint: FakeEndpoint, /, **sections
     }
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
-    return Job.model_validate(values)
+    return read_job(values)

@@ -21,9 +21,6 @@ from moebeam.model_runner.engine_process.host_runner import HostRunner
 from moebeam.model_runner.engine_process.isolated_runner import IsolatedRunner
 from moebeam.model_runner.prefix_tree import token_ids_of
 from moebeam.model_runner.protocol import (
-    CONSTRAINED_ENGINES,
-    REMOTE_ENGINES,
-    WEIGHTLESS_ENGINES,
     CountingRunner,
     EngineConfig,
     ModelRunner,
@@ -42,15 +39,14 @@ from moebeam.transforms.answer.journal import JournaledRunner, ShardJournal, kee
 from moebeam.transforms.answer.repair import Repair
 from moebeam.transforms.answer.reuse import EarlierAnswers, ReuseSource
 from moebeam.transforms.answer.shard_events import log_commit
-from moebeam.transforms.answer.shard_tables import PlannedRows, ShardNames, shard_tables
-from moebeam.transforms.answer.spending import Pricing, Spent
+from moebeam.transforms.answer.shard_tables import PlannedRows, shard_tables
+from moebeam.transforms.answer.spending import Spent
 from moebeam.transforms.answer.validate import answer_and_validate
 from moebeam.transforms.answer.waste import record_waste
 from moebeam.transforms.durable.commit import commit_shard
 from moebeam.transforms.durable.heartbeat import Heartbeat, ShardProgress
 from moebeam.transforms.durable.stop import ON_ERROR, StopReason, request_stop
-from moebeam.transforms.money.account import account
-from moebeam.transforms.money.price_book import PriceBook
+from moebeam.transforms.money.account import Accounting, account
 from moebeam.transforms.render.answer_terms import TermsCache
 from moebeam.transforms.render.chat_messages import parse_messages
 from moebeam.transforms.render.render_rows import SchemaInPrompt
@@ -64,38 +60,27 @@ class AnswerSpec:
         terms: what answers must keep.
         is_constrained: whether engines in process are held to the terms while they decode.
         output_type: of the typed column of answers, where the job has a schema.
-        provider, model: whose prices apply; None means what each completion names.
         failures: what happens to rows that the engine cannot answer, and to an engine that dies.
         reuse: the earlier run whose answers are taken over, if any.
-        tag_columns: passthrough columns that become tags of ledger lines.
     """
 
-    run_id: str
     layout: RunLayout
     engine: EngineConfig
     terms: TermsCache
-    prices: PriceBook | None
+    accounting: Accounting
     repair: RepairSection = field(default_factory=RepairSection)
     schema_in_prompt: SchemaInPrompt = "auto"
     is_constrained: bool = True
     output_type: OutputType | None = None
-    provider: str | None = None
-    model: str | None = None
     limits: SpendingLimits = field(default_factory=SpendingLimits)
     failures: FailuresSection = field(default_factory=FailuresSection)
-    tag_columns: tuple[str, ...] = ()
     reuse: ReuseSource | None = None
-
-    @property
-    def pricing(self) -> Pricing:
-        """Whose prices apply."""
-        return Pricing(self.prices, self.provider, self.model)
 
     @property
     def is_journaled(self) -> bool:
         """Whether answers are kept as they arrive."""
         choice = self.failures.journal
-        return choice == "always" or (choice == "auto" and self.engine.engine in REMOTE_ENGINES)
+        return choice == "always" or (choice == "auto" and self.engine.options.is_remote)
 
 
 EngineProcess: TypeAlias = Literal["shared", "own", "host"]
@@ -120,7 +105,7 @@ class LoadedEngine:
         Raises:
             EngineLoadError: the engine or its tokenizer cannot be loaded, or the checkpoint is not the job's.
         """
-        if config.engine not in WEIGHTLESS_ENGINES:
+        if config.options.has_weights:
             config = replace(config, path=local_checkpoint(config.path, config.revision))
         runner: ModelRunner
         match process:
@@ -130,7 +115,7 @@ class LoadedEngine:
                 runner = HostRunner(config, max_silence_s=max_silence_s)
             case "shared":
                 runner = load_runner(config)
-        return cls(runner, load_encoder(config.path, config.encoding, config.name))
+        return cls(runner, load_encoder(config.path, config.options.encoding, config.name))
 
 
 def planned_rows(table: pa.Table, spec: AnswerSpec) -> PlannedRows:
@@ -165,7 +150,6 @@ def answer_rows(
         for the next attempt.
     """
     started = time.monotonic()
-    names = ShardNames(spec.run_id, shard, spec.prices.version if spec.prices else None, spec.tag_columns)
     budget = budget or ShardBudget(SpendingLimits(), Spent)
     runner = engine and engine.runner
     before = counters_of(runner)
@@ -182,17 +166,17 @@ def answer_rows(
         except Exception:
             if not spec.is_journaled:
                 with contextlib.suppress(OSError):
-                    record_waste(spec.layout, rows, answers, names)
+                    record_waste(spec.layout, shard, rows, answers, spec.accounting)
             raise
     is_whole = all(row in answers and answers[row][-1].answer.is_last for row in rows.asked)
     if budget.stop is not None and (budget.stop.kind == ON_ERROR or not is_whole):
         if not spec.is_journaled:
-            record_waste(spec.layout, rows, answers, names)
+            record_waste(spec.layout, shard, rows, answers, spec.accounting)
         request_stop(spec.layout, budget.stop)
         return None
     counted = counters_since(before, counters_of(runner))
-    tables = shard_tables(rows, answers, names, spec.output_type)
-    commit = commit_shard(spec.layout, spec.run_id, shard, tables, {**counted, **replayed})
+    tables = shard_tables(shard, rows, answers, spec.accounting, spec.output_type)
+    commit = commit_shard(spec.layout, spec.accounting.run_id, shard, tables, {**counted, **replayed})
     ids, kinds = (tables["rejects"].column(name).to_pylist() for name in ("custom_id", "error_type"))
     log_commit(commit, time.monotonic() - started, list(zip(ids, kinds, strict=True)))
     return commit
@@ -221,7 +205,7 @@ def _accounted(
     if journal is not None:
         # Counted at once, as spent before; what is taken from the journal is then not counted again.
         kept = (entry.completion for entry in journal.kept.entries)
-        budget.own += spec.pricing.spent(kept)
+        budget.own += Spent.of_completions(kept, spec.accounting)
         runner = JournaledRunner(runner, journal)
     validated = answer_and_validate(
         requests_of(shard, rows, spec, engine.encoder),
@@ -230,7 +214,7 @@ def _accounted(
         again := AttemptPolicy(spec.failures, Repair(spec.repair, engine.encoder, spec.schema_in_prompt)),
         again.pause,
     )
-    accounted = account(validated, spec.prices, spec.provider, spec.model)
+    accounted = account(validated, spec.accounting)
     for answer in _with_heartbeat(shard, rows, accounted, spec.layout, is_last_told=journal is not None):
         if journal is not None:
             place = (answer.answer.completion.request_id, answer.answer.attempt)
@@ -259,10 +243,10 @@ def counters_of(runner: ModelRunner | None) -> Mapping[str, float]:
 def requests_of(shard: str, rows: PlannedRows, spec: AnswerSpec, encoder: Encoder) -> Iterator[Request]:
     """The requests of a shard in token order, each made when it is pulled; `request_id` is the row's index."""
     columns = [rows.table.column(name) for name in ("prefix_key", "messages", "sampling", "options", "tenant")]
-    is_constrained = spec.is_constrained and spec.engine.engine in CONSTRAINED_ENGINES
+    is_constrained = spec.is_constrained and spec.engine.options.is_constrained
     grammars = GrammarCache(encoder) if is_constrained and isinstance(encoder, PromptEncoder) else None
     # Engines with a tokenizer read the schema in their prompts, which were rendered with it.
-    is_told = spec.schema_in_prompt == "always" and spec.engine.engine in REMOTE_ENGINES
+    is_told = spec.schema_in_prompt == "always" and spec.engine.options.is_remote
     for row in rows.asked:
         key, messages, sampling, options, tenant = (column[row].as_py() for column in columns)
         token_ids = token_ids_of(key)

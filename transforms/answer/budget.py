@@ -170,7 +170,7 @@ class ShardBudget:
                 return
             counted = Spent(num_requests=1, input_tokens=away.expected.input_tokens)
             self._expected -= away.expected - counted
-            taken = self.ceiling.pricing.spent([completion])
+            taken = Spent.of_completions([completion], self.ceiling.accounting)
             if taken.input_tokens:
                 self._expectation.learn(away.most, taken)
                 self.own += taken - counted

@@ -11,12 +11,13 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
 
+from moebeam.model_runner.openai_engine.options import OpenAIOptions
 from moebeam.model_runner.openai_engine.profiles import DEFAULT_PROFILE
-from moebeam.model_runner.protocol import REMOTE_ENGINES, EngineConfig
+from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.prices import PriceMode
 from moebeam.schemas.records import Request, Usage
-from moebeam.transforms.answer.spending import Pricing, Spent
-from moebeam.transforms.money.account import charge
+from moebeam.transforms.answer.spending import Spent
+from moebeam.transforms.money.account import Accounting, charge
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,36 +28,37 @@ class Ceiling:
         candidates: provider and model of everyone who may answer, as price books name them.
     """
 
-    pricing: Pricing = field(default_factory=Pricing)
+    accounting: Accounting = field(default_factory=lambda: Accounting(""))
     candidates: tuple[tuple[str, str], ...] = ()
     mode: PriceMode = "online"
 
     @classmethod
-    def of(cls, pricing: Pricing, engine: EngineConfig) -> "Ceiling":
+    def of(cls, accounting: Accounting, engine: EngineConfig) -> "Ceiling":
         """The ceiling of a job's requests."""
-        mode: PriceMode = "batch" if engine.mode == "batch" else "online"
-        return cls(pricing, tuple(dict.fromkeys(_candidates(pricing, engine))), mode)
+        mode: PriceMode = "batch" if engine.options.is_batch else "online"
+        return cls(accounting, tuple(dict.fromkeys(_candidates(accounting, engine))), mode)
 
     def most(self, request: Request) -> Spent:
         """What a request that starts now may take; without a price its cost is 0, and the answer's will be unknown."""
         num_input, num_output = request.num_prompt_tokens, request.sampling.max_tokens
         cost = Decimal(0)
         for provider, model in self.candidates:
-            book, now = self.pricing.book, datetime.now(UTC)
-            line = book and book.find(provider, model, now, prompt_tokens=num_input, mode=self.mode)
+            now = datetime.now(UTC)
+            line = self.accounting.find_price(provider, model, now, prompt_tokens=num_input, mode=self.mode)
             if line is not None:
                 cost = max(cost, charge(Usage(num_input, num_output, None), line).cost)
         return Spent(1, num_input, num_output, cost)
 
 
-def _candidates(pricing: Pricing, engine: EngineConfig) -> Iterator[tuple[str, str]]:
-    if engine.engine not in REMOTE_ENGINES:
-        named = [("fake" if engine.engine == "fake" else "local", engine.name)]
+def _candidates(accounting: Accounting, engine: EngineConfig) -> Iterator[tuple[str, str]]:
+    options = engine.options
+    if isinstance(options, OpenAIOptions):
+        named = [(options.provider or DEFAULT_PROFILE, engine.name)]
+        named += [(fallback.provider, fallback.name or engine.name) for fallback in options.fallbacks]
     else:
-        named = [(engine.provider or DEFAULT_PROFILE, engine.name)]
-        named += [(fallback.provider, fallback.name or engine.name) for fallback in engine.fallbacks]
+        named = [("fake" if engine.engine == "fake" else "local", engine.name)]
     for provider, model in named:
-        yield pricing.provider or provider, pricing.model or model
+        yield accounting.provider or provider, accounting.model or model
 
 
 @dataclass(slots=True)

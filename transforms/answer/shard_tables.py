@@ -22,20 +22,10 @@ from moebeam.schemas.contract.output_type import OutputType
 from moebeam.schemas.prices import EXACT
 from moebeam.schemas.tables import LEDGER_SCHEMA, PASSTHROUGH, RESULT_SCHEMA, Table, result_schema
 from moebeam.transforms.answer.reuse import EarlierAnswer, parsed_output
-from moebeam.transforms.money.account import class_amounts
+from moebeam.transforms.money.account import Accounting, class_amounts
 from moebeam.transforms.money.allocate import Allocation, Bill, allocate, bill_of, to_units
 
 _ZERO = Decimal(0)
-
-
-@dataclass(frozen=True, slots=True)
-class ShardNames:
-    """What every row of a shard's tables repeats."""
-
-    run_id: str
-    shard: str
-    price_book: str | None
-    tag_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +70,11 @@ Attempts: TypeAlias = Sequence[AccountedAnswer]
 
 
 def shard_tables(
-    rows: PlannedRows, answers: Mapping[int, Attempts], names: ShardNames, output_type: OutputType | None = None
+    shard: str,
+    rows: PlannedRows,
+    answers: Mapping[int, Attempts],
+    accounting: Accounting,
+    output_type: OutputType | None = None,
 ) -> dict[Table, pa.Table]:
     """Build the tables of a shard; results and rejects in input order, the ledger in token order.
 
@@ -89,7 +83,7 @@ def shard_tables(
         output_type: of the typed column of answers; None where the job has no schema.
     """
     allocations = _allocate(rows, answers)
-    columns = _result_columns(rows, answers, allocations, names)
+    columns = _result_columns(rows, answers, allocations, accounting)
     fields, passthrough = struct_columns(rows.table, PASSTHROUGH)
     typed = [] if output_type is None else [output_column(_values(rows, answers), output_type).array]
     table = pa.table(
@@ -102,7 +96,7 @@ def shard_tables(
     return {
         "results": table.filter(is_ok),
         "rejects": table.filter(pc.invert(is_ok)),
-        "ledger": _ledger(rows, answers, allocations, names),
+        "ledger": _ledger(shard, rows, answers, allocations, accounting),
     }
 
 
@@ -175,7 +169,7 @@ def _result_columns(
     rows: PlannedRows,
     answers: Mapping[int, Attempts],
     allocations: Mapping[int, Allocation | None],
-    names: ShardNames,
+    accounting: Accounting,
 ) -> dict[str, list[Any]]:
     """Every column of `RESULT_SCHEMA`, in the order of the plan."""
     num_rows = rows.table.num_rows
@@ -183,7 +177,7 @@ def _result_columns(
     repeated = ("custom_id", "source_file", "source_row", "scope", "num_rows", "merged_into")
     for name in (*repeated, "error_type", "error_message", "error_stage"):
         columns[name] = rows.values(name)
-    columns["run_id"] = [names.run_id] * num_rows
+    columns["run_id"] = [accounting.run_id] * num_rows
     columns["status"] = ["rejected"] * num_rows
     for name in (
         "attempts",
@@ -194,10 +188,10 @@ def _result_columns(
         "reasoning_tokens",
     ):
         columns[name] = [0] * num_rows
-    if names.price_book is not None:
+    if accounting.book_version is not None:
         columns["cost"] = [_ZERO] * num_rows
         columns["cost_allocated"] = [_ZERO] * num_rows
-        columns["price_book"] = [names.price_book] * num_rows
+        columns["price_book"] = [accounting.book_version] * num_rows
     for row in rows.asked:
         attempts, allocation = answers[row], allocations[row]
         group = (row, *rows.followers.get(row, ()))
@@ -296,14 +290,15 @@ def _fill_usage(columns: dict[str, list[Any]], row: int, attempts: Attempts) -> 
 
 
 def _ledger(
+    shard: str,
     rows: PlannedRows,
     answers: Mapping[int, Attempts],
     allocations: Mapping[int, Allocation | None],
-    names: ShardNames,
+    accounting: Accounting,
 ) -> pa.Table:
     """One line for each attempt that was made."""
     repeated = {name: rows.values(name) for name in ("custom_id", "source_file", "source_row", "tenant", "cost_center")}
-    tags = _tags(rows, names.tag_columns)
+    tags = _tags(rows, accounting.tag_columns)
     lines: list[dict[str, Any]] = []
     for row in rows.asked:
         for accounted, share in zip(answers[row], _shares(answers[row], allocations[row]), strict=True):
@@ -311,8 +306,8 @@ def _ledger(
             lines.append(
                 {
                     **{name: values[row] for name, values in repeated.items()},
-                    "run_id": names.run_id,
-                    "shard": names.shard,
+                    "run_id": accounting.run_id,
+                    "shard": shard,
                     "attempt": accounted.answer.attempt,
                     "outcome": "answered" if accounted.answer.error is None else "rejected",
                     "provider": completion.provider,
@@ -321,7 +316,7 @@ def _ledger(
                     "started_at": completion.started_at,
                     "latency_ms": completion.latency_ms,
                     "cost_allocated": share,
-                    "price_book": names.price_book,
+                    "price_book": accounting.book_version,
                     "finish_reason": completion.finish_reason,
                     "error_type": accounted.answer.error and accounted.answer.error.error_type,
                     "tags": tags[row],

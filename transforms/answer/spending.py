@@ -10,8 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 
-from moebeam.schemas.answers import Totals, ValidatedAnswer
-from moebeam.schemas.prices import Charge
+from moebeam.schemas.answers import Totals
 from moebeam.schemas.records import Completion
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
@@ -19,8 +18,7 @@ from moebeam.transforms.answer.waste import read_waste, waste_names
 from moebeam.transforms.durable.commit import read_commit
 from moebeam.transforms.durable.heartbeat import ShardProgress, read_progress
 from moebeam.transforms.durable.journal_file import read_journal
-from moebeam.transforms.money.account import account
-from moebeam.transforms.money.price_book import PriceBook
+from moebeam.transforms.money.account import Accounting
 
 REFRESH_S = 1.0
 """Least seconds between two looks at what others have spent."""
@@ -65,6 +63,16 @@ class Spent:
         """What a shard at work took until its last heartbeat."""
         return cls(beat.num_requests, beat.prompt_tokens, beat.completion_tokens, Decimal(beat.cost))
 
+    @classmethod
+    def of_completions(cls, completions: Iterable[Completion], accounting: Accounting) -> "Spent":
+        """What completions took."""
+        spent = cls()
+        for completion in completions:
+            usage, charge = completion.usage, accounting.charge_completion(completion)
+            cost = charge.cost if charge is not None else Decimal(0)
+            spent += cls(1, usage.prompt_tokens, usage.completion_tokens, cost)
+        return spent
+
     def or_more(self, other: "Spent") -> "Spent":
         """The larger of each amount, of two accounts of the same work."""
         return Spent(
@@ -76,35 +84,11 @@ class Spent:
 
 
 @dataclass(frozen=True, slots=True)
-class Pricing:
-    """Whose prices apply, as of `account`."""
-
-    book: PriceBook | None = None
-    provider: str | None = None
-    model: str | None = None
-
-    def charge_of(self, completion: Completion) -> Charge | None:
-        """What a completion cost; None where it has no price."""
-        validated = ValidatedAnswer(completion, None, None)
-        (answer,) = account((validated,), self.book, self.provider, self.model)
-        return answer.charge
-
-    def spent(self, completions: Iterable[Completion]) -> Spent:
-        """What completions took."""
-        spent = Spent()
-        for completion in completions:
-            usage, charge = completion.usage, self.charge_of(completion)
-            cost = charge.cost if charge is not None else Decimal(0)
-            spent += Spent(1, usage.prompt_tokens, usage.completion_tokens, cost)
-        return spent
-
-
-@dataclass(frozen=True, slots=True)
 class JournaledSpending:
     """What the journals of a run's shards say that was paid."""
 
     layout: RunLayout
-    pricing: Pricing
+    accounting: Accounting
 
     def of(self, is_done: Collection[str]) -> Mapping[str, Spent]:
         """By shard, but for those that are committed.
@@ -118,7 +102,8 @@ class JournaledSpending:
 
     def of_shard(self, shard: str) -> Spent:
         """What was paid for one shard."""
-        return self.pricing.spent(entry.completion for entry in read_journal(self.layout, shard).entries)
+        kept = (entry.completion for entry in read_journal(self.layout, shard).entries)
+        return Spent.of_completions(kept, self.accounting)
 
 
 class RunSpending:

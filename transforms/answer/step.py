@@ -16,10 +16,6 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.utils.shared import Shared
 
-from moebeam.model_runner.protocol import (
-    REMOTE_ENGINES,
-    SELF_HEALING_ENGINES,
-)
 from moebeam.schemas.answers import ShardCommit
 from moebeam.schemas.store import storage
 from moebeam.transforms.answer.answer_shard import AnswerSpec, EngineProcess, LoadedEngine, answer_rows, planned_rows
@@ -65,7 +61,7 @@ class _AnswerShard(beam.DoFn):
     def __init__(self, spec: AnswerSpec, shared: Shared) -> None:
         self._spec = spec
         self._shared = shared
-        journaled = JournaledSpending(spec.layout, spec.pricing)
+        journaled = JournaledSpending(spec.layout, spec.accounting)
         self._spending = RunSpending(spec.layout, journaled if spec.is_journaled else None)
 
     def setup(self) -> None:
@@ -99,7 +95,7 @@ class _AnswerShard(beam.DoFn):
     def _answered(self, planned: PlannedShard) -> ShardCommit | None:
         """The shard's commit; None if the run has to stop before or within it."""
         spec = self._spec
-        ceiling = Ceiling.of(spec.pricing, spec.engine)
+        ceiling = Ceiling.of(spec.accounting, spec.engine)
         budget = ShardBudget(spec.limits, lambda: self._spending.spent_by_others(planned.shard), ceiling)
         if spec.limits.has_any and planned.num_requests and spec.reuse is None:
             self._spending.invalidate()
@@ -112,25 +108,29 @@ class _AnswerShard(beam.DoFn):
         engine = self._shared.acquire(self._load) if rows.asked else None
         add_to_counters("answer", {"num_rows": planned.num_rows})
         log_event(
-            "shard_begun", run=spec.run_id, shard=planned.shard, num_rows=planned.num_rows, num_asked=len(rows.asked)
+            "shard_begun",
+            run=spec.accounting.run_id,
+            shard=planned.shard,
+            num_rows=planned.num_rows,
+            num_asked=len(rows.asked),
         )
         started = time.monotonic()
         commit = answer_rows(planned.shard, rows, engine, spec, budget)
         if commit is not None:
             add_to_counters("answer", shard_counters(commit, time.monotonic() - started))
         elif budget.stop is not None:
-            log_event("shard_stopped", run=spec.run_id, shard=planned.shard, reason=str(budget.stop.kind))
+            log_event("shard_stopped", run=spec.accounting.run_id, shard=planned.shard, reason=str(budget.stop.kind))
         return commit
 
     def _load(self) -> LoadedEngine:
-        engine, failures = replace(self._spec.engine, run_id=self._spec.run_id), self._spec.failures
+        engine, failures = replace(self._spec.engine, run_id=self._spec.accounting.run_id), self._spec.failures
         return LoadedEngine.load(engine, self._engine_process(), failures.max_silence_s)
 
     def _engine_process(self) -> EngineProcess:
-        engine, failures = self._spec.engine.engine, self._spec.failures
-        if engine in REMOTE_ENGINES:
+        options, failures = self._spec.engine.options, self._spec.failures
+        if options.is_remote:
             return "shared"
-        if engine in SELF_HEALING_ENGINES:
+        if options.is_self_healing:
             return "host" if failures.engine_process == "host" else "shared"
         if failures.engine_process != "auto":
             return failures.engine_process

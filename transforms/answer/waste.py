@@ -21,11 +21,10 @@ from moebeam.schemas.answers import AccountedAnswer, Totals, ValidatedAnswer
 from moebeam.schemas.arrow import parquet_bytes, values_of, with_column
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.answer.shard_tables import PlannedRows, ShardNames, shard_tables
+from moebeam.transforms.answer.shard_tables import PlannedRows, shard_tables
 from moebeam.transforms.durable.commit import ledger_totals
 from moebeam.transforms.durable.journal_file import read_journal
-from moebeam.transforms.money.account import account
-from moebeam.transforms.money.price_book import PriceBook
+from moebeam.transforms.money.account import Accounting, account
 from moebeam.transforms.plan.sorted_runs import read_rows
 
 WASTED = "wasted"
@@ -60,7 +59,11 @@ def waste_names(layout: RunLayout) -> list[str]:
 
 
 def record_waste(
-    layout: RunLayout, rows: PlannedRows, answers: Mapping[int, Sequence[AccountedAnswer]], names: ShardNames
+    layout: RunLayout,
+    shard: str,
+    rows: PlannedRows,
+    answers: Mapping[int, Sequence[AccountedAnswer]],
+    accounting: Accounting,
 ) -> None:
     """Keep the ledger lines of an attempt that will not be committed; nothing where nothing was answered.
 
@@ -71,23 +74,12 @@ def record_waste(
     """
     if not answers:
         return
-    _write_waste(layout, rows, answers, names, uuid.uuid4().hex)
+    _write_waste(layout, shard, rows, answers, accounting, uuid.uuid4().hex)
     # From here on the shard's last heartbeat would count the same money again.
-    storage.remove_files([layout.heartbeat("answer", names.shard)])
+    storage.remove_files([layout.heartbeat("answer", shard)])
 
 
-@dataclass(frozen=True, slots=True)
-class WasteTerms:
-    """What makes journaled completions ledger lines: whose prices, as of `account`, and which tags."""
-
-    run_id: str
-    prices: PriceBook | None
-    provider: str | None
-    model: str | None
-    tag_columns: tuple[str, ...] = ()
-
-
-def record_unused(layout: RunLayout, shard: str, terms: WasteTerms) -> None:
+def record_unused(layout: RunLayout, shard: str, accounting: Accounting) -> None:
     """Keep the ledger lines of journaled answers that a published shard did not use; can be repeated.
 
     Raises:
@@ -106,25 +98,25 @@ def record_unused(layout: RunLayout, shard: str, terms: WasteTerms) -> None:
         ValidatedAnswer(entry.completion, None, entry.completion.error, attempt=entry.attempt) for entry in unused
     )
     answers: dict[int, list[AccountedAnswer]] = {}
-    for entry, answer in zip(unused, account(validated, terms.prices, terms.provider, terms.model), strict=True):
+    for entry, answer in zip(unused, account(validated, accounting), strict=True):
         row = int(entry.completion.request_id)
         answers.setdefault(row, []).append(replace(answer, journal=entry.reference))
     rows = PlannedRows.of(read_rows(layout.shard_plan(shard)))
-    names = ShardNames(terms.run_id, shard, terms.prices.version if terms.prices else None, terms.tag_columns)
-    _write_waste(layout, rows, answers, names, "journal")
+    _write_waste(layout, shard, rows, answers, accounting, "journal")
 
 
 def _write_waste(
     layout: RunLayout,
+    shard: str,
     rows: PlannedRows,
     answers: Mapping[int, Sequence[AccountedAnswer]],
-    names: ShardNames,
+    accounting: Accounting,
     attempt: str,
 ) -> None:
     answered = replace(rows, asked=tuple(row for row in rows.asked if row in answers))
-    ledger = shard_tables(answered, answers, names)["ledger"]
+    ledger = shard_tables(shard, answered, answers, accounting)["ledger"]
     ledger = with_column(ledger, "outcome", [WASTED] * ledger.num_rows)
-    path = storage.join(waste_folder(layout), f"{names.shard}.{attempt}{_SUFFIX}")
+    path = storage.join(waste_folder(layout), f"{shard}.{attempt}{_SUFFIX}")
     storage.write_whole(path, parquet_bytes(ledger))
 
 

@@ -9,52 +9,73 @@ tokens x price / 10^6 has at most 12, which is what decimal128(38, 12) holds.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 
 from moebeam.schemas.answers import AccountedAnswer, ClassAmounts, ValidatedAnswer
-from moebeam.schemas.prices import EXACT, Charge, CostBasis, PriceLine
+from moebeam.schemas.prices import EXACT, Charge, CostBasis, PriceLine, PriceMode
 from moebeam.schemas.records import Completion, Usage
 from moebeam.transforms.money.price_book import PriceBook
 
 
-def account(
-    answers: Iterable[ValidatedAnswer], book: PriceBook | None, provider: str | None, model: str | None
-) -> Iterator[AccountedAnswer]:
-    """Price answers one by one, lazily and in the order in which they come.
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """Whose prices a run's attempts are charged at, and what every line of its ledger repeats.
 
-    Args:
+    Attributes:
         book: None leaves every charge None.
-        provider: whose prices; None means the completion's own.
-        model: which model's prices; None means the completion's own.
+        provider, model: whose prices apply; None means what each completion names.
+        tag_columns: passthrough columns that become tags of ledger lines.
     """
-    for answer in answers:
-        completion = answer.completion
-        line = book and book.find(
-            provider or completion.provider,
-            model or completion.model,
+
+    run_id: str
+    book: PriceBook | None = None
+    provider: str | None = None
+    model: str | None = None
+    tag_columns: tuple[str, ...] = ()
+
+    @property
+    def book_version(self) -> str | None:
+        return self.book and self.book.version
+
+    def find_price(
+        self, provider: str, model: str, started_at: datetime, *, prompt_tokens: int, mode: PriceMode = "online"
+    ) -> PriceLine | None:
+        """The price line of an attempt by a provider's model; None if there is none."""
+        if self.book is None:
+            return None
+        provider, model = self.provider or provider, self.model or model
+        return self.book.find(provider, model, started_at, prompt_tokens=prompt_tokens, mode=mode)
+
+    def charge_completion(self, completion: Completion) -> Charge | None:
+        """What a completion cost; None where it has no price."""
+        line = self.find_price(
+            completion.provider,
+            completion.model,
             completion.started_at,
             prompt_tokens=completion.usage.prompt_tokens,
             mode=completion.price_mode,
         )
-        if not line:
-            yield AccountedAnswer(answer, None)
-            continue
-        lost = _lost_cost(completion, book, provider, model, line.currency)
-        yield AccountedAnswer(answer, charge(completion.usage, line), lost_cost_at_most=lost)
+        return line and charge(completion.usage, line)
 
 
-def _lost_cost(
-    completion: Completion, book: PriceBook | None, provider: str | None, model: str | None, currency: str
-) -> Decimal | None:
+def account(answers: Iterable[ValidatedAnswer], accounting: Accounting) -> Iterator[AccountedAnswer]:
+    """Price answers one by one, lazily and in the order in which they come."""
+    for answer in answers:
+        charged = accounting.charge_completion(answer.completion)
+        lost = charged and _lost_cost(answer.completion, accounting, charged.line.currency)
+        yield AccountedAnswer(answer, charged, lost_cost_at_most=lost)
+
+
+def _lost_cost(completion: Completion, accounting: Accounting, currency: str) -> Decimal | None:
     """What the calls before an answer may be billed at most: their prompts as misses, and all of `max_tokens`."""
     total: Decimal | None = None
     for call in completion.lost_calls:
         # The provider's own count of the prompt, where an answer brought one.
         num_input = max(call.prompt_tokens, completion.usage.prompt_tokens)
-        line = book and book.find(
-            provider or call.provider, model or call.model, call.started_at, prompt_tokens=num_input
-        )
-        if not line or line.currency != currency:
+        line = accounting.find_price(call.provider, call.model, call.started_at, prompt_tokens=num_input)
+        if line is None or line.currency != currency:
             return None
         total = EXACT.add(total or Decimal(0), charge(Usage(num_input, call.max_output_tokens, None), line).cost)
     return total

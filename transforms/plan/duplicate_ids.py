@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from typing import Any
 
-import apache_beam as beam
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -19,19 +18,6 @@ from moebeam.schemas.errors import InvalidId
 NUM_BUCKETS = 64
 _ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("unit", "<i4"), ("source_row", "<i8")])
 """An id as 128 bits of its BLAKE2b digest: two different ids meet once in 10^20 at a billion rows."""
-
-
-class FindDuplicates(beam.PTransform[Any, Any]):
-    """Batches of rows as read -> (unit, rows of that unit whose id came before)."""
-
-    def expand(self, pcoll: "beam.PCollection[pa.RecordBatch]") -> "beam.PCollection[tuple[int, list[int]]]":
-        found: Any = (
-            pcoll
-            | "Digest" >> beam.FlatMap(digest_ids).with_output_types(tuple[int, bytes])
-            | "GroupByBucket" >> beam.GroupByKey()
-            | "Compare" >> beam.FlatMap(_compare).with_output_types(tuple[int, list[int]])
-        )
-        return found
 
 
 def digest_ids(batch: pa.RecordBatch) -> Iterator[tuple[int, bytes]]:
@@ -62,7 +48,3 @@ def find_duplicates(packed: Iterable[bytes]) -> dict[int, list[int]]:
     for row in np.sort(rows[is_duplicate], order=("unit", "source_row")):
         found.setdefault(int(row["unit"]), []).append(int(row["source_row"]))
     return found
-
-
-def _compare(bucket: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, list[int]]]:
-    yield from find_duplicates(bucket[1]).items()

@@ -7,7 +7,7 @@ cost in that order. Each is written to `_moebeam/plan/<shard>.arrow`.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -21,6 +21,7 @@ from moebeam.transforms.beam.counters import add_to_counters
 from moebeam.transforms.durable.failure import recorded_failure
 from moebeam.transforms.durable.heartbeat import Heartbeat, ShardProgress
 from moebeam.transforms.plan.build_shards import PlanSpec, build_shards, write_plan
+from moebeam.transforms.plan.duplicate_ids import digest_ids, find_duplicates
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_plan
 from moebeam.transforms.plan.shard_ranges import ShardRange, cut_ranges
 from moebeam.transforms.plan.sorted_runs import (
@@ -32,6 +33,23 @@ from moebeam.transforms.plan.sorted_runs import (
 
 for record_type in (PlannedShard, PlanRecord, RunFile, ShardRange):
     register_record(record_type)
+
+
+class FindDuplicates(beam.PTransform[Any, Any]):
+    """Batches of rows as read -> (unit, rows of that unit whose id came before)."""
+
+    def expand(self, pcoll: "beam.PCollection[pa.RecordBatch]") -> "beam.PCollection[tuple[int, list[int]]]":
+        found: Any = (
+            pcoll
+            | "Digest" >> beam.FlatMap(digest_ids).with_output_types(tuple[int, bytes])
+            | "GroupByBucket" >> beam.GroupByKey()
+            | "Compare" >> beam.FlatMap(_compare_ids).with_output_types(tuple[int, list[int]])
+        )
+        return found
+
+
+def _compare_ids(bucket: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, list[int]]]:
+    yield from find_duplicates(bucket[1]).items()
 
 
 class PlanShards(beam.PTransform[Any, Any]):

@@ -6,12 +6,10 @@ and what the engine itself counted.
 """
 
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
 
-import apache_beam as beam
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,7 +20,6 @@ from moebeam.schemas.errors import CommitError
 from moebeam.schemas.prices import EXACT
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.durable.commit import costs_by_currency
 from moebeam.transforms.money.accelerator_time import NUM_PROMPTS
 from moebeam.transforms.publish.rollup import GroupSums, Rollup
@@ -38,7 +35,6 @@ _ROW_COLUMNS = (
 )
 
 
-@register_record
 @dataclass(frozen=True, slots=True)
 class RowSums:
     """What the files of results and rejects add up to; costs by currency."""
@@ -74,33 +70,14 @@ def sum_rows(table: pa.Table) -> RowSums:
     )
 
 
-class SumRows(beam.PTransform[Any, Any]):
-    """Commits of published shards -> one `RowSums` of their results and rejects."""
-
-    def __init__(self, layout: RunLayout) -> None:
-        super().__init__()
-        self._layout = layout
-
-    def expand(self, pcoll: "beam.PCollection[ShardCommit]") -> "beam.PCollection[RowSums]":
-        sums: Any = (
-            pcoll
-            | "SumShard" >> beam.FlatMap(_sum_shard, self._layout).with_output_types(RowSums)
-            | "AddShards" >> beam.CombineGlobally(_add_rows).with_output_types(RowSums)
-        )
-        return sums
-
-
-def _sum_shard(commit: ShardCommit, layout: RunLayout) -> Iterator[RowSums]:
+def sum_shard(commit: ShardCommit, layout: RunLayout) -> Iterator[RowSums]:
+    """The sums of each published file of results or rejects of a shard."""
     for file in commit.files:
         if file.table != "ledger":
             content = storage.read_bytes(layout.published(file.table, commit.shard))
             present = set(pq.read_schema(io.BytesIO(content)).names)
             columns = [name for name in _ROW_COLUMNS if name in present]
             yield sum_rows(pq.read_table(io.BytesIO(content), columns=columns))
-
-
-def _add_rows(sums: Iterable[RowSums]) -> RowSums:
-    return sum(sums, RowSums())
 
 
 def check_invariants(ledger: Rollup, rows: RowSums, totals: Totals, engine: Mapping[str, float]) -> dict[str, Json]:

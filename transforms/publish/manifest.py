@@ -23,8 +23,9 @@ from moebeam.schemas.errors import CommitError
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA, TABLES, TABLES_VERSION, Table, result_schema
-from moebeam.transforms.answer.waste import Waste, WasteTerms, publish_waste
+from moebeam.transforms.answer.waste import Waste, publish_waste
 from moebeam.transforms.durable.stop import read_stop
+from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.publish.invariants import RowSums, check_invariants
 from moebeam.transforms.publish.rollup import Rollup
@@ -54,7 +55,7 @@ class PublishSpec:
     described: Mapping[str, Json]
     output_type: OutputType | None = None
     views: str | None = None
-    waste: WasteTerms | None = None
+    waste: Accounting | None = None
 
 
 @dataclass(frozen=True, slots=True)

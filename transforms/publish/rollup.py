@@ -7,25 +7,20 @@ they depend neither on the order of the lines nor on how they were cut.
 
 import heapq
 import io
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, TypeAlias
 
-import apache_beam as beam
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from moebeam.schemas.answers import ShardCommit
-from moebeam.schemas.canonical import Json, canonical_json
+from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import CommitError, JobFileError
 from moebeam.schemas.prices import EXACT
 from moebeam.schemas.store import storage
-from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA
-from moebeam.transforms.beam.coders import register_record
 
 DEFAULT_BY = ("tenant", "cost_center", "day")
 MAX_GROUPS = 1000
@@ -57,7 +52,6 @@ GroupKey: TypeAlias = tuple[str | None, ...]
 """Values of the columns of a roll-up, then the currency; null is a value of its own."""
 
 
-@register_record
 @dataclass(frozen=True, slots=True)
 class GroupSums:
     """What the ledger lines of a group add up to; the amounts are in the group's currency.
@@ -262,63 +256,18 @@ def _by_cost(group: tuple[GroupKey, GroupSums]) -> tuple[Decimal, tuple[tuple[bo
     return sums.cost.copy_negate(), tuple((part is None, part or "") for part in key)
 
 
-class RollUpLedger(beam.PTransform[Any, Any]):
-    """Commits of published shards -> one `Rollup` of their ledgers."""
+def merge_largest(rollups: Iterable[Rollup], by: Sequence[str], max_groups: int) -> Rollup:
+    """Merge partial results of `largest_groups` in bounded memory.
 
-    def __init__(self, layout: RunLayout, by: Sequence[str] = DEFAULT_BY, max_groups: int = MAX_GROUPS) -> None:
-        super().__init__()
-        self._layout = layout
-        self._by = tuple(by)
-        self._max_groups = max_groups
-
-    def expand(self, pcoll: "beam.PCollection[ShardCommit]") -> "beam.PCollection[Rollup]":
-        sums: Any = (
-            pcoll
-            | "RollUpShard"
-            >> beam.FlatMap(_roll_up_shard, self._layout, self._by).with_output_types(tuple[str, GroupSums])
-            | "AddGroups" >> beam.CombinePerKey(_add_groups).with_output_types(tuple[str, GroupSums])
-            | "LargestGroups" >> beam.CombineGlobally(_LargestGroups(self._by, self._max_groups))
-        )
-        return sums
-
-
-def _roll_up_shard(commit: ShardCommit, layout: RunLayout, by: Sequence[str]) -> Iterator[tuple[str, GroupSums]]:
-    """The groups of one shard; a key travels as canonical JSON, which is the same bytes everywhere."""
-    if any(file.table == "ledger" for file in commit.files):
-        for key, sums in roll_up(read_ledger(layout.published("ledger", commit.shard)), by).items():
-            yield canonical_json(key), sums
-
-
-def _add_groups(groups: Iterable[GroupSums]) -> GroupSums:
-    return sum(groups, GroupSums())
-
-
-class _LargestGroups(beam.CombineFn):
-    """`largest_groups` in bounded memory: each group comes once, so what is too small once stays so."""
-
-    def __init__(self, by: Sequence[str], max_groups: int) -> None:
-        super().__init__()
-        self._by = tuple(by)
-        self._max_groups = max_groups
-
-    def create_accumulator(self) -> Rollup:
-        return Rollup(self._by)
-
-    def add_input(self, mutable_accumulator: Rollup, element: tuple[str, GroupSums]) -> Rollup:
-        key, sums = element
-        return self.merge_accumulators([mutable_accumulator, Rollup(self._by, ((tuple(json.loads(key)), sums),))])
-
-    def merge_accumulators(self, accumulators: Iterable[Rollup]) -> Rollup:
-        merged = Rollup(self._by)
-        for part in accumulators:
-            ordered = tuple(heapq.merge(merged.groups, part.groups, key=_by_cost))
-            others = dict(merged.others)
-            dropped = [(key[-1], sums) for key, sums in ordered[self._max_groups :]]
-            for currency, sums in (*part.others.items(), *dropped):
-                others[currency] = others.get(currency, GroupSums()) + sums
-            num_others = merged.num_others + part.num_others + len(dropped)
-            merged = replace(merged, groups=ordered[: self._max_groups], others=others, num_others=num_others)
-        return merged
-
-    def extract_output(self, accumulator: Rollup) -> Rollup:
-        return accumulator
+    Each group is in one part alone, so a group that is too small for one merge stays too small.
+    """
+    merged = Rollup(tuple(by))
+    for part in rollups:
+        ordered = tuple(heapq.merge(merged.groups, part.groups, key=_by_cost))
+        others = dict(merged.others)
+        dropped = [(key[-1], sums) for key, sums in ordered[max_groups:]]
+        for currency, sums in (*part.others.items(), *dropped):
+            others[currency] = others.get(currency, GroupSums()) + sums
+        num_others = merged.num_others + part.num_others + len(dropped)
+        merged = replace(merged, groups=ordered[:max_groups], others=others, num_others=num_others)
+    return merged

@@ -3,22 +3,34 @@
 Before it: *answer*. Everything here can be repeated: names follow from shards, and a file appears whole or not at all.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
 from apache_beam.pvalue import AsSingleton
 
 from moebeam.schemas.answers import ShardCommit
+from moebeam.schemas.canonical import canonical_json
+from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import record_unused
 from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.beam.counters import add_to_counters
 from moebeam.transforms.durable.failure import recorded_failure
-from moebeam.transforms.publish.invariants import RowSums, SumRows
+from moebeam.transforms.publish.invariants import RowSums, sum_shard
 from moebeam.transforms.publish.manifest import PublishSpec, RunAccounts, publish_shard, write_manifest
-from moebeam.transforms.publish.rollup import Rollup, RollUpLedger
+from moebeam.transforms.publish.rollup import (
+    DEFAULT_BY,
+    MAX_GROUPS,
+    GroupSums,
+    Rollup,
+    merge_largest,
+    read_ledger,
+    roll_up,
+)
 
-register_record(ShardCommit)
+for record_type in (ShardCommit, GroupSums, RowSums):
+    register_record(record_type)
 
 
 class PublishRun(beam.PTransform[Any, Any]):
@@ -59,3 +71,76 @@ def _publish(commit: ShardCommit, spec: PublishSpec) -> Iterator[ShardCommit]:
 def _finish(commits: Sequence[ShardCommit], spec: PublishSpec, ledger: Rollup, rows: RowSums) -> str:
     with recorded_failure(spec.layout, "publish"):
         return write_manifest(commits, spec, RunAccounts(ledger, rows))
+
+
+class RollUpLedger(beam.PTransform[Any, Any]):
+    """Commits of published shards -> one `Rollup` of their ledgers."""
+
+    def __init__(self, layout: RunLayout, by: Sequence[str] = DEFAULT_BY, max_groups: int = MAX_GROUPS) -> None:
+        super().__init__()
+        self._layout = layout
+        self._by = tuple(by)
+        self._max_groups = max_groups
+
+    def expand(self, pcoll: "beam.PCollection[ShardCommit]") -> "beam.PCollection[Rollup]":
+        sums: Any = (
+            pcoll
+            | "RollUpShard"
+            >> beam.FlatMap(_roll_up_shard, self._layout, self._by).with_output_types(tuple[str, GroupSums])
+            | "AddGroups" >> beam.CombinePerKey(_add_groups).with_output_types(tuple[str, GroupSums])
+            | "LargestGroups" >> beam.CombineGlobally(_LargestGroups(self._by, self._max_groups))
+        )
+        return sums
+
+
+def _roll_up_shard(commit: ShardCommit, layout: RunLayout, by: Sequence[str]) -> Iterator[tuple[str, GroupSums]]:
+    """The groups of one shard; a key travels as canonical JSON, which is the same bytes everywhere."""
+    if any(file.table == "ledger" for file in commit.files):
+        for key, sums in roll_up(read_ledger(layout.published("ledger", commit.shard)), by).items():
+            yield canonical_json(key), sums
+
+
+def _add_groups(groups: Iterable[GroupSums]) -> GroupSums:
+    return sum(groups, GroupSums())
+
+
+class _LargestGroups(beam.CombineFn):
+    """`largest_groups` over groups of which each comes once."""
+
+    def __init__(self, by: Sequence[str], max_groups: int) -> None:
+        super().__init__()
+        self._by = tuple(by)
+        self._max_groups = max_groups
+
+    def create_accumulator(self) -> Rollup:
+        return Rollup(self._by)
+
+    def add_input(self, mutable_accumulator: Rollup, element: tuple[str, GroupSums]) -> Rollup:
+        key, sums = element
+        return self.merge_accumulators([mutable_accumulator, Rollup(self._by, ((tuple(json.loads(key)), sums),))])
+
+    def merge_accumulators(self, accumulators: Iterable[Rollup]) -> Rollup:
+        return merge_largest(accumulators, self._by, self._max_groups)
+
+    def extract_output(self, accumulator: Rollup) -> Rollup:
+        return accumulator
+
+
+class SumRows(beam.PTransform[Any, Any]):
+    """Commits of published shards -> one `RowSums` of their results and rejects."""
+
+    def __init__(self, layout: RunLayout) -> None:
+        super().__init__()
+        self._layout = layout
+
+    def expand(self, pcoll: "beam.PCollection[ShardCommit]") -> "beam.PCollection[RowSums]":
+        sums: Any = (
+            pcoll
+            | "SumShard" >> beam.FlatMap(sum_shard, self._layout).with_output_types(RowSums)
+            | "AddShards" >> beam.CombineGlobally(_add_rows).with_output_types(RowSums)
+        )
+        return sums
+
+
+def _add_rows(sums: Iterable[RowSums]) -> RowSums:
+    return sum(sums, RowSums())

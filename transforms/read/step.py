@@ -11,10 +11,8 @@ import pyarrow as pa
 
 from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.beam.counters import add_to_counters
-from moebeam.transforms.read.input_rows import JSONL_INPUT_FIELDS, MAX_BATCH_ROWS, ReadColumns, read_unit, struct_of
+from moebeam.transforms.read.input_rows import ReadColumns, read_unit
 from moebeam.transforms.read.input_scan import InputScan, InputUnit, UnitGroup
-
-__all__ = ["JSONL_INPUT_FIELDS", "MAX_BATCH_ROWS", "ReadColumns", "ReadPrompts", "read_unit", "struct_of"]
 
 register_record(InputUnit)
 register_record(UnitGroup)

@@ -11,20 +11,8 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from moebeam.schemas.records import sampling_json, sampling_of
 from moebeam.transforms.beam.counters import add_to_counters
-from moebeam.transforms.render.render_rows import Renderer, RenderSpec, SchemaInPrompt, prompt_of, tools_value
-
-__all__ = [
-    "RenderPrompts",
-    "RenderSpec",
-    "Renderer",
-    "SchemaInPrompt",
-    "prompt_of",
-    "sampling_json",
-    "sampling_of",
-    "tools_value",
-]
+from moebeam.transforms.render.render_rows import Renderer, RenderSpec
 
 
 class RenderPrompts(beam.PTransform[Any, Any]):

@@ -22,7 +22,6 @@ from apache_beam.options.pipeline_options_validator import PipelineOptionsValida
 from apache_beam.runners import create_runner
 
 from moebeam.jobs.deploy.dataflow.worker_paths import local_paths
-from moebeam.model_runner.protocol import WEIGHTLESS_ENGINES
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import Job
 
@@ -93,12 +92,12 @@ def _resource_problems(options: PipelineOptions, job: Job) -> Iterator[str]:
     google = options.view_as(GoogleCloudOptions)
     services: list[str] = google.dataflow_service_options or []
     for_all = [service for service in services if service.startswith("worker_accelerator=")]
-    if job.model.accelerator is not None and for_all:
+    if "accelerator" in job.model.resource_hints and for_all:
         yield (
             f"--dataflow_service_options={for_all[0]}: gives every worker an accelerator, but [model] accelerator "
             "asks for one where rows are answered; leave one of them out"
         )
-    num_devices = _DEVICE_COUNT.search(job.model.accelerator or "")
+    num_devices = _DEVICE_COUNT.search(job.model.resource_hints.get("accelerator", ""))
     if num_devices is not None and job.model.engine in _OF_ONE_DEVICE and not _chosen_processes(options):
         yield (
             f"[model] accelerator: asks for {num_devices[1]} devices a machine, of which engine {job.model.engine!r} "
@@ -111,7 +110,7 @@ def _resource_problems(options: PipelineOptions, job: Job) -> Iterator[str]:
 def _share_the_model(options: PipelineOptions, job: Job) -> None:
     """See that a machine loads a model once: its processes share no memory, and its threads share one engine."""
     engine = job.model.engine
-    if engine in WEIGHTLESS_ENGINES or _chosen_processes(options):
+    if not job.model.has_weights or _chosen_processes(options):
         return
     debug = options.view_as(DebugOptions)
     debug.add_experiment(ONE_PROCESS)

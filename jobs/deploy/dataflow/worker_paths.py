@@ -6,7 +6,6 @@ Schema, tools and price book are read by the launcher and travel in the pipeline
 from collections.abc import Iterator
 
 from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
-from moebeam.model_runner.protocol import REMOTE_ENGINES
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store.object_store import is_local
 
@@ -30,9 +29,8 @@ def _read_by_workers(job: Job, reuse: str | None) -> Iterator[tuple[str, str]]:
     yield "[output] path", job.output.path
     if job.model.path is not None:
         yield "[model] path", job.model.path
-    elif job.model.engine not in REMOTE_ENGINES:
+    elif not job.model.is_remote:
         yield "[model] path (left out)", str(CHECKPOINT_PATH)
-    if job.model.script is not None:
-        yield "[model] script", job.model.script
+    yield from ((f"[model] {key}", path) for key, path in job.model.extra_files.items())
     if reuse is not None:
         yield "--reuse", reuse

@@ -10,8 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from moebeam.jobs.console.console import Answer, run_and_report
-from moebeam.jobs.console_options import AsJson, Debug
+from moebeam.jobs.console.console import Answer, AsJson, Debug, run_and_report
 from moebeam.jobs.deploy.flink.cluster import (
     MAX_TASK_MANAGERS,
     ClusterSize,

@@ -44,10 +44,10 @@ class Partials:
     def by_head(self, num_segments: int, num_heads: int) -> "Partials":
         """Rows that stand for (segment, head, row), with one head, as rows (segment, row) with all heads."""
 
-        def turned(tensor: Tensor) -> Tensor:
+        def to_rows(tensor: Tensor) -> Tensor:
             return tensor.view(num_segments, num_heads, -1, *tensor.shape[2:]).transpose(1, 2).flatten(0, 1)
 
-        return Partials(turned(self.out), turned(self.peak), turned(self.total))
+        return Partials(to_rows(self.out), to_rows(self.peak), to_rows(self.total))
 
     def pick(self, rows: "slice | Tensor") -> "Partials":
         """Some rows: a view for a slice, a copy for numbers."""
@@ -64,7 +64,7 @@ class Merged:
         self._partials: Partials | None = None
 
     @classmethod
-    def of_sinks(cls, sinks: Tensor, num_rows: int, value_width: int) -> "Merged":
+    def from_sinks(cls, sinks: Tensor, num_rows: int, value_width: int) -> "Merged":
         """A key of score `sinks`, shape (num_heads,), and no value was seen."""
         merged = cls(num_rows, sinks.shape[0], value_width, sinks.device)
         partials = merged.partials()

@@ -12,7 +12,7 @@ from moebeam.model_runner.torch_engine.weights.checkpoint_weights import Checkpo
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 
 
-def gate(gated: Tensor, limit: float | None) -> Tensor:
+def apply_swiglu(gated: Tensor, limit: float | None) -> Tensor:
     """SwiGLU: silu(gate) * up, both clamped where the model says so.
 
     Args:
@@ -47,7 +47,7 @@ class GatedMlp:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Shape (num_rows, hidden_size) to the same."""
-        return self._down(gate(self._gate_up(rows), self._limit))
+        return self._down(apply_swiglu(self._gate_up(rows), self._limit))
 
 
 class Experts:
@@ -88,12 +88,12 @@ class Experts:
         by_expert = flat.argsort(stable=True)
         gathered = rows.index_select(0, by_expert // num_chosen)  # (num_rows * num_chosen, hidden_size)
         counts = torch.bincount(flat, minlength=self._num_experts)
-        made = self._make(gathered, counts)
+        made = self._run_experts(gathered, counts)
         back = torch.empty_like(by_expert)
         back[by_expert] = torch.arange(by_expert.shape[0], device=rows.device)
-        return _weighted_sums(made, back.view(num_rows, num_chosen), weights.to(made.dtype))
+        return _sum_weighted(made, back.view(num_rows, num_chosen), weights.to(made.dtype))
 
-    def _make(self, gathered: Tensor, counts: Tensor) -> Tensor:
+    def _run_experts(self, gathered: Tensor, counts: Tensor) -> Tensor:
         if self._grouped is not None:
             return self._grouped(gathered, counts, self._limit)
         num_rows: list[int] = counts.tolist()
@@ -101,11 +101,11 @@ class Experts:
         sizes = [num_rows[expert] for expert in busy]
         parts = gathered.split(sizes)
         gated = torch.cat([self._gate_up[expert](part) for expert, part in zip(busy, parts, strict=True)])
-        parts = gate(gated, self._limit).split(sizes)
+        parts = apply_swiglu(gated, self._limit).split(sizes)
         return torch.cat([self._down[expert](part) for expert, part in zip(busy, parts, strict=True)])
 
 
-def _weighted_sums(made: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+def _sum_weighted(made: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """For each row the sum of what is at its `places`, by its `weights`, both of shape (num_rows, num_chosen)."""
     if made.device.type == "cpu":
         # One pass: 1,024 rows of 512 take 0.12 ms, by a product 0.65, in bfloat16 0.08 and 0.83.
@@ -129,11 +129,11 @@ class _GroupedWeights:
 
     def __call__(self, gathered: Tensor, counts: Tensor, limit: float | None) -> Tensor:
         ends = counts.cumsum(0).to(torch.int32)
-        gated = _grouped_product(gathered, self._gate_up, ends)
-        return _grouped_product(gate(gated, limit), self._down, ends)
+        gated = _multiply_grouped(gathered, self._gate_up, ends)
+        return _multiply_grouped(apply_swiglu(gated, limit), self._down, ends)
 
 
-def _grouped_product(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+def _multiply_grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     grouped: Any = functional.grouped_mm
     return grouped(rows, weights.transpose(1, 2), offs=ends)
 
@@ -144,7 +144,7 @@ def _has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
         rows = torch.randn((24, 32), device=device).to(dtype)
         weights = torch.randn((3, 16, 32), device=device).to(dtype)
         ends = torch.tensor([8, 8, 24], dtype=torch.int32, device=device)
-        found = _grouped_product(rows, weights, ends).float()
+        found = _multiply_grouped(rows, weights, ends).float()
         expected = torch.cat([rows[:8] @ weights[0].t(), rows[8:] @ weights[2].t()]).float()
         return torch.allclose(found, expected, atol=0.5, rtol=0.05)
     except (RuntimeError, AttributeError, NotImplementedError):

@@ -40,11 +40,11 @@ class HyperConnection:
             each stream takes of each (num_rows, num_streams to, num_streams from). All of the dtype of `streams`.
         """
         num = self._num_streams
-        mixed = mix_of(streams, self._mixer, self._norm_eps) * self._scale + self._base  # (num_rows, num_mixed)
+        mixed = mix_streams(streams, self._mixer, self._norm_eps) * self._scale + self._base  # (num_rows, num_mixed)
         before = torch.sigmoid(mixed[:, :num]) + self._eps
         after = torch.sigmoid(mixed[:, num : 2 * num]) * 2
         dtype = streams.dtype
-        collapsed = _weighted_sum(before, streams)
+        collapsed = _sum_streams(before, streams)
         # Rows last: sums over 4 elements then run over long contiguous rows.
         comb = mixed[:, 2 * num :].t().reshape(num, num, -1)  # (from, to, num_rows)
         comb = torch.softmax(comb, dim=1).add_(self._eps)
@@ -78,11 +78,11 @@ class HyperHead:
 
     def __call__(self, streams: Tensor) -> Tensor:
         """Shape (num_rows, num_streams, hidden_size) to (num_rows, hidden_size)."""
-        mixed = mix_of(streams, self._mixer, self._norm_eps)
-        return _weighted_sum(torch.sigmoid(mixed * self._scale + self._base) + self._eps, streams)
+        mixed = mix_streams(streams, self._mixer, self._norm_eps)
+        return _sum_streams(torch.sigmoid(mixed * self._scale + self._base) + self._eps, streams)
 
 
-def mix_of(streams: Tensor, mixer: Any, eps: float) -> Tensor:
+def mix_streams(streams: Tensor, mixer: Any, eps: float) -> Tensor:
     """Project the normalised streams of each row; the norm is a factor of a row, so it is applied to the few results.
 
     Returns:
@@ -94,7 +94,7 @@ def mix_of(streams: Tensor, mixer: Any, eps: float) -> Tensor:
     return mixer(flat) * norm.unsqueeze(-1)
 
 
-def _weighted_sum(weights: Tensor, streams: Tensor) -> Tensor:
+def _sum_streams(weights: Tensor, streams: Tensor) -> Tensor:
     """Float32 weights (num_rows, num_streams) over streams, to (num_rows, hidden_size) of their dtype."""
     total = weights[:, :1] * streams[:, 0]
     for i in range(1, weights.shape[1]):

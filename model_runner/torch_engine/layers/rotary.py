@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 class Rotary:
@@ -16,10 +15,10 @@ class Rotary:
         self._scaling = scaling
 
     @classmethod
-    def of(
+    def from_config(
         cls, config: Any, parameters: Mapping[str, Any], width: int, device: torch.device, label: str | None = None
     ) -> "Rotary":
-        """From a `transformers` configuration.
+        """Compute the frequencies that a `transformers` configuration asks for.
 
         Args:
             parameters: `rope_type`, `rope_theta` and what the type needs.
@@ -30,6 +29,8 @@ class Rotary:
         if kind == "default":
             exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
             return cls(1.0 / (float(parameters["rope_theta"]) ** exponents), 1.0, device)
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # seconds, and few models need it
+
         named: dict[str, Any] = {} if label is None else {"layer_type": label}
         found, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **named)
         return cls(found, float(scaling), device)
@@ -53,8 +54,8 @@ def rotate_pairs(part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = part.float().contiguous().unflatten(-1, (-1, 2))
     if part.device.type == "cpu":
         # One pass where the products below are seven; not every accelerator knows complex numbers.
-        turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
-        return torch.view_as_real(turned).flatten(-2)
+        rotated = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+        return torch.view_as_real(rotated).flatten(-2)
     first, second = pairs[..., 0], pairs[..., 1]
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moebeam.model_runner.torch_engine.memory.segments import NodeMemory, SegmentKind, SegmentStore
 from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node
-from moebeam.model_runner.torch_engine.schedule.schedule import Span
+from moebeam.model_runner.torch_engine.schedule.steps import Span
 
 _NUM_FIRST_SLOTS = 8
 
@@ -136,6 +136,14 @@ class Cache:
         self.peak_bytes = max(self.peak_bytes, self.num_bytes)
         for node in started:
             self._fork(node)
+
+    def commit(self, spans: Sequence[Span]) -> None:
+        """Count a step's new entries as written, once the step is through."""
+        kinds = self.store.kinds
+        for span in spans:
+            memory: NodeMemory = span.node.memory
+            for kind, extent in zip(kinds, memory.extents, strict=True):
+                extent.num_entries = (span.position + span.num_rows) // kind.rate - extent.first_entry
 
     def close(self, node: Node) -> None:
         """Give back what a node keeps."""

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from moebeam.model_runner.torch_engine.layers.attention import MASKED, Merged, attend
-from moebeam.model_runner.torch_engine.memory.reading import Columns
-from moebeam.model_runner.torch_engine.memory.segments import Block, NodeMemory
-from moebeam.model_runner.torch_engine.schedule.schedule import Span
+from moebeam.model_runner.torch_engine.memory.segments import Block, Columns, NodeMemory
+from moebeam.model_runner.torch_engine.schedule.steps import Span
 
 MIN_ENTRIES_A_CHOSEN = 5
 """From so many entries for each chosen one on gathering is faster than masking (`docs/adr/0003`)."""
@@ -41,16 +40,16 @@ class EntryPlaces:
     shifts: Tensor
     spans: Tensor
 
-    def among(self, rows: Tensor) -> "EntryPlaces":
+    def select_rows(self, rows: Tensor) -> "EntryPlaces":
         """The same for some of the rows."""
         return replace(self, spans=self.spans[rows])
 
     def pool(self, columns: Columns, layer: int) -> Tensor:
         """The blocks' entries: shape (num_places, width); a view where there is one block."""
-        flat = [columns.of(block.fields, layer).flatten(0, 1) for block in self.blocks]
+        flat = [columns.view(block.fields, layer).flatten(0, 1) for block in self.blocks]
         return flat[0] if len(flat) == 1 else torch.cat(flat)
 
-    def of(self, first_row: int, entries: Tensor) -> Tensor:
+    def locate(self, first_row: int, entries: Tensor) -> Tensor:
         """Places of path entries, int64 of shape (num_rows, num_chosen), for the rows from `first_row` on."""
         spans = self.spans[first_row : first_row + entries.shape[0]]
         # A row without any entry names entry 0, which is masked: any place will do.
@@ -103,18 +102,18 @@ def read_chosen(
         merged: takes the results.
         selection: 0 for chosen entries, less for others, at most `num_chosen` a row; shape (num_rows, num_entries).
     """
-    entries, bias = chosen_of(selection, num_chosen)
+    entries, bias = list_chosen(selection, num_chosen)
     pool = places.pool(columns, layer)
     num_at_once = max(1, _MAX_GATHERED // (num_chosen * columns.width))
     for first in range(0, query.shape[0], num_at_once):
         rows = slice(first, min(first + num_at_once, query.shape[0]))
-        numbers = places.of(first, entries[rows])
+        numbers = places.locate(first, entries[rows])
         keys = pool.index_select(0, numbers.flatten()).view(*numbers.shape, columns.width)
         found = attend(query[rows].unsqueeze(1), keys, keys, bias[rows].unsqueeze(1))
         merged.merge(rows.start, rows.stop, found)
 
 
-def chosen_of(selection: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
+def list_chosen(selection: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
     """The numbers of each row's chosen entries, ascending.
 
     Returns:

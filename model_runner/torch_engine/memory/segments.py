@@ -5,7 +5,7 @@ for DeepSeek-V4's compressed entries). A node's entries of a kind lie side by si
 slots of one capacity, so that the many short segments of a step are read by one batched matrix product in place.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -109,7 +109,7 @@ class SegmentStore:
         for index, (kind, extent) in enumerate(zip(self.kinds, memory.extents, strict=True)):
             num_entries = kind.num_entries(node.start, end)
             if num_entries and (extent.block is None or num_entries > extent.block.capacity):
-                self._move(index, extent, capacity_of(num_entries))
+                self._move(index, extent, choose_capacity(num_entries))
 
     def close(self, memory: NodeMemory) -> None:
         """Give a node's slots back."""
@@ -150,7 +150,7 @@ class SegmentStore:
                 return block
         most = max(1, min(MAX_BLOCK_SLOTS, MAX_BLOCK_ENTRIES // capacity))
         kind = self.kinds[index]
-        num_similar = sum(capacity_of(kind.num_entries(*span)) == capacity for span in self._expected())
+        num_similar = sum(choose_capacity(kind.num_entries(*span)) == capacity for span in self._expected())
         num_slots = min(most, max(1, num_similar - sum(block.num_slots for block in blocks)))
         fields = {
             name: torch.empty((kind.num_layers, num_slots, capacity, width), dtype=self._dtype, device=self._device)
@@ -165,7 +165,24 @@ class SegmentStore:
         return block
 
 
-def capacity_of(num_entries: int) -> int:
+def choose_capacity(num_entries: int) -> int:
     """The capacity in which entries are kept: at most an eighth above their number, but at least 4."""
     grain = max(MIN_CAPACITY, 1 << max(0, num_entries.bit_length() - 4))
     return -(-num_entries // grain) * grain
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Elements `[first, first + width)` of a field."""
+
+    field: str
+    first: int
+    width: int
+
+    def view(self, fields: Mapping[str, Tensor], layer: int) -> Tensor:
+        """A view of a block's field: shape (num_slots, capacity, width)."""
+        return fields[self.field][layer, ..., self.first : self.first + self.width]
+
+    def starts_with(self, other: "Columns") -> bool:
+        """Whether the other's elements are the first of these."""
+        return self.field == other.field and self.first == other.first and other.width <= self.width

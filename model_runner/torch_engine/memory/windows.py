@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from moebeam.model_runner.torch_engine.layers.attention import MASKED, Merged, attend
+from moebeam.model_runner.torch_engine.memory.batch_reads import BatchRead, SlotRead, plan_slot_reads
 from moebeam.model_runner.torch_engine.memory.cache import Ring
-from moebeam.model_runner.torch_engine.memory.reading import BatchRead, SlotRead, plan_slot_reads
 from moebeam.model_runner.torch_engine.memory.segments import NodeMemory
-from moebeam.model_runner.torch_engine.schedule.schedule import Span
+from moebeam.model_runner.torch_engine.schedule.steps import Span
 
 _ROW_BLOCKS = (16, 64)
 """Rows of a prompt that read the window together; the larger the fewer products, the more keys that are masked."""
@@ -79,7 +79,7 @@ class WindowPlan:
         keep_rows(ring, layer, new_rows, self.update)
         self._read_slots(self.singles, ring, layer, query, merged)
 
-    def read_drawn(self, ring: Ring, layer: int, new_rows: Tensor, query: Tensor, merged: Merged) -> None:
+    def read_last_rows(self, ring: Ring, layer: int, new_rows: Tensor, query: Tensor, merged: Merged) -> None:
         """The same, where `query` and `merged` are of the rows with logits, each the last of its span."""
         ring.put_step_rows(layer, new_rows)
         keep_rows(ring, layer, new_rows, self.update)
@@ -135,15 +135,15 @@ def plan_window(spans: Sequence[Span], drawn: Sequence[Span], ring: Ring, device
     blocks: dict[int, list[tuple[Span, int]]] = {}
     for span in spans:
         if span.num_rows == 1:
-            singles.append(_slot_read(span, ring))
+            singles.append(_plan_slot_read(span, ring))
         else:
             num_block = next((n for n in _ROW_BLOCKS if span.num_rows <= n), _ROW_BLOCKS[-1])
             for first in range(0, span.num_rows, num_block):
                 blocks.setdefault(num_block, []).append((span, first))
-    reads = [_window_read(pieces, num_block, ring, device) for num_block, pieces in blocks.items()]
-    last = [_slot_read(span, ring) for span in drawn]
+    reads = [_plan_window_read(pieces, num_block, ring, device) for num_block, pieces in blocks.items()]
+    last = [_plan_slot_read(span, ring) for span in drawn]
     return WindowPlan(
-        _update(spans, ring, device), reads, plan_slot_reads(singles, device), plan_slot_reads(last, device)
+        _plan_update(spans, ring, device), reads, plan_slot_reads(singles, device), plan_slot_reads(last, device)
     )
 
 
@@ -162,19 +162,21 @@ def plan_compression(
         closed = np.arange(span.position // rate, (span.position + span.num_rows) // rate)
         if closed.shape[0]:
             positions = closed[:, None] * rate + offsets
-            sources.append(_places(span, positions, ring))
+            sources.append(_locate(span, positions, ring))
             windows.append(closed)
     first = np.concatenate(windows) if windows else np.zeros(0, dtype=np.int64)
     found = np.concatenate(sources) if sources else np.zeros((0, rate + num_overlap), dtype=np.int64)
     return CompressionPlan(
-        _update(spans, ring, device),
+        _plan_update(spans, ring, device),
         torch.from_numpy(found).to(device),
         torch.from_numpy(first == 0).to(device),
         torch.from_numpy(first * rate).to(device),
     )
 
 
-def _window_read(pieces: Sequence[tuple[Span, int]], num_block: int, ring: Ring, device: torch.device) -> WindowRead:
+def _plan_window_read(
+    pieces: Sequence[tuple[Span, int]], num_block: int, ring: Ring, device: torch.device
+) -> WindowRead:
     num_blocks, size = len(pieces), ring.kind.size
     num_keys = num_block + size - 1
     rows = np.zeros((num_blocks, num_block), dtype=np.int64)
@@ -189,7 +191,7 @@ def _window_read(pieces: Sequence[tuple[Span, int]], num_block: int, ring: Ring,
         is_used[i, :num_rows] = True
         positions = span.position + first - (size - 1) + np.arange(num_keys)
         is_there = (positions >= 0) & (positions < span.position + span.num_rows)
-        keys[i] = _places(span, np.where(is_there, positions, span.position), ring)
+        keys[i] = _locate(span, np.where(is_there, positions, span.position), ring)
         bias[i][is_near & is_there] = 0.0
     used = np.flatnonzero(is_used)
     return WindowRead(
@@ -201,31 +203,31 @@ def _window_read(pieces: Sequence[tuple[Span, int]], num_block: int, ring: Ring,
     )
 
 
-def _slot_read(span: Span, ring: Ring) -> SlotRead:
-    return SlotRead(_slot(span), span.first_row, min(span.position + 1, ring.kind.size))
+def _plan_slot_read(span: Span, ring: Ring) -> SlotRead:
+    return SlotRead(_get_slot(span), span.first_row, min(span.position + 1, ring.kind.size))
 
 
-def _update(spans: Sequence[Span], ring: Ring, device: torch.device) -> RingUpdate:
+def _plan_update(spans: Sequence[Span], ring: Ring, device: torch.device) -> RingUpdate:
     size = ring.kind.size
     targets: list[Ints] = []
     sources: list[Ints] = []
     for span in spans:
         num_kept = min(span.num_rows, size)
         last = span.position + span.num_rows
-        targets.append(_slot(span) * size + np.arange(last - num_kept, last) % size)
+        targets.append(_get_slot(span) * size + np.arange(last - num_kept, last) % size)
         sources.append(np.arange(span.end_row - num_kept, span.end_row))
     return RingUpdate(
         torch.from_numpy(np.concatenate(targets)).to(device), torch.from_numpy(np.concatenate(sources)).to(device)
     )
 
 
-def _places(span: Span, positions: Ints, ring: Ring) -> Ints:
+def _locate(span: Span, positions: Ints, ring: Ring) -> Ints:
     """Rows of the ring that hold positions of a span's path: in its slot, or among the step's rows."""
-    in_slot = _slot(span) * ring.kind.size + positions % ring.kind.size
+    in_slot = _get_slot(span) * ring.kind.size + positions % ring.kind.size
     in_step = ring.first_step_row + span.first_row + positions - span.position
     return np.where(positions >= span.position, in_step, in_slot)
 
 
-def _slot(span: Span) -> int:
+def _get_slot(span: Span) -> int:
     memory: NodeMemory = span.node.memory
     return memory.state_slot

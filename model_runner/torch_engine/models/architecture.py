@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moebeam.model_runner.torch_engine.memory.cache import Cache, RingKind
-from moebeam.model_runner.torch_engine.memory.reading import ReadPlan, plan_reads
+from moebeam.model_runner.torch_engine.memory.read_plan import ReadPlan, plan_reads
 from moebeam.model_runner.torch_engine.memory.segments import SegmentKind
-from moebeam.model_runner.torch_engine.schedule.schedule import Step
+from moebeam.model_runner.torch_engine.schedule.steps import Step
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 from moebeam.schemas.errors import EngineLoadError
@@ -25,7 +25,7 @@ class StepBatch:
         token_ids, positions: int64, shape (num_rows,).
         logit_rows: int64, shape (num_logit_rows,).
         reads: one plan for each of the architecture's kinds.
-        drawn_reads: the same of the rows with logits alone, numbered among themselves: all that the last layer answers.
+        logit_reads: the same of the rows with logits alone, numbered among themselves: all that the last layer answers.
     """
 
     step: Step
@@ -33,7 +33,7 @@ class StepBatch:
     positions: Tensor
     logit_rows: Tensor
     reads: list[ReadPlan]
-    drawn_reads: list[ReadPlan]
+    logit_reads: list[ReadPlan]
 
     @property
     def num_rows(self) -> int:
@@ -48,17 +48,17 @@ class StepBatch:
 def place_step(step: Step, kinds: Sequence[SegmentKind], device: torch.device) -> StepBatch:
     """Bring a step to the device and plan its reads."""
     reads = [plan_reads(step.spans, index, kind, device) for index, kind in enumerate(kinds)]
-    drawn_reads = reads
+    logit_reads = reads
     if len(step.logit_rows) < step.num_rows:
-        drawn = step.drawn_spans()
-        drawn_reads = [plan_reads(drawn, index, kind, device).without_writes() for index, kind in enumerate(kinds)]
+        drawn = step.logit_spans()
+        logit_reads = [plan_reads(drawn, index, kind, device).drop_writes() for index, kind in enumerate(kinds)]
     return StepBatch(
         step,
         torch.from_numpy(step.token_ids).to(device, torch.long),
         torch.from_numpy(step.positions).to(device),
         torch.tensor(step.logit_rows, dtype=torch.long, device=device),
         reads,
-        drawn_reads,
+        logit_reads,
     )
 
 

@@ -27,11 +27,11 @@ from moebeam.model_runner.torch_engine.memory.chosen_entries import (
     plan_entry_places,
     read_chosen,
 )
-from moebeam.model_runner.torch_engine.memory.compression import Compressor, Indexer
-from moebeam.model_runner.torch_engine.memory.reading import Columns, read_shared_keys, write_entries
-from moebeam.model_runner.torch_engine.memory.segments import SegmentKind
+from moebeam.model_runner.torch_engine.memory.reading import read_shared_keys, write_entries
+from moebeam.model_runner.torch_engine.memory.segments import Columns, SegmentKind
 from moebeam.model_runner.torch_engine.memory.windows import CompressionPlan, WindowPlan, plan_compression, plan_window
 from moebeam.model_runner.torch_engine.models.architecture import StepBatch, refuse_settings
+from moebeam.model_runner.torch_engine.models.compression import Compressor, Indexer
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 
@@ -66,13 +66,13 @@ class DeepseekV4:
         self._head = make_linear([head], placement)
         rotated = int(config.qk_rope_head_dim)
         self._rotaries = {
-            label: Rotary.of(config, config.rope_parameters[label], rotated, device, label)
+            label: Rotary.from_config(config, config.rope_parameters[label], rotated, device, label)
             for label in ("main", "compress")
         }
         self._rates: dict[LayerType, int] = {key: int(rate) for key, rate in config.compress_rates.items()}
         self._num_chosen = int(config.index_topk)
-        self.kinds = _kinds(config, layer_types, self._rates)
-        self.rings = _rings(config, layer_types, self._rates)
+        self.kinds = _list_kinds(config, layer_types, self._rates)
+        self.rings = _list_rings(config, layer_types, self._rates)
         weights.check_all_used([r"^(model\.)?mtp\."])
 
     def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
@@ -120,7 +120,7 @@ class DeepseekV4:
                     places=places,
                     ring=rings[layer_type],
                 )
-        drawn = [] if batch.last_rows is None else batch.step.drawn_spans()
+        drawn = [] if batch.last_rows is None else batch.step.logit_spans()
         window = plan_window(spans, drawn, rings["window"], device)
         return _StepPlan(batch, window, rings["window"], angles, compressions)
 
@@ -240,15 +240,15 @@ class _Attention:
     def __call__(self, rows: Tensor, plan: _StepPlan, chosen: Tensor | None) -> Tensor:
         cos, sin = plan.angles["main" if self._layer_type == "sliding_attention" else "compress"]
         low, key, *compressed = self._parts(rows).split(self._part_widths, dim=-1)
-        keys = self._rotated(self._key_norm(key.contiguous()), cos, sin)  # (num_rows, width)
+        keys = self._rotate(self._key_norm(key.contiguous()), cos, sin)  # (num_rows, width)
         if chosen is not None:
             low, cos, sin = low[chosen], cos[chosen], sin[chosen]
         num_rows = low.shape[0]
         residual = self._query_norm(low.contiguous())
         query = self._query(residual).view(num_rows, self._num_heads, self._width)
-        query = self._rotated(unit_rows(query.float(), self._eps).to(query.dtype), cos, sin) * self._width**-0.5
-        merged = Merged.of_sinks(self._sinks, num_rows, self._width)
-        read_window = plan.window.read if chosen is None else plan.window.read_drawn
+        query = self._rotate(unit_rows(query.float(), self._eps).to(query.dtype), cos, sin) * self._width**-0.5
+        merged = Merged.from_sinks(self._sinks, num_rows, self._width)
+        read_window = plan.window.read if chosen is None else plan.window.read_last_rows
         read_window(plan.window_ring, self._index, keys, query, merged)
         if self._compressor is not None:
             self._keep_compressed(compressed, plan)
@@ -257,7 +257,7 @@ class _Attention:
         if self._compressor is not None:
             head_weights = compressed[-1] if chosen is None else compressed[-1][chosen]
             self._read_compressed(head_weights, residual, query, cos, sin, plan, merged, chosen)
-        attended = self._rotated(merged.result(), cos, -sin).to(rows.dtype)  # (num_rows, num_heads, width)
+        attended = self._rotate(merged.result(), cos, -sin).to(rows.dtype)  # (num_rows, num_heads, width)
         grouped = attended.reshape(num_rows, self._num_groups, -1).transpose(0, 1)
         made = torch.bmm(grouped, self._first_out).transpose(0, 1)  # (num_rows, num_groups, out_rank)
         return self._last_out(made.flatten(1))
@@ -283,8 +283,8 @@ class _Attention:
         step = plan.compressions[self._layer_type]
         reads, num_visible, places = plan.batch.reads[step.kind_index], step.num_visible, step.places
         if chosen is not None:
-            reads, num_visible = plan.batch.drawn_reads[step.kind_index], num_visible[chosen]
-            places = places and places.among(chosen)
+            reads, num_visible = plan.batch.logit_reads[step.kind_index], num_visible[chosen]
+            places = places and places.select_rows(chosen)
         columns = Columns("key", 0, self._width)
         selection = None
         if self._indexer is not None and step.needs_selection:
@@ -299,14 +299,14 @@ class _Attention:
         assert self._compressor is not None
         reads = plan.batch.reads[step.kind_index]
         num = self._compressor.num_features
-        values, gates, *inner = windows.split([num, num, *_halves(windows.shape[-1] - 2 * num)], dim=-1)
+        values, gates, *inner = windows.split([num, num, *_split_in_two(windows.shape[-1] - 2 * num)], dim=-1)
         entries = self._compressor(values, gates, step.windows.is_first, step.cos, step.sin)
         write_entries(reads, self._number, "key", entries)
         if self._indexer is not None:
             index = self._indexer.compressor(inner[0], inner[1], step.windows.is_first, step.cos, step.sin)
             write_entries(reads, self._number, "index", index)
 
-    def _rotated(self, part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _rotate(self, part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotate the trailing elements; in place where `part` allows it."""
         num_rotated = 2 * cos.shape[-1]
         part[..., -num_rotated:] = rotate_pairs(part[..., -num_rotated:], cos, sin).to(part.dtype)
@@ -348,11 +348,11 @@ class _MoE:
         return self._experts(rows, chosen, weights) + self._shared(rows)
 
 
-def _halves(width: int) -> list[int]:
+def _split_in_two(width: int) -> list[int]:
     return [width // 2, width // 2] if width else []
 
 
-def _kinds(config: Any, layer_types: Sequence[LayerType], rates: dict[LayerType, int]) -> tuple[SegmentKind, ...]:
+def _list_kinds(config: Any, layer_types: Sequence[LayerType], rates: dict[LayerType, int]) -> tuple[SegmentKind, ...]:
     width, index_width = int(config.head_dim), int(config.index_head_dim)
     fields: dict[LayerType, tuple[tuple[str, int], ...]] = {
         _SPARSE: (("key", width), ("index", index_width)),
@@ -365,7 +365,7 @@ def _kinds(config: Any, layer_types: Sequence[LayerType], rates: dict[LayerType,
     )
 
 
-def _rings(config: Any, layer_types: Sequence[LayerType], rates: dict[LayerType, int]) -> tuple[RingKind, ...]:
+def _list_rings(config: Any, layer_types: Sequence[LayerType], rates: dict[LayerType, int]) -> tuple[RingKind, ...]:
     width, index_width = int(config.head_dim), int(config.index_head_dim)
     rings = [RingKind("window", len(layer_types), int(config.sliding_window), width)]
     if _SPARSE in layer_types:

@@ -16,8 +16,8 @@ from moebeam.model_runner.torch_engine.layers.linear import make_linear
 from moebeam.model_runner.torch_engine.layers.norms import RmsNorm
 from moebeam.model_runner.torch_engine.layers.rotary import Rotary, rotate_halves
 from moebeam.model_runner.torch_engine.memory.cache import Cache, RingKind
-from moebeam.model_runner.torch_engine.memory.reading import Columns, read_shared_keys, write_entries
-from moebeam.model_runner.torch_engine.memory.segments import SegmentKind
+from moebeam.model_runner.torch_engine.memory.reading import read_shared_keys, write_entries
+from moebeam.model_runner.torch_engine.memory.segments import Columns, SegmentKind
 from moebeam.model_runner.torch_engine.models.architecture import StepBatch, refuse_settings
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
@@ -40,8 +40,8 @@ class GroupedQuery:
         is_tied = bool(config.tie_word_embeddings) and not weights.has("lm_head.weight")
         head = self._embedding if is_tied else weights.get("lm_head.weight", shape)
         self._head = make_linear([head], placement)
-        width = _head_width(config)
-        self._rotary = Rotary.of(config, config.rope_parameters, width, device)
+        width = _read_head_width(config)
+        self._rotary = Rotary.from_config(config, config.rope_parameters, width, device)
         kept = int(config.num_key_value_heads) * width
         self.kinds = (SegmentKind("heads", len(self._layers), 1, (("key", kept), ("value", kept))),)
         weights.check_all_used([r"rotary_emb\.inv_freq$"])
@@ -82,7 +82,7 @@ class _Layer:
 
 class _Attention:
     def __init__(self, config: Any, weights: CheckpointWeights, placement: Placement, name: str) -> None:
-        self._width = width = _head_width(config)
+        self._width = width = _read_head_width(config)
         self._num_heads, self._num_kept = int(config.num_attention_heads), int(config.num_key_value_heads)
         hidden_size = int(config.hidden_size)
         heads = {"q": self._num_heads, "k": self._num_kept, "v": self._num_kept}
@@ -138,7 +138,7 @@ class _MoE:
         return self._experts(rows, chosen, weights)
 
 
-def _head_width(config: Any) -> int:
+def _read_head_width(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 

@@ -84,7 +84,7 @@ class PrefixTree:
     num_prompt_tokens: int = 0
 
 
-def plant_tree(prompts: Sequence[Prompt], first_order: int = 0) -> PrefixTree:
+def build_prefix_tree(prompts: Sequence[Prompt], first_order: int = 0) -> PrefixTree:
     """Build the prefix tree of a window; linear in the tokens after a sort.
 
     Args:
@@ -101,7 +101,7 @@ def plant_tree(prompts: Sequence[Prompt], first_order: int = 0) -> PrefixTree:
     for row, prompt in enumerate(ordered):
         num_before = int(lcps[row])
         num_after = int(lcps[row + 1]) if row + 1 < len(ordered) else 0
-        _leave(path, num_before)
+        _return_to(path, num_before)
         order = first_order + row
         num_shared = max(num_before, num_after)
         base = path[-1].end if path else 0
@@ -119,7 +119,7 @@ def plant_tree(prompts: Sequence[Prompt], first_order: int = 0) -> PrefixTree:
     return PrefixTree(ordered, leaves, num_tree_tokens(lengths, lcps), int(lengths.sum()))
 
 
-def _leave(path: list[Node], num_shared: int) -> None:
+def _return_to(path: list[Node], num_shared: int) -> None:
     """Go back to what the next prompt shares, splitting the node in which it leaves."""
     while path and path[-1].end > num_shared:
         last = path.pop()

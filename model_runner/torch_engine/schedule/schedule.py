@@ -9,17 +9,14 @@ want of budget: a prompt that exceeds it alone runs alone.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node, plant_tree
+from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node, build_prefix_tree
+from moebeam.model_runner.torch_engine.schedule.running import Running
 from moebeam.model_runner.torch_engine.schedule.sequences import Finished, Prompt, StopReason
+from moebeam.model_runner.torch_engine.schedule.steps import Step, pack_step
 from moebeam.schemas.errors import RowError
-from moebeam.schemas.records import TokenIds
 
 MAX_WINDOW_PROMPTS = 4096
 """Most prompts that are planned together; each waits in memory as token ids."""
@@ -40,96 +37,6 @@ class CacheCosts(Protocol):
     def span_bytes(self, start: int, end: int) -> int:
         """Bytes for the positions `[start, end)` of a path."""
         ...
-
-
-@dataclass(slots=True, eq=False)
-class Running:
-    """An admitted prompt and its answer so far.
-
-    Attributes:
-        node: its private node.
-        answer: tokens so far; what of `node.token_ids + answer` is not computed goes through the model next.
-        reserved_end: position up to which memory is set aside.
-    """
-
-    prompt: Prompt
-    node: Node
-    answer: list[int] = field(default_factory=list[int])
-    logprobs: list[float] = field(default_factory=list[float])
-    reserved_end: int = 0
-    num_cached_tokens: int = -1
-    admitted_s: float = 0.0
-    num_preemptions: int = 0
-
-    @property
-    def num_left(self) -> int:
-        """Tokens that have to go through the model before the next can be drawn."""
-        return self.node.num_tokens + len(self.answer) - self.node.num_computed
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether nothing but tokens of the answer is left."""
-        return self.node.num_computed >= self.node.num_tokens and bool(self.answer)
-
-    def next_tokens(self, num_tokens: int) -> TokenIds:
-        """The next tokens to go through the model; int32, shape (num_tokens,)."""
-        start, num_own = self.node.num_computed, self.node.num_tokens
-        if start >= num_own:
-            return np.array(self.answer[start - num_own : start - num_own + num_tokens], dtype=np.int32)
-        own = self.node.token_ids[start : start + num_tokens]
-        if own.shape[0] == num_tokens:
-            return own
-        return np.concatenate([own, np.array(self.answer[: num_tokens - own.shape[0]], dtype=np.int32)])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Span:
-    """Consecutive tokens of one node in a step: rows `[first_row, first_row + num_rows)`, from `position` on."""
-
-    node: Node
-    position: int
-    first_row: int
-    num_rows: int
-    running: Running | None
-
-    @property
-    def end_row(self) -> int:
-        return self.first_row + self.num_rows
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What goes through the model together.
-
-    Attributes:
-        spans: in depth-first order; no node is an ancestor of another.
-        token_ids: int32, shape (num_rows,).
-        positions: int64, shape (num_rows,).
-        logit_rows: rows whose logits are needed, ascending.
-        drawn: who draws from those rows: an answer, or a node that keeps the logits for prompts ending on it.
-        instant: prompts that end on a shared node and draw their first token from what it kept.
-        num_prompt_rows: rows that are tokens of prompts, not of answers.
-    """
-
-    spans: list[Span]
-    token_ids: TokenIds
-    positions: npt.NDArray[np.int64]
-    logit_rows: list[int]
-    drawn: list[Running | Node]
-    instant: list[Running]
-    num_prompt_rows: int
-
-    @property
-    def num_rows(self) -> int:
-        return int(self.token_ids.shape[0])
-
-    def drawn_spans(self) -> list[Span]:
-        """The rows whose logits are needed as spans of one row each, numbered among themselves."""
-        is_drawn = set(self.logit_rows)
-        drawn = [span for span in self.spans if span.end_row - 1 in is_drawn]
-        return [
-            Span(span.node, span.position + span.num_rows - 1, row, 1, span.running) for row, span in enumerate(drawn)
-        ]
 
 
 class Schedule:
@@ -202,7 +109,7 @@ class Schedule:
             elif running.num_left == 0:
                 instant.append(running)
         num_prompt_rows = 0
-        for node, running in self._to_prefill():
+        for node, running in self._list_prefills():
             if num_free <= 0:
                 break
             num_left = running.num_left if running is not None else node.num_tokens - node.num_computed
@@ -211,9 +118,9 @@ class Schedule:
             num_free -= num_rows
             num_prompt_rows += min(num_rows, node.num_tokens - node.num_computed)
         chosen.sort(key=lambda item: item[0].order)
-        return _pack(chosen, instant, num_prompt_rows)
+        return pack_step(chosen, instant, num_prompt_rows)
 
-    def computed(self, step: Step) -> None:
+    def mark_computed(self, step: Step) -> None:
         """Take note that a step's tokens have gone through the model."""
         for span in step.spans:
             span.node.num_computed += span.num_rows
@@ -228,7 +135,7 @@ class Schedule:
             running.answer.append(token_ids.pop(0))
             if logprob is not None:
                 running.logprobs.append(logprob)
-            reason = self._end_of(running)
+            reason = self._find_stop_reason(running)
             if reason is not None:
                 self.num_uncomputed_answer_tokens += len(running.answer) - num_before
                 return self._finish(running, reason)
@@ -273,7 +180,7 @@ class Schedule:
     def _is_ready(self, node: Node) -> bool:
         return node.parent is None or node.parent.is_computed
 
-    def _to_prefill(self) -> Iterator[tuple[Node, Running | None]]:
+    def _list_prefills(self) -> Iterator[tuple[Node, Running | None]]:
         """What of prompts can be computed now, depth-first: what a node's readers need is fresh when they come."""
         ready: list[tuple[Node, Running | None]] = [(node, None) for node in self._shared if self._is_ready(node)]
         for running in self.running:
@@ -292,7 +199,7 @@ class Schedule:
             else:
                 prompts.append(prompt)
                 num_tokens += prompt.num_tokens
-        tree = plant_tree(prompts, self.num_planned)
+        tree = build_prefix_tree(prompts, self.num_planned)
         self.num_planned += len(prompts)
         self.num_tree_tokens += tree.num_tokens
         self.num_prompt_tokens += tree.num_prompt_tokens
@@ -308,7 +215,7 @@ class Schedule:
             new_nodes = [node for node in running.node.path() if not node.is_live]
             private = running.node
             num_own = private.num_tokens + len(running.answer)
-            reserved_end = private.start + num_own + self._num_expected(running)
+            reserved_end = private.start + num_own + self._count_expected_tokens(running)
             num_bytes = sum(self._node_bytes(node) for node in new_nodes if not node.is_private)
             num_bytes += self.costs.state_bytes + self.costs.span_bytes(private.start, reserved_end)
             if self.live_bytes + num_bytes > self.max_cache_bytes:
@@ -329,7 +236,7 @@ class Schedule:
                     self._live[node] = None
             self.running.append(running)
 
-    def _num_expected(self, running: Running) -> int:
+    def _count_expected_tokens(self, running: Running) -> int:
         """Answer tokens, beyond those that there are, for which memory is set aside."""
         expected = NUM_EXPECTED_TOKENS
         if self._num_finished:
@@ -374,7 +281,7 @@ class Schedule:
         for node in [node for node in self._live if node not in needed]:
             self._drop(node)
 
-    def _end_of(self, running: Running) -> StopReason | None:
+    def _find_stop_reason(self, running: Running) -> StopReason | None:
         prompt = running.prompt
         if running.answer[-1] in prompt.stop_token_ids:
             return "stop"
@@ -428,37 +335,3 @@ class Schedule:
 
     def _node_bytes(self, node: Node) -> int:
         return self.costs.state_bytes + self.costs.span_bytes(node.start, node.end)
-
-
-def _pack(chosen: Sequence[tuple[Node, Running | None, int]], instant: list[Running], num_prompt_rows: int) -> Step:
-    """Lay chosen nodes' next tokens side by side."""
-    spans: list[Span] = []
-    token_ids: list[TokenIds] = []
-    positions: list[npt.NDArray[np.int64]] = []
-    logit_rows: list[int] = []
-    drawn: list[Running | Node] = []
-    num_rows = 0
-    for node, running, num in chosen:
-        span = Span(node, node.position, num_rows, num, running)
-        if running is not None:
-            token_ids.append(running.next_tokens(num))
-            who = running if num == running.num_left else None
-        else:
-            token_ids.append(node.token_ids[node.num_computed : node.num_computed + num])
-            who = node if node.wants_logits and node.num_computed + num == node.num_tokens else None
-        positions.append(np.arange(span.position, span.position + num, dtype=np.int64))
-        num_rows += num
-        spans.append(span)
-        if who is not None:
-            logit_rows.append(num_rows - 1)
-            drawn.append(who)
-    empty = np.zeros(0, dtype=np.int32)
-    return Step(
-        spans,
-        np.concatenate(token_ids) if token_ids else empty,
-        np.concatenate(positions) if positions else empty.astype(np.int64),
-        logit_rows,
-        drawn,
-        instant,
-        num_prompt_rows,
-    )

@@ -25,8 +25,8 @@ from moebeam.model_runner.torch_engine.weights.quantized import (
     QUANTIZED_DTYPES,
     SCALE_DTYPES,
     dequantize,
+    infer_unpacked_shape,
     scale_grid,
-    unpacked_shape,
 )
 from moebeam.model_runner.torch_engine.weights.tensor_names import RENAMINGS, module_names, scale_name
 from moebeam.schemas.errors import EngineLoadError, abbreviated
@@ -108,14 +108,14 @@ class CheckpointWeights:
             ValueError: `dtype` is not a floating one.
         """
         if dtype not in _FLOATS:
-            raise ValueError(f"dtype: expected one of {_shown_dtypes(_FLOATS)}, found {_shown_dtypes([dtype])}")
+            raise ValueError(f"dtype: expected one of {_format_dtypes(_FLOATS)}, found {_format_dtypes([dtype])}")
         if model_type not in RENAMINGS:
             raise EngineLoadError(f"{path}: expected a model type of {sorted(RENAMINGS)}, found {model_type!r}")
         if not storage.is_local(path):
             raise EngineLoadError(f"{path}: expected a folder on a local disk, to map its files; copy it to one first")
-        fp8_block = _fp8_block(path)
-        found = list(_stored_tensors(path))
-        return cls(path, _under_module_names(found, model_type), dtype, fp8_block)
+        fp8_block = _read_fp8_block(path)
+        found = list(_map_tensors(path))
+        return cls(path, _key_by_module_name(found, model_type), dtype, fp8_block)
 
     @property
     def num_bytes(self) -> int:
@@ -181,25 +181,25 @@ class CheckpointWeights:
         """
         patterns = [re.compile(pattern) for pattern in ignored]
         unused = [
-            self._where(name)
+            self._describe(name)
             for name in self._tensors
             if name not in self._used and not any(pattern.search(name) for pattern in patterns)
         ]
         if unused:
             raise EngineLoadError(
-                f"{self._path}: expected only tensors that the model has, found {len(unused)} more: {_listed(unused)}"
+                f"{self._path}: expected only tensors that the model has, found {len(unused)} more: {_format_names(unused)}"
             )
 
     def _stack(self, name: str, shape: tuple[int, int, int], num_parts: int) -> Iterator[list[Tensor]]:
         """The matrices of a stack, one expert after another, each cut into `num_parts` of equal height."""
         stored = self._read(name, shape)
-        if unpacked_shape(stored) != shape:
-            raise self._misshapen(name, shape, unpacked_shape(stored))
+        if infer_unpacked_shape(stored) != shape:
+            raise self._shape_error(name, shape, infer_unpacked_shape(stored))
         num_experts, num_rows, num_columns = shape
         scales = self._read_scales(name)
         if scales is not None and (scales.ndim != 3 or scales.shape[0] != num_experts):
             grid = scale_grid((num_rows, num_columns), self._block(stored))
-            raise self._misshapen(scale_name(name), (num_experts, *grid), tuple(scales.shape))
+            raise self._shape_error(scale_name(name), (num_experts, *grid), tuple(scales.shape))
         part_rows = num_rows // num_parts
         for expert in range(num_experts):
             matrix, grid = stored[expert], None if scales is None else scales[expert]
@@ -216,29 +216,29 @@ class CheckpointWeights:
     ) -> Tensor:
         if scales is None:
             if tuple(stored.shape) != shape:
-                raise self._misshapen(name, shape, tuple(stored.shape))
-            return self._converted(name, stored, dtype)
+                raise self._shape_error(name, shape, tuple(stored.shape))
+            return self._convert(name, stored, dtype)
         if stored.dtype not in QUANTIZED_DTYPES or scales.dtype not in SCALE_DTYPES:
             raise EngineLoadError(
-                f"{self._where(name)}: expected {_shown_dtypes(QUANTIZED_DTYPES)} with scales "
-                f"{scale_name(name)!r} in {_shown_dtypes(SCALE_DTYPES)}, found {_shown_dtypes([stored.dtype])} with "
-                f"scales in {_shown_dtypes([scales.dtype])}"
+                f"{self._describe(name)}: expected {_format_dtypes(QUANTIZED_DTYPES)} with scales "
+                f"{scale_name(name)!r} in {_format_dtypes(SCALE_DTYPES)}, found {_format_dtypes([stored.dtype])} with "
+                f"scales in {_format_dtypes([scales.dtype])}"
             )
         wanted = dtype or self._dtype
         if wanted not in _FLOATS:
-            raise self._wrong_dtype(name, wanted, stored.dtype)
-        found = unpacked_shape(stored)
+            raise self._dtype_error(name, wanted, stored.dtype)
+        found = infer_unpacked_shape(stored)
         if len(found) != 2 or found != shape:
-            raise self._misshapen(name, shape, found)
+            raise self._shape_error(name, shape, found)
         grid = scale_grid((found[0], found[1]), self._block(stored))
         if tuple(scales.shape) != grid:
-            raise self._misshapen(scale_name(name), grid, tuple(scales.shape))
+            raise self._shape_error(scale_name(name), grid, tuple(scales.shape))
         return dequantize(stored, scales, self._block(stored), wanted)
 
-    def _converted(self, name: str, stored: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def _convert(self, name: str, stored: Tensor, dtype: torch.dtype | None) -> Tensor:
         if stored.dtype == torch.float8_e4m3fn:
             raise EngineLoadError(
-                f"{self._where(name)}: expected its scales {scale_name(name)!r} beside a tensor in float8_e4m3fn, "
+                f"{self._describe(name)}: expected its scales {scale_name(name)!r} beside a tensor in float8_e4m3fn, "
                 f"found none"
             )
         wanted = dtype or (self._dtype if stored.dtype.is_floating_point else stored.dtype)
@@ -249,7 +249,7 @@ class CheckpointWeights:
             stored.dtype in _INTEGERS and wanted in _INTEGERS and torch.promote_types(stored.dtype, wanted) == wanted
         )
         if not is_rounded and not is_widened:
-            raise self._wrong_dtype(name, wanted, stored.dtype)
+            raise self._dtype_error(name, wanted, stored.dtype)
         return stored.to(wanted)
 
     def _block(self, stored: Tensor) -> tuple[int, int]:
@@ -263,68 +263,68 @@ class CheckpointWeights:
         where = self._tensors.get(name)
         if where is None:
             raise EngineLoadError(
-                f"{self._path}: expected a tensor {name!r} of shape {shape}, found none; {self._nearest(name)}"
+                f"{self._path}: expected a tensor {name!r} of shape {shape}, found none; {self._describe_neighbours(name)}"
             )
         self._used.add(name)
         try:
             stored = cast("Tensor", where.mapping.get_tensor(where.name))
         except SafetensorError as error:
-            raise EngineLoadError(f"{self._where(name)}: expected a dtype that torch has, found: {error}") from error
+            raise EngineLoadError(f"{self._describe(name)}: expected a dtype that torch has, found: {error}") from error
         # The format allows any offset, writers align; torch is not tested on tensors that begin between two values.
         return stored if stored.data_ptr() % stored.element_size() == 0 else stored.clone()
 
-    def _nearest(self, name: str) -> str:
+    def _describe_neighbours(self, name: str) -> str:
         """What there is instead, for an error message: the tensors of the closest module that has any."""
         parent = name
         while parent:
             parent = parent.rpartition(".")[0]
             beside = [found for found in self._tensors if found.startswith(f"{parent}.")]
             if beside:
-                return f"below {parent!r} there are {_listed(beside)}"
-        return f"there are {_listed(list(self._tensors))}" if self._tensors else "there are no tensors at all"
+                return f"below {parent!r} there are {_format_names(beside)}"
+        return f"there are {_format_names(list(self._tensors))}" if self._tensors else "there are no tensors at all"
 
-    def _where(self, name: str) -> str:
+    def _describe(self, name: str) -> str:
         where = self._tensors[name]
         alias = "" if where.name == name else f" (stored as {where.name!r})"
         return f"{where.file}: tensor {name!r}{alias}"
 
-    def _misshapen(self, name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> EngineLoadError:
-        return EngineLoadError(f"{self._where(name)}: expected shape {expected}, found {found}")
+    def _shape_error(self, name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> EngineLoadError:
+        return EngineLoadError(f"{self._describe(name)}: expected shape {expected}, found {found}")
 
-    def _wrong_dtype(self, name: str, wanted: torch.dtype, found: torch.dtype) -> EngineLoadError:
+    def _dtype_error(self, name: str, wanted: torch.dtype, found: torch.dtype) -> EngineLoadError:
         return EngineLoadError(
-            f"{self._where(name)}: expected a dtype that becomes {_shown_dtypes([wanted])}, "
-            f"found {_shown_dtypes([found])}"
+            f"{self._describe(name)}: expected a dtype that becomes {_format_dtypes([wanted])}, "
+            f"found {_format_dtypes([found])}"
         )
 
 
-def _fp8_block(path: str) -> tuple[int, int]:
+def _read_fp8_block(path: str) -> tuple[int, int]:
     """Rows and columns that share a scale in a checkpoint's FP8 matrices, if it has any."""
     found: object = read_json_object(path, "config.json").get("quantization_config")
     if found is None:
         return FP8_BLOCK
     place = f"{storage.join(path, 'config.json')}: quantization_config"
-    return _parsed(_Quantization, found, place).weight_block_size
+    return _parse_record(_Quantization, found, place).weight_block_size
 
 
-def _stored_tensors(path: str) -> Iterator[_Stored]:
+def _map_tensors(path: str) -> Iterator[_Stored]:
     """Every tensor of every file of a checkpoint, under the files' own names."""
     folder = Path(storage.spelled(path))
     if (folder / WEIGHTS_NAME).exists():
-        yield from _mapped(folder / WEIGHTS_NAME)
+        yield from _map_file(folder / WEIGHTS_NAME)
         return
     if not (folder / INDEX_NAME).exists():
         raise EngineLoadError(f"{path}: expected a {WEIGHTS_NAME} or a {INDEX_NAME}, found neither")
     index = storage.join(path, INDEX_NAME)
-    files = _parsed(_Index, read_json_object(path, INDEX_NAME), index).weight_map
+    files = _parse_record(_Index, read_json_object(path, INDEX_NAME), index).weight_map
     missing = sorted(file for file in set(files.values()) if not (folder / file).exists())
     if missing:
         raise EngineLoadError(
-            f"{index}: expected the files that it names, found {len(missing)} missing: {_listed(missing)}"
+            f"{index}: expected the files that it names, found {len(missing)} missing: {_format_names(missing)}"
         )
     holders: dict[str, str] = {}
     for file in sorted(set(files.values())):
-        for tensor in _mapped(folder / file):
+        for tensor in _map_file(folder / file):
             if tensor.name in holders:
                 raise EngineLoadError(
                     f"{tensor.file}: tensor {tensor.name!r}: expected in one file, found in {holders[tensor.name]} too"
@@ -334,11 +334,11 @@ def _stored_tensors(path: str) -> Iterator[_Stored]:
     lacking = [f"{name!r} in {file}" for name, file in files.items() if holders.get(name) != file]
     if lacking:
         raise EngineLoadError(
-            f"{index}: expected tensors where it says, found {len(lacking)} not there: {_listed(lacking)}"
+            f"{index}: expected tensors where it says, found {len(lacking)} not there: {_format_names(lacking)}"
         )
 
 
-def _mapped(file: Path) -> Iterator[_Stored]:
+def _map_file(file: Path) -> Iterator[_Stored]:
     try:
         mapping = safe_open(file, framework="pt", backend="mmap")
         names = cast("list[str]", mapping.keys())
@@ -348,7 +348,7 @@ def _mapped(file: Path) -> Iterator[_Stored]:
         yield _Stored(name, str(file), mapping)
 
 
-def _under_module_names(found: Sequence[_Stored], model_type: str) -> dict[str, _Stored]:
+def _key_by_module_name(found: Sequence[_Stored], model_type: str) -> dict[str, _Stored]:
     names = module_names([tensor.name for tensor in found], RENAMINGS[model_type])
     tensors: dict[str, _Stored] = {}
     for tensor in found:
@@ -362,7 +362,7 @@ def _under_module_names(found: Sequence[_Stored], model_type: str) -> dict[str, 
     return tensors
 
 
-def _parsed(kind: type[_Part], value: Any, place: str) -> _Part:
+def _parse_record(kind: type[_Part], value: Any, place: str) -> _Part:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -371,11 +371,11 @@ def _parsed(kind: type[_Part], value: Any, place: str) -> _Part:
         raise EngineLoadError(f"{place}: {part}: {first['msg']}, found {abbreviated(first['input'])}") from error
 
 
-def _shown_dtypes(dtypes: Sequence[torch.dtype] | frozenset[torch.dtype]) -> str:
+def _format_dtypes(dtypes: Sequence[torch.dtype] | frozenset[torch.dtype]) -> str:
     return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
-def _listed(names: Sequence[str]) -> str:
+def _format_names(names: Sequence[str]) -> str:
     """Some of many names, and how many more there are."""
     rest = len(names) - _MAX_NAMES_SHOWN
     return ", ".join(names[:_MAX_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from moebeam.jobs.check.disk import check_disk, estimate_disk, spell_bytes
+from moebeam.jobs.check.disk import check_disk, estimate_disk
+from moebeam.jobs.console.formats import format_bytes
 from moebeam.schemas.errors import OutputError
 from moebeam.transforms.read.input_rows import ReadColumns
 from moebeam.transforms.read.input_scan import InputScan, scan_input
@@ -68,4 +69,4 @@ def test_an_output_in_a_store_is_not_looked_at(scanned: tuple[Any, InputScan, Re
 
 @pytest.mark.parametrize(("num", "told"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 KB"), (2e9, "2 GB")])
 def test_bytes_are_spelled(num: float, told: str) -> None:
-    assert spell_bytes(num) == told
+    assert format_bytes(num) == told

@@ -37,7 +37,7 @@ def test_paths_in_the_file_are_relative_to_its_folder_wherever_the_command_runs(
 ):
     folder = tmp_path / "jobs"
     folder.mkdir()
-    model = '[model]\npath = "m/"\nscript = "./f.json"\n[accounting]\nprice_book = "p.csv"'
+    model = '[model]\nengine = "fake"\npath = "m/"\nscript = "./f.json"\n[accounting]\nprice_book = "p.csv"'
     write(folder, MINIMAL + f'schema = "../s.json"\n{model}')
     monkeypatch.chdir(tmp_path)
     job = load_job("jobs/job.toml")

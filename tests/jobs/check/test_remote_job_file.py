@@ -6,8 +6,8 @@ import pytest
 
 from moebeam.jobs.check.job_file import load_job
 from moebeam.jobs.output.run_record import refuse_secrets
+from moebeam.model_runner.openai_engine.options import FallbackSection
 from moebeam.schemas.errors import JobFileError
-from moebeam.schemas.job.sections import FallbackSection
 
 KEY = "sk-0123456789abcdef"
 HEAD = """\

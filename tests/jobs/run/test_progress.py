@@ -8,16 +8,9 @@ import duckdb
 import pytest
 from rich.console import Console
 
+from moebeam.jobs.console.formats import format_duckdb_command, format_duration, format_money
 from moebeam.jobs.console.summary import CheckReport, ProgressSnapshot, RunSummary
-from moebeam.jobs.run.progress import (
-    Rates,
-    duckdb_command,
-    print_report,
-    print_summary,
-    show_progress,
-    spell_duration,
-    spell_money,
-)
+from moebeam.jobs.run.progress import Rates, print_report, print_summary, show_progress
 
 START = ProgressSnapshot(
     stage="answer",
@@ -221,7 +214,7 @@ def test_text_from_elsewhere_is_not_read_as_markup():
 def test_the_query_survives_the_shell_and_runs(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp('it\'s "$HOME" `x`')
     duckdb.sql("SELECT 1 AS custom_id, '{}' AS output_json, 2 AS cost").write_parquet(str(folder / "a.parquet"))
-    command = duckdb_command("SELECT custom_id, output_json, cost FROM '{}'", f"{folder}/*.parquet")
+    command = format_duckdb_command("SELECT custom_id, output_json, cost FROM '{}'", f"{folder}/*.parquet")
     assert command.startswith("duckdb -c ")
     echo = ["sh", "-c", command.replace("duckdb -c", "printf %s", 1)]
     sql = subprocess.run(echo, check=True, capture_output=True, text=True).stdout
@@ -267,11 +260,11 @@ def test_the_report_of_a_check_names_rows_columns_engine_schema_and_price():
     ],
 )
 def test_small_amounts_keep_three_digits(amount: str, text: str):
-    assert spell_money(Decimal(amount), "USD") == text
+    assert format_money(Decimal(amount), "USD") == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.04, "0.0 s"), (9.94, "9.9 s"), (12, "12 s"), (59.7, "1:00 min"), (3725, "1:02:05")]
 )
 def test_durations_read_naturally(seconds: float, text: str):
-    assert spell_duration(seconds) == text
+    assert format_duration(seconds) == text

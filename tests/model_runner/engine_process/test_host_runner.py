@@ -22,6 +22,7 @@ from moebeam.model_runner.fake_engine.runner import load_fake_runner
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.records import Completion, Message, Request, Sampling
+from tests.support.engine_configs import engine_config
 from tests.support.paths import ROOT
 
 WAIT_S = 60
@@ -39,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def config(tmp_path: Path, **script: Any) -> EngineConfig:
     file = tmp_path / "script.json"
     file.write_text(json.dumps(script))
-    return EngineConfig("fake", "", "model", "revision", script=str(file))
+    return engine_config("fake", "", "model", "revision", script=str(file))
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_a_row_that_kills_the_engine_fails_alone(tmp_path: Path, shared: list[Ho
 
 
 def test_an_engine_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
-    given = EngineConfig("fake", "", "model", "revision", script=str(tmp_path / "missing.json"))
+    given = engine_config("fake", "", "model", "revision", script=str(tmp_path / "missing.json"))
     with pytest.raises(EngineLoadError, match=r"missing\.json"):
         HostRunner(given)
 
@@ -115,7 +116,7 @@ def test_a_worker_that_dies_leaves_the_engine_to_the_others(
     given = config(tmp_path, latency_ms=20)
     shared.append(mine := HostRunner(given))
     code = (
-        "import sys, pickle; from pathlib import Path; from model_runner import host_runner\n"
+        "import sys, pickle; from pathlib import Path; from moebeam.model_runner.engine_process import host_runner\n"
         "host_runner.host_folder = lambda: Path(sys.argv[1])\n"
         "config, asked = pickle.loads(bytes.fromhex(sys.argv[2]))\n"
         "answers = host_runner.HostRunner(config).generate(asked)\n"
@@ -149,7 +150,7 @@ def test_the_engine_of_a_host_that_was_killed_is_started_again_and_no_row_is_los
 def test_a_host_whose_engine_always_ends_is_given_up(
     tmp_path: Path, shared: list[HostRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_runner, "MAX_DEATHS", 2)
+    monkeypatch.setattr(host_runner, "MAX_EXITS", 2)
     shared.append(runner := HostRunner(config(tmp_path, latency_ms=10)))
 
     def killing() -> Iterator[Request]:

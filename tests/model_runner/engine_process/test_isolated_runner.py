@@ -19,12 +19,13 @@ from moebeam.model_runner.protocol import EngineConfig
 from moebeam.model_runner.torch_engine.runner import load_torch_runner
 from moebeam.schemas.errors import EngineCrashed, EngineLoadError, EngineTimeout
 from moebeam.schemas.records import Completion, Message, Request, Sampling
+from tests.support.engine_configs import engine_config
 
 
 def config(tmp_path: Path, **script: Any) -> EngineConfig:
     file = tmp_path / "script.json"
     file.write_text(json.dumps(script))
-    return EngineConfig("fake", "", "model", "revision", script=str(file))
+    return engine_config("fake", "", "model", "revision", script=str(file))
 
 
 def requests(*texts: str) -> list[Request]:
@@ -61,7 +62,7 @@ def test_answers_are_those_of_the_engine_in_process(tmp_path: Path, isolated: li
 
 
 def test_torch_answers_the_same_and_counts_the_same(tiny_checkpoint: Path, isolated: list[IsolatedRunner]) -> None:
-    given = EngineConfig("torch", str(tiny_checkpoint), "tiny", "r", dtype="float32", device="cpu")
+    given = engine_config("torch", str(tiny_checkpoint), "tiny", "r", dtype="float32", device="cpu")
     encoder = PromptEncoder.load(str(tiny_checkpoint))
     chats = [(Message("user", f"shared words, then {row % 7}"),) for row in range(12)]
     token_ids = encoder.encode_batch([encoder.render(chat) for chat in chats])
@@ -151,7 +152,7 @@ def test_an_engine_that_pulls_all_at_once_and_dies_late_is_bisected(
         "from moebeam.model_runner.protocol import ENGINES\nENGINES['greedy'] = 'greedy_engine:load'\n"
     )
     script = config(tmp_path, rules=[{"contains": "poison", "accident": "crash"}]).script
-    isolated.append(runner := IsolatedRunner(EngineConfig("greedy", "", "model", "revision", script=script)))
+    isolated.append(runner := IsolatedRunner(engine_config("greedy", "", "model", "revision", script=script)))
     texts = [f"row {row}" for row in range(33)]
     texts[5] = texts[6] = texts[32] = "poison"
     found = said(list(runner.generate(requests(*texts))))
@@ -163,7 +164,7 @@ def test_a_process_that_is_killed_once_costs_no_row(tmp_path: Path, isolated: li
     isolated.append(runner := IsolatedRunner(config(tmp_path, latency_ms=20)))
     answers = runner.generate(requests(*"abcdefgh"))
     found = [next(answers), next(answers)]
-    os.kill(runner._processes[-1]._popen.pid, signal.SIGKILL)
+    os.kill(runner._supervisor.last.popen.pid, signal.SIGKILL)
     found += answers
     assert all('"echo"' in text for text in said(found).values()) and len(found) == 8
 
@@ -180,10 +181,10 @@ def test_an_engine_that_hangs_is_ended_and_its_row_times_out(tmp_path: Path, iso
 
 def test_an_engine_that_waits_for_work_is_not_silent(tmp_path: Path, isolated: list[IsolatedRunner]) -> None:
     isolated.append(runner := IsolatedRunner(config(tmp_path), max_silence_s=0.3))
-    process = runner._processes[-1]
+    process = runner._supervisor.last
     threading.Event().wait(0.5)
     assert len(list(runner.generate(requests("a")))) == 1
-    assert runner._processes[-1] is process
+    assert runner._supervisor.last is process
 
 
 def test_an_engine_that_dies_over_everything_stops_the_job(
@@ -197,7 +198,7 @@ def test_an_engine_that_dies_over_everything_stops_the_job(
 
 def test_an_engine_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     with pytest.raises(EngineLoadError, match=r"none\.json: expected a script"):
-        IsolatedRunner(EngineConfig("fake", "", "model", "revision", script=str(tmp_path / "none.json")))
+        IsolatedRunner(engine_config("fake", "", "model", "revision", script=str(tmp_path / "none.json")))
 
 
 def test_a_crash_names_its_signal(tmp_path: Path, isolated: list[IsolatedRunner]) -> None:
@@ -209,7 +210,7 @@ def test_a_crash_names_its_signal(tmp_path: Path, isolated: list[IsolatedRunner]
 
 def test_a_closed_runner_says_so(tmp_path: Path) -> None:
     runner = IsolatedRunner(config(tmp_path))
-    process = runner._processes[-1]._popen
+    process = runner._supervisor.last.popen
     runner.close()
     assert process.poll() is not None
     with pytest.raises(EngineLoadError, match="was closed"):

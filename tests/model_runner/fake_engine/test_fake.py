@@ -10,17 +10,17 @@ import pytest
 
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.model_runner.fake_engine.runner import FAILURES, FakeRunner, load_fake_runner
-from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.errors import ContentRefused, EngineLoadError, EngineOverloaded
 from moebeam.schemas.records import Completion, Message, Request, Sampling
+from tests.support.engine_configs import engine_config
 
-CONFIG = EngineConfig(engine="fake", path="", name="model", revision="revision")
+CONFIG = engine_config(engine="fake", path="", name="model", revision="revision")
 
 
 def load(tmp_path: Path, script: object, path: str = "") -> FakeRunner:
     file = tmp_path / "script.json"
     file.write_text(script if isinstance(script, str) else json.dumps(script))
-    return load_fake_runner(EngineConfig("fake", path, "model", "revision", script=str(file)))
+    return load_fake_runner(engine_config("fake", path, "model", "revision", script=str(file)))
 
 
 def request(text: str = "hello", *, tokens: tuple[int, ...] = (1, 2, 3), **values: Any) -> Request:
@@ -146,4 +146,4 @@ def test_wrong_script_is_refused_naming_file_and_field(tmp_path: Path, script: o
 
 def test_missing_script_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineLoadError, match="nothing-here"):
-        load_fake_runner(EngineConfig("fake", "", "m", "r", script=str(tmp_path / "nothing-here")))
+        load_fake_runner(engine_config("fake", "", "m", "r", script=str(tmp_path / "nothing-here")))

@@ -13,10 +13,11 @@ from moebeam.model_runner.admission import AdmittingRunner, Verdict
 from moebeam.model_runner.openai_engine import concurrency
 from moebeam.model_runner.openai_engine.admission_queue import AdmissionQueue, NotAdmitted
 from moebeam.model_runner.openai_engine.endpoint import RetryPolicy
+from moebeam.model_runner.openai_engine.options import FallbackSection
 from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
-from moebeam.model_runner.protocol import EngineConfig, Fallback
 from moebeam.schemas.errors import EngineFailed, EngineUnavailable
 from moebeam.schemas.records import Completion, Message, Request, Sampling
+from tests.support.engine_configs import engine_config
 from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
 
 FAST = RetryPolicy(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)
@@ -32,8 +33,8 @@ def request(name: int, num_shared: int = 0) -> Request:
     return Request(str(name), ids, (Message("user", f"question {name}"),), Sampling(10))
 
 
-def fallback(served: FakeEndpoint) -> Fallback:
-    return Fallback("vllm", base_url=served.base_url)
+def fallback(served: FakeEndpoint) -> FallbackSection:
+    return FallbackSection(provider="vllm", base_url=served.base_url)
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Few:
 
 def runner(served: FakeEndpoint, **values: Any) -> OpenAIRunner:
     given: dict[str, Any] = {"provider": "vllm", "base_url": served.base_url, "max_retries": 1, **values}
-    found = load_openai_runner(EngineConfig("openai", "", "m", "r", **given), FAST)
+    found = load_openai_runner(engine_config("openai", "", "m", "r", **given), FAST)
     assert isinstance(found, OpenAIRunner) and isinstance(found, AdmittingRunner)
     return found
 

@@ -21,11 +21,12 @@ from moebeam.model_runner.openai_engine.batch_lines import BatchWindow, may_hold
 from moebeam.model_runner.openai_engine.batch_runner import BatchRunner
 from moebeam.model_runner.openai_engine.batch_service import BatchPolling, BatchService
 from moebeam.model_runner.openai_engine.endpoint import EndpointSpec
+from moebeam.model_runner.openai_engine.options import FallbackSection
 from moebeam.model_runner.openai_engine.profiles import profile_of
-from moebeam.model_runner.protocol import EngineConfig, Fallback
 from moebeam.schemas.errors import EngineLoadError, EngineUnavailable
 from moebeam.schemas.records import Completion, Message, Request, Sampling, ToolCall
 from tests.support.batch_endpoint import BatchEndpoint, Fault
+from tests.support.engine_configs import engine_config
 from tests.support.fake_endpoint import deepseek
 
 KEY = "sk-test-0123456789"
@@ -87,7 +88,7 @@ def make() -> Make:
             is_stream=False,
             max_retries=values.pop("max_retries", 2),
         )
-        config = EngineConfig(
+        config = engine_config(
             engine="openai", path="", name="deepseek-v4-flash", revision="", **values.pop("config", {})
         )
         patience = BatchPolling(first_look_s=0.001, max_look_s=0.002, max_failed_looks=3, queue_wait_s=0.001)
@@ -494,7 +495,7 @@ def test_providers_without_batches_and_fallbacks_are_refused(make: Make) -> None
         with pytest.raises(EngineLoadError, match=r"model\.mode: expected a provider with batches, found deepseek"):
             make(endpoint, "deepseek")
         with pytest.raises(EngineLoadError, match=r"model\.fallbacks: expected none"):
-            make(endpoint, config={"fallbacks": (Fallback("openai"),)})
+            make(endpoint, config={"fallbacks": (FallbackSection(provider="openai"),)})
     gc.collect()
 
 

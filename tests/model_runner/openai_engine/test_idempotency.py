@@ -10,8 +10,8 @@ from moebeam.model_runner.openai_engine import concurrency, runner
 from moebeam.model_runner.openai_engine.endpoint import RetryPolicy
 from moebeam.model_runner.openai_engine.profiles import profile_of
 from moebeam.model_runner.openai_engine.runner import load_openai_runner
-from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.records import Message, Request, Sampling
+from tests.support.engine_configs import engine_config
 from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
 
 HEADER = "Idempotency-Key"
@@ -35,7 +35,7 @@ def keys_of(*requests: Request, num_failures: int = 0, run_id: str = "run") -> l
         return error(500) if len(calls[-1]) <= num_failures else Reply(deepseek("fine"))
 
     with FakeEndpoint(reply) as served:
-        config = EngineConfig("openai", "", "m", "r", provider="vllm", base_url=served.base_url, run_id=run_id)
+        config = engine_config("openai", "", "m", "r", provider="vllm", base_url=served.base_url, run_id=run_id)
         asking = load_openai_runner(config, FAST)
         for request in requests:
             calls.append([])

@@ -8,9 +8,10 @@ import pytest
 
 from moebeam.model_runner.openai_engine import concurrency
 from moebeam.model_runner.openai_engine.endpoint import RetryPolicy
+from moebeam.model_runner.openai_engine.options import FallbackSection
 from moebeam.model_runner.openai_engine.runner import load_openai_runner
-from moebeam.model_runner.protocol import EngineConfig, Fallback
 from moebeam.schemas.records import Completion, Message, Request, Sampling
+from tests.support.engine_configs import engine_config
 from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error, with_usage
 from tests.support.local_servers import free_port
 
@@ -25,7 +26,7 @@ def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def asked(base_url: str, **values: Any) -> tuple[Completion, dict[str, float]]:
     given: dict[str, Any] = {"provider": "vllm", "base_url": base_url, "max_retries": 5, "timeout_s": 0.3}
-    runner = load_openai_runner(EngineConfig("openai", "", "m", "r", **(given | values)), FAST)
+    runner = load_openai_runner(engine_config("openai", "", "m", "r", **(given | values)), FAST)
     request = Request("r0", np.arange(7, dtype=np.int32), (Message("user", "q"),), Sampling(100))
     (completion,) = runner.generate([request])
     return completion, dict(runner.counters())
@@ -74,7 +75,7 @@ def test_nothing_is_lost_where_nobody_was_reached() -> None:
 
 def test_a_failure_names_all_its_calls_also_those_to_the_provider_before() -> None:
     with FakeEndpoint(lambda call: Reply(b"no")) as one, FakeEndpoint(lambda call: Reply(fault="disconnect")) as other:
-        fallbacks = (Fallback("sglang", base_url=other.base_url),)
+        fallbacks = (FallbackSection(provider="sglang", base_url=other.base_url),)
         found, counters = asked(one.base_url, max_retries=1, fallbacks=fallbacks)
     assert found.error is not None
     assert [call.provider for call in found.lost_calls] == ["vllm", "vllm", "sglang", "sglang"]

@@ -14,8 +14,8 @@ import pytest
 
 from moebeam.model_runner.openai_engine import concurrency, endpoint
 from moebeam.model_runner.openai_engine.endpoint import RetryPolicy
+from moebeam.model_runner.openai_engine.options import FallbackSection
 from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
-from moebeam.model_runner.protocol import EngineConfig, Fallback
 from moebeam.schemas.chat_options import ChatOptions, Tool
 from moebeam.schemas.errors import (
     AnswerInterrupted,
@@ -29,6 +29,7 @@ from moebeam.schemas.errors import (
     RequestRefused,
 )
 from moebeam.schemas.records import Completion, Message, Request, Sampling, ToolCall, Usage
+from tests.support.engine_configs import engine_config
 from tests.support.fake_endpoint import (
     ALIBABA_USAGE,
     VLLM_USAGE,
@@ -76,7 +77,7 @@ def requests(num: int, *, shared: int = 0, **options: Any) -> list[Request]:
 
 def runner(served: FakeEndpoint, **values: Any) -> OpenAIRunner:
     given: dict[str, Any] = {"provider": "deepseek", "base_url": served.base_url, "max_retries": 3}
-    return load_openai_runner(EngineConfig("openai", "", "deepseek-v4-flash", "rev", **(given | values)), FAST)
+    return load_openai_runner(engine_config("openai", "", "deepseek-v4-flash", "rev", **(given | values)), FAST)
 
 
 def completions(reply: Answering, wanted: Sequence[Request], **values: Any) -> dict[str, Completion]:
@@ -260,7 +261,7 @@ def test_closed_port_stops_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "MAX_FAILED_IN_A_ROW", 3)
     with FakeEndpoint(echo) as served:
         address = served.base_url
-    config = EngineConfig("openai", "", "m", "r", base_url=address, max_retries=0)
+    config = engine_config("openai", "", "m", "r", base_url=address, max_retries=0)
     with pytest.raises(EngineUnavailable, match="no connection"):
         list(load_openai_runner(config, FAST).generate(requests(20)))
 
@@ -286,7 +287,7 @@ def test_paid_answer_that_broke_off_comes_out_with_its_usage_and_is_not_asked_ag
 
 def test_next_provider_answers_what_the_first_cannot() -> None:
     with FakeEndpoint(lambda call: error(401)) as first, FakeEndpoint(echo) as second:
-        fallback = Fallback("vllm", name="local-flash", base_url=second.base_url)
+        fallback = FallbackSection(provider="vllm", name="local-flash", base_url=second.base_url)
         found = list(runner(first, fallbacks=(fallback,)).generate(requests(40)))
         assert {(c.provider, c.model, c.error) for c in found} == {("vllm", "local-flash", None)}
         assert {call.body["model"] for call in second.calls} == {"local-flash"}
@@ -298,7 +299,7 @@ def test_provider_that_is_only_overloaded_is_asked_first_again() -> None:
         return error(503) if call.last_user_text == "question 1" else echo(call)
 
     with FakeEndpoint(reply) as first, FakeEndpoint(echo) as second:
-        fallback = Fallback("vllm", base_url=second.base_url)
+        fallback = FallbackSection(provider="vllm", base_url=second.base_url)
         found = {c.request_id: c for c in runner(first, fallbacks=(fallback,)).generate(requests(4))}
     assert {name: c.provider for name, c in found.items()} == {
         "r0": "deepseek",
@@ -310,13 +311,15 @@ def test_provider_that_is_only_overloaded_is_asked_first_again() -> None:
 
 def test_request_that_one_provider_refuses_is_not_taken_to_the_next() -> None:
     with FakeEndpoint(lambda call: error(400)) as first, FakeEndpoint(echo) as second:
-        (found,) = runner(first, fallbacks=(Fallback("vllm", base_url=second.base_url),)).generate(requests(1))
+        (found,) = runner(first, fallbacks=(FallbackSection(provider="vllm", base_url=second.base_url),)).generate(
+            requests(1)
+        )
         assert (found.provider, type(found.error), len(second.calls)) == ("deepseek", RequestRefused, 0)
 
 
 def test_engine_stops_when_the_last_provider_is_closed_too() -> None:
     with FakeEndpoint(lambda call: error(401)) as first, FakeEndpoint(lambda call: error(402)) as second:
-        fallback = Fallback("deepseek", base_url=second.base_url)
+        fallback = FallbackSection(provider="deepseek", base_url=second.base_url)
         with pytest.raises(EngineUnavailable, match=r"HTTP 401.*HTTP 402"):
             list(runner(first, fallbacks=(fallback,)).generate(requests(5)))
 
@@ -431,12 +434,12 @@ def test_strict_tools_go_to_their_own_address() -> None:
         ({"base_url": "http://user:word@x/v1"}, "without credentials"),
         ({"provider": "nobody"}, "expected one of alibaba"),
         ({"provider": "deepseek", "api_key_variable": "NOT_THERE"}, "environment variable NOT_THERE"),
-        ({"fallbacks": (Fallback("vllm"),)}, r"fallbacks\[0\]\.base_url"),
+        ({"fallbacks": (FallbackSection(provider="vllm"),)}, r"fallbacks\[0\]\.base_url"),
     ],
 )
 def test_what_is_missing_is_named_before_the_first_call(values: dict[str, Any], expected: str) -> None:
     with pytest.raises(EngineLoadError, match=expected) as refused:
-        load_openai_runner(EngineConfig("openai", "", "m", "r", **values))
+        load_openai_runner(engine_config("openai", "", "m", "r", **values))
     assert "word" not in str(refused.value)
 
 
@@ -445,7 +448,7 @@ def test_missing_key_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(
         EngineLoadError, match="expected the key of deepseek in the environment variable DEEPSEEK_API_KEY"
     ):
-        load_openai_runner(EngineConfig("openai", "", "m", "r", provider="deepseek"))
+        load_openai_runner(engine_config("openai", "", "m", "r", provider="deepseek"))
 
 
 def test_request_that_cannot_be_sent_is_a_failure_of_its_row() -> None:

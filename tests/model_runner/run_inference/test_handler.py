@@ -12,12 +12,12 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
 
 from moebeam.model_runner.fake_engine.runner import load_fake_runner
-from moebeam.model_runner.protocol import EngineConfig
 from moebeam.model_runner.run_inference.handler import LoadedEngine, MoebeamModelHandler
 from moebeam.schemas.errors import EngineContractError
 from moebeam.schemas.records import Completion, Message, Request, Sampling
+from tests.support.engine_configs import engine_config
 
-CONFIG = EngineConfig(engine="fake", path="", name="model", revision="r")
+CONFIG = engine_config(engine="fake", path="", name="model", revision="r")
 
 
 def request(request_id: str, num_tokens: int) -> Request:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moebeam.model_runner.torch_engine import engine as engine_module
 from moebeam.model_runner.torch_engine.engine import TorchEngine
 from moebeam.model_runner.torch_engine.memory import chosen_entries
-from moebeam.model_runner.torch_engine.models import deepseek_v3, deepseek_v4
+from moebeam.model_runner.torch_engine.models import deepseek_v4, latent_expansion
 from moebeam.schemas.errors import EngineFailed
 from moebeam.schemas.records import Sampling
 from tests.support.checkpoint_layouts import (
@@ -352,17 +352,17 @@ class WideReads:
 @pytest.fixture
 def wide_reads(monkeypatch: pytest.MonkeyPatch) -> WideReads:
     found = WideReads()
-    choose = deepseek_v3._Expansion.choose
+    choose = latent_expansion.Expansion.choose
 
     def counted(expansion: Any, wide: Any, cache: Any) -> Any:
         expanded, absorbed = choose(expansion, wide, cache)
         for read in expanded:
-            kind = found.copied if deepseek_v3._has_copy(read) else found.expanded_once
+            kind = found.copied if read.has_copy else found.expanded_once
             kind.append((read.end_row - read.first_row, read.num_keys))
         found.absorbed += [(read.end_row - read.first_row, read.num_keys) for read in absorbed]
         return expanded, absorbed
 
-    monkeypatch.setattr(deepseek_v3._Expansion, "choose", counted)
+    monkeypatch.setattr(latent_expansion.Expansion, "choose", counted)
     return found
 
 

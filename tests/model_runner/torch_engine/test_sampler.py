@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moebeam.model_runner.torch_engine import sampler
-from moebeam.model_runner.torch_engine.sampler import MAX_VOCAB_SIZE, Draw, sample, share_of
+from moebeam.model_runner.torch_engine.sampler import MAX_VOCAB_SIZE, Draw, multiply_share, sample
 
 vocab_sizes = st.sampled_from([1, 2, 31, 32, 33, 100])
 draws = st.builds(
@@ -226,7 +226,7 @@ def test_token_ids_of_the_largest_vocabulary_come_back_exactly():
 
 @given(st.integers(0, 2**32), st.integers(0, 2**58))
 def test_shares_of_totals_are_exact(share: int, total: int):
-    found = share_of(torch.tensor([share]), torch.tensor([total]))
+    found = multiply_share(torch.tensor([share]), torch.tensor([total]))
     assert found.tolist() == [share * total >> 32]
 
 

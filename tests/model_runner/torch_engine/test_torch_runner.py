@@ -23,12 +23,13 @@ from moebeam.model_runner.transformers_engine.runner import load_transformers_ru
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.errors import EngineFailed, EngineLoadError, InvalidGrammar
 from moebeam.schemas.records import Completion, Request, Sampling
+from tests.support.engine_configs import engine_config
 from tests.support.tiny_requests import CANNOT_RUN, END_ID, FIRST_ID, GRAMMAR, SCHEMA, request_of, run_all, texts
 
 
 def config_of(path: Path | str, **values: Any) -> EngineConfig:
     defaults = {"engine": "torch", "path": str(path), "name": "tiny", "revision": "r"}
-    return EngineConfig(**(defaults | {"dtype": "float32", "device": "cpu"} | values))
+    return engine_config(**(defaults | {"dtype": "float32", "device": "cpu"} | values))
 
 
 def random_requests(num_requests: int, num_tokens: int = 9, **values: Any) -> list[Request]:

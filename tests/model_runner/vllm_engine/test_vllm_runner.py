@@ -22,14 +22,18 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from moebeam.model_runner.engine_process.process_link import EngineExit
 from moebeam.model_runner.prefix_tree import prefix_key
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.model_runner.transformers_engine.runner import load_transformers_runner
+from moebeam.model_runner.vllm_engine import process as vllm_process
 from moebeam.model_runner.vllm_engine import runner as vllm_runner
-from moebeam.model_runner.vllm_engine.runner import ARGUMENTS_VARIABLE, PYTHON_VARIABLE, VllmRunner, load_vllm_runner
+from moebeam.model_runner.vllm_engine.process import PYTHON_VARIABLE
+from moebeam.model_runner.vllm_engine.runner import ARGUMENTS_VARIABLE, VllmRunner, load_vllm_runner
 from moebeam.schemas.errors import ContextOverflow, EngineFailed, EngineLoadError
 from moebeam.schemas.records import Completion, Request, Sampling
 from tests.support.checkpoints import save_tiny_tokenizer
+from tests.support.engine_configs import engine_config
 from tests.support.tiny_requests import EOS_ID, request_of
 
 DIE, DIE_ONCE, REFUSE, ABORT, GARBAGE, ENDLESS = 255, 254, 253, 252, 251, 250
@@ -100,7 +104,7 @@ FAKE_WORKER = """
 
 
 def config_of(path: Path | str, **values: Any) -> EngineConfig:
-    return EngineConfig(**({"engine": "vllm", "path": str(path), "name": "tiny", "revision": "r"} | values))
+    return engine_config(**({"engine": "vllm", "path": str(path), "name": "tiny", "revision": "r"} | values))
 
 
 def request(request_id: str, tokens: Sequence[int], max_tokens: int = 6, **values: Any) -> Request:
@@ -135,7 +139,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     """Lets `load_vllm_runner` start the scripted worker."""
     (script := tmp_path / "worker.py").write_text(textwrap.dedent(FAKE_WORKER))
     (folder := tmp_path / "records").mkdir()
-    monkeypatch.setattr(vllm_runner, "WORKER_SCRIPT", script)
+    monkeypatch.setattr(vllm_process, "WORKER_SCRIPT", script)
     monkeypatch.setenv(PYTHON_VARIABLE, sys.executable)
     monkeypatch.delenv(ARGUMENTS_VARIABLE, raising=False)
     monkeypatch.setenv("FAKE_FOLDER", str(folder))
@@ -256,7 +260,7 @@ def test_answer_is_cut_where_the_oracle_cuts_it(runner: VllmRunner, tiny_checkpo
         for token_id in token_ids:
             oracle.append(token_id)
         answer = runner._answer_to(asked)
-        answer.extend(vllm_runner._News("0", token_ids))
+        answer.extend(vllm_process.TokenUpdate("0", token_ids))
         assert (answer.finish_reason, answer.token_ids) == (oracle.finish_reason, oracle.token_ids)
         if answer.finish_reason is not None:
             assert runner._completion(answer, None).text == oracle.text
@@ -329,7 +333,7 @@ def test_vllm_that_only_dies_is_an_error_of_the_engine(runner: VllmRunner, fake:
 def test_process_killed_from_outside_is_replaced(runner: VllmRunner, fake: Fake) -> None:
     completions = runner.generate([request("a", [ENDLESS], max_tokens=40), *(request(str(i), [70]) for i in range(4))])
     next(completions)
-    os.kill(runner._processes[0]._popen.pid, signal.SIGKILL)
+    os.kill(runner._supervisor.last.popen.pid, signal.SIGKILL)
     found = by_id(completions)
     assert found["a"].error is None
     assert found["a"].usage.completion_tokens == 40
@@ -337,12 +341,12 @@ def test_process_killed_from_outside_is_replaced(runner: VllmRunner, fake: Fake)
 
 
 def test_request_to_a_dead_process_is_told_so(runner: VllmRunner) -> None:
-    process = runner._processes[0]
-    os.kill(process._popen.pid, signal.SIGKILL)
+    process = runner._supervisor.last
+    os.kill(process.popen.pid, signal.SIGKILL)
     process._reader.join()
     replies: Any = SimpleQueue()
     process.ask("0", {}, replies)
-    assert isinstance(replies.get(timeout=10), vllm_runner._Death)
+    assert isinstance(replies.get(timeout=10), EngineExit)
 
 
 def test_two_calls_at_once_get_their_own_answers(runner: VllmRunner) -> None:
@@ -364,7 +368,7 @@ def test_abandoned_call_withdraws_what_is_in_flight(runner: VllmRunner, fake: Fa
 
 def test_process_ends_with_its_runner(fake: Fake, tiny_checkpoint: Path) -> None:
     runner = load_vllm_runner(config_of(tiny_checkpoint))
-    popen = runner._processes[0]._popen
+    popen = runner._supervisor.last.popen
     del runner
     gc.collect()
     assert popen.returncode == 0
@@ -522,7 +526,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.popen = subprocess.Popen(
-            [sys.executable, str(vllm_runner.WORKER_SCRIPT)],
+            [sys.executable, str(vllm_process.WORKER_SCRIPT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -732,7 +736,7 @@ def test_real_vllm_that_is_killed_is_replaced_and_leaves_nothing_behind(real: Vl
     requests = prompts_that_share(12, max_tokens=60)
     completions = real.generate(requests)
     first = next(completions)
-    killed = real._processes[0]._popen.pid
+    killed = real._supervisor.last.popen.pid
     os.kill(killed, signal.SIGKILL)
     found = by_id(completions) | {first.request_id: first}
     assert len(found) == 12

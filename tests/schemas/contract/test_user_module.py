@@ -87,7 +87,8 @@ def test_module_beside_the_job_file_is_found_and_the_path_is_left_alone(folder: 
 
 def test_folder_without_the_module_leaves_it_to_python(folder: Path) -> None:
     assert import_user_module("json", folder) is json
-    assert import_user_module("moebeam.schemas.errors", folder).JobFileError is JobFileError
+    for place in (folder, ROOT):
+        assert import_user_module("moebeam.schemas.errors", place).JobFileError is JobFileError
     with pytest.raises(JobFileError, match="module 'no_such_of_this_test' cannot be imported: ModuleNotFoundError"):
         import_user_module("no_such_of_this_test", folder)
 
@@ -222,8 +223,8 @@ def test_two_classes_of_one_package_share_its_modules(folder: Path) -> None:
 
 
 def test_name_that_is_taken_is_refused(folder: Path) -> None:
-    write(folder, {"schemas.py": "", "types.py": ""})
-    for name in ("schemas", "types"):
+    write(folder, {"moebeam/__init__.py": "", "types.py": ""})
+    for name in ("moebeam", "types"):
         with pytest.raises(JobFileError, match="has the name of a module of moebeam's or Python's own; rename it"):
             import_user_module(name, folder)
     sys.modules["models_of_this_test"] = ModuleType("models_of_this_test")
@@ -231,6 +232,35 @@ def test_name_that_is_taken_is_refused(folder: Path) -> None:
         import_user_module("models_of_this_test", folder)
     with pytest.raises(JobFileError, match="expected a source file, found none"):
         ModuleSources.collect(sys.modules["models_of_this_test"])
+
+
+def test_package_named_like_a_folder_of_the_checkout_is_the_users(folder: Path) -> None:
+    """Launcher and worker both have the checkout's root on their path, where Python finds folders of these names."""
+    packages = ("schemas", "model_runner", "transforms", "pipelines", "jobs", "tests")
+    for package in packages:
+        write(
+            folder,
+            {
+                f"{package}/__init__.py": "",
+                f"{package}/review.py": "import pydantic\nfrom transforms import stars\n"
+                f"class Review(pydantic.BaseModel):\n    stars: int = stars.MOST\n    package: str = {package!r}\n",
+                "transforms/stars.py": "MOST = 5\n",
+            },
+        )
+    use = "print(*(schema.model() for schema in schemas), schemas[0].check('{}'), sep='\\n')\n"
+    launcher = f"""
+import pickle
+from moebeam.schemas.contract.answer_schema import AnswerSchema
+schemas = [AnswerSchema.load(f"{{package}}.review:Review", folder={str(folder)!r}) for package in {packages}]
+sys.stdout.buffer.write(pickle.dumps(schemas))
+sys.stdout = sys.stderr
+"""
+    launched = worker(launcher + use)
+    folder.rename(folder.with_name("gone"))
+    arrived = worker("import pickle\nschemas = pickle.loads(sys.stdin.buffer.read())\n" + use, launched.stdout)
+    expected = [f"stars=5 package={package!r}" for package in packages] + ["{}"]
+    assert launched.stderr.decode().splitlines() == arrived.stdout.decode().splitlines() == expected
+    assert arrived.stderr == b""
 
 
 def test_sources_that_are_too_large_are_refused(folder: Path) -> None:

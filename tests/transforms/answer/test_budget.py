@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.model_runner.protocol import EngineConfig, Fallback
+from moebeam.model_runner.openai_engine.options import FallbackSection
 from moebeam.schemas.answers import AccountedAnswer, ValidatedAnswer
 from moebeam.schemas.errors import EngineFailed
 from moebeam.schemas.job.sections import LimitsSection
@@ -22,6 +22,7 @@ from moebeam.transforms.answer.expectation import Ceiling
 from moebeam.transforms.answer.spending import Pricing, Spent
 from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.plan.plan_record import PlannedShard
+from tests.support.engine_configs import engine_config
 
 NOW = 1_000_000.0
 SHARD = PlannedShard("s1", num_rows=9, num_requests=8, num_rejects=1, num_prompt_tokens=80, num_tree_tokens=40)
@@ -220,7 +221,14 @@ def test_the_ceiling_is_the_dearest_of_those_who_may_answer() -> None:
         f"{name},m,2020-01-01T00:00:00Z,,,USD,1,{miss},10,made up,".encode() for name, miss in (("a", 1), ("b", 9))
     ]
     book = PriceBook.parse(b"\n".join([BOOK.splitlines()[0], *lines]), "prices.csv")
-    engine = EngineConfig("openai", "", "m", "r", provider="a", fallbacks=(Fallback("b"), Fallback("c", name="other")))
+    engine = engine_config(
+        "openai",
+        "",
+        "m",
+        "r",
+        provider="a",
+        fallbacks=(FallbackSection(provider="b"), FallbackSection(provider="c", name="other")),
+    )
     ceiling = Ceiling.of(Pricing(book), engine)
     assert ceiling.candidates == (("a", "m"), ("b", "m"), ("c", "other"))
     assert ceiling.most(request(0)) == Spent(1, 10, 5, (10 * 9 + 5 * 10) * Decimal("0.000001"))

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebeam.model_runner.openai_engine.runner import load_openai_runner
-from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.errors import ContentRefused, EngineOverloaded, EngineTimeout, RowError
 from moebeam.schemas.records import Completion, LostCall, Message, Request, Sampling, ToolCall, Usage
 from moebeam.schemas.store import storage
@@ -23,6 +22,7 @@ from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.journal import JournaledRunner, ShardJournal, keeping_runner, request_key
 from moebeam.transforms.durable import journal_file
 from moebeam.transforms.durable.journal_file import JournalWriter, read_journal
+from tests.support.engine_configs import engine_config
 from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
 
 NOW = datetime(2026, 11, 24, 1, 2, 3, 456789, UTC)
@@ -140,7 +140,7 @@ def test_no_request_is_sent_before_the_answer_whose_place_it_takes_is_kept(layou
         return Reply(deepseek())
 
     with FakeEndpoint(reply) as served, ShardJournal.open(layout, "s0") as journal:
-        config = EngineConfig("openai", "", "m", "r", base_url=served.base_url, max_concurrency=3)
+        config = engine_config("openai", "", "m", "r", base_url=served.base_url, max_concurrency=3)
         engine = load_openai_runner(config)
         for _ in JournaledRunner(keeping_runner(engine, journal), journal).generate(map(request, range(40))):
             # Who takes the answers may be slow.
@@ -157,7 +157,7 @@ def test_a_provider_is_asked_no_more_once_an_answer_cannot_be_kept(
 
     monkeypatch.setattr(journal_file.AppendedFile, "write", full)
     with FakeEndpoint(lambda call: Reply(deepseek(), delay_s=0.05)) as served:
-        engine = load_openai_runner(EngineConfig("openai", "", "m", "r", base_url=served.base_url, max_concurrency=3))
+        engine = load_openai_runner(engine_config("openai", "", "m", "r", base_url=served.base_url, max_concurrency=3))
         with pytest.raises(OSError, match="no space left"), ShardJournal.open(layout, "s0") as journal:
             list(JournaledRunner(keeping_runner(engine, journal), journal).generate(map(request, range(40))))
         assert len(served.calls) < 40

@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moebeam.model_runner.prefix_tree import prefix_key
-from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.chat_options import ChatOptions
 from moebeam.schemas.job.sections import PlanSection
 from moebeam.schemas.records import Sampling, sampling_json
@@ -29,6 +28,7 @@ from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_p
 from moebeam.transforms.plan.shard_ranges import cut_ranges
 from moebeam.transforms.plan.sorted_runs import ROW_BYTES, RunFile, read_rows, write_runs
 from moebeam.transforms.render.answer_terms import AnswerTerms, TermsCache
+from tests.support.engine_configs import engine_config
 
 GREEDY = sampling_json(Sampling(max_tokens=16))
 HOT = sampling_json(Sampling(max_tokens=16, temperature=1.0))
@@ -231,7 +231,7 @@ def test_a_shard_goes_into_the_engine_one_request_at_a_time(tmp_path: Path) -> N
             made.append(options)
             return super().of(options)
 
-    engine = EngineConfig("fake", "", "made", "none")
+    engine = engine_config("fake", "", "made", "none")
     spec = AnswerSpec("run", RunLayout(str(tmp_path)), engine, CountedTerms(ChatOptions(), None), None)
     requests = requests_of(shard.shard, rows, spec, cast("Any", None))
     assert made == []

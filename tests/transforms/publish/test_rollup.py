@@ -21,13 +21,13 @@ from moebeam.schemas.tables import LEDGER_SCHEMA
 from moebeam.transforms.publish.rollup import (
     GroupSums,
     Rollup,
-    RollUpLedger,
     largest_groups,
     merge_groups,
     parse_by,
     read_ledger,
     roll_up,
 )
+from moebeam.transforms.publish.step import RollUpLedger
 
 START = datetime(2026, 11, 23, 23, 30, tzinfo=UTC)
 

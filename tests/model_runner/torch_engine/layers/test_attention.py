@@ -55,7 +55,7 @@ def test_parts_of_keys_merge_to_plain_attention(
 def test_sink_counts_once_and_has_no_value(num_rows: int, num_heads: int, seed: int) -> None:
     query, key, value = normal(seed, num_rows, num_heads, 6), normal(seed + 1, 5, 6), normal(seed + 2, 5, 4)
     sinks = normal(seed + 3, num_heads) * 3
-    merged = Merged.of_sinks(sinks, num_rows, 4)
+    merged = Merged.from_sinks(sinks, num_rows, 4)
     for keys in (slice(0, 2), slice(2, 5)):
         merged.merge(0, num_rows, attend(query[None], key[None, keys], value[None, keys], None))
     expected = plain(query, key, value, torch.ones(num_rows, 5, dtype=torch.bool), sinks)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from moebeam.model_runner.torch_engine.layers.attention import MASKED, Merged, Partials
 from moebeam.model_runner.torch_engine.memory import reading
 from moebeam.model_runner.torch_engine.memory.cache import Cache
-from moebeam.model_runner.torch_engine.memory.reading import Columns, plan_reads, read_shared_keys, write_entries
-from moebeam.model_runner.torch_engine.memory.segments import SegmentKind
-from moebeam.model_runner.torch_engine.schedule.schedule import Step
+from moebeam.model_runner.torch_engine.memory.read_plan import plan_reads
+from moebeam.model_runner.torch_engine.memory.reading import read_shared_keys, write_entries
+from moebeam.model_runner.torch_engine.memory.segments import Columns, SegmentKind
+from moebeam.model_runner.torch_engine.schedule.steps import Step
 from tests.support.checkpoint_layouts import random_tokens
 from tests.support.driven_steps import CPU, Path, cache_of, plain_attention, prompt_lists, run_steps, vector, vectors
 

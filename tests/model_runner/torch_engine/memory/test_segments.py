@@ -16,7 +16,7 @@ from moebeam.model_runner.torch_engine.memory.segments import (
     NodeMemory,
     SegmentKind,
     SegmentStore,
-    capacity_of,
+    choose_capacity,
 )
 from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node
 
@@ -70,19 +70,19 @@ def bytes_in_use(nodes: list[Node]) -> int:
 
 @given(st.integers(1, 3_000_000))
 def test_capacity_wastes_an_eighth_or_less_than_four_entries(num_entries: int) -> None:
-    waste = capacity_of(num_entries) - num_entries
+    waste = choose_capacity(num_entries) - num_entries
     assert 0 <= waste < max(MIN_CAPACITY, num_entries / 8 + 1)
 
 
 @given(st.integers(1, 100_000), st.integers(0, 1_000))
 def test_capacities_ascend_and_hold_themselves(num_entries: int, num_more: int) -> None:
-    capacity = capacity_of(num_entries)
-    assert capacity <= capacity_of(num_entries + num_more)
-    assert capacity_of(capacity) == capacity
+    capacity = choose_capacity(num_entries)
+    assert capacity <= choose_capacity(num_entries + num_more)
+    assert choose_capacity(capacity) == capacity
 
 
 def test_there_are_few_capacities() -> None:
-    assert len({capacity_of(n) for n in range(1, 65_537)}) <= 8 * 16
+    assert len({choose_capacity(n) for n in range(1, 65_537)}) <= 8 * 16
 
 
 @given(st.integers(0, 300), st.lists(st.integers(0, 200), min_size=1, max_size=5), st.integers(1, 130))
@@ -128,7 +128,7 @@ def test_what_was_written_survives_growth_and_neighbours(
         ]
         for extent, found in extents:
             assert_entries(extent, found)
-            assert extent.block is None or extent.block.capacity == capacity_of(len(found))
+            assert extent.block is None or extent.block.capacity == choose_capacity(len(found))
         slots = [(extent.block, extent.slot) for extent, _ in extents if extent.block is not None]
         assert len(set(slots)) == len(slots)
         assert store.num_bytes == bytes_in_use(list(ends))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from moebeam.model_runner.torch_engine.layers.attention import Merged
 from moebeam.model_runner.torch_engine.memory.cache import RingKind
 from moebeam.model_runner.torch_engine.memory.windows import plan_compression, plan_window
-from moebeam.model_runner.torch_engine.schedule.schedule import Step
+from moebeam.model_runner.torch_engine.schedule.steps import Step
 from tests.support.driven_steps import CPU, Path, cache_of, plain_attention, prompt_lists, run_steps, vectors
 
 NUM_HEADS, WIDTH = 2, 5
@@ -25,7 +25,7 @@ def test_rows_attend_to_the_last_positions_of_their_own_path(
 
     def read_step(step: Step, paths: list[Path]) -> None:
         ring = cache.rings[1]
-        plan = plan_window(step.spans, step.drawn_spans(), ring, CPU)
+        plan = plan_window(step.spans, step.logit_spans(), ring, CPU)
         for layer in range(2):
             query = vectors(f"query {layer}", paths, NUM_HEADS * WIDTH).view(len(paths), NUM_HEADS, WIDTH)
             merged = Merged(len(paths), NUM_HEADS, WIDTH, CPU)
@@ -37,7 +37,7 @@ def test_rows_attend_to_the_last_positions_of_their_own_path(
                 torch.testing.assert_close(merged.result()[row], expected, atol=1e-5, rtol=1e-4)
             drawn = Merged(len(step.logit_rows), NUM_HEADS, WIDTH, CPU)
             keys = vectors(f"key {layer}", paths, WIDTH)
-            plan.read_drawn(ring, layer, keys, query[step.logit_rows], drawn)
+            plan.read_last_rows(ring, layer, keys, query[step.logit_rows], drawn)
             torch.testing.assert_close(drawn.result(), merged.result()[step.logit_rows], atol=1e-5, rtol=1e-4)
 
     run_steps(prompts, cache, read_step, max_tokens=20, **options)

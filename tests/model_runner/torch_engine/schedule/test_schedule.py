@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from moebeam.model_runner.torch_engine.schedule import schedule as schedule_module
 from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node
-from moebeam.model_runner.torch_engine.schedule.schedule import Running, Schedule, Step
+from moebeam.model_runner.torch_engine.schedule.running import Running
+from moebeam.model_runner.torch_engine.schedule.schedule import Schedule
 from moebeam.model_runner.torch_engine.schedule.sequences import Finished, Prompt
+from moebeam.model_runner.torch_engine.schedule.steps import Step
 from moebeam.schemas.errors import EngineFailed
 from moebeam.schemas.records import Sampling
 
@@ -91,13 +93,13 @@ class FakeModel:
         for span in step.spans:
             self._extend(span.node, step.token_ids[span.first_row : span.end_row].tolist())
         if step.num_rows:
-            schedule.computed(step)
+            schedule.mark_computed(step)
         self.num_computed_prompt_tokens += step.num_prompt_rows
-        for who in step.drawn:
+        for who in step.logit_owners:
             if isinstance(who, Node):
                 who.last_logits = next_token(self._path(who))
-        drawn = [(who, next_token(self._path(who.node))) for who in step.drawn if isinstance(who, Running)]
-        for running in step.instant:
+        drawn = [(who, next_token(self._path(who.node))) for who in step.logit_owners if isinstance(who, Running)]
+        for running in step.full_hits:
             assert running.node.parent is not None
             drawn.append((running, running.node.parent.last_logits))
         finished = [schedule.append(running, token, None) for running, token in drawn]
@@ -124,7 +126,7 @@ class FakeModel:
         kept += token_ids
 
     def _check_step(self, step: Step) -> None:
-        assert step.num_rows or step.instant
+        assert step.num_rows or step.full_hits
         assert step.num_prompt_rows <= self.schedule.max_step_rows
         ends = [0, *(span.end_row for span in step.spans)]
         assert [span.first_row for span in step.spans] == ends[:-1]
@@ -140,9 +142,9 @@ class FakeModel:
             assert span.num_rows > 0
         # Whoever draws, does so from the last row of its span.
         last_rows = {span.running or span.node: span.end_row - 1 for span in step.spans}
-        assert step.logit_rows == [last_rows[who] for who in step.drawn]
+        assert step.logit_rows == [last_rows[who] for who in step.logit_owners]
         assert step.logit_rows == sorted(step.logit_rows)
-        drawn = step.drawn_spans()
+        drawn = step.logit_spans()
         assert [span.position for span in drawn] == step.positions[step.logit_rows].tolist()
         assert [(span.first_row, span.num_rows) for span in drawn] == [(row, 1) for row in range(len(drawn))]
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node, plant_tree
+from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node, build_prefix_tree
 from moebeam.model_runner.torch_engine.schedule.sequences import Prompt
 from moebeam.schemas.records import Sampling
 
@@ -29,7 +29,7 @@ def nodes_of(leaves: list[Node]) -> set[Node]:
 @given(batches)
 def test_every_path_spells_its_prompt(batch: Batch) -> None:
     prompts = prompts_of(batch)
-    tree = plant_tree(prompts)
+    tree = build_prefix_tree(prompts)
     assert sorted(prompt.prompt_id for prompt in tree.prompts) == sorted(prompt.prompt_id for prompt in prompts)
     for prompt, leaf in zip(tree.prompts, tree.leaves, strict=True):
         path = list(leaf.path())[::-1]
@@ -42,7 +42,7 @@ def test_every_path_spells_its_prompt(batch: Batch) -> None:
 
 @given(batches)
 def test_tree_holds_each_distinct_prefix_of_a_tenant_once(batch: Batch) -> None:
-    tree = plant_tree(prompts_of(batch))
+    tree = build_prefix_tree(prompts_of(batch))
     prefixes = {(tenant, tuple(token_ids[: i + 1])) for tenant, token_ids in batch for i in range(len(token_ids))}
     # Equal prompts end on one shared node.
     assert tree.num_tokens == len(prefixes) == sum(node.num_tokens for node in nodes_of(tree.leaves))
@@ -51,7 +51,7 @@ def test_tree_holds_each_distinct_prefix_of_a_tenant_once(batch: Batch) -> None:
 
 @given(batches)
 def test_shared_nodes_have_more_than_one_prompt_and_private_ones_their_own(batch: Batch) -> None:
-    tree = plant_tree(prompts_of(batch))
+    tree = build_prefix_tree(prompts_of(batch))
     assert len(set(tree.leaves)) == len(batch)
     for node in nodes_of(tree.leaves):
         below = sum(node in leaf.path() for leaf in tree.leaves)
@@ -62,14 +62,14 @@ def test_shared_nodes_have_more_than_one_prompt_and_private_ones_their_own(batch
 
 @given(batches)
 def test_logits_are_kept_where_a_prompt_ends_on_a_shared_node(batch: Batch) -> None:
-    tree = plant_tree(prompts_of(batch))
+    tree = build_prefix_tree(prompts_of(batch))
     ends = {leaf.parent for leaf in tree.leaves if leaf.num_tokens == 0}
     assert {node for node in nodes_of(tree.leaves) if node.wants_logits} == ends
 
 
 @given(batches, st.integers(0, 100))
 def test_orders_are_depth_first_in_token_order(batch: Batch, first_order: int) -> None:
-    tree = plant_tree(prompts_of(batch), first_order)
+    tree = build_prefix_tree(prompts_of(batch), first_order)
     assert [leaf.order for leaf in tree.leaves] == list(range(first_order, first_order + len(batch)))
     for node in nodes_of(tree.leaves):
         below = [leaf.order for leaf in tree.leaves if node in leaf.path()]
@@ -82,13 +82,13 @@ def test_orders_are_depth_first_in_token_order(batch: Batch, first_order: int) -
 
 
 def test_prompts_of_different_tenants_share_nothing() -> None:
-    tree = plant_tree(prompts_of([("a", [1, 2, 3]), ("b", [1, 2, 3])]))
+    tree = build_prefix_tree(prompts_of([("a", [1, 2, 3]), ("b", [1, 2, 3])]))
     assert tree.num_tokens == 6
     assert all(leaf.parent is None for leaf in tree.leaves)
 
 
 def test_node_is_split_where_a_later_prompt_leaves_it() -> None:
-    tree = plant_tree(prompts_of([("", [1, 2, 3, 4]), ("", [1, 2, 3, 5]), ("", [1, 7])]))
+    tree = build_prefix_tree(prompts_of([("", [1, 2, 3, 4]), ("", [1, 2, 3, 5]), ("", [1, 7])]))
     first, second, third = tree.leaves
     assert first.parent is second.parent
     assert first.parent is not None
@@ -100,5 +100,5 @@ def test_node_is_split_where_a_later_prompt_leaves_it() -> None:
 
 
 def test_empty_window_has_no_tree() -> None:
-    tree = plant_tree([])
+    tree = build_prefix_tree([])
     assert (tree.prompts, tree.leaves, tree.num_tokens, tree.num_prompt_tokens) == ([], [], 0, 0)

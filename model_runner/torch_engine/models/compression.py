@@ -14,7 +14,7 @@ from moebeam.model_runner.torch_engine.layers.attention import MASKED
 from moebeam.model_runner.torch_engine.layers.linear import make_linear
 from moebeam.model_runner.torch_engine.layers.norms import RmsNorm
 from moebeam.model_runner.torch_engine.layers.rotary import rotate_pairs
-from moebeam.model_runner.torch_engine.memory.reading import ReadPlan
+from moebeam.model_runner.torch_engine.memory.read_plan import ReadPlan
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 

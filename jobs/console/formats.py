@@ -1,0 +1,36 @@
+"""Amounts, durations and sizes as a person reads them; files hold the exact values."""
+
+from decimal import Decimal
+
+
+def format_duckdb_command(query: str, path: str) -> str:
+    """A shell line that runs a query over a path, which stands for `{}` in it; both levels of quoting are kept."""
+    sql = query.format(path.replace("'", "''"))
+    for special in ("\\", '"', "$", "`"):
+        sql = sql.replace(special, f"\\{special}")
+    return f'duckdb -c "{sql}"'
+
+
+def format_money(amount: Decimal, currency: str | None) -> str:
+    """An amount to two digits, small ones to three significant digits; the tables hold the exact value."""
+    # adjusted() is the exponent of the first digit that is not zero.
+    num_digits = 2 if amount == 0 or abs(amount) >= 1 else 2 - amount.adjusted()
+    text = f"{amount:,.{num_digits}f}"
+    return f"{text} {currency}" if currency else text
+
+
+def format_duration(seconds: float) -> str:
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    whole = round(seconds)
+    minutes, second = divmod(whole, 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02} min"
+
+
+def format_bytes(num_bytes: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "bytes" or num_bytes >= 100 else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} TB"

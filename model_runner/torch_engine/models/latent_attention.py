@@ -1,0 +1,208 @@
+"""TODO docstring."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moebeam.model_runner.torch_engine.layers.attention import Merged, Partials, attend, attend_by_head
+from moebeam.model_runner.torch_engine.layers.linear import Linear, make_linear
+from moebeam.model_runner.torch_engine.layers.norms import RmsNorm
+from moebeam.model_runner.torch_engine.layers.rotary import rotate_halves, rotate_pairs
+from moebeam.model_runner.torch_engine.memory.read_plan import FreshRead, ReadPlan, WideRead
+from moebeam.model_runner.torch_engine.memory.reading import read_shared_keys, write_entries
+from moebeam.model_runner.torch_engine.memory.segments import Columns, NodeMemory
+from moebeam.model_runner.torch_engine.models.architecture import StepBatch
+from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
+from moebeam.model_runner.torch_engine.weights.devices import Placement
+
+_LATENT_EPS = 1e-6
+"""The norms inside attention do not take their epsilon from the configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatentReads:
+    """How a step's reads are done.
+
+    Attributes:
+        absorbed_rows: rows that read latents; int64, shape (num_absorbed_rows,). None stands for all rows.
+        absorbed: their reads, rows being numbered among them.
+    """
+
+    expanded: list[WideRead]
+    absorbed_rows: Tensor | None
+    absorbed: ReadPlan
+    fresh: list[FreshRead]
+
+    @property
+    def has_absorbed(self) -> bool:
+        return self.absorbed_rows is None or self.absorbed_rows.shape[0] > 0
+
+
+def plan_latent_reads(
+    plan: ReadPlan, num_rows: int, expanded: list[WideRead], absorbed: list[WideRead], device: torch.device
+) -> LatentReads:
+    """Number the rows that read latents among themselves."""
+    is_absorbed = np.zeros(num_rows, dtype=bool)
+    for read in absorbed:
+        is_absorbed[read.first_row : read.end_row] = True
+    batches = plan.batches
+    for read in batches:
+        is_absorbed[read.row_numbers] = True
+    if is_absorbed.all():
+        return LatentReads(expanded, None, ReadPlan([], absorbed, batches), plan.fresh)
+    compact = np.cumsum(is_absorbed) - 1
+    rows = torch.from_numpy(np.flatnonzero(is_absorbed)).to(device)
+    among = ReadPlan([], [read.renumber(compact) for read in absorbed], [read.renumber(compact) for read in batches])
+    return LatentReads(expanded, rows, among, plan.fresh)
+
+
+class LatentAttention:
+    def __init__(self, config: Any, weights: CheckpointWeights, placement: Placement, name: str) -> None:
+        device = placement.device
+        hidden_size = int(config.hidden_size)
+        self.num_heads = int(config.num_attention_heads)
+        self.nope = int(config.qk_nope_head_dim)
+        self.rotated = int(config.qk_rope_head_dim)
+        self.value_width = int(config.v_head_dim)
+        self.rank = int(config.kv_lora_rank)
+        self._rotate = rotate_pairs if config.rope_interleave else rotate_halves
+        key_width = self.nope + self.rotated
+        self._scale = key_width**-0.5 * _compute_yarn_scale(config.rope_parameters)
+        self._query_rank = int(config.q_lora_rank) if config.q_lora_rank is not None else None
+        latent_shape = (self.rank + self.rotated, hidden_size)
+        latent = weights.get(f"{name}.kv_a_proj_with_mqa.weight", latent_shape)
+        num_query = self.num_heads * key_width
+        if self._query_rank is None:
+            first = weights.get(f"{name}.q_proj.weight", (num_query, hidden_size))
+            self._query_norm = None
+            self._query = None
+        else:
+            first = weights.get(f"{name}.q_a_proj.weight", (self._query_rank, hidden_size))
+            norm = weights.get(f"{name}.q_a_layernorm.weight", (self._query_rank,)).to(device)
+            self._query_norm = RmsNorm(norm, _LATENT_EPS)
+            second = weights.get(f"{name}.q_b_proj.weight", (num_query, self._query_rank))
+            self._query = make_linear([second], placement)
+        self._num_first = first.shape[0]
+        self._first = make_linear([first, latent], placement)
+        self._latent_norm = RmsNorm(weights.get(f"{name}.kv_a_layernorm.weight", (self.rank,)).to(device), _LATENT_EPS)
+        up_shape = (self.num_heads * (self.nope + self.value_width), self.rank)
+        up = weights.get(f"{name}.kv_b_proj.weight", up_shape).to(device)
+        self._expand: Linear = make_linear([up], placement)
+        per_head = up.view(self.num_heads, self.nope + self.value_width, self.rank)
+        self._absorb_key = per_head[:, : self.nope]  # (num_heads, nope, rank)
+        self._absorb_value = per_head[:, self.nope :].transpose(1, 2)  # (num_heads, rank, value_width)
+        out_shape = (hidden_size, self.num_heads * self.value_width)
+        self._out = make_linear([weights.get(f"{name}.o_proj.weight", out_shape)], placement)
+        num_weights = first.numel() + latent.numel() + up.numel() + math.prod(out_shape)
+        num_weights += num_query * self._query_rank if self._query_rank is not None else 0
+        self.flops_per_row = 2.0 * num_weights
+        self.input_flops_per_row = 2.0 * (first.numel() + latent.numel())
+
+    def __call__(
+        self,
+        rows: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: StepBatch,
+        reads: LatentReads,
+        layer: int,
+        chosen: Tensor | None,
+    ) -> Tensor:
+        first, latent = self._first(rows).split([self._num_first, self.rank + self.rotated], dim=-1)
+        entries = torch.empty_like(latent, memory_format=torch.contiguous_format)  # (num_rows, rank + rotated)
+        entries[:, : self.rank] = self._latent_norm(latent[:, : self.rank])
+        entries[:, self.rank :] = self._rotate(latent[:, self.rank :], cos, sin)
+        write_entries(batch.reads[0], layer, "latent", entries)
+        if chosen is not None:
+            first, cos, sin = first[chosen], cos[chosen], sin[chosen]
+        num_rows = first.shape[0]
+        if not num_rows:
+            return rows[:0]
+        if self._query is not None and self._query_norm is not None:
+            first = self._query(self._query_norm(first))
+        query = first.reshape(num_rows, self.num_heads, -1) * self._scale  # (num_rows, num_heads, nope + rotated)
+        query[..., self.nope :] = self._rotate(query[..., self.nope :], cos, sin)
+        merged = Merged(num_rows, self.num_heads, self.value_width, rows.device)
+        self._read_expanded(reads.expanded, layer, query, merged)
+        for read in reads.fresh:
+            self._read_fresh(read, entries, query, merged)
+        if reads.has_absorbed:
+            self._read_absorbed(reads, layer, query, merged)
+        attended = merged.result().to(rows.dtype).reshape(num_rows, -1)
+        return self._out(attended)
+
+    def _read_expanded(self, wide: list[WideRead], layer: int, query: Tensor, merged: Merged) -> None:
+        for read in wide:
+            assert read.extent.block is not None
+            latent = read.extent.block.fields["latent"][layer, read.extent.slot]  # (capacity, rank + rotated)
+            kept = self._complete_copy(read, layer, latent) if read.has_copy else None
+            for first, end, first_row in read.tiles(self.num_heads):
+                if kept is not None:
+                    key, value = kept[0][:, first:end], kept[1][:, first:end]
+                else:
+                    key, value = self._expand_entries(latent[first:end])
+                bias = read.bias(first, end, first_row, query.device)
+                merged.merge(first_row, read.end_row, attend_by_head(query[first_row : read.end_row], key, value, bias))
+
+    def _complete_copy(self, read: WideRead, layer: int, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """The copies of a node's entries, completed where they are missing."""
+        memory: NodeMemory = read.node.memory
+        key, value = memory.expanded[layer]
+        num_before = memory.num_expanded[layer]
+        if num_before < read.num_keys:
+            new = slice(num_before, read.num_keys)
+            key[:, new], value[:, new] = self._expand_entries(latent[new])
+            memory.num_expanded[layer] = read.num_keys
+        return key, value
+
+    def _expand_entries(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Entries, shape (num_keys, rank + rotated), as keys and values of each head, (num_heads, num_keys, width)."""
+        made = self._expand(latent[:, : self.rank].contiguous())
+        made = made.view(-1, self.num_heads, self.nope + self.value_width).transpose(0, 1)
+        key = latent.new_empty((self.num_heads, latent.shape[0], self.nope + self.rotated))
+        key[..., : self.nope] = made[..., : self.nope]
+        key[..., self.nope :] = latent[:, self.rank :]
+        return key, made[..., self.nope :]
+
+    def _read_fresh(self, read: FreshRead, entries: Tensor, query: Tensor, merged: Merged) -> None:
+        """Read the step's own entries of nodes that begin with it, expanded and forgotten."""
+        num_nodes, num_rows = read.rows.shape
+        latent = entries[read.rows.flatten()]  # (num_nodes * num_rows, rank + rotated)
+        made = self._expand(latent[:, : self.rank].contiguous()).view(num_nodes, num_rows, self.num_heads, -1)
+        shared = latent[:, self.rank :].view(num_nodes, num_rows, 1, -1).expand(-1, -1, self.num_heads, -1)
+        key = torch.cat((made[..., : self.nope], shared), dim=-1).transpose(1, 2).flatten(0, 1)
+        value = made[..., self.nope :].transpose(1, 2).flatten(0, 1)  # (num_nodes * num_heads, num_rows, value_width)
+        picked = query[read.rows].transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        bias = read.bias.repeat_interleave(self.num_heads, dim=0)
+        found = attend(picked, key, value, bias).by_head(num_nodes, self.num_heads)
+        merged.merge_at(read.merged_rows, found, read.places)
+
+    def _read_absorbed(self, reads: LatentReads, layer: int, query: Tensor, merged: Merged) -> None:
+        chosen = reads.absorbed_rows
+        picked = query if chosen is None else query[chosen]
+        nope = torch.bmm(picked[..., : self.nope].transpose(0, 1), self._absorb_key).transpose(0, 1)
+        absorbed = torch.cat((nope, picked[..., self.nope :]), dim=-1)  # (num_absorbed_rows, num_heads, rank + rotated)
+        latent = Merged(picked.shape[0], self.num_heads, self.rank, query.device)
+        key, value = Columns("latent", 0, self.rank + self.rotated), Columns("latent", 0, self.rank)
+        read_shared_keys(reads.absorbed, layer, absorbed, latent, key=key, value=value)
+        found = latent.partials()
+        made = torch.bmm(found.out.to(self._absorb_value.dtype).transpose(0, 1), self._absorb_value).transpose(0, 1)
+        found = Partials(made.float(), found.peak, found.total)
+        if chosen is None:
+            merged.merge(0, query.shape[0], found)
+        else:
+            merged.merge_at(chosen, found)
+
+
+def _compute_yarn_scale(parameters: Mapping[str, Any]) -> float:
+    """What YaRN adds to the scale of scores (arXiv 2309.00071, section 3.4, as DeepSeek applies it: squared)."""
+    if parameters.get("rope_type", "default") == "default" or not parameters.get("mscale_all_dim"):
+        return 1.0
+    factor = float(parameters["factor"])
+    scale = 1.0 if factor <= 1 else 0.1 * float(parameters["mscale_all_dim"]) * math.log(factor) + 1.0
+    return scale * scale

@@ -1,0 +1,120 @@
+"""What goes through the model together, packed into rows. Free of torch.
+
+Spans lie side by side in depth-first order of their nodes, so that the rows below a shared node are neighbours. Here A
+and C decode, B is in prefill, and all of S is computed:
+
+    tree                     row       0    1    2    3    4    5    6
+    S                        span     [A]  [B    B    B    B    B]  [C]
+    |-- A  1 token left      logits    *                        *    *
+    |-- B  5 tokens left
+    `-- C  1 token left      had the step less room, B's chunk would be cut and give no logits yet
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node
+from moebeam.model_runner.torch_engine.schedule.running import Running
+from moebeam.schemas.records import TokenIds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """Consecutive tokens of one node, from `position` on, in the rows `[first_row, end_row)` of a step.
+
+    `running` is the prompt whose private node it is, None for a shared node.
+    """
+
+    node: Node
+    position: int
+    first_row: int
+    num_rows: int
+    running: Running | None
+
+    @property
+    def end_row(self) -> int:
+        return self.first_row + self.num_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass through the model.
+
+    Attributes:
+        spans: in depth-first order; no node is an ancestor of another.
+        token_ids: int32, shape (num_rows,).
+        positions: int64, shape (num_rows,).
+        logit_rows: rows whose logits are needed, ascending.
+        logit_owners: for each of them the prompt that samples from it, or the shared node that keeps its logits for
+            prompts that end there.
+        full_hits: prompts that end on a computed shared node: no row of theirs, they sample from its kept logits.
+        num_prompt_rows: rows of prompt tokens; the other rows are tokens of answers.
+    """
+
+    spans: list[Span]
+    token_ids: TokenIds
+    positions: npt.NDArray[np.int64]
+    logit_rows: list[int]
+    logit_owners: list[Running | Node]
+    full_hits: list[Running]
+    num_prompt_rows: int
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.token_ids.shape[0])
+
+    @property
+    def sampled(self) -> list[Running]:
+        """The prompts that sample a token after this step; built anew at each call."""
+        return [owner for owner in self.logit_owners if isinstance(owner, Running)] + self.full_hits
+
+    def logit_spans(self) -> list[Span]:
+        """`logit_rows` as spans of one row each; `first_row` counts among them."""
+        rows = set(self.logit_rows)
+        ends = [span for span in self.spans if span.end_row - 1 in rows]
+        return [
+            Span(span.node, span.position + span.num_rows - 1, row, 1, span.running) for row, span in enumerate(ends)
+        ]
+
+
+def pack_step(
+    chosen: Sequence[tuple[Node, Running | None, int]], full_hits: list[Running], num_prompt_rows: int
+) -> Step:
+    """Lay the next tokens of nodes side by side.
+
+    Args:
+        chosen: in depth-first order: a node, the prompt whose private node it is, and how many tokens.
+    """
+    spans: list[Span] = []
+    token_ids: list[TokenIds] = []
+    positions: list[npt.NDArray[np.int64]] = []
+    logit_rows: list[int] = []
+    logit_owners: list[Running | Node] = []
+    num_rows = 0
+    for node, running, num in chosen:
+        span = Span(node, node.position, num_rows, num, running)
+        if running is not None:
+            token_ids.append(running.next_tokens(num))
+            owner = running if num == running.num_left else None
+        else:
+            token_ids.append(node.token_ids[node.num_computed : node.num_computed + num])
+            owner = node if node.wants_logits and node.num_computed + num == node.num_tokens else None
+        positions.append(np.arange(span.position, span.position + num, dtype=np.int64))
+        num_rows += num
+        spans.append(span)
+        if owner is not None:
+            logit_rows.append(num_rows - 1)
+            logit_owners.append(owner)
+    empty = np.zeros(0, dtype=np.int32)
+    return Step(
+        spans,
+        np.concatenate(token_ids) if token_ids else empty,
+        np.concatenate(positions) if positions else empty.astype(np.int64),
+        logit_rows,
+        logit_owners,
+        full_hits,
+        num_prompt_rows,
+    )

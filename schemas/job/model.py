@@ -1,0 +1,204 @@
+"""`[model]`: what every engine's section has, and how the section of the named engine is found.
+
+Each engine declares its own options once, as a subclass of `ModelSection` beside its code; the job file, its
+documentation and the engine read that one declaration.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, ClassVar, Literal, cast
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from moebeam.schemas.job.section import Section
+
+DEFAULT_ENGINE = "torch"
+
+ENGINE_OPTIONS: dict[str, str] = {
+    "torch": "moebeam.model_runner.torch_engine.options:TorchOptions",
+    "transformers": "moebeam.model_runner.transformers_engine.options:TransformersOptions",
+    "vllm": "moebeam.model_runner.vllm_engine.options:VllmOptions",
+    "openai": "moebeam.model_runner.openai_engine.options:OpenAIOptions",
+    "fake": "moebeam.model_runner.fake_engine.options:FakeOptions",
+}
+"""Engine names and where their options are declared; imported on first use. A new engine adds a line."""
+
+_ACCELERATOR = re.compile(r"type:[^\s;:=]+(;[a-z][a-z0-9_-]*(:[^\s;]+)?)*")
+_RAM = re.compile(r"[0-9]+(\.[0-9]+)? ?([KMGTP]i?)?B")
+
+
+class ModelSection(Section):
+    """`[model]`: which engine and checkpoint answer; left out, the embedded checkpoint does."""
+
+    loader: ClassVar[str] = ""
+    """Where the engine's loading function lives, as `module:function`."""
+    has_weights: ClassVar[bool] = True
+    """Whether the engine reads a checkpoint's weights on this machine."""
+    is_remote: ClassVar[bool] = False
+    """Whether answers are paid to somebody else: no checkpoint is needed, and what arrives is kept at once."""
+    is_constrained: ClassVar[bool] = False
+    """Whether the engine holds answers to `Request.grammar`."""
+    is_self_healing: ClassVar[bool] = False
+    """Whether the model lives elsewhere, so that the engine itself sees to its crashes and its silence."""
+
+    engine: str = Field(
+        default=DEFAULT_ENGINE,
+        description="`torch`, `transformers`, `vllm`, `fake`, or `openai` for any endpoint that speaks OpenAI's chat "
+        "completions",
+    )
+    path: str | None = Field(
+        default=None,
+        description="Folder of a Hugging Face checkpoint, on disk or in an object store, from which each host copies "
+        "it once; default the embedded one. `openai` needs none: with a folder of `tokenizer.json` and `config.json` "
+        "prompts are counted exactly before they are sent, else estimated",
+    )
+    name: str | None = Field(
+        default=None,
+        description="Model name in tables and price books, and as a provider calls it; default the folder's name",
+    )
+    encoding: str = Field(
+        default="auto",
+        description="How chats become prompts: `chat_template`, `deepseek_v4`, `deepseek_v4_1`, `deepseek_v3_2`; "
+        "`auto` is what the checkpoint brings",
+    )
+    min_ram: str | None = Field(
+        default=None,
+        description="Memory that a runner's workers need to answer, such as `64GB`: Beam's resource hint, for runners "
+        "that know such hints, as Dataflow does",
+    )
+
+    @field_validator("min_ram")
+    @classmethod
+    def _check_ram(cls, value: str | None) -> str | None:
+        if value is not None and not _RAM.fullmatch(value):
+            raise ValueError(f"expected a number with its unit, such as 64GB, found {value!r}")
+        return value
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether requests are sent as files, at a provider's batch price."""
+        return False
+
+    @property
+    def extra_files(self) -> dict[str, str]:
+        """Files beside the checkpoint that workers read, by the keys that name them."""
+        return {}
+
+    @property
+    def resource_hints(self) -> dict[str, str]:
+        """What a worker needs to answer, in Beam's names."""
+        return {} if self.min_ram is None else {"min_ram": self.min_ram}
+
+
+class LocalModelSection(ModelSection):
+    """What engines in process, on this machine's accelerators, have in common."""
+
+    accelerator: str | None = Field(
+        default=None,
+        description="Accelerator that a runner's workers need to answer, and for nothing else: Beam's resource hint, "
+        "such as `type:nvidia-l4;count:1;install-nvidia-driver`; for runners that know such hints, as Dataflow does",
+    )
+
+    @field_validator("accelerator")
+    @classmethod
+    def _check_accelerator(cls, value: str | None) -> str | None:
+        if value is not None and not _ACCELERATOR.fullmatch(value):
+            raise ValueError(f"expected `type:…;count:…` with further options after `;`, found {value!r}")
+        return value
+
+    @property
+    def resource_hints(self) -> dict[str, str]:
+        """As of `ModelSection`, with the accelerator."""
+        return {**({} if self.accelerator is None else {"accelerator": self.accelerator}), **super().resource_hints}
+
+
+class CheckpointSection(LocalModelSection):
+    """What engines that run a checkpoint's weights have in common."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="float32",
+        description="Type of weights and arithmetic; `float32` gives the same answers at any batch size",
+    )
+    device: str = Field(default="auto", description="`auto` or a torch device")
+    batch_size: int = Field(default=0, ge=0, description="Most sequences that run together; 0 lets the engine decide")
+
+
+def load_options(engine: str) -> type[ModelSection]:
+    """The options that an engine declares.
+
+    Raises:
+        KeyError: no engine has this name.
+    """
+    module, _, name = ENGINE_OPTIONS[engine].partition(":")
+    return cast("type[ModelSection]", getattr(import_module(module), name))
+
+
+def model_keys() -> list[str]:
+    """The keys that `[model]` has with one engine or another."""
+    return list(dict.fromkeys(key for engine in ENGINE_OPTIONS for key in load_options(engine).model_fields))
+
+
+def default_model() -> ModelSection:
+    """`[model]` of a job file without one."""
+    return load_options(DEFAULT_ENGINE)()
+
+
+def read_model(values: object, *, is_json: bool) -> object:
+    """The section as its engine declares it; of an unknown engine only the name, which `check_engine` refuses.
+
+    An option of another engine is refused by name. One that says what it says by default there is dropped: records of
+    earlier versions hold the options of all engines.
+
+    Args:
+        values: the section's keys, or a section that is one already.
+        is_json: whether the values come from JSON, and are held to its types.
+    Raises:
+        ValidationError: with the place of every key that is wrong.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    given = dict(cast("Mapping[str, Any]", values))
+    engine = given.get("engine", DEFAULT_ENGINE)
+    if not isinstance(engine, str):
+        return ModelSection.model_validate({"engine": engine}, strict=True)
+    if engine not in ENGINE_OPTIONS:
+        return ModelSection(engine=engine)
+    options = load_options(engine)
+    problems: list[InitErrorDetails] = []
+    for key in [key for key in given if key not in options.model_fields]:
+        declared = {other: load_options(other) for other in ENGINE_OPTIONS}
+        owners = {name: other for name, other in declared.items() if key in other.model_fields}
+        if not owners:
+            continue
+        value = given.pop(key)
+        if value not in (default := next(iter(owners.values())).model_fields[key].default, _plain(default)):
+            error = PydanticCustomError("value_error", "{error}", {"error": _refusal(owners, engine)})
+            problems.append(InitErrorDetails(type=error, loc=(key,), input=value))
+    if problems:
+        raise ValidationError.from_exception_data("[model]", problems)
+    if is_json:
+        return options.model_validate_json(json.dumps(given), strict=True)
+    return options.model_validate(given)
+
+
+def check_model(values: object, info: ValidationInfo) -> object:
+    """`read_model` as a validator of the job's field `model`."""
+    return read_model(values, is_json=info.mode == "json")
+
+
+def _refusal(owners: Mapping[str, type[ModelSection]], engine: str) -> str:
+    if len(owners) == 1:
+        whose = f"the engine {next(iter(owners))}"
+    elif any(options.has_weights for options in owners.values()):
+        whose = "engines with a checkpoint"
+    else:
+        whose = f"the engines {', '.join(sorted(owners))}"
+    return f"only for {whose}, found engine {engine!r}"
+
+
+def _plain(value: Any) -> Any:
+    """A default as JSON has it."""
+    return list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value
