@@ -1,8 +1,7 @@
-"""Admission: whether a request may be sent now, asked by engines that take requests well ahead of sending them.
+"""Admission control: engines that pull requests ahead of time ask whether one may be sent now.
 
-Stands between *answer*'s budget, which knows what was spent and what is expected of requests on their way, and remote
-engines, which pull hundreds of requests so that no place at the provider stays empty. Being pulled costs nothing there;
-being sent does.
+Connects *answer*'s budget, which knows what was spent and what is in flight, with remote engines, which pull hundreds
+of requests to keep every slot at the provider busy. Pulling a request is free; sending it costs money.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,26 +10,26 @@ from typing import Literal, Protocol, TypeAlias, runtime_checkable
 from moebeam.schemas.records import Completion, Request
 
 Verdict: TypeAlias = Literal["send", "wait", "stop"]
-"""`send`: now. `wait`: ask again after the next arrival. `stop`: neither this request nor any other."""
+"""`send`: send it now. `wait`: ask again after the next completion. `stop`: send no further request."""
 
 
 class Admission(Protocol):
-    """Decides; called from any thread, and never blocks."""
+    """Decides whether requests may be sent. Thread-safe; never blocks."""
 
     def admit(self, request: Request) -> Verdict:
-        """Whether a request may leave. `send` counts it as on its way until it arrives; asked again, it stays `send`.
+        """Decide on a request. `send` counts it as in flight until `settle`; asking again returns `send` again.
 
-        `wait` is only said while something is on its way.
+        Returns `wait` only while something is in flight.
         """
         ...
 
     def settle(self, completion: Completion) -> None:
-        """What became of a request that was admitted, told before another one gets its place at the provider."""
+        """Record the completion of an admitted request, before its slot at the provider is reused."""
         ...
 
 
 class Unlimited:
-    """The admission of requests that nothing holds back."""
+    """Admits every request."""
 
     def admit(self, request: Request) -> Verdict:
         return "send"
@@ -41,8 +40,8 @@ class Unlimited:
 
 @runtime_checkable
 class AdmittingRunner(Protocol):
-    """An engine that asks before it sends each request."""
+    """An engine that asks for admission before it sends each request."""
 
     def generate_admitted(self, requests: Iterable[Request], admission: Admission) -> Iterator[Completion]:
-        """As `ModelRunner.generate`, but a request that was pulled and never admitted has no completion."""
+        """Like `ModelRunner.generate`, but requests that were pulled and never admitted have no completion."""
         ...

@@ -1,4 +1,4 @@
-"""The folder in which processes of one user on one host find each other: locks and sockets, nothing that must last."""
+"""A per-user folder on each host for locks and sockets; nothing in it is permanent."""
 
 import os
 import tempfile
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def host_folder() -> Path:
-    """The user's own folder; nobody else may look into it.
+    """Return the folder, which only its user can read.
 
     Raises:
-        PermissionError: somebody else made it first.
+        PermissionError: the folder belongs to another user.
     """
     folder = Path(tempfile.gettempdir()) / f"moebeam-{os.getuid()}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Prefix arithmetic: keys whose bytewise order is token order, shared lengths, tree size, and who shares what.
+"""Prefix arithmetic: sort keys in token order, shared prefix lengths, tree size, and shared spans.
 
-Free of torch and Beam, because the *plan* stage, the quote, the account and the engines all count with it.
-The tenant is a virtual first token: nothing is ever shared across tenants.
+Free of torch and Beam, because *plan*, the quote, the account and the engines all use it. The tenant is a virtual
+first token: nothing is shared across tenants.
 """
 
 import hashlib
@@ -37,14 +37,14 @@ class Span:
 
 
 def prefix_key(tenant: str, token_ids: TokenIds, *, are_words: bool = False) -> bytes:
-    """The sort key of a request: 8 bytes for the tenant, then every token id as a big-endian uint32.
+    """Encode the sort key of a request: 8 bytes for the tenant, then every token id as a big-endian uint32.
 
-    Bytewise order of keys is order by tenant, then by tokens; a prefix sorts before what extends it.
+    Bytewise order of keys is order by tenant, then by tokens; a prefix sorts before its extensions.
 
     Args:
-        tenant: zeros stand for the empty name, the first 8 bytes of its SHA-256 for any other.
+        tenant: the empty name becomes zeros, any other the first 8 bytes of its SHA-256.
         token_ids: int32, shape (num_tokens,).
-        are_words: they stand for four bytes of text each (`remote_prompts.py`), whose first bit may be set.
+        are_words: each id is four bytes of text (`remote_prompts.py`), so its sign bit may be set.
     Raises:
         ValueError: a token id is negative.
     """
@@ -54,22 +54,22 @@ def prefix_key(tenant: str, token_ids: TokenIds, *, are_words: bool = False) -> 
 
 
 def token_ids_of(key: bytes) -> TokenIds:
-    """The token ids of a key: int32 in native byte order, shape (num_tokens,)."""
+    """Decode the token ids of a key: int32 in native byte order, shape (num_tokens,)."""
     return np.frombuffer(key, dtype=">u4", offset=NUM_TENANT_BYTES).astype(np.int32)
 
 
 def num_tokens_of(key: bytes) -> int:
-    """How many tokens a key holds."""
+    """Count the tokens of a key."""
     return (len(key) - NUM_TENANT_BYTES) // 4
 
 
 def common_prefix_lengths(keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
-    """How many leading tokens each key shares with the key before it.
+    """Count the leading tokens that each key shares with the key before it.
 
     Args:
-        keys: of `prefix_key`, in any order; sorted, the lengths describe the prefix tree.
+        keys: from `prefix_key`, in any order; for sorted keys, the lengths describe the prefix tree.
     Returns:
-        int64, shape (num_keys,); the first is 0, and so is that of a key whose tenant differs from the one before.
+        int64, shape (num_keys,); 0 for the first key and wherever the tenant changes.
     """
     lengths = np.zeros(len(keys), dtype=np.int64)
     if not keys:
@@ -83,7 +83,7 @@ def common_prefix_lengths(keys: Sequence[bytes]) -> npt.NDArray[np.int64]:
 
 
 def common_prefix_length(left: npt.NDArray[np.generic], right: npt.NDArray[np.generic]) -> int:
-    """How many leading elements two one-dimensional arrays share."""
+    """Count the leading elements that two one-dimensional arrays share."""
     most = min(left.shape[0], right.shape[0])
     if most == 0:
         return 0
@@ -93,7 +93,7 @@ def common_prefix_length(left: npt.NDArray[np.generic], right: npt.NDArray[np.ge
 
 
 def num_tree_tokens(lengths: Sequence[int] | npt.NDArray[np.int64], lcps: npt.NDArray[np.int64]) -> int:
-    """T: tokens in the prefix tree of sorted sequences, each shared prefix counted once.
+    """T: tokens in the prefix tree of sorted sequences; each shared prefix counts once.
 
     Args:
         lengths: tokens of each sequence, in sorted order.
@@ -111,14 +111,14 @@ def max_hit_rate(lengths: Sequence[int] | npt.NDArray[np.int64], lcps: npt.NDArr
 def shared_spans(lengths: Sequence[int] | npt.NDArray[np.int64], lcps: npt.NDArray[np.int64]) -> Iterator[Span]:
     """The nodes of the compressed prefix tree of sorted sequences, children before parents.
 
-    The spans of a row partition its positions `[0, lengths[row])`, and the lengths of all spans add up to
-    `num_tree_tokens`. Linear in the number of rows: an open span is cut where the next row leaves it.
+    The spans of a row partition its positions `[0, lengths[row])`, and all span lengths sum to `num_tree_tokens`.
+    Linear in the number of rows: an open span is cut where the next row leaves it.
 
     Args:
         lengths: tokens of each sequence, in sorted order.
         lcps: `common_prefix_lengths` of the same sequences.
     Raises:
-        ValueError: a row shares more tokens than it or the row before it has, or the first row shares any.
+        ValueError: a row shares more tokens than it or its predecessor has, or the first row shares any.
     """
     num_before = 0
     row = 0

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Protocol, TypeVar, cast, runtime_checkable
 
 from moebeam.schemas.errors import EngineLoadError
+from moebeam.schemas.extras import require_extra
 from moebeam.schemas.job.model import ENGINE_OPTIONS, ModelSection, load_options
 from moebeam.schemas.records import Completion, Request
 
@@ -24,7 +25,7 @@ class EngineConfig:
         path: folder of a Hugging Face checkpoint (config, tokenizer, safetensors), or empty; engines with weights are
             given one on a local disk, see `checkpoint/model_store.py`.
         name: the model's name as written to tables and looked up in price books.
-        revision: digest that pins the checkpoint's files; see `checkpoint_revision`.
+        revision: digest that pins the checkpoint's files; see `compute_checkpoint_revision`.
         run_id: whose batches are taken up after a crash; set where the engine is loaded.
     """
 
@@ -86,12 +87,24 @@ ENGINES: dict[str, str] = {name: load_options(name).loader for name in ENGINE_OP
 """Engine names and where their loaders live; imported on first use, so a job pays only for its own engine."""
 
 
+def require_packages(options: ModelSection) -> None:
+    """Check that an engine's packages are installed on this machine, without importing them.
+
+    Raises:
+        MissingExtra: with the command that installs them.
+    """
+    if options.extra:
+        require_extra(options.extra, f'[model] engine = "{options.engine}"')
+
+
 def load_runner(config: EngineConfig) -> ModelRunner:
     """Load the engine that a configuration names.
 
     Raises:
-        EngineLoadError: the engine is unknown, its packages are missing, or its model cannot be loaded.
+        EngineLoadError: the engine is unknown, or its code or its model cannot be loaded.
+        MissingExtra: its packages are not installed.
     """
+    require_packages(config.options)
     try:
         module_name, _, function_name = ENGINES[config.engine].partition(":")
     except KeyError:
@@ -99,7 +112,9 @@ def load_runner(config: EngineConfig) -> ModelRunner:
         raise EngineLoadError(f"unknown engine {config.engine!r}; expected one of: {known}") from None
     try:
         module = import_module(module_name)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("moebeam"):
+            raise
         raise EngineLoadError(
             f"engine {config.engine!r} needs a package that is not installed: {error.name}"
         ) from error

@@ -11,7 +11,7 @@ from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.store import storage
 
 MAX_WHOLE_BYTES = 64 * 1024 * 1024
-"""Larger weight files are sampled by `checkpoint_revision`."""
+"""Larger weight files are sampled by `compute_checkpoint_revision`."""
 
 NUM_SAMPLED_BLOCKS = 64
 NUM_BLOCK_BYTES = 64 * 1024
@@ -83,7 +83,7 @@ def read_tokenizer(path: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def checkpoint_files(path: str) -> list[str]:
+def list_checkpoint_files(path: str) -> list[str]:
     """Names of the files of a checkpoint folder that shape answers, sorted; those of `encoding/` with that folder.
 
     They are configuration, tokenizer, chat template, the authors' encoder and every `*.safetensors` with its index.
@@ -106,8 +106,8 @@ def checkpoint_files(path: str) -> list[str]:
     ]
 
 
-def checkpoint_revision(path: str) -> str:
-    """The digest that pins a checkpoint: SHA-256 (hexadecimal) over names, sizes and contents of `checkpoint_files`.
+def compute_checkpoint_revision(path: str) -> str:
+    """The digest that pins a checkpoint: SHA-256 (hex) over names, sizes and contents of `list_checkpoint_files`.
 
     They are hashed whole, except that of a `*.safetensors` above 64 MiB only its size, its header (names, types and
     shapes of the tensors) and 64 blocks of 64 KiB, evenly spread from the first byte of data to the last, are hashed.
@@ -118,32 +118,32 @@ def checkpoint_revision(path: str) -> str:
         EngineLoadError: there is no `config.json`, or a file cannot be read or is damaged.
     """
     total = hashlib.sha256()
-    for name in checkpoint_files(path):
-        size, digest = _file_digest(storage.join(path, name))
+    for name in list_checkpoint_files(path):
+        size, digest = _digest_file(storage.join(path, name))
         total.update(f"{name}\0{size}\0{digest}\n".encode())
     return total.hexdigest()
 
 
-def _file_digest(file: str) -> tuple[int, str]:
+def _digest_file(file: str) -> tuple[int, str]:
     try:
         with storage.open_input(file) as source:
             size = source.seek(0, 2)
             source.seek(0)
             if size <= MAX_WHOLE_BYTES or not file.endswith(WEIGHTS):
-                return size, _whole_digest(source)
-            return size, _sampled_digest(source, size, file)
+                return size, _digest_whole(source)
+            return size, _digest_samples(source, size, file)
     except OSError as error:
         raise EngineLoadError(f"{file}: expected a readable file, found: {error}") from error
 
 
-def _whole_digest(source: BinaryIO) -> str:
+def _digest_whole(source: BinaryIO) -> str:
     digest = hashlib.sha256()
     while block := source.read(1024 * 1024):
         digest.update(block)
     return digest.hexdigest()
 
 
-def _sampled_digest(source: BinaryIO, size: int, file: str) -> str:
+def _digest_samples(source: BinaryIO, size: int, file: str) -> str:
     """Digest of a safetensors header and of blocks spread evenly over the data."""
     num_header_bytes = int.from_bytes(source.read(8), "little")
     first = 8 + num_header_bytes

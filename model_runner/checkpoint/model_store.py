@@ -1,8 +1,8 @@
 """A checkpoint where its weights can be mapped: on this host's disk, copied there once from an object store.
 
-Stands before an engine is loaded. All processes of a host share one copy, in a folder named by the revision that the
-job was planned with; a copy that was broken off goes on where it ended. What is loaded is held against that revision,
-so that a model that was changed meanwhile, or that differs on one host of many, answers nothing.
+Used before an engine is loaded. All processes of a host share one copy, in a folder named by the revision that the job
+was planned with; an interrupted copy is resumed. What is loaded is checked against that revision, so that a model that
+was changed meanwhile, or that differs on one of many hosts, answers nothing.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from moebeam.model_runner.checkpoint.files import checkpoint_files, checkpoint_revision
+from moebeam.model_runner.checkpoint.files import compute_checkpoint_revision, list_checkpoint_files
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.store import storage
 
@@ -28,13 +28,13 @@ CHECKSUMS = "SHA256SUMS"
 
 RANGE_BYTES = 16 * 1024 * 1024
 NUM_RANGES = 8
-"""Ranges of one file that are asked for at a time."""
+"""Ranges of one file that are requested at a time."""
 
 _COMPLETE = "copied.json"
 _PART = ".part"
 _SPARE_BYTES = 256 * 1024 * 1024
 
-_log = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 
 
 def models_folder() -> Path:
@@ -49,16 +49,16 @@ def local_checkpoint(path: str, revision: str) -> str:
 
     Args:
         path: a folder, on disk or in an object store. One on disk is used as it is.
-        revision: as `checkpoint_revision` gave it when the job began; empty takes what is there now.
+        revision: as `compute_checkpoint_revision` gave it when the job began; empty takes what is there now.
     Raises:
         EngineLoadError: the checkpoint has another revision by now, cannot be read, fails its checksums, or does not
             fit on the disk.
     """
     if storage.is_local(path):
         if revision:
-            _check_revision(path, checkpoint_revision(path), revision)
+            _check_revision(path, compute_checkpoint_revision(path), revision)
         return path
-    revision = revision or checkpoint_revision(path)
+    revision = revision or compute_checkpoint_revision(path)
     folder = models_folder() / revision
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -82,18 +82,18 @@ def _is_whole(folder: Path) -> bool:
 
 def _copy_checkpoint(path: str, revision: str, folder: Path) -> None:
     (folder / _COMPLETE).unlink(missing_ok=True)
-    sizes = _sizes(path, checkpoint_files(path))
+    sizes = _sizes(path, list_checkpoint_files(path))
     _check_space(path, sizes, folder)
     for name, size in sizes.items():
         target = folder / name
         if not target.exists() or target.stat().st_size != size:
-            _log.info("copying %s (%d bytes) to %s", storage.join(path, name), size, folder)
+            _LOGGER.info("copying %s (%d bytes) to %s", storage.join(path, name), size, folder)
             _copy(storage.join(path, name), size, target)
     try:
         _check_sums(path, folder, sizes)
-        _check_revision(path, checkpoint_revision(str(folder)), revision)
+        _check_revision(path, compute_checkpoint_revision(str(folder)), revision)
     except EngineLoadError:
-        # Nobody can tell which bytes are wrong, so that the next attempt must not go on from them.
+        # Which bytes are wrong is unknown: the next attempt must not resume from them.
         shutil.rmtree(folder)
         raise
     storage.write_whole(str(folder / _COMPLETE), json.dumps({"from": path, "sizes": sizes}).encode())
@@ -101,7 +101,7 @@ def _copy_checkpoint(path: str, revision: str, folder: Path) -> None:
 
 def _sizes(path: str, names: Sequence[str]) -> dict[str, int]:
     found = {file: int(info["size"]) for file, info in storage.list_files(path)}
-    root = storage.spelled(path).rstrip("/")
+    root = storage.normalize_path(path).rstrip("/")
     return {name: found[f"{root}/{name}"] for name in names}
 
 
@@ -117,7 +117,7 @@ def _check_space(path: str, sizes: Mapping[str, int], folder: Path) -> None:
 
 
 def _copy(source: str, size: int, target: Path) -> None:
-    """Copy one file, from where an earlier attempt ended."""
+    """Copy one file, resuming where an earlier attempt ended."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + _PART)
     start = part.stat().st_size if part.exists() else 0
@@ -132,24 +132,24 @@ def _copy(source: str, size: int, target: Path) -> None:
 
 
 def _ranges(source: str, start: int, size: int) -> Iterator[bytes]:
-    """A file's bytes from `start` on, in order, while further ranges are on their way.
+    """A file's bytes from `start` on, in order, while further ranges are in flight.
 
     Raises:
         OSError: the store failed, or gave fewer bytes than it had promised.
     """
     ends = iter([(first, min(first + RANGE_BYTES, size)) for first in range(start, size, RANGE_BYTES)])
     with ThreadPoolExecutor(NUM_RANGES) as pool:
-        away: list[tuple[int, int, Future[bytes]]] = []
+        in_flight: list[tuple[int, int, Future[bytes]]] = []
 
         def ask() -> None:
             for first, end in ends:
-                away.append((first, end, pool.submit(storage.read_range, source, first, end)))
-                if len(away) == NUM_RANGES:
+                in_flight.append((first, end, pool.submit(storage.read_range, source, first, end)))
+                if len(in_flight) == NUM_RANGES:
                     return
 
         ask()
-        while away:
-            first, end, asked = away.pop(0)
+        while in_flight:
+            first, end, asked = in_flight.pop(0)
             piece = asked.result()
             if len(piece) != end - first:
                 raise OSError(f"{source}: expected {end - first} bytes at byte {first}, found {len(piece)}")
@@ -158,7 +158,7 @@ def _ranges(source: str, start: int, size: int) -> Iterator[bytes]:
 
 
 def _check_sums(path: str, folder: Path, sizes: Mapping[str, int]) -> None:
-    """Hold the copied files against the checksums that the checkpoint brings, if it does."""
+    """Check the copied files against the checkpoint's own checksums, where it has any."""
     sums = storage.join(path, CHECKSUMS)
     if not storage.exists(sums):
         return

@@ -1,1 +1,1 @@
-"""Engines in a process of their own."""
+"""Runs engines in separate processes."""

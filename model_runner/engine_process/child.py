@@ -1,9 +1,9 @@
-"""The main program of an engine's own process, started by `isolated_runner.py`.
+"""Main program of an engine process, started by `isolated_runner.py`.
 
-Both sides exchange pickled tuples over a socket that nobody else can reach. From the parent come the configuration,
-then `("open", call)` and `("request", call, Request | None)`; to it go `("ready", counters)` or `("failed", error)`,
-then `("pull", call)`, `("completion", call, Completion)`, `("done", call, counters)`, `("broken", call, error)` and,
-every `BEAT_S`, `("beat", counters)`. The process ends with its parent's end of the socket.
+Both sides exchange pickled tuples over a private socket. The parent sends the configuration, then `("open", call)` and
+`("request", call, Request | None)`; the child sends `("ready", counters)` or `("failed", error)`, then
+`("pull", call)`, `("completion", call, Completion)`, `("done", call, counters)`, `("broken", call, error)` and, every
+`HEARTBEAT_S`, `("beat", counters)`. The process exits when the parent's end of the socket closes.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from moebeam.model_runner.protocol import CountingRunner, EngineConfig, ModelRun
 from moebeam.schemas.errors import EngineContractError, MoebeamError
 from moebeam.schemas.records import Request
 
-BEAT_S = 1.0
+HEARTBEAT_S = 1.0
 
 _Requests: TypeAlias = "SimpleQueue[Request | None]"
 
 
 class _Link:
-    """The socket, for all threads."""
+    """The socket, shared by all threads."""
 
     def __init__(self, connection: "Connection[Any, Any]") -> None:
         self._connection = connection
@@ -41,20 +41,20 @@ class _Link:
 
 
 def engine_command(module: str, *args: str) -> list[str]:
-    """How a module of this package is run in a process of its own."""
+    """The command that runs one of our modules in a separate process."""
     return [sys.executable, "-m", module, *args]
 
 
 def engine_environment() -> dict[str, str]:
-    """The environment of such a process: it imports from where this one does, which may be known to this one alone."""
+    """The environment of such a process, with the import paths of this one."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 def serve(connection: "Connection[Any, Any]", load: Callable[[EngineConfig], ModelRunner] = load_runner) -> None:
-    """Load the engine that comes first, then answer calls until the other side ends.
+    """Load the engine named in the first message, then serve calls until the connection closes.
 
     Raises:
-        EOFError, OSError: the other side ended.
+        EOFError, OSError: the connection closed.
     """
     link = _Link(connection)
     config: EngineConfig = link.receive()
@@ -64,7 +64,7 @@ def serve(connection: "Connection[Any, Any]", load: Callable[[EngineConfig], Mod
         link.send("failed", error)
         return
     link.send("ready", _counters(runner))
-    threading.Thread(target=_beat, args=(link, runner), daemon=True).start()
+    threading.Thread(target=_send_heartbeats, args=(link, runner), daemon=True).start()
     calls: dict[int, _Requests] = {}
     try:
         while True:
@@ -75,7 +75,7 @@ def serve(connection: "Connection[Any, Any]", load: Callable[[EngineConfig], Mod
             elif (requests := calls.get(call)) is not None:
                 requests.put(rest[0])
     finally:
-        # What nobody waits for any more holds neither memory nor its turn.
+        # Abandoned calls must release their memory and their turn.
         for left in list(calls.values()):
             left.put(None)
 
@@ -83,18 +83,18 @@ def serve(connection: "Connection[Any, Any]", load: Callable[[EngineConfig], Mod
 def _answer(link: _Link, runner: ModelRunner, call: int, calls: dict[int, _Requests]) -> None:
     with contextlib.suppress(OSError):
         try:
-            for completion in runner.generate(_pulled(link, call, calls[call])):
+            for completion in runner.generate(_pull_requests(link, call, calls[call])):
                 link.send("completion", call, completion)
             link.send("done", call, _counters(runner))
         except MoebeamError as error:
             link.send("broken", call, error)
-        except Exception as error:  # whatever an engine breaks with is told to the caller, whose error it is
+        except Exception as error:  # any engine failure is raised in the caller's process
             link.send("broken", call, EngineContractError(f"{type(error).__name__}: {error}"))
         finally:
             del calls[call]
 
 
-def _pulled(link: _Link, call: int, requests: _Requests) -> Iterator[Request]:
+def _pull_requests(link: _Link, call: int, requests: _Requests) -> Iterator[Request]:
     while True:
         link.send("pull", call)
         request = requests.get()
@@ -103,10 +103,10 @@ def _pulled(link: _Link, call: int, requests: _Requests) -> Iterator[Request]:
         yield request
 
 
-def _beat(link: _Link, runner: ModelRunner) -> None:
+def _send_heartbeats(link: _Link, runner: ModelRunner) -> None:
     with contextlib.suppress(OSError):
         while True:
-            threading.Event().wait(BEAT_S)
+            threading.Event().wait(HEARTBEAT_S)
             link.send("beat", _counters(runner))
 
 
@@ -119,7 +119,7 @@ def main() -> None:
     faulthandler.enable()
     with contextlib.suppress(EOFError, OSError):
         serve(Connection(int(sys.argv[1])))
-    # Threads may stand inside the engine; nothing of theirs is wanted any more.
+    # Engine threads may still run; their results are not needed.
     os._exit(0)
 
 

@@ -1,7 +1,6 @@
 """The connection to one of our engines in another process; `child.py` is the other end and lists the messages.
 
-Stands between `isolated_runner.py` and `host_runner.py`, which ask, and the process that answers. Several calls may be
-open at a time, each on a thread of its own.
+`isolated_runner.py` and `host_runner.py` use it. Several calls may be open at a time, each on its own thread.
 """
 
 import contextlib
@@ -24,8 +23,8 @@ Messages: TypeAlias = "SimpleQueue[tuple[Any, ...] | EngineExit]"
 
 
 @dataclass(slots=True)
-class Calling:
-    """What one call of the engine has taken and not answered."""
+class CallState:
+    """Requests that one engine call has taken and not answered."""
 
     in_flight: dict[str, Request] = field(default_factory=dict[str, Request])
     has_answered: bool = False
@@ -36,12 +35,12 @@ class EngineLink(ProcessLink):
     """A loaded engine in another process.
 
     Args:
-        connection: the socket; it belongs to the link from here on.
+        connection: the socket; the link takes ownership.
         popen: see `ProcessLink`.
-        counted_before: by the processes that this one replaces.
+        counted_before: counters of the processes that this one replaces.
     Raises:
-        MoebeamError: the engine cannot be loaded, as the other side raised it.
-        EOFError: the other side ended; says why.
+        MoebeamError: the engine cannot be loaded; the error of the other side.
+        EOFError: the process ended; says why.
     """
 
     def __init__(
@@ -64,11 +63,11 @@ class EngineLink(ProcessLink):
 
     @property
     def counters(self) -> Mapping[str, float]:
-        """As of the last message that brought any; what a process did just before its exit may be missing."""
+        """As of the last message with counters; work just before an exit may be missing."""
         return add_counters(self._counted_before, self._counters)
 
     def kill_if_silent(self, max_silence_s: float) -> None:
-        """End the process if it has neither answered nor counted anything for so long while it had calls."""
+        """Kill the process if it had open calls and neither answered nor counted work for `max_silence_s`."""
         with self._lock:
             silence_s = time.monotonic() - self._last_sign if self._calls else 0.0
         if silence_s > max_silence_s:
@@ -78,13 +77,13 @@ class EngineLink(ProcessLink):
     def answers(
         self,
         source: Iterator[Request],
-        calling: Calling,
+        call_state: CallState,
         next_message: Callable[[Messages], tuple[Any, ...] | EngineExit] = lambda messages: messages.get(),
     ) -> Generator[Completion, None, EngineExit | None]:
-        """One call of the engine, as long as it and the requests last; returns its exit, if it ended meanwhile.
+        """Run one engine call over `source`; returns the exit if the process ended during it.
 
         Args:
-            calling: kept up to date with what the engine has taken.
+            call_state: updated with what the engine has taken.
             next_message: waits for the next message.
         """
         messages: Messages = SimpleQueue()
@@ -100,30 +99,30 @@ class EngineLink(ProcessLink):
                     case "pull":
                         request = next(source, None)
                         if request is None:
-                            calling.is_exhausted = True
+                            call_state.is_exhausted = True
                         else:
-                            calling.in_flight[request.request_id] = request
+                            call_state.in_flight[request.request_id] = request
                         self._send(("request", call, request))
                     case "completion":
                         completion: Completion = message[2]
-                        calling.in_flight.pop(completion.request_id, None)
-                        calling.has_answered = True
+                        call_state.in_flight.pop(completion.request_id, None)
+                        call_state.has_answered = True
                         yield completion
                     case "broken":
                         is_over = True
                         raise message[2]
                     case _:
                         is_over = True
-                        # An engine that ends early leaves the rest to `transforms/answer/run.py`.
-                        calling.is_exhausted = True
+                        # If an engine ends early, `transforms/answer/run.py` handles the rest.
+                        call_state.is_exhausted = True
                         return None
         finally:
             self._forget([call])
-            if not is_over:  # nobody wants more answers; the engine ends with those that it has begun
+            if not is_over:  # the caller stopped; the engine finishes only what it has begun
                 self._send(("request", call, None))
 
     def _open(self, messages: Messages) -> int:
-        """Begin a call; what the process sends for it, or its exit, comes to `messages`."""
+        """Open a call; its messages, and the exit, go to `messages`."""
         call = next(self._call_ids)
         with self._lock:
             if not self._calls:

@@ -1,7 +1,7 @@
-"""The main program of the process that holds a host's one engine, started by `host_runner.py`.
+"""Main program of the process that owns a host's shared engine, started by `host_runner.py`.
 
-It listens on a socket in the user's own folder, speaks with each worker as `engine_process.py` does, and ends
-`GRACE_S` after the last of them.
+It listens on a socket in the user's folder, serves each worker like `child.py`, and exits `GRACE_S` after the last
+worker has disconnected.
 """
 
 import os
@@ -16,11 +16,11 @@ from moebeam.model_runner.engine_process.isolated_runner import IsolatedRunner
 from moebeam.model_runner.protocol import EngineConfig, ModelRunner, load_runner
 
 GRACE_S = 5.0
-"""How long an engine that nobody holds waits for the next worker."""
+"""How long an unused engine waits for the next worker."""
 
 
 class _HostEngine:
-    """The engine, loaded when the first worker asks, and how many hold it."""
+    """The engine, loaded for the first worker, and the number of workers that use it."""
 
     def __init__(self, address: Path, max_silence_s: float | None) -> None:
         self._address = address
@@ -31,8 +31,8 @@ class _HostEngine:
         self._num_workers = 0
         self._is_wanted = False
 
-    def talk(self, connection: "Connection[Any, Any]") -> None:
-        """Serve one worker until it ends."""
+    def serve_worker(self, connection: "Connection[Any, Any]") -> None:
+        """Serve one worker until it disconnects."""
         self._count(1)
         try:
             serve(connection, self._load)
@@ -42,7 +42,7 @@ class _HostEngine:
             self._count(-1)
 
     def wait_until_left(self) -> None:
-        """Return when no worker has been here for `GRACE_S`, with the socket gone."""
+        """Return after `GRACE_S` without a worker, with the socket removed."""
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._num_workers == 0)
@@ -51,7 +51,7 @@ class _HostEngine:
                     self._address.unlink(missing_ok=True)
                     return
 
-    def end(self) -> None:
+    def close(self) -> None:
         if isinstance(self._loaded, IsolatedRunner):
             self._loaded.close()
 
@@ -72,7 +72,7 @@ class _HostEngine:
 
 
 def main() -> None:
-    """Serve the socket of the first argument; the second is how many seconds the engine may be silent."""
+    """Serve the socket named by the first argument; the optional second one is `max_silence_s`."""
     address = Path(sys.argv[1])
     engine = _HostEngine(address, float(sys.argv[2]) if len(sys.argv) > 2 else None)
     listener = Listener(str(address), family="AF_UNIX", backlog=64)
@@ -82,12 +82,12 @@ def main() -> None:
     def accept() -> None:
         while True:
             connection = listener.accept()
-            threading.Thread(target=engine.talk, args=(connection,), daemon=True).start()
+            threading.Thread(target=engine.serve_worker, args=(connection,), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
     engine.wait_until_left()
-    engine.end()
-    # Threads may stand inside the engine; nothing of theirs is wanted any more.
+    engine.close()
+    # Engine threads may still run; their results are not needed.
     os._exit(0)
 
 

@@ -1,11 +1,11 @@
 """One engine for all worker processes of a host: one copy of the weights, asked over a socket.
 
-Stands inside the *answer* stage where `[failures] engine_process` is `host`. The first worker that needs the engine
-starts `model_runner/engine_process/host_engine.py`, the others find it there; it ends some seconds after the last of
-them. It runs the engine in a further process (`isolated_runner.py`), so that a row that kills it costs that row alone.
+*answer* uses it if `[failures] engine_process` is `host`. The first worker that needs the engine starts
+`model_runner/engine_process/host_engine.py`, and the others connect to it; it exits some seconds after the last one
+leaves. It runs the engine in another process (`isolated_runner.py`), so a row that kills the engine costs only itself.
 
-Beam's own `MultiProcessShared` is not used: its server dies with the worker that started it, takes orders from anybody
-on the host who knows its fixed password, and hands out no iterators.
+Beam's `MultiProcessShared` does not fit: its server dies with the worker that started it, obeys anybody on the host who
+knows its fixed password, and cannot return iterators.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock
 
 from moebeam.model_runner.engine_process.child import engine_command, engine_environment
-from moebeam.model_runner.engine_process.engine_link import Calling, EngineLink
+from moebeam.model_runner.engine_process.engine_link import CallState, EngineLink
 from moebeam.model_runner.engine_process.supervisor import Supervisor
 from moebeam.model_runner.host_folder import host_folder
 from moebeam.model_runner.protocol import EngineConfig
@@ -29,7 +29,7 @@ from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.records import Completion, Request
 
 MAX_EXITS = 3
-"""Times that the host's process may end under one call; rows that kill the engine do not end it."""
+"""Exits of the host's process after which a call fails; rows that kill the engine do not cause them."""
 
 _MAX_TRIES = 5
 
@@ -37,12 +37,12 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class HostRunner:
-    """The engine of this host, shared with every process that names the same configuration."""
+    """The engine of this host, shared by all processes with the same configuration."""
 
     def __init__(self, config: EngineConfig, *, max_silence_s: float | None = None) -> None:
         """
         Args:
-            config: what the job says of the engine.
+            config: the job's engine configuration.
             max_silence_s: see `IsolatedRunner`.
         Raises:
             EngineLoadError: the engine cannot be loaded.
@@ -51,31 +51,31 @@ class HostRunner:
         self._supervisor: Supervisor[EngineLink] = Supervisor(lambda _: _connect(config, max_silence_s))
 
     def close(self) -> None:
-        """Let go of the engine; it ends when nobody holds it."""
+        """Release the engine; it exits when no worker uses it."""
         self._supervisor.close()
 
     def counters(self) -> Mapping[str, float]:
-        """As `CountingRunner.counters`, of the engine: the work of all processes that share it."""
+        """Like `CountingRunner.counters`, for all processes that share the engine."""
         return self._supervisor.last.counters
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests as the engine does.
 
         Raises:
-            EngineLoadError: the process that holds it ended `MAX_EXITS` times.
+            EngineLoadError: its process ended `MAX_EXITS` times.
         """
         source = iter(requests)
         for _ in range(MAX_EXITS):
-            calling = Calling()
-            if (yield from self._supervisor.running().answers(source, calling)) is None:
+            call_state = CallState()
+            if (yield from self._supervisor.running().answers(source, call_state)) is None:
                 return
             _LOGGER.warning("the engine that this host shares ended; it is started again")
-            source = chain(list(calling.in_flight.values()), source)
+            source = chain(list(call_state.in_flight.values()), source)
         raise EngineLoadError(f"the process that holds engine {self.config.engine!r} for this host ended {MAX_EXITS}x")
 
 
 def _connect(config: EngineConfig, max_silence_s: float | None) -> EngineLink:
-    """A connection to the host's engine, which is started if there is none."""
+    """Connect to the host's engine; starts it if there is none."""
     folder = host_folder() / "engines"
     folder.mkdir(exist_ok=True)
     address = folder / f"{hashlib.sha256(repr((config, max_silence_s)).encode()).hexdigest()[:24]}.socket"
@@ -83,7 +83,7 @@ def _connect(config: EngineConfig, max_silence_s: float | None) -> EngineLink:
         try:
             return EngineLink(_open_socket(address, max_silence_s), config)
         except (OSError, EOFError) as error:
-            # The process was about to end, as nobody held it.
+            # The process was already exiting, unused.
             _LOGGER.debug("%s: %s", address, error)
     raise EngineLoadError(
         f"the process that is to hold engine {config.engine!r} for this host does not live: {address}"
@@ -93,19 +93,19 @@ def _connect(config: EngineConfig, max_silence_s: float | None) -> EngineLink:
 def _open_socket(address: Path, max_silence_s: float | None) -> "Connection[Any, Any]":
     with FileLock(f"{address}.lock"):
         try:
-            return _client(address)
+            return _open_client(address)
         except (FileNotFoundError, ConnectionRefusedError):
             _start(address, max_silence_s)
-            return _client(address)
+            return _open_client(address)
 
 
-def _client(address: Path) -> "Connection[Any, Any]":
+def _open_client(address: Path) -> "Connection[Any, Any]":
     connection: Any = Client(str(address), family="AF_UNIX")
     return connection
 
 
 def _start(address: Path, max_silence_s: float | None) -> None:
-    """Start the process that holds the engine, and wait until it listens."""
+    """Start the engine's process and wait until it listens."""
     address.unlink(missing_ok=True)
     silence = [] if max_silence_s is None else [str(max_silence_s)]
     process = subprocess.Popen(
@@ -119,5 +119,5 @@ def _start(address: Path, max_silence_s: float | None) -> None:
     with process.stdout:
         if not process.stdout.readline():
             raise ConnectionRefusedError(f"the host's process ended with status {process.wait()} before it listened")
-    # Whoever started it may end before it does.
+    # Reaps the process; the worker that started it may also exit first.
     threading.Thread(target=process.wait, daemon=True).start()

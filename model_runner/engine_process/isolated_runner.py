@@ -1,10 +1,9 @@
-"""Any engine in a process of its own, so that a row that kills it, or makes it hang, costs that row alone.
+"""Any engine in a separate process, so that a row that crashes or hangs it costs only that row.
 
-Stands inside the *answer* stage, between `transforms/answer/run.py` and an engine that would else live in the worker's
-process. `model_runner/engine_process/child.py` is the other side. As long as nothing goes wrong the engine sees the
-same requests in the same order as in process, and gives the same answers. When it dies, by a crash, for want of memory,
-or killed for its silence, another one is started and what was in flight is asked again in halves, until the request is
-found that it dies over alone.
+`transforms/answer/run.py` calls it like an engine in the worker's process; `child.py` runs the engine. Without
+failures the engine sees the same requests in the same order as in process, and gives the same answers. When it dies (a
+crash, out of memory, or killed for silence), a new one is started and the requests in flight are retried in halves,
+until the request that kills it is alone.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from queue import Empty
 from typing import Any
 
 from moebeam.model_runner.engine_process.child import engine_command, engine_environment
-from moebeam.model_runner.engine_process.engine_link import Calling, EngineLink, Messages
+from moebeam.model_runner.engine_process.engine_link import CallState, EngineLink, Messages
 from moebeam.model_runner.engine_process.process_link import EngineExit, start_process
 from moebeam.model_runner.engine_process.supervisor import Supervisor
 from moebeam.model_runner.protocol import EngineConfig
@@ -27,10 +26,10 @@ from moebeam.schemas.errors import EngineCrashed, EngineLoadError, EngineTimeout
 from moebeam.schemas.records import Completion, Request
 
 MAX_EXITS_ALONE = 2
-"""Exits over a request that was alone, after which it fails: one may have been somebody else's doing."""
+"""Exits after which a request that ran alone fails; a single exit may have had another cause."""
 
 MAX_FRUITLESS_RESTARTS = 24
-"""Exits in a row without an answer: halving the largest window down to one request takes fewer."""
+"""Most consecutive exits without an answer; bisecting the largest window to one request takes fewer."""
 
 _POLL_S = 1.0
 
@@ -39,14 +38,14 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Group:
-    """Requests that are asked in one call of the engine, and how often it died over them when they were one."""
+    """Requests of one engine call; `num_exits` counts exits while the group was a single request."""
 
     requests: Sequence[Request]
     num_exits: int = 0
 
 
 class _Turns:
-    """Lets any number of calls run side by side, or one alone that is suspected of killing the engine."""
+    """Lets any number of calls run concurrently, or one suspected of killing the engine alone."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -55,7 +54,7 @@ class _Turns:
 
     @contextlib.contextmanager
     def search(self) -> Generator[None]:
-        """Hold back calls that have not begun, until it is found over what the engine died."""
+        """Hold back new calls until the request that killed the engine is found."""
         self._add(searches=1)
         try:
             yield
@@ -63,8 +62,8 @@ class _Turns:
             self._add(searches=-1)
 
     @contextlib.contextmanager
-    def taken(self, *, is_suspect: bool) -> Generator[None]:
-        """Wait for a turn, and hold it."""
+    def take(self, *, is_suspect: bool) -> Generator[None]:
+        """Wait for a turn and hold it."""
         with self._changed:
             self._changed.wait_for(lambda: not (self._num_open if is_suspect else self._num_searches))
             self._add(calls=1)
@@ -81,13 +80,13 @@ class _Turns:
 
 
 class IsolatedRunner:
-    """A loaded engine in a process of its own, which ends with the runner or with this process."""
+    """A loaded engine in a separate process, which ends with the runner or with this process."""
 
     def __init__(self, config: EngineConfig, *, max_silence_s: float | None = None) -> None:
         """
         Args:
-            config: what the job says of the engine.
-            max_silence_s: how long the engine may neither answer nor count any work; None watches nothing.
+            config: the job's engine configuration.
+            max_silence_s: how long the engine may neither answer nor count work; None disables the check.
         Raises:
             EngineLoadError: the engine cannot be loaded.
         """
@@ -99,56 +98,56 @@ class IsolatedRunner:
         self._supervisor: Supervisor[EngineLink] = Supervisor(lambda last: _start(config, last))
 
     def close(self) -> None:
-        """End the engine now; nothing can be answered afterwards."""
+        """End the engine now; `generate` cannot be called afterwards."""
         self._supervisor.close()
 
     def counters(self) -> Mapping[str, float]:
-        """As `CountingRunner.counters`, over all processes so far."""
+        """Like `CountingRunner.counters`, over all processes so far."""
         return self._supervisor.last.counters
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Answer requests as the engine does; those that it dies over, alone and twice, fail.
+        """Answer requests as the engine does; a request that kills it twice while alone fails.
 
         Raises:
-            EngineLoadError: it died `MAX_FRUITLESS_RESTARTS` times without an answer in between, or cannot be started
-            again.
+            EngineLoadError: it died `MAX_FRUITLESS_RESTARTS` times without an answer in between, or cannot restart.
         """
         source = iter(requests)
-        calling = Calling()
-        while not calling.is_exhausted:
-            calling = Calling()
-            engine_exit = yield from self._call(source, calling, is_suspect=False)
+        call_state = CallState()
+        while not call_state.is_exhausted:
+            call_state = CallState()
+            engine_exit = yield from self._call(source, call_state, is_suspect=False)
             if engine_exit is not None:
-                self._record_exit(engine_exit, calling.has_answered)
+                self._record_exit(engine_exit, call_state.has_answered)
                 with self._turns.search():
-                    yield from self._searched(list(calling.in_flight.values()))
+                    yield from self._bisect(list(call_state.in_flight.values()))
 
-    def _searched(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        """Answers to requests over one of which the engine died, that one's failure among them."""
+    def _bisect(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Bisect to the request that kills the engine; yields its failure and the others' answers."""
         groups = _halves(requests)
         while groups:
             group = groups.pop()
-            taken = Calling()
+            call_state = CallState()
             answered: set[str] = set()
-            engine_exit = yield from _noting(self._call(iter(group.requests), taken, is_suspect=True), answered)
+            call = self._call(iter(group.requests), call_state, is_suspect=True)
+            engine_exit = yield from _record_answered(call, answered)
             if engine_exit is None:
                 continue
-            self._record_exit(engine_exit, taken.has_answered)
+            self._record_exit(engine_exit, call_state.has_answered)
             left = [request for request in group.requests if request.request_id not in answered]
             if len(group.requests) > 1:
                 groups += _halves(left)
             elif group.num_exits + 1 >= MAX_EXITS_ALONE:
-                yield self._failed(group.requests[0], engine_exit)
+                yield self._fail(group.requests[0], engine_exit)
             else:
                 groups.append(_Group(group.requests, group.num_exits + 1))
 
     def _call(
-        self, source: Iterator[Request], calling: Calling, *, is_suspect: bool
+        self, source: Iterator[Request], call_state: CallState, *, is_suspect: bool
     ) -> Generator[Completion, None, EngineExit | None]:
-        """One call of the engine; how it died, if it did. That of a suspect has the engine for itself."""
-        with self._turns.taken(is_suspect=is_suspect):
+        """Run one engine call; returns the exit if the engine died. A suspect has the engine to itself."""
+        with self._turns.take(is_suspect=is_suspect):
             link = self._supervisor.running()
-            return (yield from link.answers(source, calling, lambda messages: self._next_message(link, messages)))
+            return (yield from link.answers(source, call_state, lambda messages: self._next_message(link, messages)))
 
     def _next_message(self, link: EngineLink, messages: Messages) -> tuple[Any, ...] | EngineExit:
         if self._max_silence_s is None:
@@ -168,13 +167,13 @@ class IsolatedRunner:
                     f"{engine_exit.cause}"
                 )
 
-    def _failed(self, request: Request, engine_exit: EngineExit) -> Completion:
+    def _fail(self, request: Request, engine_exit: EngineExit) -> Completion:
         error: RowError = (
             EngineTimeout(f"the engine was silent for more than {self._max_silence_s:g} s over this request alone")
             if engine_exit.is_silence
             else EngineCrashed(f"the engine dies over this request: {engine_exit.cause}")
         )
-        return Completion.failed(
+        return Completion.from_error(
             request.request_id,
             error,
             provider="local",
@@ -183,7 +182,7 @@ class IsolatedRunner:
         )
 
 
-def _noting(
+def _record_answered(
     completions: Generator[Completion, None, EngineExit | None], answered: set[str]
 ) -> Generator[Completion, None, EngineExit | None]:
     while True:
@@ -196,7 +195,7 @@ def _noting(
 
 
 def _halves(requests: Sequence[Request]) -> list[_Group]:
-    """Two groups, the first one last, which is the next to be taken."""
+    """Split into two groups, as a stack: the first half is last."""
     middle = (len(requests) + 1) // 2
     return [_Group(half) for half in (requests[middle:], requests[:middle]) if half]
 
@@ -205,7 +204,7 @@ def _start(config: EngineConfig, last: EngineLink | None) -> EngineLink:
     """Start a process and wait until its engine is loaded.
 
     Raises:
-        EngineLoadError: the engine cannot be loaded, or its process ended while it was.
+        EngineLoadError: the engine cannot be loaded, or its process ended meanwhile.
     """
     ours, theirs = socket.socketpair()
     with theirs:

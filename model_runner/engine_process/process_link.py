@@ -1,7 +1,7 @@
-"""An engine's process, as seen from ours: messages to it, messages from it to the calls that wait, its exit to all.
+"""Our end of an engine's process: sends messages, routes replies to waiting calls, and reports its exit to all.
 
-Base of `engine_link.py`, which speaks with our own engines, and of `vllm_engine/process.py`; `supervisor.py` replaces
-a process that has ended.
+Base of `engine_link.py`, for our own engines, and of `vllm_engine/process.py`; `supervisor.py` replaces a process that
+has ended.
 """
 
 import contextlib
@@ -19,21 +19,21 @@ from typing import Any, Protocol
 from moebeam.model_runner.engine_process.process_log import ProcessLog
 
 LOADING = "loading"
-"""The call that waits until the engine is loaded."""
+"""Key of the pseudo-call that waits for the engine to load."""
 
 _LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EngineExit:
-    """The end of a process, its cause, and whether it was killed for its silence."""
+    """The end of a process: its cause, and whether it was killed for silence."""
 
     cause: str
     is_silence: bool = False
 
 
 class MessageStream(Protocol):
-    """What messages travel through; `recv` raises EOFError or OSError at the end."""
+    """A message channel; `recv` raises EOFError or OSError at the end."""
 
     def send(self, obj: Any, /) -> None: ...
     def recv(self) -> Any: ...
@@ -41,23 +41,24 @@ class MessageStream(Protocol):
 
 
 def start_process(command: Sequence[str], **options: Any) -> "subprocess.Popen[bytes]":
-    """Start a process as `ProcessLink` wants it: its log is read, and Ctrl-C is ours to handle.
+    """Start a process for a `ProcessLink`, with its log piped and in its own process group.
 
-    A group of its own also lets it be killed together with what it starts.
+    The group shields it from Ctrl-C, and lets it be killed together with its children.
 
     Raises:
         OSError: the command cannot be run.
     """
-    return subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, **options)
+    popen: Any = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, **options)
+    return popen
 
 
 class ProcessLink(ABC):
     """The connection to a process. Safe for several threads.
 
     Args:
-        stream: belongs to the link from here on; a thread of its own reads it until it ends.
-        popen: from `start_process`; None where the process belongs to somebody else.
-        shutdown_timeout_s: how long it, and what it has started, may take to end before they are killed.
+        stream: the link takes ownership and reads it on its own thread until it ends.
+        popen: from `start_process`; None if another process owns it.
+        shutdown_timeout_s: how long it and its children may take to exit before they are killed.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class ProcessLink(ABC):
         self._log = ProcessLog(popen.stderr, _LOGGER) if popen is not None and popen.stderr is not None else None
         self._failure = ""
         self._is_silence = False
-        self._lock = threading.Lock()  # over calls and exit
+        self._lock = threading.Lock()  # guards calls and exit
         self._send_lock = threading.Lock()
         self._owner_pid = os.getpid()
         self._calls: dict[Hashable, SimpleQueue[Any]] = {}
@@ -83,7 +84,7 @@ class ProcessLink(ABC):
             return self.exit is None
 
     def close(self) -> None:
-        """Hang up, which tells the process to end, and kill it where it does not; in a fork of the owner nothing."""
+        """Hang up, which tells the process to exit, and kill it if it does not; no-op in a fork of the owner."""
         if os.getpid() == self._owner_pid:
             self._hang_up()
             if self.popen is not None:
@@ -92,7 +93,7 @@ class ProcessLink(ABC):
                 self._reader.join(self._shutdown_timeout_s)
 
     def _load(self, first: object) -> Any:
-        """Send the first message; returns what comes for the call `LOADING`.
+        """Send the first message and return the reply to the call `LOADING`.
 
         Raises:
             EOFError: the process ended instead; says why.
@@ -110,7 +111,7 @@ class ProcessLink(ABC):
         return message
 
     def _register(self, call: Hashable, messages: SimpleQueue[Any]) -> bool:
-        """Route a call's messages, and the exit, to a queue; False where the process has ended already."""
+        """Route a call's messages, and the exit, to a queue; False if the process has already ended."""
         with self._lock:
             if self.exit is None:
                 self._calls[call] = messages
@@ -119,7 +120,7 @@ class ProcessLink(ABC):
         return False
 
     def _forget(self, calls: Iterable[Hashable]) -> list[Hashable]:
-        """Drop calls that nobody waits for any more; returns those that were waited for."""
+        """Remove abandoned calls; returns those that were registered."""
         with self._lock:
             return [call for call in calls if self._calls.pop(call, None) is not None]
 
@@ -130,31 +131,31 @@ class ProcessLink(ABC):
             messages.put(message)
 
     def _send(self, message: object) -> None:
-        # Where the process has ended, `_read` tells everyone who waits.
+        # If the process has ended, `_read` notifies all waiting calls.
         with self._send_lock, contextlib.suppress(OSError, ValueError):
             self._stream.send(message)
 
     def _fail(self, cause: str) -> None:
-        """Kill the process, for a cause that is told in place of its exit status."""
+        """Kill the process; `cause` is reported instead of its exit status."""
         self._failure = cause
         self._signal_group(SIGKILL)
 
     @abstractmethod
     def _route(self, message: Any) -> None:
-        """Deliver what the process sent; whatever this raises ends the process."""
+        """Deliver a message from the process; any exception ends the process."""
 
     @abstractmethod
     def _hang_up(self) -> None:
-        """Let the process read the end of its input."""
+        """Close the process's input."""
 
     def _read(self) -> None:
-        """Route messages until the process ends; then tell all that still wait."""
+        """Route messages until the process ends, then notify all waiting calls."""
         try:
             while True:
                 self._route(self._stream.recv())
         except (EOFError, OSError):
             pass
-        except Exception as error:  # whatever it is, what came is none of our messages
+        except Exception as error:  # whatever the error, the message is not one of ours
             self._fail(f"expected a message of the worker's protocol, found: {type(error).__name__}: {error}")
         cause = self._wait_for_exit()
         with self._lock:
@@ -167,13 +168,13 @@ class ProcessLink(ABC):
             messages.put(self.exit)
 
     def _wait_for_exit(self) -> str:
-        """Wait for the process; returns why it ended: our own doing, or else its status, and the errors of its log."""
+        """Wait for the process; returns why it ended: our `_fail`, or its exit status and the errors in its log."""
         if self.popen is None or self._log is None:
             return "the host's process ended"
-        # Before `wait` reaps it: until then the group's number cannot become another's.
+        # Before `wait` reaps it: until then the group id cannot be reused.
         exited = os.waitid(os.P_PID, self.popen.pid, os.WEXITED | os.WNOWAIT)
         if exited is None or exited.si_status != 0:
-            # What it has started gives memory back; the log ends when the last of them has ended.
+            # SIGTERM lets its children release memory; the log ends when the last of them exits.
             self._signal_group(SIGTERM)
             self._log.wait(self._shutdown_timeout_s)
             self._signal_group(SIGKILL)
@@ -183,6 +184,6 @@ class ProcessLink(ABC):
         return "; ".join([self._failure or f"its process ended with {how}", *self._log.last_errors()])
 
     def _signal_group(self, number: int) -> None:
-        if self.popen is not None and self.popen.returncode is None:  # else its number may be another's by now
+        if self.popen is not None and self.popen.returncode is None:  # else its pid may have been reused
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.popen.pid, number)

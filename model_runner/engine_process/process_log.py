@@ -1,6 +1,6 @@
-"""The standard error of an engine's process, read as it comes, so that its exit can be explained.
+"""Reads the standard error of an engine's process continuously, to explain its exit; used by `process_link.py`.
 
-Part of `process_link.py`. The process never waits for its log to be read, and only the last lines are kept.
+The process never blocks on its log, and only the last lines are kept.
 """
 
 import logging
@@ -15,15 +15,15 @@ _NUM_ERRORS = 3
 
 
 class ProcessLog:
-    """The last lines of a log that a thread of its own reads."""
+    """The last lines of a log, read on a separate thread."""
 
     def __init__(self, stderr: IO[bytes], logger: logging.Logger, *, max_lines: int = 200) -> None:
-        """Begin to read.
+        """Start reading.
 
         Args:
-            stderr: closed when it ends.
-            logger: gets every line, as debug.
-            max_lines: how many of the last ones are kept.
+            stderr: closed at its end.
+            logger: gets every line at debug level.
+            max_lines: number of last lines kept.
         """
         self._stderr, self._logger = stderr, logger
         self._lines: deque[str] = deque(maxlen=max_lines)
@@ -39,7 +39,7 @@ class ProcessLog:
         return list(dict.fromkeys(line for line in self if _ERROR.search(line)))[-_NUM_ERRORS:]
 
     def wait(self, timeout_s: float) -> None:
-        """Wait for its end: until the process and all that share its standard error have ended."""
+        """Wait for the end of the log: until all processes that share this standard error have exited."""
         self._reader.join(timeout_s)
 
     def _read(self) -> None:

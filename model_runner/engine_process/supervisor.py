@@ -1,4 +1,4 @@
-"""Keeps one engine process running: starts another when the last one has ended, until the engine is closed."""
+"""Keeps one engine process running: restarts it after an exit, until the engine is closed."""
 
 import threading
 import weakref
@@ -12,10 +12,10 @@ Link = TypeVar("Link", bound=ProcessLink)
 
 
 class Supervisor(Generic[Link]):
-    """The process of an engine, which ends with this object or with our own process. Safe for several threads.
+    """An engine's process, which ends with this object or with our own process. Thread-safe.
 
     Args:
-        start: starts a process with its engine loaded, in place of the one that it is given.
+        start: starts a process and loads its engine; the argument is the process that it replaces.
     """
 
     def __init__(self, start: Callable[[Link | None], Link]) -> None:
@@ -23,18 +23,18 @@ class Supervisor(Generic[Link]):
         self._lock = threading.Lock()
         self._links: list[Link] = [start(None)]
         self.close = weakref.finalize(self, _close_all, self._links)
-        """Ends the process; another one is never started."""
+        """Ends the process for good; it is not restarted."""
 
     @property
     def last(self) -> Link:
-        """The process that was started last, whether it runs or not."""
+        """The process started last, running or not."""
         return self._links[-1]
 
     def running(self) -> Link:
-        """The running process; another is started if the last one has ended.
+        """Return the running process; starts a new one if the last has ended.
 
         Raises:
-            EngineLoadError: none can be started, or the engine was closed.
+            EngineLoadError: it cannot be started, or the engine was closed.
         """
         with self._lock:
             if not self.close.alive:

@@ -1,13 +1,13 @@
 """The `fake` engine: scripted answers and failures, for dry runs and tests.
 
-Stands where a model would in the *answer* stage. A script is a JSON file:
+Replaces a model in *answer*. A script is a JSON file:
 
     {"default": {"text": "{}"}, "latency_ms": 0, "rules": [
         {"contains": "urgent", "text": "{\\"priority\\": \\"urgent\\"}"},
         {"pattern": "^\\\\s*$", "failure": "refused", "message": "nothing to read"},
         {"contains": "overload", "attempt": 1, "failure": "engine_overloaded"}]}
 
-The first rule that matches the last user message (and the attempt, where it names one) gives the reply.
+The first rule that matches the last user message (and the attempt, if it names one) gives the reply.
 """
 
 import hashlib
@@ -39,13 +39,13 @@ PROVIDER = "fake"
 FAILURES: dict[str, type[RowError]] = {
     error.error_type: error for error in RowError.__subclasses__() if error.error_stage == "run"
 }
-"""What a reply's `failure` may name."""
+"""Values of a reply's `failure`."""
 
 _CHARACTERS_PER_TOKEN = 4
 
 
 class Call(BaseModel):
-    """A scripted function call; `arguments` is JSON text, or the object itself."""
+    """A scripted function call; `arguments` is JSON text or an object."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -62,10 +62,10 @@ class Call(BaseModel):
 class Reply(BaseModel):
     """One scripted answer or failure.
 
-    An `accident` befalls the whole engine: its process is killed, or stands still.
+    An `accident` hits the whole engine: its process is killed or hangs.
 
-    Without `text` the answer is `{"echo": ..., "num_prompt_tokens": ...}`; without `cached_tokens` an ideal prefix
-    cache is simulated, while null means unknown; token counts that are given are reported as they are.
+    Without `text` the answer is `{"echo": ..., "num_prompt_tokens": ...}`. Without `cached_tokens` an ideal prefix
+    cache is simulated; null means unknown. Given token counts are reported unchanged.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -95,7 +95,7 @@ class Reply(BaseModel):
 
 
 class Rule(Reply):
-    """A reply and when it is given: to which text of the last user message, on which attempt."""
+    """A reply, and the last user message and attempt that it applies to."""
 
     contains: str | None = None
     pattern: str | None = None
@@ -120,7 +120,7 @@ class Rule(Reply):
         return self
 
     def is_match(self, text: str, attempt: int) -> bool:
-        """Whether the rule is meant for a last user message and an attempt."""
+        """Whether the rule applies to a last user message and an attempt."""
         if self.attempt is not None and self.attempt != attempt:
             return False
         if self.contains is not None:
@@ -140,10 +140,10 @@ class Script(BaseModel):
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class FakeRunner:
-    """Answers by script, one request at a time, in the order in which they come.
+    """Answers from a script, one request at a time, in order.
 
-    Tokens are counted by `encoder`; without one, four characters are a token. `cached_tokens` is what a request
-    shares with the one before it of the same tenant within one `generate` call: a perfect cache fed in token order.
+    `encoder` counts tokens; without one, four characters are a token. `cached_tokens` is the prefix that a request
+    shares with the tenant's previous one in the same `generate` call: a perfect cache fed in token order.
     """
 
     config: EngineConfig
@@ -173,13 +173,13 @@ class FakeRunner:
             finish_reason = reply.finish_reason or "error"
             text, num_completion, num_reasoning = reply.text or "", 0, 0
         else:
-            _, num_reasoning = self._cut(reply.reasoning_content or "", None)
+            _, num_reasoning = self._truncate(reply.reasoning_content or "", None)
             max_tokens = max(0, request.sampling.max_tokens - num_reasoning)
-            echo = "" if reply.tool_calls else _echo(request.prompt_token_ids)
+            echo = "" if reply.tool_calls else _format_echo(request.prompt_token_ids)
             whole = echo if reply.text is None else reply.text
-            text, num_visible = self._cut(whole, max_tokens)
+            text, num_visible = self._truncate(whole, max_tokens)
             num_completion = num_reasoning + num_visible
-            calls, num_called = self._calls(reply)
+            calls, num_called = self._read_calls(reply)
             num_completion += num_called
             if text != whole:
                 finish_reason = "length"
@@ -208,12 +208,12 @@ class FakeRunner:
             error=error,
         )
 
-    def _calls(self, reply: Reply) -> tuple[tuple[ToolCall, ...], int]:
-        """The scripted calls, and how many tokens they are."""
+    def _read_calls(self, reply: Reply) -> tuple[tuple[ToolCall, ...], int]:
+        """The scripted calls and their number of tokens."""
         calls = tuple(
             ToolCall(f"call_{index}", call.name, call.arguments_text) for index, call in enumerate(reply.tool_calls)
         )
-        return calls, sum(self._cut(call.name + call.arguments, None)[1] for call in calls)
+        return calls, sum(self._truncate(call.name + call.arguments, None)[1] for call in calls)
 
     def _reply_to(self, request: Request) -> Reply:
         if not self.script.rules:
@@ -224,24 +224,24 @@ class FakeRunner:
                 return rule
         return self.script.default
 
-    def _cut(self, text: str, max_tokens: int | None) -> tuple[str, int]:
-        """A text's first `max_tokens` tokens, and how many tokens they are; the text itself if it is no longer."""
+    def _truncate(self, text: str, max_tokens: int | None) -> tuple[str, int]:
+        """Truncate to `max_tokens` tokens; returns the text and its number of tokens."""
         if self.encoder is None:
             num_tokens = -(-len(text) // _CHARACTERS_PER_TOKEN)
             if max_tokens is None or num_tokens <= max_tokens:
                 return text, num_tokens
             return text[: max_tokens * _CHARACTERS_PER_TOKEN], max_tokens
-        token_ids = _token_ids(self.encoder, text)
+        token_ids = _encode(self.encoder, text)
         if max_tokens is None or token_ids.shape[0] <= max_tokens:
             return text, int(token_ids.shape[0])
         return self.encoder.decode(token_ids[:max_tokens]), max_tokens
 
 
 def load_fake_runner(config: EngineConfig) -> FakeRunner:
-    """Read the script, if there is one, and the tokenizer, if the configuration has a checkpoint path.
+    """Read the script, if any, and the tokenizer, if the configuration has a checkpoint path.
 
     Raises:
-        EngineLoadError: script or tokenizer cannot be read; names the file and the field.
+        EngineLoadError: script or tokenizer cannot be read; names file and field.
     """
     options = config.options_as(FakeOptions)
     script = Script() if options.script is None else _read_script(options.script)
@@ -264,8 +264,8 @@ def _read_script(path: str) -> Script:
 
 
 @lru_cache(maxsize=1024)
-def _token_ids(encoder: PromptEncoder, text: str) -> TokenIds:
-    """Scripts repeat themselves, and each text is tokenized once."""
+def _encode(encoder: PromptEncoder, text: str) -> TokenIds:
+    """Tokenize each text once; scripts repeat texts."""
     return encoder.encode_batch([text])[0]
 
 
@@ -276,6 +276,6 @@ def _have_accident(accident: Literal["crash", "hang"] | None) -> None:
         threading.Event().wait()
 
 
-def _echo(token_ids: TokenIds) -> str:
+def _format_echo(token_ids: TokenIds) -> str:
     digest = hashlib.sha256(token_ids.astype(np.dtype("<i4")).tobytes()).hexdigest()
     return canonical_json({"echo": digest[:16], "num_prompt_tokens": int(token_ids.shape[0])})

@@ -1,7 +1,7 @@
-"""The queue: requests that have a place at the provider pass it one by one, as long as the budget lasts.
+"""The queue in which requests that hold a slot at the provider are admitted one by one, as long as the budget lasts.
 
-Part of the `openai` engine, between the endpoint's limit (`concurrency.py`) and the call itself, so that what is behind
-the queue is in flight and nothing else. Lives on the event loop, one for each `generate`.
+Part of the `openai` engine, between the endpoint's limit (`concurrency.py`) and the call itself, so that exactly the
+requests that passed it are in flight. Lives on the event loop, one for each `generate`.
 """
 
 import asyncio
@@ -35,11 +35,11 @@ class AdmissionQueue:
         while not self._is_closed:
             match self._admission.admit(request):
                 case "send":
-                    # What one arrival sets free may be enough for more than one.
+                    # What one completion frees may be enough for more than one.
                     self._wake_first()
                     return
                 case "wait":
-                    # It was the first in the line, or there was none.
+                    # It was the first in the queue, or the queue was empty.
                     await self._turn(self._waiting.appendleft)
                 case "stop":
                     self.close()
@@ -51,13 +51,13 @@ class AdmissionQueue:
         await turn
 
     def settle(self, completion: Completion) -> Completion:
-        """Tell what became of a request, and give it back; the first that waits is asked about again."""
+        """Report a completion and return it; the first request that waits is tried again."""
         self._admission.settle(completion)
         self._wake_first()
         return completion
 
     def close(self) -> None:
-        """Let nobody through any more."""
+        """Admit no more requests."""
         self._is_closed = True
         waiting, self._waiting = self._waiting, deque()
         for turn in waiting:

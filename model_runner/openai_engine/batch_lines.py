@@ -1,7 +1,7 @@
 """The lines of a batch: requests as they are uploaded, answers and errors as they come back.
 
-Part of the `openai` engine in batch mode; `batches.py` sends the files. Every line is known by a digest of all that is
-asked, so that a batch found at the provider can be told for ours, and nothing of the input's ids leaves the house.
+Part of the `openai` engine in batch mode; `batch_service.py` sends the files. Each line's id is a digest of all that it
+asks, so that our batches can be recognised at the provider, and no id of the input is sent.
 """
 
 import json
@@ -15,7 +15,7 @@ import httpx2
 import openai
 from pydantic import BaseModel, ValidationError
 
-from moebeam.model_runner.openai_engine.failures import CallFailure, failure_of
+from moebeam.model_runner.openai_engine.failures import CallFailure, classify_failure
 from moebeam.model_runner.openai_engine.profiles import Profile
 from moebeam.model_runner.openai_engine.request_body import chat_body
 from moebeam.model_runner.openai_engine.responses import Answer, read_answer
@@ -35,7 +35,7 @@ _SKETCHES_A_KEY = 64
 _SKETCH_CHARACTERS = 8
 """A batch's metadata has at most 16 keys of at most 512 characters."""
 
-_log = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -151,14 +151,14 @@ class _Line(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a line became: an answer, or why there is none."""
+    """The answer to a line, or why there is none."""
 
     line_id: str
     result: Answer | CallFailure
 
 
-def outcomes(lines: Iterable[bytes], profile: Profile, secret: str) -> Iterator[Outcome]:
-    """The outcomes of a downloaded file; a line that cannot be read has none, and its request goes on waiting."""
+def read_outcomes(lines: Iterable[bytes], profile: Profile, secret: str) -> Iterator[Outcome]:
+    """Read a downloaded file; a line that cannot be read has no outcome, and its request goes on waiting."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -166,7 +166,7 @@ def outcomes(lines: Iterable[bytes], profile: Profile, secret: str) -> Iterator[
             parsed = _Line.model_validate_json(line)
         except ValidationError as error:
             found = error.errors(include_url=False, include_input=False)[0]
-            _log.warning("%s: line %d of a batch's file is passed over: %s", profile.name, number, found["msg"])
+            _LOGGER.warning("%s: line %d of a batch's file is passed over: %s", profile.name, number, found["msg"])
             continue
         yield Outcome(parsed.custom_id, _result(parsed, profile, secret))
 
@@ -177,9 +177,9 @@ def _result(line: _Line, profile: Profile, secret: str) -> Answer | CallFailure:
         try:
             return read_answer(json.dumps(response.body).encode(), profile)
         except MalformedResponse as error:
-            return failure_of(error, profile, secret)
+            return classify_failure(error, profile, secret)
     if response is not None and response.status_code >= 400:
-        return failure_of(_status_error(response), profile, secret)
+        return classify_failure(_status_error(response), profile, secret)
     code = line.error.code if line.error is not None else None
     message = (line.error.message if line.error is not None else None) or "no reason given"
     text = f"{profile.name}: {code or 'error'}: {message}"
@@ -188,14 +188,14 @@ def _result(line: _Line, profile: Profile, secret: str) -> Answer | CallFailure:
 
 
 def _status_error(response: _Response) -> openai.APIStatusError:
-    """A line's refusal as the client would have raised it, so that it is judged as such."""
+    """A line's refusal as the client would have raised it, so that it is classified in the same way."""
     sent = httpx2.Request("POST", f"http://batch{CHAT_URL}")
     return openai.APIStatusError(
         "refused", response=httpx2.Response(response.status_code, request=sent), body=response.body
     )
 
 
-def problems_of(errors: Sequence[tuple[str | None, str | None]]) -> str:
-    """Why a provider did not begin a batch, the first reasons."""
+def format_batch_errors(errors: Sequence[tuple[str | None, str | None]]) -> str:
+    """The first three reasons why a provider did not begin a batch."""
     told = [f"{code or 'error'}: {message or 'no reason given'}" for code, message in errors[:3]]
     return "; ".join(told) or "no reason given"

@@ -1,8 +1,8 @@
 """The `openai` engine in batch mode: requests as files that a provider answers within a day, at its batch price.
 
-Stands where a model would in the *answer* stage, in place of `runner.py`. A batch is not submitted twice: before one
-is, the provider's batches are looked through for the same lines, so that whoever comes after a crash takes up what is
-there, waits for it if need be, and submits only what it does not answer. Batches are left alone when a run stops.
+Stands where a model would in the *answer* stage, in place of `runner.py`. No batch is submitted twice: the provider's
+batches are first searched for the same lines, so that a run resumed after a crash takes up what it finds there, waits
+for it, and submits only what it does not answer. Batches stay at the provider when a run stops.
 """
 
 from collections import deque
@@ -12,9 +12,10 @@ from datetime import UTC, datetime
 
 from openai.types import Batch
 
-from moebeam.model_runner.openai_engine.batch_lines import BatchWindow, outcomes, problems_of, request_line
+from moebeam.model_runner.openai_engine.batch_lines import BatchWindow, format_batch_errors, read_outcomes, request_line
 from moebeam.model_runner.openai_engine.batch_service import BatchService
-from moebeam.model_runner.openai_engine.failures import redacted
+from moebeam.model_runner.openai_engine.completions import to_completion, to_failed_completion
+from moebeam.model_runner.openai_engine.failures import redact
 from moebeam.model_runner.openai_engine.options import OpenAIOptions
 from moebeam.model_runner.openai_engine.responses import Answer
 from moebeam.model_runner.protocol import EngineConfig
@@ -22,11 +23,11 @@ from moebeam.schemas.errors import EngineLoadError, EngineUnavailable, Malformed
 from moebeam.schemas.records import Completion, Request
 
 _TOO_MUCH_QUEUED = "token_limit_exceeded"
-_MAX_AWAY = 4
+_MAX_WINDOWS_IN_FLIGHT = 4
 
 
 @dataclass(frozen=True, slots=True)
-class _Away:
+class _SubmittedWindow:
     """A window and the batches that are to answer it: found at the provider, or the one submitted for it."""
 
     window: BatchWindow
@@ -42,7 +43,7 @@ class _Times:
     latency_ms: float
 
     @classmethod
-    def of(cls, batch: Batch) -> "_Times":
+    def from_batch(cls, batch: Batch) -> "_Times":
         ended_at = batch.completed_at or batch.expired_at or batch.cancelled_at or batch.created_at
         return cls(datetime.fromtimestamp(batch.created_at, UTC), max(0.0, (ended_at - batch.created_at) * 1000.0))
 
@@ -67,33 +68,33 @@ class BatchRunner:
             raise EngineLoadError("model.fallbacks: expected none in batch mode, whose batches lie at one provider")
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """Answer requests, those of a batch together when it has ended; up to four batches are away at a time.
+        """Answer requests, those of a batch together when it has ended; up to four batches are in flight.
 
         Raises:
             EngineUnavailable: the provider cannot be asked, did not begin a batch, or somebody cancelled one; what was
                 answered came out before.
         """
-        away: deque[_Away] = deque()
+        submitted: deque[_SubmittedWindow] = deque()
         try:
             for sent in self._windows(requests):
                 if isinstance(sent, Completion):
                     yield sent
                     continue
-                away.append(self._start(sent))
-                if len(away) == _MAX_AWAY:
-                    yield from self._collected(away.popleft())
-            while away:
-                yield from self._collected(away.popleft())
+                submitted.append(self._start(sent))
+                if len(submitted) == _MAX_WINDOWS_IN_FLIGHT:
+                    yield from self._collect(submitted.popleft())
+            while submitted:
+                yield from self._collect(submitted.popleft())
         finally:
-            for left in away:
+            for left in submitted:
                 left.window.file.close()
 
     def counters(self) -> Mapping[str, float]:
-        """See `CountingRunner`: batches submitted and taken up, and looks at them."""
+        """See `CountingRunner`: batches submitted and taken up, and polls."""
         return dict(self.service.counts)
 
     def _windows(self, requests: Iterable[Request]) -> Iterator[BatchWindow | Completion]:
-        """Requests gathered for batches; those that the provider is known to refuse as what became of them."""
+        """Gather requests into windows; yields a failed completion for each that the provider is known to refuse."""
         spec = self.service.spec
         window = BatchWindow()
         try:
@@ -101,7 +102,7 @@ class BatchRunner:
                 try:
                     line_id, line = request_line(request, spec.profile, spec.model, scope=self.scope)
                 except RowError as error:
-                    yield self._failed(request.request_id, error, _Times(datetime.now(UTC), 0.0))
+                    yield self._fail(request.request_id, error, _Times(datetime.now(UTC), 0.0))
                     continue
                 if not window.has_room(line):
                     yield window
@@ -115,45 +116,45 @@ class BatchRunner:
         else:
             window.file.close()
 
-    def _start(self, window: BatchWindow) -> _Away:
+    def _start(self, window: BatchWindow) -> _SubmittedWindow:
         """Take up the batches that have the requests already, or submit one."""
         try:
             found = self.service.find(window)
             if found:
                 self.service.counts["num_batches_taken_up"] += len(found)
-                return _Away(window, tuple(found), is_found=True)
-            return _Away(window, (self.service.submit(window),), is_found=False)
+                return _SubmittedWindow(window, tuple(found), is_found=True)
+            return _SubmittedWindow(window, (self.service.submit(window),), is_found=False)
         except BaseException:
             window.file.close()
             raise
 
-    def _collected(self, away: _Away) -> Iterator[Completion]:
-        """What became of a window's requests, when its batches have ended."""
-        window = away.window
+    def _collect(self, submitted: _SubmittedWindow) -> Iterator[Completion]:
+        """Wait until a window's batches have ended; yields its completions."""
+        window, batches = submitted.window, submitted.batches
         try:
-            if away.is_found:
-                for batch in away.batches:
+            if submitted.is_found:
+                for batch in batches:
                     if window.waiting:
-                        yield from self._answered(self.service.ended(batch), window, is_final=False)
+                        yield from self._read_answers(self.service.wait_for_end(batch), window, is_final=False)
                 if not window.waiting:
                     return
                 window = window.remaining()
-                away = _Away(window, (self.service.submit(window),), is_found=False)
-            (submitted,) = away.batches
-            yield from self._answered(self._begun(submitted, window), window, is_final=True)
+                batches = (self.service.submit(window),)
+            (batch,) = batches
+            yield from self._read_answers(self._wait_for_end(batch, window), window, is_final=True)
         finally:
             window.file.close()
 
-    def _begun(self, batch: Batch, window: BatchWindow) -> Batch:
-        """The batch that has ended, submitted again as long as the provider has too much queued to begin it.
+    def _wait_for_end(self, batch: Batch, window: BatchWindow) -> Batch:
+        """Wait for the end of a batch; submits it again while the provider has too much queued to begin it.
 
         Raises:
             EngineUnavailable: it did not begin.
         """
         service = self.service
-        wait_s = service.patience.queue_wait_s
+        wait_s = service.polling.queue_wait_s
         for num_left in range(service.spec.max_retries, -1, -1):
-            batch = service.ended(batch)
+            batch = service.wait_for_end(batch)
             if batch.status != "failed":
                 return batch
             errors = (batch.errors.data if batch.errors is not None else None) or []
@@ -162,23 +163,23 @@ class BatchRunner:
                 wait_s *= 2
                 batch = service.submit(window)
                 continue
-            told = redacted(problems_of([(error.code, error.message) for error in errors]), service.secret)
+            told = redact(format_batch_errors([(error.code, error.message) for error in errors]), service.secret)
             raise EngineUnavailable(f"{service.spec.profile.name} did not begin batch {batch.id}: {told}")
         raise AssertionError("the last try returns or raises")
 
-    def _answered(self, batch: Batch, window: BatchWindow, *, is_final: bool) -> Iterator[Completion]:
+    def _read_answers(self, batch: Batch, window: BatchWindow, *, is_final: bool) -> Iterator[Completion]:
         """The completions that a batch holds for a window.
 
         Args:
             is_final: whether the batch was submitted for this window, so that what it did not answer has failed; else
                 that goes on waiting.
         """
-        service, times = self.service, _Times.of(batch)
+        service, times = self.service, _Times.from_batch(batch)
         closed: RowError | None = None
         failures: dict[str, RowError] = {}
         for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
             with service.download(file_id) as lines:
-                for outcome in outcomes(lines, service.spec.profile, service.secret):
+                for outcome in read_outcomes(lines, service.spec.profile, service.secret):
                     if outcome.line_id not in window.waiting:
                         continue
                     if isinstance(outcome.result, Answer):
@@ -200,36 +201,20 @@ class BatchRunner:
         missing = MalformedResponse(f"{service.spec.profile.name}: batch {batch.id} has no line for this request")
         while window.waiting:
             line_id, request_id = window.waiting.popitem()
-            yield self._failed(request_id, failures.get(line_id, missing), times)
+            yield self._fail(request_id, failures.get(line_id, missing), times)
 
     def _completion(self, request_id: str, answer: Answer, times: _Times) -> Completion:
-        spec = self.service.spec
-        # As in `runner.py`: prices go by the name that was asked for, the rest is the revision.
-        served = [answer.model if answer.model != spec.model else "", answer.fingerprint]
-        return Completion(
-            request_id=request_id,
-            text=answer.text,
-            finish_reason=answer.finish_reason,
-            usage=answer.usage,
+        return to_completion(
+            request_id,
+            answer,
+            self.service.spec,
+            self.config.revision,
             started_at=times.started_at,
             latency_ms=times.latency_ms,
-            provider=spec.profile.name,
-            model=spec.model,
-            model_revision=" ".join(filter(None, served)) or self.config.revision,
-            reasoning_content=answer.reasoning_content,
-            tool_calls=answer.tool_calls,
-            logprobs=answer.logprobs,
-            error=answer.error,
             price_mode="batch",
         )
 
-    def _failed(self, request_id: str, error: RowError, times: _Times) -> Completion:
-        spec = self.service.spec
-        return Completion.failed(
-            request_id,
-            error,
-            started_at=times.started_at,
-            latency_ms=times.latency_ms,
-            provider=spec.profile.name,
-            model=spec.model,
+    def _fail(self, request_id: str, error: RowError, times: _Times) -> Completion:
+        return to_failed_completion(
+            request_id, error, self.service.spec, started_at=times.started_at, latency_ms=times.latency_ms
         )

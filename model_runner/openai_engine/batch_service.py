@@ -1,7 +1,7 @@
 """A provider's Files and Batches: find, submit, wait, download.
 
-Part of the `openai` engine in batch mode, between `batches.py` and the official client. Whatever the client raises ends
-here as `EngineUnavailable`: what nobody could ask for stays unanswered and is no reject.
+Part of the `openai` engine in batch mode, between `batch_runner.py` and the official client. Whatever the client raises
+becomes `EngineUnavailable` here: requests that could not be sent stay unanswered and are no rejects.
 """
 
 import logging
@@ -21,28 +21,28 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from moebeam.model_runner.openai_engine.batch_lines import CHAT_URL, DIGEST_KEY, BatchWindow, may_hold
 from moebeam.model_runner.openai_engine.endpoint import EndpointSpec
-from moebeam.model_runner.openai_engine.failures import failure_of
+from moebeam.model_runner.openai_engine.failures import classify_failure
 from moebeam.schemas.errors import EngineUnavailable
 
 _ENDED = frozenset({"completed", "expired", "cancelled", "failed"})
 _MAX_AGE = timedelta(days=30)
-"""Providers keep the files of a batch for about so long."""
+"""Providers keep the files of a batch for about this long."""
 
-_log = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPolling:
-    """How long to wait, and how many looks at a batch in a row may fail.
+    """How long to wait between polls of a batch, and how many in a row may fail.
 
     Attributes:
         queue_wait_s: before a batch is submitted again that was refused because too much is queued; twice as long each
             time.
     """
 
-    first_look_s: float = 5.0
-    max_look_s: float = 60.0
-    max_failed_looks: int = 60
+    first_poll_s: float = 5.0
+    max_poll_s: float = 60.0
+    max_failed_polls: int = 60
     queue_wait_s: float = 60.0
 
 
@@ -51,18 +51,18 @@ class BatchService:
     """One provider's batches; threads may share it.
 
     Attributes:
-        counts: batches submitted, and looks at them.
+        counts: batches submitted, and polls.
     """
 
     spec: EndpointSpec
     secret: str = field(repr=False)
-    patience: BatchPolling = field(default_factory=BatchPolling)
+    polling: BatchPolling = field(default_factory=BatchPolling)
     sleep: Callable[[float], None] = time.sleep
     counts: Counter[str] = field(default_factory=Counter[str])
     _client: openai.OpenAI = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # What OpenAI's own account variables say is no other provider's affair.
+        # OpenAI's own account variables must not reach another provider.
         foreign: dict[str, Any] = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
         self._client = openai.OpenAI(
             api_key=self.secret or "none",
@@ -97,35 +97,35 @@ class BatchService:
             EngineUnavailable: the provider takes none.
         """
         metadata = window.metadata
-        uploaded = self._uploaded(window, f"moebeam-{metadata[DIGEST_KEY][:16]}.jsonl")
-        batch = self._created(window, uploaded, metadata)
+        uploaded = self._upload(window, f"moebeam-{metadata[DIGEST_KEY][:16]}.jsonl")
+        batch = self._create(window, uploaded, metadata)
         self.counts["num_batches_submitted"] += 1
         if (batch.metadata or {}).get(DIGEST_KEY) != metadata[DIGEST_KEY]:
-            _log.warning(
+            _LOGGER.warning(
                 "%s keeps no metadata: after a crash, batch %s would be submitted and paid again",
                 self.spec.profile.name,
                 batch.id,
             )
         return batch
 
-    def ended(self, batch: Batch) -> Batch:
+    def wait_for_end(self, batch: Batch) -> Batch:
         """Wait for the end of a batch.
 
         Raises:
-            EngineUnavailable: it cannot be looked at any more.
+            EngineUnavailable: it cannot be polled any more.
         """
-        # The next look is the retry of one that failed.
-        looking = self._client.with_options(max_retries=0).batches
-        wait_s, num_failed = self.patience.first_look_s, 0
+        # The next poll is the retry of one that failed.
+        batches = self._client.with_options(max_retries=0).batches
+        wait_s, num_failed = self.polling.first_poll_s, 0
         while batch.status not in _ENDED:
             self.sleep(wait_s)
-            wait_s = min(self.patience.max_look_s, wait_s * 1.5)
+            wait_s = min(self.polling.max_poll_s, wait_s * 1.5)
             self.counts["num_looks"] += 1
             try:
-                batch, num_failed = looking.retrieve(batch.id), 0
+                batch, num_failed = batches.retrieve(batch.id), 0
             except openai.OpenAIError as error:
                 num_failed += 1
-                if not self._may_pass(error) or num_failed > self.patience.max_failed_looks:
+                if not self._is_transient(error) or num_failed > self.polling.max_failed_polls:
                     raise self._unavailable(f"batch {batch.id} cannot be looked at", error) from error
         return batch
 
@@ -153,45 +153,45 @@ class BatchService:
         file.seek(0)
         return file
 
-    def _uploaded(self, window: BatchWindow, name: str) -> FileObject:
+    def _upload(self, window: BatchWindow, name: str) -> FileObject:
         window.file.seek(0)
         try:
             return self._client.files.create(file=(name, window.file), purpose="batch")
         except openai.OpenAIError as error:
             raise self._unavailable("a batch's file cannot be uploaded", error) from error
 
-    def _created(self, window: BatchWindow, uploaded: FileObject, metadata: dict[str, str]) -> Batch:
-        """Make a batch once: where a response is lost, the batch is looked for before another is made."""
-        wait_s = self.patience.first_look_s
+    def _create(self, window: BatchWindow, uploaded: FileObject, metadata: dict[str, str]) -> Batch:
+        """Make a batch once: where a response is lost, the batch is searched for before another is made."""
+        wait_s = self.polling.first_poll_s
         for num_left in range(self.spec.max_retries, -1, -1):
             try:
-                # The client's own retries would not look.
+                # The client's own retries would not search.
                 return self._client.with_options(max_retries=0).batches.create(
                     completion_window="24h", endpoint=CHAT_URL, input_file_id=uploaded.id, metadata=metadata
                 )
             except openai.OpenAIError as error:
-                failure = failure_of(error, self.spec.profile, self.secret)
-                if not self._may_pass(error) or not num_left:
+                failure = classify_failure(error, self.spec.profile, self.secret)
+                if not self._is_transient(error) or not num_left:
                     raise self._unavailable("a batch cannot be made", error) from error
             self.sleep(failure.retry_after_s or wait_s)
-            wait_s = min(self.patience.max_look_s, wait_s * 2)
+            wait_s = min(self.polling.max_poll_s, wait_s * 2)
             for batch in self.find(window):
                 if batch.input_file_id == uploaded.id:
                     return batch
         raise AssertionError("the last try returns or raises")
 
-    def _may_pass(self, error: openai.OpenAIError) -> bool:
-        return failure_of(error, self.spec.profile, self.secret).consequence in ("retry", "overload")
+    def _is_transient(self, error: openai.OpenAIError) -> bool:
+        return classify_failure(error, self.spec.profile, self.secret).consequence in ("retry", "overload")
 
     def _retrying(self, passing: tuple[type[Exception], ...]) -> Retrying:
         return Retrying(
             sleep=self.sleep,
             retry=retry_if_exception_type(passing),
             stop=stop_after_attempt(self.spec.max_retries + 1),
-            wait=wait_exponential(self.patience.first_look_s, self.patience.max_look_s),
+            wait=wait_exponential(self.polling.first_poll_s, self.polling.max_poll_s),
             reraise=True,
         )
 
     def _unavailable(self, what: str, error: Exception) -> EngineUnavailable:
-        told = failure_of(error, self.spec.profile, self.secret).error
+        told = classify_failure(error, self.spec.profile, self.secret).error
         return EngineUnavailable(f"{what}: {told}")

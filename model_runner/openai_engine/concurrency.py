@@ -1,4 +1,4 @@
-"""How many requests one endpoint gets at a time: as many as it bears, found out while asking.
+"""How many requests one endpoint gets at a time: as many as it bears, found by trying.
 
 Shared by all threads of a process (`AdaptiveLimit`, on the engine's event loop), and between the processes of a machine
 (`MachineShare`). Growth is fast until the first refusals that are more than chance, small steps from there on.
@@ -33,8 +33,7 @@ _MIN_OUTCOMES = 16
 class AdaptiveLimit:
     """Admits requests to an endpoint, first come first served; lives on one event loop and is not locked.
 
-    A request that was refused keeps its place while it waits for its next try, so that a full endpoint is not flooded
-    with others instead.
+    A refused request keeps its slot while it waits for its next try, so that others do not flood a full endpoint.
     """
 
     def __init__(self, most: int, *, start: int = START) -> None:
@@ -60,34 +59,34 @@ class AdaptiveLimit:
         return self._num_in_flight
 
     def cap(self, most: int) -> None:
-        """Set the upper end, as other processes come and go."""
+        """Set the most that the limit may grow to, as other processes come and go."""
         self._most = max(1, most)
         self._limit = min(self._limit, float(self._most))
         self._admit()
 
     async def acquire(self) -> None:
-        """Wait for a place."""
+        """Wait for a slot."""
         if self._num_in_flight < self.limit and not self._waiting:
             self._enter()
             return
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
+        slot: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(slot)
         try:
-            await place
+            await slot
         except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
+            if slot.done() and not slot.cancelled():
                 self.release()
             raise
 
     def release(self) -> None:
-        """Give a place back."""
+        """Give a slot back."""
         self._num_in_flight -= 1
         self._admit()
 
-    def note(self, *, is_refused: bool) -> None:
+    def record_outcome(self, *, is_refused: bool) -> None:
         """Take one outcome of a call into account: the endpoint bore it, or refused it as too many."""
         if self._num_to_ignore > 0:
-            # Sent before the limit was lowered: they tell of the old one.
+            # Sent before the limit was lowered: its outcome tells about the old limit.
             self._num_to_ignore -= 1
             return
         self._num_outcomes += 1
@@ -115,17 +114,17 @@ class AdaptiveLimit:
 
     def _admit(self) -> None:
         while self._waiting and self._num_in_flight < self.limit:
-            place = self._waiting.popleft()
-            if not place.done():
+            slot = self._waiting.popleft()
+            if not slot.done():
                 self._enter()
-                place.set_result(None)
+                slot.set_result(None)
 
 
 class MachineShare:
     """Divides an endpoint's limit among the processes of this machine that use it, without a process in charge.
 
-    Each holds a lock on a file of its own in a folder for the endpoint; who counts, tries the files of the others. The
-    kernel drops the lock of a process that dies, however it does.
+    Each process locks a file of its own in a folder for the endpoint and counts the locked files of the others. The
+    kernel drops the lock of a process that dies in any way.
     """
 
     _MAX_AGE_S = 2.0
@@ -148,15 +147,15 @@ class MachineShare:
             self._counted_at = now
             with contextlib.suppress(OSError):
                 self._hold()
-                self._num_processes = 1 + sum(_is_held(path) for path in self._others())
+                self._num_processes = 1 + sum(_has_holder(path) for path in self._others())
         return self._num_processes
 
-    def part_of(self, most: int) -> int:
+    def divide(self, most: int) -> int:
         """This process's part of a limit, at least 1."""
         return max(1, most // self.num_processes())
 
     def close(self) -> None:
-        """Let the others have it."""
+        """Leave the whole limit to the others."""
         if self._held is not None:
             with contextlib.suppress(OSError):
                 (self._folder / self._name).unlink()
@@ -179,12 +178,12 @@ class MachineShare:
         return [path for path in self._folder.iterdir() if path.name != self._name]
 
 
-def _is_held(path: Path) -> bool:
+def _has_holder(path: Path) -> bool:
     """Whether a process holds the file; a file that none holds is left over and is removed."""
     try:
         with path.open("rb") as file:
             try:
-                # Shared, so that two who count at a time do not take each other for a holder.
+                # Shared, so that two processes that count at once do not take each other for holders.
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return True

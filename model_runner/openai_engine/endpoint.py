@@ -1,8 +1,8 @@
-"""One provider as the `openai` engine asks it: client, limit, patience.
+"""One provider as the `openai` engine asks it: client, limit, retries.
 
-Stands between `runner.py`, which goes from one endpoint to the next, and the official `openai` client, which is used
-for the exchange alone: its own retries are off, since they would hide refusals, and its response models are passed by
-(`responses.py` reads the bytes), since they cost more than the exchange. Over aiohttp a call costs a third of the CPU
+Stands between `runner.py`, which goes from one endpoint to the next, and the official `openai` client, which serves
+for the exchange alone: its own retries are off, since they would hide refusals, and `responses.py` reads the bytes in
+place of its response models, which cost more than the exchange. Over aiohttp a call costs a third of the CPU
 that it costs over the client's default transport, and stays there with 1,000 in flight.
 """
 
@@ -23,7 +23,7 @@ from tenacity import AsyncRetrying, RetryCallState
 
 from moebeam.model_runner.openai_engine.admission_queue import AdmissionQueue
 from moebeam.model_runner.openai_engine.concurrency import AdaptiveLimit, MachineShare
-from moebeam.model_runner.openai_engine.failures import CallFailure, failure_of
+from moebeam.model_runner.openai_engine.failures import CallFailure, classify_failure
 from moebeam.model_runner.openai_engine.profiles import Profile
 from moebeam.model_runner.openai_engine.request_body import ChatBody, chat_body
 from moebeam.model_runner.openai_engine.responses import Answer, StreamedAnswer, read_answer
@@ -41,9 +41,9 @@ MAX_FAILED_IN_A_ROW = 32
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How long to wait between tries: doubled each time from the first to the longest, and half of it is chance.
+    """How long to wait between tries: doubled each time up to the longest, of which half is random.
 
-    After a refusal as too many the wait grows less: the limit adapts, and the place in it is kept meanwhile.
+    After an overload the wait is shorter: the limit adapts, and the request keeps its slot meanwhile.
     """
 
     first_wait_s: float = 0.5
@@ -85,16 +85,16 @@ class Endpoint:
     """Asks one provider; all but the constructor belongs to the event loop's thread.
 
     Attributes:
-        down: why nothing can be answered here any more; None while something can.
+        down: why the endpoint can answer nothing any more; None while it can.
     """
 
-    def __init__(self, spec: EndpointSpec, secret: str, patience: RetryPolicy | None = None) -> None:
+    def __init__(self, spec: EndpointSpec, secret: str, retry_policy: RetryPolicy | None = None) -> None:
         self.spec = spec
         self.down: RowError | None = None
         self.limit = AdaptiveLimit(spec.max_concurrency)
         self.counts: Counter[str] = Counter()
         self._secret = secret
-        self._patience = patience or RetryPolicy()
+        self._retry_policy = retry_policy or RetryPolicy()
         self._share = MachineShare(f"{spec.base_url} {spec.model}")
         self._num_failed_in_a_row = 0
         self._client: openai.AsyncOpenAI | None = None
@@ -103,7 +103,7 @@ class Endpoint:
     @asynccontextmanager
     async def slot(self) -> AsyncGenerator[None]:
         """A slot among the requests in flight, waited for and given back at the end."""
-        self.limit.cap(self._share.part_of(self.spec.max_concurrency))
+        self.limit.cap(self._share.divide(self.spec.max_concurrency))
         await self.limit.acquire()
         try:
             yield
@@ -111,10 +111,10 @@ class Endpoint:
             self.limit.release()
 
     async def ask(self, request: Request, queue: AdmissionQueue, lost: list[LostCall]) -> Arrived:
-        """Answer one request that has a place here, by as many calls as patience and `max_retries` allow.
+        """Answer one request that holds a slot here, by as many calls as `max_retries` allows.
 
         Args:
-            queue: passed before the first call.
+            queue: admits the request before the first call.
             lost: calls that the provider may bill although they brought no usage are added.
         Raises:
             CallFailure: there is no answer from here.
@@ -128,10 +128,10 @@ class Endpoint:
             if self.down is not None:
                 raise CallFailure("endpoint", self.down)
             arrived = await AsyncRetrying(
-                sleep=asyncio.sleep, retry=self._is_passing, stop=self._is_enough, wait=self._wait_s, reraise=True
+                sleep=asyncio.sleep, retry=self._should_retry, stop=self._should_stop, wait=self._wait_s, reraise=True
             )(self._once, request, body, lost)
         except CallFailure as failure:
-            self._note_given_up(failure)
+            self._record_given_up(failure)
             raise
         self._num_failed_in_a_row = 0
         return arrived
@@ -153,36 +153,36 @@ class Endpoint:
         self.counts["num_calls"] += 1
         started_at, started = datetime.now(UTC), perf_counter()
         try:
-            answer = await self._exchanged(body, self._options(request, body))
+            answer = await self._exchange(body, self._options(request, body))
         except Exception as error:
-            failure = failure_of(error, self.spec.profile, self._secret)
+            failure = classify_failure(error, self.spec.profile, self._secret)
             self.counts[f"num_{failure.error.error_type}"] += 1
             if failure.may_be_billed:
-                self._lose(request, failure.error, started_at, lost)
-            self.limit.note(is_refused=failure.consequence == "overload")
+                self._record_lost_call(request, failure.error, started_at, lost)
+            self.limit.record_outcome(is_refused=failure.consequence == "overload")
             raise failure from error
         usage = answer.usage
         if isinstance(answer.error, AnswerInterrupted) and not usage.prompt_tokens and not usage.completion_tokens:
-            # Nothing was paid for, so that nothing is lost by asking again.
+            # Nothing was paid for: asking again costs nothing.
             is_overload = answer.finish_reason == "insufficient_system_resource"
             self.counts[f"num_{answer.error.error_type}"] += 1
-            self.limit.note(is_refused=is_overload)
+            self.limit.record_outcome(is_refused=is_overload)
             raise CallFailure("overload" if is_overload else "retry", EngineOverloaded(str(answer.error)))
-        self.limit.note(is_refused=False)
+        self.limit.record_outcome(is_refused=False)
         if not answer.is_usage_known:
             assert answer.error is not None, "an answer without a usage has an error"
-            self._lose(request, answer.error, started_at, lost)
+            self._record_lost_call(request, answer.error, started_at, lost)
         return Arrived(answer, started_at, (perf_counter() - started) * 1000)
 
-    def _lose(self, request: Request, error: RowError, started_at: datetime, lost: list[LostCall]) -> None:
+    def _record_lost_call(self, request: Request, error: RowError, started_at: datetime, lost: list[LostCall]) -> None:
         self.counts["num_lost_calls"] += 1
         spec, most = self.spec, request.sampling.max_tokens
         lost.append(
             LostCall(spec.profile.name, spec.model, error.error_type, started_at, request.num_prompt_tokens, most)
         )
 
-    async def _exchanged(self, body: ChatBody, options: Any) -> Answer:
-        client = self._client_for(body)
+    async def _exchange(self, body: ChatBody, options: Any) -> Answer:
+        client = self._choose_client(body)
         profile = self.spec.profile
         if not self.spec.is_stream:
             response = await client.post(_PATH, body=body.fields, cast_to=httpx2.Response, options=options)
@@ -197,7 +197,7 @@ class Endpoint:
         )
         answer = StreamedAnswer()
         try:
-            # Its own events are passed by: one costs more than all that follows here.
+            # The client's own events are not used: parsing one costs more than all that follows here.
             async for line in stream.response.aiter_lines():
                 answer.add_line(line)
         finally:
@@ -216,12 +216,12 @@ class Endpoint:
         attempt = [self.spec.run_id, request.scope, request.request_id, request.attempt]
         return {"headers": {header: fingerprint([*attempt, body.fields])}}
 
-    def _client_for(self, body: ChatBody) -> openai.AsyncOpenAI:
+    def _choose_client(self, body: ChatBody) -> openai.AsyncOpenAI:
         if self._client is None:
             most = self.spec.max_concurrency
             limits = httpx2.Limits(max_connections=most, max_keepalive_connections=most)
             timeout = httpx2.Timeout(self.spec.timeout_s, connect=_CONNECT_TIMEOUT_S, pool=None)
-            # What OpenAI's own account variables say is no other provider's affair.
+            # OpenAI's own account variables must not reach another provider.
             foreign: Mapping[str, Any] = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
             self._client = openai.AsyncOpenAI(
                 api_key=self._secret or "none",
@@ -235,7 +235,7 @@ class Endpoint:
                 self._strict_client = self._client.with_options(base_url=_strict_url(self.spec))
         return self._strict_client if body.is_strict and self._strict_client is not None else self._client
 
-    def _note_given_up(self, failure: CallFailure) -> None:
+    def _record_given_up(self, failure: CallFailure) -> None:
         if failure.consequence == "endpoint":
             self.down = self.down or failure.error
         elif failure.consequence != "row":
@@ -243,11 +243,11 @@ class Endpoint:
             if self._num_failed_in_a_row >= MAX_FAILED_IN_A_ROW:
                 self.down = self.down or failure.error
 
-    def _is_passing(self, state: RetryCallState) -> bool:
+    def _should_retry(self, state: RetryCallState) -> bool:
         failure = _failure(state)
         return failure is not None and failure.consequence in ("retry", "overload") and self.down is None
 
-    def _is_enough(self, state: RetryCallState) -> bool:
+    def _should_stop(self, state: RetryCallState) -> bool:
         failure = _failure(state)
         if failure is None:
             return True
@@ -259,11 +259,11 @@ class Endpoint:
     def _wait_s(self, state: RetryCallState) -> float:
         failure = _failure(state)
         is_overload = failure is not None and failure.consequence == "overload"
-        most_s = self._patience.max_overload_wait_s if is_overload else self._patience.max_wait_s
-        wait_s = min(most_s, self._patience.first_wait_s * 2.0 ** min(state.attempt_number - 1, 30))
+        most_s = self._retry_policy.max_overload_wait_s if is_overload else self._retry_policy.max_wait_s
+        wait_s = min(most_s, self._retry_policy.first_wait_s * 2.0 ** min(state.attempt_number - 1, 30))
         wait_s *= random.uniform(0.5, 1.0)
         asked_s = failure.retry_after_s if failure is not None else None
-        # Those who were told the same instant are not to come back together.
+        # Requests that were given the same instant must not come back together.
         return wait_s if asked_s is None else asked_s + wait_s * 0.1
 
 

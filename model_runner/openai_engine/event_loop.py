@@ -1,7 +1,7 @@
 """One event loop in a thread of its own, shared by all threads of a process that ask remote engines.
 
-Beam's worker threads call `generate` at the same time; their requests meet here, so that connections and limits are
-shared and the number of threads does not matter.
+Beam's worker threads call `generate` at the same time; their requests run on this loop, so that connections and
+limits are shared and the number of threads does not matter.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ class BackgroundLoop:
         self.loop = asyncio.new_event_loop()
         self._process = os.getpid()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._at_end: dict[int, Callable[[], Awaitable[None]]] = {}
+        self._closers: dict[int, Callable[[], Awaitable[None]]] = {}
         self._thread = threading.Thread(target=self.loop.run_forever, name="openai-engine", daemon=True)
         self._thread.start()
         atexit.register(self._end)
@@ -49,16 +49,16 @@ class BackgroundLoop:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def at_end(self, key: int, close: Callable[[], Awaitable[None]]) -> None:
-        """Name what is to be closed when the process ends, unless `close_now` came first."""
-        self._at_end[key] = close
+    def register_close(self, key: int, close: Callable[[], Awaitable[None]]) -> None:
+        """Register what is closed when the process ends, unless `close_now` came first."""
+        self._closers[key] = close
 
     def close_now(self, key: int) -> None:
-        """Close what was named; does not wait, and may be called while objects are collected."""
-        close = self._at_end.pop(key, None)
+        """Close what was registered; does not wait, and may be called during garbage collection."""
+        close = self._closers.pop(key, None)
         if close is not None and not self.loop.is_closed():
             with contextlib.suppress(RuntimeError):
-                self.loop.call_soon_threadsafe(lambda: self.spawn(_awaited(close)))
+                self.loop.call_soon_threadsafe(lambda: self.spawn(_await_close(close)))
 
     def _end(self) -> None:
         if self._process != os.getpid():
@@ -75,9 +75,9 @@ class BackgroundLoop:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        await asyncio.gather(*(_awaited(close) for close in self._at_end.values()), return_exceptions=True)
-        self._at_end.clear()
+        await asyncio.gather(*(_await_close(close) for close in self._closers.values()), return_exceptions=True)
+        self._closers.clear()
 
 
-async def _awaited(close: Callable[[], Awaitable[None]]) -> None:
+async def _await_close(close: Callable[[], Awaitable[None]]) -> None:
     await close()

@@ -1,7 +1,7 @@
 """Why a call to a provider failed, and what follows from it: for the row, for the endpoint, for the next try.
 
-Stands between the `openai` client, whose exceptions end here, and `runner.py`, which waits, asks the next provider or
-gives up. Types and status codes decide, never texts.
+Stands between the `openai` client, whose exceptions are mapped here, and `endpoint.py` and `runner.py`, which wait, ask
+the next provider or give up. Types and status codes decide, never texts.
 """
 
 from collections.abc import Mapping
@@ -26,15 +26,15 @@ from moebeam.schemas.errors import (
 )
 
 Consequence: TypeAlias = Literal["row", "retry", "overload", "endpoint"]
-"""`row`: asking again cannot help. `retry`: it may. `overload`: it will, later and with fewer at a time. `endpoint`:
-nothing can be answered there."""
+"""`row`: asking again cannot help. `retry`: it may. `overload`: it will, later and with fewer in flight. `endpoint`:
+this provider can answer nothing."""
 
 MAX_MESSAGE_CHARACTERS = 200
 _OVERLOADED = frozenset({429, 503, 529})
 _FAILED = frozenset({408, 409, 425, 500, 502, 504})
-_CLOSED = frozenset({401, 402, 403, 404, 405, 407})
+_CLOSED_STATUSES = frozenset({401, 402, 403, 404, 405, 407})
 _GIVEN_UP_BETWEEN = frozenset({408, 502, 504, 524})
-"""Told by a server between here and the model, which may go on working."""
+"""Sent by a server between here and the model, which may go on working."""
 _NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, httpx2.ConnectError, httpx2.PoolTimeout)
 
 
@@ -54,14 +54,14 @@ class CallFailure(Exception):
     may_be_billed: bool = False
 
 
-def failure_of(error: Exception, profile: Profile, secret: str) -> CallFailure:
-    """What an exception of the client, or of reading its response, means.
+def classify_failure(error: Exception, profile: Profile, secret: str) -> CallFailure:
+    """Map an exception of the client, or of reading its response.
 
     Args:
         secret: the key; it never stands in the message.
     """
     if isinstance(error, MalformedResponse):
-        text = f"{profile.name}: {redacted(str(error), secret)}"
+        text = f"{profile.name}: {redact(str(error), secret)}"
         return CallFailure("retry", MalformedResponse(text), may_be_billed=True)
     if isinstance(error, RowError):
         return CallFailure("row", error)
@@ -77,16 +77,16 @@ def failure_of(error: Exception, profile: Profile, secret: str) -> CallFailure:
             return CallFailure("retry", silent, may_be_billed=was_sent)
         broken = EngineFailed(f"{profile.name}: no connection, or it broke off ({type(_causes(error)[-1]).__name__})")
         return CallFailure("retry", broken, may_be_billed=was_sent)
-    text = redacted(str(error), secret)
+    text = redact(str(error), secret)
     unknown = EngineFailed(f"{profile.name}: {type(error).__name__}: {text}")
     return CallFailure("retry", unknown, may_be_billed=True)
 
 
 def _status_failure(error: openai.APIStatusError, profile: Profile, secret: str) -> CallFailure:
     status = error.status_code
-    code, message = _told(error.body)
+    code, message = _read_error(error.body)
     where = f"{profile.name}: HTTP {status}" + (f" {code}" if code else "")
-    text = f"{where}: {redacted(message, secret)}" if message else where
+    text = f"{where}: {redact(message, secret)}" if message else where
     if code in profile.stop_codes:
         return CallFailure("endpoint", EngineFailed(text))
     if code in profile.refusal_codes:
@@ -96,7 +96,7 @@ def _status_failure(error: openai.APIStatusError, profile: Profile, secret: str)
     if status in _FAILED or status >= 500:
         wait_s, is_between = retry_after_s(error.response.headers), status in _GIVEN_UP_BETWEEN
         return CallFailure("retry", EngineFailed(text), wait_s, may_be_billed=is_between)
-    if status in _CLOSED:
+    if status in _CLOSED_STATUSES:
         return CallFailure("endpoint", EngineFailed(text))
     return CallFailure("row", RequestRefused(text))
 
@@ -104,7 +104,7 @@ def _status_failure(error: openai.APIStatusError, profile: Profile, secret: str)
 def _was_sent(error: BaseException) -> bool:
     """Whether a request may have reached the provider: all but what failed while a connection was made.
 
-    A time-out of connecting has a cause of its own only where it is something else, such as a connection that was lost.
+    A connect time-out has a cause of its own only where it is something else, such as a lost connection.
     """
     causes = _causes(error)
     return not isinstance(causes[-1], httpx2.ConnectTimeout) and not any(
@@ -120,7 +120,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     return causes
 
 
-def _told(body: object) -> tuple[str, str]:
+def _read_error(body: object) -> tuple[str, str]:
     """The code and the message of an error response, in OpenAI's form or flat; empty where it has none."""
     if not isinstance(body, Mapping):
         return "", body if isinstance(body, str) else ""
@@ -148,8 +148,8 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def redacted(text: str, secret: str) -> str:
-    """A provider's words as they may be shown: without the key, on one line, short, since they may quote a prompt."""
+def redact(text: str, secret: str) -> str:
+    """A provider's message as it may be logged: without the key, on one line, short, since it may quote a prompt."""
     if secret:
         text = text.replace(secret, "[key]")
     text = " ".join(text.split())

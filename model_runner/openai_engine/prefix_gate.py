@@ -4,7 +4,7 @@ Stands between the planned order, in which neighbours share the most, and the pr
 a request with it was answered: of requests sent together none would hit. DeepSeek keeps a common prefix once a second
 request has shown it to be common, so that there two go ahead, one after the other.
 
-Free of threads and clocks: requests are offered, endings are told, and what may leave comes back.
+No threads, no clocks: `offer` and `finish` return the requests that may leave now.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ _MAX_WARM_PREFIXES = 65_536
 
 
 class WarmPrefixes:
-    """Prefixes that requests have shown to the provider, the last used ones; all shards and threads share them."""
+    """Prefixes that the provider has seen, the most recently used ones; all shards and threads share them."""
 
     def __init__(self, most: int = _MAX_WARM_PREFIXES) -> None:
         self._most = most
@@ -30,7 +30,7 @@ class WarmPrefixes:
         return digest in self._digests
 
     def add(self, digest: bytes) -> None:
-        """Remember a prefix, and forget the one that was used longest ago."""
+        """Remember a prefix, and forget the least recently used one."""
         with self._lock:
             self._digests[digest] = None
             self._digests.move_to_end(digest)
@@ -44,7 +44,7 @@ class _Node:
 
     digest: bytes
     num_done: int = 0
-    num_away: int = 0
+    num_in_flight: int = 0
     waiting: deque[Request] = field(default_factory=deque[Request])
 
 
@@ -65,35 +65,35 @@ class PrefixGate:
         self._warm = warm
         self._last: _Last | None = None
         self._nodes: dict[bytes, _Node] = {}
-        # Which prefixes a request that is away will have shown; a leader shows its own and those discovered behind it.
+        # The prefixes that a request in flight will have shown; a leader shows its own and those found behind it.
         self._shown_by: dict[str, list[_Node]] = {}
         self.num_held = 0
 
     def offer(self, request: Request) -> list[Request]:
-        """Take the next request; those that may leave now, which need not include it."""
+        """Take the next request; returns those that may leave now, which need not include it."""
         last, node = self._last, None
         if self._num_leaders and last is not None and last.request.tenant == request.tenant:
             num_shared = common_prefix_length(last.request.prompt_token_ids, request.prompt_token_ids)
             if num_shared >= self._min_prefix_tokens:
-                node = self._node_of(request, num_shared, last)
+                node = self._find_node(request, num_shared, last)
         self._last = _Last(request, node)
         self._shown_by[request.request_id] = []
         if node is None:
             return [request]
         node.waiting.append(request)
         self.num_held += 1
-        return self._released(node)
+        return self._release(node)
 
-    def finished(self, request_id: str) -> list[Request]:
-        """A request is through, answered or not; those that may leave because of it."""
+    def finish(self, request_id: str) -> list[Request]:
+        """A request is done, answered or not; returns those that may leave because of it."""
         leaving: list[Request] = []
         for node in self._shown_by.pop(request_id, ()):
-            node.num_away -= 1
+            node.num_in_flight -= 1
             node.num_done += 1
-            leaving += self._released(node)
+            leaving += self._release(node)
         return leaving
 
-    def _node_of(self, request: Request, num_shared: int, last: _Last) -> _Node | None:
+    def _find_node(self, request: Request, num_shared: int, last: _Last) -> _Node | None:
         """The prefix that a request shares with the one before it; None where the provider has it already."""
         token_ids = request.prompt_token_ids[:num_shared]
         digest = hashlib.sha256(request.tenant.encode() + b"\0" + token_ids.tobytes()).digest()
@@ -102,24 +102,24 @@ class PrefixGate:
             return None
         node = self._nodes.get(digest)
         if node is None:
-            # The request before this one is the first that shows the prefix; it may be waiting, away or through.
+            # The request before this one is the first that shows the prefix; it may be waiting, in flight or done.
             node = self._nodes[digest] = _Node(digest)
             shown = self._shown_by.get(last.request.request_id)
             if shown is None:
                 node.num_done = 1
             else:
-                node.num_away = 1
+                node.num_in_flight = 1
                 shown.append(node)
         return node
 
-    def _released(self, node: _Node) -> list[Request]:
+    def _release(self, node: _Node) -> list[Request]:
         leaving: list[Request] = []
-        while node.waiting and (node.num_done >= self._num_leaders or node.num_away == 0):
+        while node.waiting and (node.num_done >= self._num_leaders or node.num_in_flight == 0):
             request = node.waiting.popleft()
             self.num_held -= 1
             leaving.append(request)
             if node.num_done < self._num_leaders:
-                node.num_away += 1
+                node.num_in_flight += 1
                 self._shown_by[request.request_id].append(node)
         if node.num_done >= self._num_leaders:
             self._warm.add(node.digest)

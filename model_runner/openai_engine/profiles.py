@@ -97,7 +97,7 @@ def profiles() -> dict[str, Profile]:
         raise EngineLoadError(f"profiles.toml: {problems}") from error
 
 
-def profile_of(name: str | None) -> Profile:
+def find_profile(name: str | None) -> Profile:
     """A profile by name; `openai` where none is given.
 
     Raises:

@@ -1,8 +1,7 @@
 """Requests as bodies of chat completions, each provider's way.
 
 First step of the `openai` engine: `runner.py` asks for a body for each request and endpoint. What a provider does not
-take is not sent; what changes the answer by that is logged once, and cut answers or refused requests are never traded
-in for silence.
+take is not sent, which is logged once where it changes the answer; limits are never enforced by cutting in silence.
 """
 
 import hashlib
@@ -14,7 +13,8 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
-from moebeam.model_runner.checkpoint.model_limits import mapped_effort, strict_tool_problems
+from moebeam.model_runner.checkpoint.model_limits import map_effort
+from moebeam.model_runner.checkpoint.strict_tools import strict_tool_problems
 from moebeam.model_runner.encoding.schema_in_prompt import with_schema_in_prompt
 from moebeam.model_runner.openai_engine.profiles import Profile
 from moebeam.schemas.canonical import Json
@@ -22,7 +22,7 @@ from moebeam.schemas.chat_options import ChatOptions, Tool
 from moebeam.schemas.errors import RequestRefused
 from moebeam.schemas.records import Message, Request, Sampling
 
-_log = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 _NUM_TENANT_CHARACTERS = 32
 
 
@@ -53,7 +53,7 @@ def chat_body(request: Request, profile: Profile, model: str, *, is_stream: bool
         **_response_format(options, profile),
     }
     if request.tenant and profile.tenant_field is not None:
-        # Names of tenants are the user's affair; a provider needs only to tell them apart.
+        # A provider need only tell tenants apart: their names are not sent.
         fields[profile.tenant_field] = hashlib.sha256(request.tenant.encode()).hexdigest()[:_NUM_TENANT_CHARACTERS]
     if is_stream:
         fields |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -95,7 +95,7 @@ def _sampling(sampling: Sampling, profile: Profile) -> dict[str, Any]:
         fields["logprobs"] = True
     for name in profile.unsupported:
         if name in fields:
-            _tell_once(f"{profile.name} takes no {name}: it is not sent")
+            _warn_once(f"{profile.name} takes no {name}: it is not sent")
             del fields[name]
     return fields
 
@@ -112,17 +112,17 @@ def _thinking(options: ChatOptions, profile: Profile, model: str) -> dict[str, A
             case "template":
                 fields["chat_template_kwargs"] = {argument: options.thinking}
             case _:
-                _tell_once(f"{profile.name} has no switch for thinking: it is not sent")
+                _warn_once(f"{profile.name} has no switch for thinking: it is not sent")
     if options.reasoning_effort is not None and options.thinking is not False:
         match profile.effort:
             case "mapped":
-                fields["reasoning_effort"] = mapped_effort(model, options.reasoning_effort, datetime.now(UTC))
+                fields["reasoning_effort"] = map_effort(model, options.reasoning_effort, datetime.now(UTC))
             case "plain":
                 fields["reasoning_effort"] = options.reasoning_effort
             case "none":
-                _tell_once(f"{profile.name} takes no reasoning_effort: it is not sent")
+                _warn_once(f"{profile.name} takes no reasoning_effort: it is not sent")
     if options.max_reasoning_tokens is not None:
-        _tell_once(f"{profile.name} takes no budget of reasoning: max_reasoning_tokens is not sent")
+        _warn_once(f"{profile.name} takes no budget of reasoning: max_reasoning_tokens is not sent")
     return fields
 
 
@@ -137,7 +137,7 @@ def _is_strict(options: ChatOptions, profile: Profile) -> bool:
         return True
     problems = [f"{tool.name} {problem}" for tool in options.tools for problem in strict_tool_problems(tool)]
     if problems:
-        _tell_once(f"{profile.name} cannot take these tools as strict ({problems[0]}): they are sent as plain ones")
+        _warn_once(f"{profile.name} cannot take these tools as strict ({problems[0]}): they are sent as plain ones")
     return not problems
 
 
@@ -179,5 +179,5 @@ def _response_format(options: ChatOptions, profile: Profile) -> dict[str, Any]:
 
 
 @cache
-def _tell_once(message: str) -> None:
-    _log.warning(message)
+def _warn_once(message: str) -> None:
+    _LOGGER.warning(message)

@@ -1,7 +1,7 @@
-"""What providers answer, read into one form: text, reasoning, calls, why it ended, and what it cost.
+"""Providers' responses, read into one form: text, reasoning, calls, why it ended, and what it cost.
 
 Last step of a request in the `openai` engine. Whole answers and streams in pieces end in the same `Answer`; what is cut
-off or of another shape is a `MalformedResponse`, and what a provider does not say stays unknown.
+off or of another shape is a `MalformedResponse`, and what a provider leaves out stays unknown.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from moebeam.model_runner.openai_engine.profiles import Profile
-from moebeam.schemas.errors import AnswerInterrupted, EngineFailed, MalformedResponse, RowError, abbreviated
+from moebeam.schemas.errors import AnswerInterrupted, EngineFailed, MalformedResponse, RowError, abbreviate
 from moebeam.schemas.records import FinishReason, ToolCall, Usage
 
 _FINISH_REASONS: Mapping[str, FinishReason] = {
@@ -96,14 +96,14 @@ def read_answer(content: bytes, profile: Profile) -> Answer:
     Raises:
         MalformedResponse: it is cut off, not JSON, or not a chat completion.
     """
-    response = _parsed(content)
+    response = _parse(content)
     if not response.choices or response.choices[0].message is None:
-        raise MalformedResponse(f"choices: expected a message, found {_shown(content)}")
+        raise MalformedResponse(f"choices: expected a message, found {_abbreviate_content(content)}")
     choice = response.choices[0]
     assert choice.message is not None
     pieces = _Pieces()
     pieces.add(choice.message, choice)
-    pieces.note(response)
+    pieces.add_metadata(response)
     return pieces.answer(profile)
 
 
@@ -126,8 +126,8 @@ class StreamedAnswer:
         if data == "[DONE]":
             self._has_ended = True
             return
-        response = _parsed(data.encode())
-        self._pieces.note(response)
+        response = _parse(data.encode())
+        self._pieces.add_metadata(response)
         for choice in response.choices[:1]:
             if choice.delta is not None:
                 self._pieces.add(choice.delta, choice)
@@ -152,7 +152,7 @@ class _PartialCall:
 
 @dataclass(slots=True)
 class _Pieces:
-    """What has come of an answer."""
+    """The parts of an answer so far."""
 
     texts: list[str] = field(default_factory=list[str])
     reasonings: list[str] = field(default_factory=list[str])
@@ -163,7 +163,7 @@ class _Pieces:
     model: str = ""
     fingerprint: str = ""
 
-    def note(self, response: _Response) -> None:
+    def add_metadata(self, response: _Response) -> None:
         self.model = response.model or self.model
         self.fingerprint = response.system_fingerprint or self.fingerprint
         self.usage = response.usage or self.usage
@@ -191,7 +191,7 @@ class _Pieces:
         is_usage_known = error is None
         finish_reason = _FINISH_REASONS.get(self.finish_reason or "")
         if finish_reason is None:
-            found = abbreviated(self.finish_reason)
+            found = abbreviate(self.finish_reason)
             error = error or EngineFailed(f"finish_reason: expected {', '.join(_FINISH_REASONS)}, found {found}")
             finish_reason = "error"
         elif finish_reason in _INTERRUPTED:
@@ -220,7 +220,7 @@ def _usage(found: Mapping[str, Any] | None, profile: Profile) -> tuple[Usage, Ro
     prompt, completion = _count(found, "prompt_tokens"), _count(found, "completion_tokens")
     if prompt is None or completion is None:
         error = EngineFailed(
-            f"usage: expected prompt_tokens and completion_tokens, found {abbreviated(found)}; "
+            f"usage: expected prompt_tokens and completion_tokens, found {abbreviate(found)}; "
             f"{profile.name} does not say what this answer cost"
         )
         return Usage(prompt or 0, completion or 0, None), error
@@ -235,16 +235,16 @@ def _count(found: Any, path: str) -> int | None:
     return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
-def _parsed(content: bytes) -> _Response:
+def _parse(content: bytes) -> _Response:
     try:
         return _Response.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "response"
-        raise MalformedResponse(f"{where}: {first['msg']}, found {_shown(content)}") from None
+        raise MalformedResponse(f"{where}: {first['msg']}, found {_abbreviate_content(content)}") from None
 
 
-def _shown(content: bytes) -> str:
-    """The beginning of what came; an answer is not a prompt, but neither belongs into logs at length."""
+def _abbreviate_content(content: bytes) -> str:
+    """The beginning of a response, for messages: neither answers nor prompts belong in logs at length."""
     text = content.strip()[: _MAX_ERROR_CHARACTERS // 2].decode(errors="replace")
-    return abbreviated(text, _MAX_ERROR_CHARACTERS)
+    return abbreviate(text, _MAX_ERROR_CHARACTERS)

@@ -1,9 +1,9 @@
 """The `openai` engine: requests answered by OpenAI-compatible endpoints, the first that can before the next.
 
-Stands where a model would in the *answer* stage. A call of `generate` pulls requests as places come free, lets the
-first of each shared prefix go ahead (`prefix_gate.py`), and hands completions out as they arrive. An answer whose cost
-is known is never thrown away: where it cannot be used, it comes out with its error and its usage, and *repair* may ask
-again. Calls that failed without a usage are repeated here.
+Stands where a model would in the *answer* stage. A call of `generate` pulls requests as slots come free, lets the first
+of each shared prefix go ahead (`prefix_gate.py`), and yields completions as they arrive. An answer whose cost is known
+is never thrown away: where it cannot be used, it comes out with its error and its usage, and *answer* may ask again.
+Calls that failed without a usage are repeated here.
 """
 
 import asyncio
@@ -20,18 +20,19 @@ from moebeam.model_runner.admission import Admission
 from moebeam.model_runner.openai_engine.admission_queue import AdmissionQueue, NotAdmitted
 from moebeam.model_runner.openai_engine.batch_runner import BatchRunner
 from moebeam.model_runner.openai_engine.batch_service import BatchService
-from moebeam.model_runner.openai_engine.endpoint import Arrived, Endpoint, EndpointSpec, RetryPolicy
+from moebeam.model_runner.openai_engine.completions import to_completion, to_failed_completion
+from moebeam.model_runner.openai_engine.endpoint import Endpoint, EndpointSpec, RetryPolicy
 from moebeam.model_runner.openai_engine.event_loop import BackgroundLoop
 from moebeam.model_runner.openai_engine.failures import CallFailure
 from moebeam.model_runner.openai_engine.options import FallbackSection, OpenAIOptions, RemoteMode
 from moebeam.model_runner.openai_engine.prefix_gate import PrefixGate, WarmPrefixes
-from moebeam.model_runner.openai_engine.profiles import profile_of
+from moebeam.model_runner.openai_engine.profiles import find_profile
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.errors import EngineLoadError, EngineUnavailable, RowError
 from moebeam.schemas.records import Completion, LostCall, Request
 
 _LOOK_AHEAD = 64
-"""Requests pulled beyond those that may be in flight, so that no place stays empty while input is read."""
+"""Requests pulled beyond those that may be in flight, so that no slot stays empty while input is read."""
 _MAX_HELD = 4096
 """Most requests that wait for others of their prefix; beyond it no more are pulled."""
 
@@ -74,7 +75,7 @@ class OpenAIRunner:
             for endpoint in closing:
                 await endpoint.close()
 
-        self._background.at_end(key, close)
+        self._background.register_close(key, close)
         self._finalizer = weakref.finalize(self, self._background.close_now, key)
         self._finalizer.atexit = False
 
@@ -87,7 +88,7 @@ class OpenAIRunner:
         return self._generate(requests, AdmissionQueue())
 
     def generate_admitted(self, requests: Iterable[Request], admission: Admission) -> Iterator[Completion]:
-        """As `generate`, but each request is asked about once it has a place; see `AdmittingRunner`."""
+        """As `generate`, but each request is admitted once it holds a slot; see `AdmittingRunner`."""
         return self._generate(requests, AdmissionQueue(admission))
 
     def _generate(self, requests: Iterable[Request], queue: AdmissionQueue) -> Iterator[Completion]:
@@ -95,21 +96,21 @@ class OpenAIRunner:
         gate = PrefixGate(num_leaders=profile.num_leaders, min_prefix_tokens=profile.min_prefix_tokens, warm=self._warm)
         arrivals: SimpleQueue[_Arrival] = SimpleQueue()
         tasks: set[asyncio.Task[None]] = set()
-        source, num_away, reason, is_over = iter(requests), 0, "", False
+        source, num_in_flight, reason, is_over = iter(requests), 0, "", False
         try:
             while True:
-                while not is_over and not reason and arrivals.empty() and self._has_room(num_away, gate.num_held):
+                while not is_over and not reason and arrivals.empty() and self._has_room(num_in_flight, gate.num_held):
                     request = next(source, None)
                     if request is None:
                         is_over = True
                     else:
-                        num_away += self._send(gate.offer(request), queue, arrivals, tasks)
-                if num_away == 0:
+                        num_in_flight += self._send(gate.offer(request), queue, arrivals, tasks)
+                if num_in_flight == 0:
                     break
                 arrival = arrivals.get()
                 if isinstance(arrival, _Broken):
                     raise arrival.error
-                num_away -= 1
+                num_in_flight -= 1
                 if isinstance(arrival, _Unsent):
                     # What the gate still holds would not be admitted either.
                     is_over = True
@@ -118,10 +119,10 @@ class OpenAIRunner:
                     reason = reason or arrival.reason
                     continue
                 if not reason:
-                    num_away += self._send(gate.finished(arrival.request_id), queue, arrivals, tasks)
+                    num_in_flight += self._send(gate.finish(arrival.request_id), queue, arrivals, tasks)
                 yield arrival
         finally:
-            if num_away:
+            if num_in_flight:
                 self._background.call(_cancel, tasks)
         if reason:
             raise EngineUnavailable(reason)
@@ -134,9 +135,9 @@ class OpenAIRunner:
                 sums[name] = sums.get(name, 0) + value
         return {**sums, "peak_in_flight": max(endpoint.limit.peak_in_flight for endpoint in self.endpoints)}
 
-    def _has_room(self, num_away: int, num_held: int) -> bool:
+    def _has_room(self, num_in_flight: int, num_held: int) -> bool:
         most = max((endpoint.limit.limit for endpoint in self.endpoints if endpoint.down is None), default=1)
-        return num_away < 2 * most + _LOOK_AHEAD and num_held < _MAX_HELD
+        return num_in_flight < 2 * most + _LOOK_AHEAD and num_held < _MAX_HELD
 
     def _send(
         self,
@@ -163,7 +164,7 @@ class OpenAIRunner:
 
     async def _arrive(self, request: Request, queue: AdmissionQueue, arrivals: SimpleQueue[_Arrival]) -> None:
         try:
-            arrival = await self._completed(request, queue)
+            arrival = await self._complete(request, queue)
             if isinstance(arrival, _Unanswered):
                 queue.close()
             arrivals.put(arrival)
@@ -172,7 +173,7 @@ class OpenAIRunner:
         except Exception as error:
             arrivals.put(_Broken(error))
 
-    async def _completed(self, request: Request, queue: AdmissionQueue) -> Completion | _Unanswered:
+    async def _complete(self, request: Request, queue: AdmissionQueue) -> Completion | _Unanswered:
         failed: tuple[Endpoint, RowError] | None = None
         lost: list[LostCall] = []
         for endpoint in self.endpoints:
@@ -182,54 +183,34 @@ class OpenAIRunner:
             try:
                 async with endpoint.slot():
                     arrived = await endpoint.ask(request, queue, lost)
-                    # While it has its place: no other request is sent before this answer is kept.
-                    return queue.settle(_completion(request, endpoint, arrived, self.config, lost))
+                    completion = to_completion(
+                        request.request_id,
+                        arrived.answer,
+                        endpoint.spec,
+                        self.config.revision,
+                        started_at=arrived.started_at,
+                        latency_ms=arrived.latency_ms,
+                        lost_calls=lost,
+                    )
+                    # While it holds its slot: no other request is sent before this answer is accounted for.
+                    return queue.settle(completion)
             except CallFailure as failure:
                 if failure.consequence == "row":
-                    return queue.settle(_failed(request, endpoint, failure.error, started_at, lost))
+                    return queue.settle(_fail(request, endpoint, failure.error, started_at, lost))
                 if failure.consequence != "endpoint":
                     failed = endpoint, failure.error
         if failed is not None and any(endpoint.down is None for endpoint in self.endpoints):
-            return queue.settle(_failed(request, *failed, datetime.now(UTC), lost))
+            return queue.settle(_fail(request, *failed, datetime.now(UTC), lost))
         told = "; ".join(str(endpoint.down) for endpoint in self.endpoints if endpoint.down is not None)
         return _Unanswered(request.request_id, f"no provider can answer: {told}")
 
 
-def _completion(
-    request: Request, endpoint: Endpoint, arrived: Arrived, config: EngineConfig, lost: Sequence[LostCall]
-) -> Completion:
-    answer, model = arrived.answer, endpoint.spec.model
-    # Prices are looked up by the name that was asked for; what stood behind it belongs to the revision.
-    served = [answer.model if answer.model != model else "", answer.fingerprint]
-    return Completion(
-        request_id=request.request_id,
-        text=answer.text,
-        finish_reason=answer.finish_reason,
-        usage=answer.usage,
-        started_at=arrived.started_at,
-        latency_ms=arrived.latency_ms,
-        provider=endpoint.spec.profile.name,
-        model=model,
-        model_revision=" ".join(filter(None, served)) or config.revision,
-        reasoning_content=answer.reasoning_content,
-        tool_calls=answer.tool_calls,
-        logprobs=answer.logprobs,
-        error=answer.error,
-        lost_calls=tuple(lost),
-    )
-
-
-def _failed(
+def _fail(
     request: Request, endpoint: Endpoint, error: RowError, started_at: datetime, lost: Sequence[LostCall]
 ) -> Completion:
-    return Completion.failed(
-        request.request_id,
-        error,
-        started_at=started_at,
-        latency_ms=(datetime.now(UTC) - started_at).total_seconds() * 1000,
-        provider=endpoint.spec.profile.name,
-        model=endpoint.spec.model,
-        lost_calls=tuple(lost),
+    latency_ms = (datetime.now(UTC) - started_at).total_seconds() * 1000
+    return to_failed_completion(
+        request.request_id, error, endpoint.spec, started_at=started_at, latency_ms=latency_ms, lost_calls=lost
     )
 
 
@@ -238,7 +219,7 @@ def _cancel(tasks: set[asyncio.Task[None]]) -> None:
         task.cancel()
 
 
-def load_openai_runner(config: EngineConfig, patience: RetryPolicy | None = None) -> OpenAIRunner | BatchRunner:
+def load_openai_runner(config: EngineConfig, retry_policy: RetryPolicy | None = None) -> OpenAIRunner | BatchRunner:
     """Look up providers and keys; no call is made.
 
     Raises:
@@ -256,20 +237,20 @@ def load_openai_runner(config: EngineConfig, patience: RetryPolicy | None = None
         service = BatchService(_spec(config, options, first, "model"), _secret(first, "model"))
         return BatchRunner(config, service, config.run_id)
     endpoints = [
-        Endpoint(_spec(config, options, wanted, where), _secret(wanted, where), patience)
-        for where, wanted in _named((first, *options.fallbacks))
+        Endpoint(_spec(config, options, wanted, where), _secret(wanted, where), retry_policy)
+        for where, wanted in _name_endpoints((first, *options.fallbacks))
     ]
     return OpenAIRunner(config, endpoints)
 
 
-def _named(wanted: Sequence[FallbackSection]) -> Iterator[tuple[str, FallbackSection]]:
+def _name_endpoints(wanted: Sequence[FallbackSection]) -> Iterator[tuple[str, FallbackSection]]:
     for position, one in enumerate(wanted):
         yield (f"fallbacks[{position - 1}]" if position else "model", one)
 
 
 def _spec(config: EngineConfig, options: OpenAIOptions, wanted: FallbackSection, where: str) -> EndpointSpec:
     """Where and how one provider is asked; raises as `load_openai_runner` does."""
-    profile = profile_of(wanted.provider or None)
+    profile = find_profile(wanted.provider or None)
     base_url = wanted.base_url or profile.base_url
     if base_url is None:
         raise EngineLoadError(f"{where}.base_url: expected the address of the {profile.name} server, found none")
@@ -293,7 +274,7 @@ def _spec(config: EngineConfig, options: OpenAIOptions, wanted: FallbackSection,
 
 def _secret(wanted: FallbackSection, where: str) -> str:
     """The key, from the environment; empty where the endpoint may be asked without one."""
-    profile = profile_of(wanted.provider or None)
+    profile = find_profile(wanted.provider or None)
     if wanted.api_key_variable is None and not wanted.provider and wanted.base_url is not None:
         # An address without a named provider is not OpenAI's: its key does not go there.
         return ""

@@ -1,7 +1,7 @@
-"""Any engine as a standard Beam `ModelHandler`, for those who want plain `RunInference`.
+"""Any engine as a standard Beam `ModelHandler`, for use with plain `RunInference`.
 
-Our own pipeline does not use it: `RunInference` sends a whole batch to its dead letter when one row fails, while an
-engine answers every row with an answer or a typed failure.
+Our pipeline does not use it: when one row fails, `RunInference` sends the whole batch to the dead-letter output, while
+an engine returns an answer or a typed failure for every row.
 """
 
 import dataclasses
@@ -17,16 +17,16 @@ from moebeam.schemas.records import Completion, Request
 
 
 class LoadedEngine:
-    """A loaded engine as Beam shares it: weakly referenced in one process, or behind a proxy in another.
+    """A loaded engine as Beam shares it: weakly referenced in one process, or behind a proxy to another.
 
-    A proxy cannot hand out an iterator, so requests go in and completions come out as lists.
+    A proxy cannot return an iterator, so requests and completions are lists.
     """
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
 
     def answer(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion for each request, in the requests' order; their ids need not be unique.
+        """Return one completion per request, in order; request ids need not be unique.
 
         Raises:
             EngineContractError: the engine left a request unanswered or answered one twice.
@@ -47,7 +47,7 @@ class LoadedEngine:
 class MoebeamModelHandler(ModelHandler[Request, Completion, LoadedEngine]):
     """Runs an engine behind `RunInference`, alone or inside a `KeyedModelHandler`.
 
-    Completions come in the order of a batch's requests; a request that failed has `Completion.error` set.
+    Completions are in the order of the batch's requests; a failed request has `Completion.error` set.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class MoebeamModelHandler(ModelHandler[Request, Completion, LoadedEngine]):
     ) -> None:
         """
         Args:
-            config: which engine and checkpoint.
-            min_batch_size: fewest requests that Beam hands over at once, where it has as many.
-            max_batch_size: most requests that Beam hands over at once; `config.batch_size` is the engine's own.
-            share_across_processes: one model for all processes of a worker instead of one each.
+            config: engine and checkpoint.
+            min_batch_size: fewest requests in a batch from Beam, if it has that many.
+            max_batch_size: most requests in a batch from Beam; `config.batch_size` is the engine's own.
+            share_across_processes: share one model among all processes of a worker.
         """
         super().__init__(
             min_batch_size=min_batch_size, max_batch_size=max_batch_size, large_model=share_across_processes
@@ -74,7 +74,7 @@ class MoebeamModelHandler(ModelHandler[Request, Completion, LoadedEngine]):
         """Load the engine.
 
         Raises:
-            EngineLoadError: the engine or its model cannot be loaded, or the checkpoint is not of that revision.
+            EngineLoadError: the engine or its model cannot be loaded, or the checkpoint has another revision.
         """
         config = self._config
         if config.options.has_weights:
@@ -84,7 +84,7 @@ class MoebeamModelHandler(ModelHandler[Request, Completion, LoadedEngine]):
     def run_inference(
         self, batch: Sequence[Request], model: LoadedEngine, inference_args: Mapping[str, Any] | None = None
     ) -> list[Completion]:
-        """Answer a batch. How answers are drawn is each request's own `sampling`, so arguments are refused.
+        """Answer a batch. Sampling parameters come from each request's `sampling`, so arguments are refused.
 
         Raises:
             ValueError: there are inference arguments.
@@ -103,7 +103,7 @@ class MoebeamModelHandler(ModelHandler[Request, Completion, LoadedEngine]):
             )
 
     def get_num_bytes(self, batch: Sequence[Request]) -> int:
-        """Bytes of a batch's token ids and message texts."""
+        """Count the bytes of a batch's token ids and message texts."""
         num_token_bytes = sum(int(request.prompt_token_ids.nbytes) for request in batch)
         texts = (message.content for request in batch for message in request.messages)
         return num_token_bytes + sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)

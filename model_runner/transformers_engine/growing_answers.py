@@ -1,7 +1,7 @@
-"""Answers that grow a token at a time under transformers' `generate`: their ends, their grammars, their prompts' rests.
+"""Answers that grow a token at a time under transformers' `generate`: forced prompts, grammars, and where they end.
 
-Stands inside the `transformers` engine: `transformers_runner` hands these to `generate`, which calls the processors
-before each token, and `StopWhenAnswered` after it.
+Stands inside the `transformers` engine: `runner.py` hands these to `generate`, which calls the processors before each
+token and `StopWhenAnswered` after it.
 """
 
 from collections.abc import Sequence
@@ -103,7 +103,7 @@ class AllowedTokens(LogitsProcessor):
 
 
 class StopWhenAnswered(StoppingCriteria):
-    """Collects what rows say after their prompts, and tells which are over."""
+    """Collects each row's tokens after its prompt; returns which rows are done."""
 
     def __init__(self, prompts: Sequence[TokenIds], answers: Sequence[GrowingAnswer]) -> None:
         self._prompts = prompts

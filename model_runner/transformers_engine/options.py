@@ -9,6 +9,7 @@ class TransformersOptions(CheckpointSection):
     """`engine = "transformers"`: any Hugging Face causal LM; slow and simple."""
 
     loader: ClassVar[str] = "moebeam.model_runner.transformers_engine.runner:load_transformers_runner"
+    extra: ClassVar[str] = "torch"
     is_constrained: ClassVar[bool] = True
 
     engine: str = "transformers"

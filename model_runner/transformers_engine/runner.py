@@ -31,8 +31,8 @@ from transformers.utils import logging as transformers_logging
 
 from moebeam.model_runner.checkpoint.files import read_tokenizer
 from moebeam.model_runner.checkpoint.prompt_limits import why_not_runnable
-from moebeam.model_runner.encoding.answer_text import AnswerReader, seed_of
-from moebeam.model_runner.encoding.chat_encoding import encoding_of
+from moebeam.model_runner.encoding.answer_text import AnswerReader, derive_seed
+from moebeam.model_runner.encoding.chat_encoding import load_encoding
 from moebeam.model_runner.grammar.constraint import Constraint, ConstraintCompiler, MaskFiller
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.model_runner.torch_engine.accelerators import pick_device
@@ -73,7 +73,7 @@ class TransformersRunner:
         self.config = config
         self._model = model
         self._tokenizer = tokenizer
-        self._reader = AnswerReader(tokenizer, encoding_of(config.path, config.options.encoding))
+        self._reader = AnswerReader(tokenizer, load_encoding(config.path, config.options.encoding))
         self._eos_token_ids = frozenset(eos_token_ids)
         text_config = model.config.get_text_config()
         self._context_length: int | None = getattr(text_config, "max_position_embeddings", None)
@@ -118,7 +118,7 @@ class TransformersRunner:
     def _masks(self) -> MaskFiller:
         return MaskFiller(self._num_embeddings, num_threads=1)
 
-    def _constraint(self, request: Request) -> Constraint | None:
+    def _compile_constraint(self, request: Request) -> Constraint | None:
         """The constraint of a new answer.
 
         Raises:
@@ -136,7 +136,7 @@ class TransformersRunner:
         )
         if reason is None:
             try:
-                self._constraint(request)
+                self._compile_constraint(request)
             except RowError as error:
                 return error
         return reason
@@ -179,7 +179,7 @@ class TransformersRunner:
     def _failure(
         self, request: Request, error: RowError, started_at: datetime | None = None, latency_ms: float = 0.0
     ) -> Completion:
-        return Completion.failed(
+        return Completion.from_error(
             request.request_id,
             error,
             usage=Usage(request.num_prompt_tokens, 0, cached_tokens=0),
@@ -197,7 +197,7 @@ class TransformersRunner:
         shortened = np.stack([prompt[:num_common] for prompt in prompts])
         input_ids = torch.from_numpy(shortened).to(self._device, torch.long)  # (num_requests, num_common)
         answers = [
-            GrowingAnswer(request.sampling, self._tokenizer, self._eos_token_ids, self._constraint(request))
+            GrowingAnswer(request.sampling, self._tokenizer, self._eos_token_ids, self._compile_constraint(request))
             for request in batch
         ]
         num_steps = max(request.num_prompt_tokens + request.sampling.max_tokens for request in batch) - num_common
@@ -208,7 +208,8 @@ class TransformersRunner:
         processors: list[LogitsProcessor] = [ForcePrompt(prompts)]
         if any(answer.constraint is not None for answer in answers):
             processors.append(AllowedTokens(prompts, answers, self._masks))
-        with torch.inference_mode(), _quiet(), _seeded(self._device, None if sampling.is_greedy else seed_of(batch[0])):
+        seed = None if sampling.is_greedy else derive_seed(batch[0])
+        with torch.inference_mode(), _silence_transformers(), _seed_rng(self._device, seed):
             self._model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -255,7 +256,7 @@ def load_transformers_runner(config: EngineConfig) -> TransformersRunner:
     tokenizer = read_tokenizer(config.path)
     taken = pick_device(options.device)
     try:
-        with _quiet():
+        with _silence_transformers():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 config.path, dtype=_DTYPES[options.dtype], local_files_only=True, trust_remote_code=False
             )
@@ -300,7 +301,7 @@ def _eos_token_ids(model: Any) -> list[int]:
 
 
 @contextmanager
-def _seeded(device: torch.device, seed: int | None) -> Generator[None]:
+def _seed_rng(device: torch.device, seed: int | None) -> Generator[None]:
     """Run with torch's random numbers seeded, on the CPU and on `device`, and put them back; None changes nothing."""
     if seed is None:
         yield
@@ -313,7 +314,7 @@ def _seeded(device: torch.device, seed: int | None) -> Generator[None]:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def _silence_transformers() -> Generator[None]:
     """No progress bars and no advice from `transformers` meanwhile: a worker's log belongs to the job."""
     verbosity = transformers_logging.get_verbosity()
     has_bars = transformers_logging.is_progress_bar_enabled()

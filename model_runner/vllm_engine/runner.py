@@ -1,9 +1,8 @@
 """The `vllm` engine: vLLM in an interpreter and a process of its own, fed in the order that its prefix cache likes.
 
-Stands inside the *answer* stage. `model_runner/vllm_engine/worker.py` is the other side of the pipe and draws its
-lines. What vLLM itself needs to know of the machine (memory for its cache, threads, devices) is set through vLLM's
-environment variables or `MOEBEAM_VLLM_ARGS`, a JSON object of further arguments of `vllm.EngineArgs`, for example
-`{"tensor_parallel_size": 8}`.
+Stands inside the *answer* stage; `process.py` starts vLLM and `worker.py` runs it. What vLLM needs to know of the
+machine (memory for its cache, threads, devices) is set through vLLM's environment variables or `MOEBEAM_VLLM_ARGS`, a
+JSON object of further arguments of `vllm.EngineArgs`, for example `{"tensor_parallel_size": 8}`.
 
 Unlike our own engines vLLM caches whole blocks of tokens (`usage.cached_tokens` counts these), and does not promise
 that rounding is independent of the batch: in bfloat16 a neighbour can change a greedy token. A temperature between 0
@@ -28,8 +27,8 @@ import tokenizers
 
 from moebeam.model_runner.checkpoint.files import read_json_object, read_tokenizer
 from moebeam.model_runner.checkpoint.prompt_limits import why_not_runnable
-from moebeam.model_runner.encoding.answer_text import AnswerReader, StopStrings, read_end_token_ids, seed_of
-from moebeam.model_runner.encoding.chat_encoding import encoding_of
+from moebeam.model_runner.encoding.answer_text import AnswerReader, StopStrings, derive_seed, read_end_token_ids
+from moebeam.model_runner.encoding.chat_encoding import load_encoding
 from moebeam.model_runner.engine_process.process_link import EngineExit
 from moebeam.model_runner.engine_process.supervisor import Supervisor
 from moebeam.model_runner.prefix_tree import prefix_key
@@ -81,7 +80,7 @@ class VllmRunner:
         self.config = config
         self._tokenizer = tokenizer
         self._end_token_ids = frozenset(end_token_ids)
-        self._reader = AnswerReader(tokenizer, encoding_of(config.path, config.options.encoding))
+        self._reader = AnswerReader(tokenizer, load_encoding(config.path, config.options.encoding))
         self._ask_ids = count()
         self._supervisor: Supervisor[VllmProcess] = Supervisor(lambda _: VllmProcess(python, engine_arguments))
         self.limits = self._supervisor.last.limits
@@ -96,8 +95,8 @@ class VllmRunner:
         """Answer requests, pulling a window of them ahead of the answers and sending it in token order.
 
         vLLM gets twice as many as it runs together, so that it never waits for the next. When it dies, another is
-        started and what was in flight is asked again, fewer at once after each death, so that only what it dies over
-        fails.
+        started and what was in flight is asked again, fewer at once after each exit, so that only the request that
+        kills it fails.
 
         Raises:
             EngineLoadError: vLLM died `MAX_FRUITLESS_RESTARTS` times without an answer in between, or could not be
@@ -113,17 +112,17 @@ class VllmRunner:
             call.process.withdraw(call.in_flight)
 
     def _pull(self, call: "_Call") -> Iterator[Completion]:
-        """Where nothing waits, take another window of requests and bring it into token order; refusals come out."""
+        """Where nothing waits, pull another window in token order; yields the failures of requests that cannot run."""
         if call.waiting or call.is_exhausted:
             return
         pulled = list(islice(call.source, self.num_window_requests - len(call.in_flight)))
         call.is_exhausted = not pulled
         runnable: list[Request] = []
         for request in pulled:
-            if (error := self._refusal(request)) is None:
+            if (error := self._check_request(request)) is None:
                 runnable.append(request)
             else:
-                yield self._completion(self._answer_to(request), error)
+                yield self._complete(self._start_answer(request), error)
         call.waiting.extend(
             (request, 0) for request in sorted(runnable, key=lambda one: prefix_key(one.tenant, one.prompt_token_ids))
         )
@@ -133,8 +132,8 @@ class VllmRunner:
         while call.waiting and len(call.in_flight) < self._most_in_flight(call):
             request, num_exits = call.waiting.popleft()
             ask_id = str(next(self._ask_ids))
-            call.in_flight[ask_id] = self._answer_to(request, num_exits)
-            call.process.ask(ask_id, _ask_message(request, self._end_token_ids), call.replies)
+            call.in_flight[ask_id] = self._start_answer(request, num_exits)
+            call.process.ask(ask_id, _build_ask(request, self._end_token_ids), call.replies)
 
     def _most_in_flight(self, call: "_Call") -> int:
         num_exits = max([call.waiting[0][1], *(answer.num_exits for answer in call.in_flight.values())])
@@ -155,26 +154,26 @@ class VllmRunner:
                 del call.in_flight[update.ask_id]
                 if not update.is_last:
                     call.process.withdraw([update.ask_id])
-                yield self._completion(answer, error)
+                yield self._complete(answer, error)
 
     def _recover(self, call: "_Call", cause: str) -> Iterator[Completion]:
-        """Start another process; what was in flight waits again, but what was alone at its second death fails."""
+        """Start another process; what was in flight waits again, but a request alone at its second exit fails."""
         call.num_exits += 1
         if call.num_exits >= MAX_FRUITLESS_RESTARTS:
             raise EngineLoadError(f"vLLM died {call.num_exits} times without an answer: {cause}")
         lost = list(call.in_flight.values())
         call.in_flight.clear()
         if len(lost) == 1 and lost[0].num_exits > 0:
-            yield self._completion(lost.pop(), EngineFailed(f"vLLM dies over this request: {cause}"))
+            yield self._complete(lost.pop(), EngineFailed(f"vLLM dies over this request: {cause}"))
         call.waiting.extendleft((answer.request, answer.num_exits + 1) for answer in reversed(lost))
         call.process = self._supervisor.running()
 
-    def _answer_to(self, request: Request, num_exits: int = 0) -> "_Answer":
+    def _start_answer(self, request: Request, num_exits: int = 0) -> "_Answer":
         stop = request.sampling.stop
         is_stopped = StopStrings(stop, self._tokenizer) if stop else None
         return _Answer(request, self._end_token_ids, is_stopped, num_exits)
 
-    def _refusal(self, request: Request) -> RowError | None:
+    def _check_request(self, request: Request) -> RowError | None:
         """Why a request cannot run at all; vLLM would cut `max_tokens` in silence instead."""
         return why_not_runnable(
             request.prompt_token_ids,
@@ -183,7 +182,7 @@ class VllmRunner:
             context_length=self.limits.max_model_len,
         )
 
-    def _completion(self, answer: "_Answer", error: RowError | None) -> Completion:
+    def _complete(self, answer: "_Answer", error: RowError | None) -> Completion:
         request = answer.request
         finish_reason = "error" if error is not None else answer.finish_reason or "length"
         said = self._reader.read(request, answer.token_ids, finish_reason)
@@ -254,7 +253,7 @@ class _Answer:
 
 @dataclass(slots=True)
 class _Call:
-    """What one `generate` has pulled and not answered; those who wait come with the deaths they were in flight at."""
+    """What one `generate` has pulled and not answered; waiting requests with the exits they were in flight at."""
 
     source: Iterator[Request]
     process: VllmProcess
@@ -281,8 +280,8 @@ def load_vllm_runner(config: EngineConfig) -> VllmRunner:
         raise EngineLoadError(f"expected dtype {', '.join(sorted(_DTYPES))}, found {options.dtype!r}")
     runner = VllmRunner(
         config,
-        python=_python(),
-        engine_arguments=_engine_arguments(config),
+        python=_find_python(),
+        engine_arguments=_build_engine_arguments(config),
         tokenizer=read_tokenizer(config.path),
         end_token_ids=read_end_token_ids(config.path),
     )
@@ -292,7 +291,7 @@ def load_vllm_runner(config: EngineConfig) -> VllmRunner:
     return runner
 
 
-def _ask_message(request: Request, end_token_ids: Iterable[int]) -> dict[str, object]:
+def _build_ask(request: Request, end_token_ids: Iterable[int]) -> dict[str, object]:
     """A request as the worker takes it."""
     sampling = request.sampling
     return {
@@ -306,7 +305,7 @@ def _ask_message(request: Request, end_token_ids: Iterable[int]) -> dict[str, ob
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "min_p": sampling.min_p,
-            "seed": None if sampling.is_greedy else seed_of(request),
+            "seed": None if sampling.is_greedy else derive_seed(request),
             "logprobs": 0 if sampling.logprobs else None,  # none beside the drawn token's own
             "stop_token_ids": sorted(end_token_ids),
         },
@@ -316,7 +315,7 @@ def _ask_message(request: Request, end_token_ids: Iterable[int]) -> dict[str, ob
     }
 
 
-def _python() -> str:
+def _find_python() -> str:
     """The interpreter that has vLLM."""
     if python := os.environ.get(PYTHON_VARIABLE):
         return python
@@ -328,8 +327,8 @@ def _python() -> str:
     )
 
 
-def _engine_arguments(config: EngineConfig) -> dict[str, Json]:
-    """What `vllm.EngineArgs` is given: the job's words, ours, and the machine's from `MOEBEAM_VLLM_ARGS`."""
+def _build_engine_arguments(config: EngineConfig) -> dict[str, Json]:
+    """The arguments of `vllm.EngineArgs`: the job's, ours, and the machine's from `MOEBEAM_VLLM_ARGS`."""
     options = config.options_as(VllmOptions)
     dtype = options.dtype
     if dtype == "auto":

@@ -1,7 +1,7 @@
 """vLLM's side of the `vllm` engine: a script for an interpreter that has vLLM and none of our packages.
 
-Stands behind `model_runner/vllm_engine/runner.py`, which starts it by file path. Both run_and_report lines of JSON,
-this side on standard input and output; whatever vLLM prints goes to standard error.
+`process.py` starts it by file path. Both sides exchange lines of JSON, over this side's standard input and output;
+whatever vLLM prints goes to standard error.
 
     runner -> worker    {"type": "load", "engine": {arguments of vLLM's EngineArgs}}         first and once
                         {"type": "ask", "id", "prompt_token_ids", "cache_salt", "sampling", "grammar", "is_streamed"}
@@ -44,7 +44,7 @@ def main() -> int:
     try:
         vllm: Any = import_module("vllm")
         engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**json.loads(first)["engine"]))
-        emit([_ready(engine)])
+        emit([_describe_engine(engine)])
         _serve(engine, inbox, emit)
     except Exception as error:  # whatever it is, the runner must hear of it
         emit([{"type": "broken", "error": f"{type(error).__name__}: {error}"}])
@@ -62,7 +62,7 @@ def _claim_pipes() -> tuple[BinaryIO, Emit]:
     os.dup2(null, 0)
     os.close(null)
     os.dup2(2, 1)
-    # A forked child that held on to the pipe would hide this process's death from the runner.
+    # A forked child that kept the pipe open would hide this process's exit from the runner.
     os.register_at_fork(after_in_child=lambda: (os.close(source), os.close(sink)))
     out = os.fdopen(sink, "wb")
 
@@ -74,7 +74,7 @@ def _claim_pipes() -> tuple[BinaryIO, Emit]:
 
 
 def _read(lines: BinaryIO, inbox: "queue.SimpleQueue[Message | None]") -> None:
-    """Hand lines to the main thread, None at their end; then see to it that this process ends, even while it loads."""
+    """Hand lines to the main thread, None at their end; then make sure that this process ends, even while it loads."""
     for line in lines:
         inbox.put(json.loads(line))
     inbox.put(None)
@@ -85,7 +85,7 @@ def _read(lines: BinaryIO, inbox: "queue.SimpleQueue[Message | None]") -> None:
         os._exit(1)
 
 
-def _ready(engine: Any) -> Message:
+def _describe_engine(engine: Any) -> Message:
     return {
         "type": "ready",
         "max_model_len": engine.model_config.max_model_len,
@@ -137,14 +137,12 @@ def _sampling_params(message: Message) -> Any:
         # The runner names the end tokens and makes the text.
         ignore_eos=True,
         detokenize=False,
-        structured_outputs=None
-        if grammar is None
-        else parameters.StructuredOutputsParams(**structured_output(grammar)),
+        structured_outputs=None if grammar is None else parameters.StructuredOutputsParams(**convert_grammar(grammar)),
         output_kind=kinds.DELTA if message["is_streamed"] else kinds.FINAL_ONLY,
     )
 
 
-def structured_output(grammar: str) -> dict[str, str]:
+def convert_grammar(grammar: str) -> dict[str, str]:
     """An llguidance grammar as vLLM takes it: the JSON Schema or the Lark text inside.
 
     vLLM 0.32 writes llguidance's own JSON itself and takes none; `x-guidance` in a schema keeps its meaning.
