@@ -1,4 +1,4 @@
-"""The device that a job names, or an accelerator at hand, through torch's own registry; no vendor is named here."""
+"""Picks the device that a job names, or a free accelerator, through torch's own registry; no vendor is named here."""
 
 import contextlib
 import logging
@@ -17,10 +17,10 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device that an engine took.
+    """A device for an engine.
 
     Attributes:
-        claim: what keeps other engines of this host from it for as long as it lives; None where it is shared.
+        claim: lock that keeps other engines of this host from the device; None if the device is shared.
     """
 
     device: torch.device
@@ -28,10 +28,10 @@ class Device:
 
 
 def pick_device(name: str) -> Device:
-    """The device of a name; `auto` takes an accelerator that torch finds, else the CPU.
+    """Find the device of a name; `auto` takes an accelerator that torch finds, else the CPU.
 
-    Of several accelerators `auto` takes one that no other engine of this host has taken, so that as many workers as
-    there are accelerators use them all. More workers than that share.
+    Of several accelerators `auto` takes one that no other engine of this host has claimed, so that workers spread over
+    all of them. If there are more workers than accelerators, the rest share.
 
     Raises:
         EngineLoadError: torch does not know the device.
@@ -64,7 +64,7 @@ def _claim_free_device(kind: str) -> Device:
 
 
 def _hardware_name(kind: str, index: int) -> str:
-    """The same for all processes, whichever devices each of them sees, where the device says who it is."""
+    """Name a device the same way in all processes, whichever devices each can see, if it reports a UUID."""
     module: Any = torch.get_device_module(kind)
     with contextlib.suppress(AttributeError, RuntimeError, NotImplementedError):
         return f"{kind}-{module.get_device_properties(index).uuid}"

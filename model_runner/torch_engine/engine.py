@@ -55,7 +55,7 @@ class TorchEngine:
     """A loaded model that answers prompts of a planned prefix tree.
 
     Attributes:
-        claim: what keeps other engines of this host from the device; it ends with the engine.
+        claim: lock that keeps other engines of this host from the device while the engine lives.
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class TorchEngine:
         Args:
             dtype: `float32`, `bfloat16` or `auto`, the configuration's own.
             device: `auto` or a torch device.
-            batch_size: most answers that grow together; 0 lets the engine decide.
-            max_cache_bytes: most memory for live keys and states; 0 takes a third of what the device has free.
+            batch_size: most running prompts; 0 lets the engine decide.
+            max_cache_bytes: most memory for live keys and states; 0 means a third of the device's free memory.
             max_step_rows: most prompt tokens in a step.
         Raises:
-            EngineLoadError: the checkpoint cannot be read or is not one that the engine knows.
+            EngineLoadError: the checkpoint cannot be read, or its model is unknown.
         """
         from transformers import AutoConfig  # takes seconds to import
 
@@ -128,10 +128,10 @@ class TorchEngine:
         return engine
 
     def calibrate(self) -> None:
-        """Find out whether a step is faster on all of torch's threads or on one.
+        """Measure whether a step is faster on all of torch's threads or on one.
 
-        Threads that meet after each of a small model's short operations cost more than they save: with the demo's
-        model on two shared cores a step took 240 ms on both and 69 ms on one.
+        Synchronising threads after each of a small model's short operations costs more than they save: with the
+        demo's model on two shared cores a step took 240 ms on both and 69 ms on one.
         """
         all_threads = torch.get_num_threads()
         if self.placement.device.type != "cpu" or all_threads == 1:
@@ -147,10 +147,10 @@ class TorchEngine:
         self.counters = EngineCounters()
 
     def run(self, prompts: Iterable[Prompt]) -> Iterator[Finished]:
-        """Answer prompts, each as soon as it is done; exactly one `Finished` a prompt.
+        """Answer prompts; yields exactly one `Finished` for each, as soon as it is done.
 
-        A prompt that cannot run, or fails, comes out with its error; the others go on. Several runs may be under way
-        in one process, on threads or one inside another: their steps take turns, each has memory of its own.
+        A prompt that cannot run, or fails, is finished with its error; the others go on. Runs may overlap, on threads
+        or one inside another: their steps take turns, and each has its own cache.
         """
         refused: list[Finished] = []
         run = _Run(self, self._drop_unrunnable(prompts, refused))
@@ -165,7 +165,7 @@ class TorchEngine:
             run.add_to_counters()
 
     def new_cache(self) -> Cache:
-        """Empty memory for one run."""
+        """Make an empty cache for one run."""
         return Cache(
             self.model.kinds,
             self.model.rings,
@@ -289,7 +289,7 @@ class _Run:
     def _retire(self, sampled: Sequence[Running], tokens: Sequence[Drawn]) -> list[Finished]:
         finished: list[Finished] = []
         for running, token in zip(sampled, tokens, strict=True):
-            done = _append_token(self.schedule, running, token)
+            done = _accept_token(self.schedule, running, token)
             if done is not None:
                 finished.append(done)
         self._free_released()
@@ -297,7 +297,7 @@ class _Run:
         return finished
 
     def _recover(self, failure: EngineFailed) -> list[Finished]:
-        """Preempt all and go on with half as many prompts; a prompt that fails alone, in small steps, gets the error."""
+        """Preempt all and go on with half as many prompts; one that fails alone in small steps ends with the error."""
         schedule, most = self.schedule, self._engine.max_step_rows
         self._engine.counters.num_failed_steps += 1
         _LOGGER.warning("a step of %d rows failed and is done again in halves: %s", self._num_step_rows, failure)
@@ -332,7 +332,7 @@ def _drain(refused: list[Finished]) -> Iterator[Finished]:
 
 
 def _make_probes(num_prompts: int, vocab_size: int) -> Iterator[Prompt]:
-    """Prompts of one token each, for a few steps of many rows."""
+    """Yield prompts of one token each, for a few steps of many rows."""
     for i in range(min(num_prompts, vocab_size)):
         yield Prompt(str(i), np.array([i], dtype=np.int32), NUM_PROBED_TOKENS, Sampling(NUM_PROBED_TOKENS))
 
@@ -349,7 +349,7 @@ def _make_draw(running: Running) -> Draw:
     )
 
 
-def _append_token(schedule: Schedule, running: Running, token: Drawn) -> Finished | None:
+def _accept_token(schedule: Schedule, running: Running, token: Drawn) -> Finished | None:
     constraint = running.prompt.constraint
     if token.is_broken and constraint is not None and constraint.failure is not None:
         return schedule.fail(running, constraint.failure)
@@ -357,7 +357,7 @@ def _append_token(schedule: Schedule, running: Running, token: Drawn) -> Finishe
         position = running.prompt.num_tokens + len(running.answer)
         message = f"the model's logits for position {position} are not numbers, or allow no token"
         return schedule.fail(running, EngineFailed(message))
-    return schedule.append(running, token.token_id, token.logprob)
+    return schedule.append_token(running, token.token_id, token.logprob)
 
 
 def _parse_dtype(name: str, configured: object) -> torch.dtype:

@@ -11,6 +11,7 @@ class TorchOptions(CheckpointSection):
     """`engine = "torch"`: our own engine, in process, on any torch accelerator; the default."""
 
     loader: ClassVar[str] = "moebeam.model_runner.torch_engine.runner:load_torch_runner"
+    extra: ClassVar[str] = "torch"
     is_constrained: ClassVar[bool] = True
 
     engine: str = "torch"

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 import tokenizers
 
 from moebeam.model_runner.checkpoint.files import read_tokenizer
-from moebeam.model_runner.encoding.answer_text import AnswerReader, StopStrings, read_end_token_ids, seed_of
-from moebeam.model_runner.encoding.chat_encoding import encoding_of
+from moebeam.model_runner.encoding.answer_text import AnswerReader, StopStrings, derive_seed, read_end_token_ids
+from moebeam.model_runner.encoding.chat_encoding import load_encoding
 from moebeam.model_runner.grammar.constraint import ConstraintCompiler
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.model_runner.torch_engine.engine import TorchEngine
@@ -37,7 +37,7 @@ class TorchRunner:
         self.config = config
         self.engine = engine
         self._tokenizer = tokenizer
-        self._reader = AnswerReader(tokenizer, encoding_of(config.path, config.options.encoding))
+        self._reader = AnswerReader(tokenizer, load_encoding(config.path, config.options.encoding))
         self._end_token_ids = frozenset(end_token_ids)
         self._compiler = ConstraintCompiler(tokenizer, engine.model.vocab_size, sorted(self._end_token_ids))
 
@@ -74,7 +74,7 @@ class TorchRunner:
                 sampling=sampling,
                 stop_token_ids=self._end_token_ids,
                 tenant=request.tenant,
-                seed=seed_of(request),
+                seed=derive_seed(request),
                 is_over=StopStrings(sampling.stop, self._tokenizer) if sampling.stop else None,
                 constraint=constraint,
             )

@@ -2,10 +2,10 @@
 
 Stands in the engine's step between the model and the schedule: `plan -> extend -> sample -> retire`.
 
-A row's token depends on its own logits, `Draw` and mask alone: not on its neighbours, their order, or how often the
+A row's token depends only on its own logits, `Draw` and mask: not on its neighbours, their order, or how often the
 sampler ran before. Its random number is Philox's (Salmon et al., SC 2011), keyed by the request's seed and counted by
-the token's position. What a float sum over the vocabulary rounds to changes with the batch's shape on most
-accelerators; so probabilities become integers before they are summed, and every choice is made by exact arithmetic.
+the token's position. On most accelerators the rounding of a float sum over the vocabulary changes with the batch's
+shape, so probabilities become integers before they are summed, and every choice is exact arithmetic.
 """
 
 import math
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 MAX_VOCAB_SIZE = 1 << 18
-"""Up to here sums of weights stay within 2**58, as `multiply_share` needs them, and float32 holds every token id exactly."""
+"""Keeps sums of weights within 2**58, as `multiply_share` needs, and every token id exact in float32."""
 
 _NUM_WEIGHT_BITS = 40
-"""Precision of a token's weight: likelier ones than 2**-41 of the likeliest can be drawn."""
+"""Precision of a token's weight: tokens up to 2**-41 times as likely as the likeliest can be drawn."""
 
 _NUM_SHARE_BITS = 32
 """Precision of random numbers and of `top_p`."""
@@ -28,7 +28,7 @@ _NUM_SHARE_BITS = 32
 _NUM_LOW_BITS = 29
 
 _MIN_TEMPERATURE = 1e-30
-"""Colder is drawn at this: any two logits that differ by 1e-28 are then as far apart as float32 can tell."""
+"""Lower temperatures become this one, at which logits that differ by 1e-28 are already as far apart as float32 goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ class Draw:
     """How the next token of one row is drawn.
 
     Attributes:
-        temperature: 0 takes the likeliest token, the first of equals; nothing else is looked at then.
-        top_p: in (0, 1]; only the smallest set of likeliest tokens that reaches this probability, at this temperature.
-        min_p: in [0, 1]; only tokens of at least that share of the likeliest one's probability, at this temperature.
-        seed: the request's own; any integer, negative ones count modulo 2**128.
-        position: index of the token within its answer; no two tokens of an answer share a random number.
+        temperature: 0 takes the likeliest token, the first of equals, and ignores the other settings.
+        top_p: in (0, 1]; draws from the smallest set of likeliest tokens that reaches this probability.
+        min_p: in [0, 1]; draws from tokens with at least this share of the likeliest one's probability.
+        seed: the request's; any integer, taken modulo 2**128.
+        position: index of the token within its answer, so that every token gets a random number of its own.
         wants_logprob: whether the token's log probability is computed.
     """
 
@@ -57,9 +57,9 @@ class Drawn:
     """The token of one row.
 
     Attributes:
-        token_id: -1 where the row is broken.
-        logprob: natural log of the softmax of the raw logits (before temperature, mask, top-p) at the token; None
-            where it was not asked for or the row is broken.
+        token_id: -1 if the row is broken.
+        logprob: natural log of the softmax of the raw logits (before temperature, mask, top-p) at the token; None if
+            it was not asked for or the row is broken.
         is_broken: the row's logits held NaN or +inf, or no token was left to draw.
     """
 
@@ -69,13 +69,13 @@ class Drawn:
 
 
 def sample(logits: Tensor, draws: Sequence[Draw], allowed: Tensor | None = None) -> list[Drawn]:
-    """Draw one token for each row. Waits for the device once, to copy the answers; `logits` are not changed.
+    """Draw one token for each row. Synchronises with the device once; does not change `logits`.
 
     Args:
         logits: float32, bfloat16 or float16, any device; shape (num_rows, vocab_size).
         draws: one for each row.
         allowed: int32 bit masks, any device; shape (num_rows, ceil(vocab_size / 32)). Bit `i` of word `w` allows token
-            `32 * w + i` (llguidance's layout); bits past the vocabulary do not count. None allows everything.
+            `32 * w + i` (llguidance's layout); bits past the vocabulary are ignored. None allows everything.
     Raises:
         ValueError: shapes do not fit together, or the vocabulary is larger than `MAX_VOCAB_SIZE`.
     """
@@ -83,7 +83,7 @@ def sample(logits: Tensor, draws: Sequence[Draw], allowed: Tensor | None = None)
     if not draws:
         return []
     scores = logits if allowed is None else logits + _make_bias(allowed, logits)
-    # `max` passes NaN on and gives the first index of equals, so that a row is drawn and checked in one pass.
+    # `max` propagates NaN and returns the first index of equals, so one pass both draws greedily and checks a row.
     best, token_ids = scores.max(dim=-1)  # (num_rows,), (num_rows,)
     sampled_rows = [row for row, draw in enumerate(draws) if draw.temperature > 0.0]
     if sampled_rows:
@@ -119,9 +119,9 @@ def _make_drawn(draw: Draw, best: float, token_id: float, logprob: float | None 
 
 
 def _make_bias(allowed: Tensor, logits: Tensor) -> Tensor:
-    """What is added to logits: 0 for allowed tokens, -inf for others; shape (num_rows, vocab_size), the logits' dtype.
+    """Make the bias of logits: 0 for allowed tokens, -inf for others; shape (num_rows, vocab_size), the logits' dtype.
 
-    Added and not filled in, because NaN and +inf become NaN under it, and so are found in tokens not allowed too.
+    It is added, not filled in: NaN + -inf and +inf + -inf are NaN, so bad logits are found in forbidden tokens as well.
     """
     words = allowed.to(logits.device, non_blocking=True)
     bits = torch.tensor([1 << bit if bit < 31 else -(1 << 31) for bit in range(32)], dtype=torch.int32)
@@ -131,7 +131,7 @@ def _make_bias(allowed: Tensor, logits: Tensor) -> Tensor:
 
 
 def _draw_tokens(scores: Tensor, best: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Token ids of rows with a temperature.
+    """Draw the tokens of rows with a temperature.
 
     Args:
         scores: masked logits; shape (num_rows, vocab_size).
@@ -143,7 +143,7 @@ def _draw_tokens(scores: Tensor, best: Tensor, draws: Sequence[Draw]) -> Tensor:
     temperatures, min_ps = settings.to(scores.device).unsqueeze(-1).unbind(dim=1)  # (num_rows, 1) each
     shares = torch.tensor([(_draw_uniform(draw), _quantize_share(draw.top_p)) for draw in draws])
     uniforms, top_ps = shares.to(scores.device).unsqueeze(-1).unbind(dim=1)  # (num_rows, 1) each, int64
-    # Of the likeliest token's probability. The difference first: it is 0 there at every temperature, and never +inf.
+    # Relative to the likeliest token. Subtracted first, so that its own is 1 at any temperature and none is +inf.
     ratios = ((scores.float() - best.float().unsqueeze(-1)) / temperatures).exp()  # (num_rows, vocab_size)
     weights = _quantize_weights(ratios)
     if any(draw.top_p < 1.0 for draw in draws):
@@ -157,12 +157,12 @@ def _draw_tokens(scores: Tensor, best: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def _quantize_weights(ratios: Tensor) -> Tensor:
-    """Probabilities as integers, the likeliest token's 2**40; same shape."""
+    """Turn relative probabilities into integers, the likeliest token's into 2**40; same shape."""
     return (ratios * (1 << _NUM_WEIGHT_BITS)).round().long()
 
 
 def _find_nucleus(ratios: Tensor, top_ps: Tensor) -> Tensor:
-    """Which tokens are in the smallest set that reaches `top_p`; equals enter in order of token id.
+    """Find the smallest set of tokens that reaches `top_p`; equals enter in order of token id.
 
     Args:
         ratios: probabilities, relative to the likeliest token's; shape (num_rows, vocab_size).
@@ -178,12 +178,12 @@ def _find_nucleus(ratios: Tensor, top_ps: Tensor) -> Tensor:
 
 
 def _quantize_share(fraction: float) -> int:
-    """A fraction of (0, 1] in 2**-32, at least 1; cut, because rounded up 0.3 would be more than three tenths."""
+    """Express a fraction of (0, 1] in 2**-32, at least 1; truncated, since 0.3 rounded up exceeds three tenths."""
     return max(1, int(fraction * (1 << _NUM_SHARE_BITS)))
 
 
 def multiply_share(shares: Tensor, totals: Tensor) -> Tensor:
-    """`floor(shares * totals / 2**32)`, exactly, although the product has up to 91 bits.
+    """Compute `floor(shares * totals / 2**32)` exactly, although the product has up to 91 bits.
 
     Args:
         shares: int64, from 0 to 2**32.
@@ -194,12 +194,12 @@ def multiply_share(shares: Tensor, totals: Tensor) -> Tensor:
 
 
 def _draw_uniform(draw: Draw) -> int:
-    """The random number of one token, in 2**-32: from 0 to 2**32 - 1."""
+    """Draw the random number of one token, in 2**-32: from 0 to 2**32 - 1."""
     generator = np.random.Philox(key=draw.seed % (1 << 128), counter=draw.position)
     return int(generator.random_raw()) >> (64 - _NUM_SHARE_BITS)
 
 
 def _compute_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """Log probability of one token a row, at temperature 1; float32, shape (num_rows,)."""
+    """Compute the log probability of one token a row, at temperature 1; float32, shape (num_rows,)."""
     logits = logits.float()
     return logits.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)

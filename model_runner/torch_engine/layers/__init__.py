@@ -1,1 +1,1 @@
-"""Parts of a model's step: attention, experts, norms, rotations."""
+"""Layers that models are built from: attention, experts, linear products, norms, rotations."""

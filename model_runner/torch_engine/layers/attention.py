@@ -1,7 +1,6 @@
-"""Attention over the segments of a prefix tree: one product for each segment, merged by log-sum-exp in float32.
+"""Attention over the segments of a prefix tree: partial results for each segment, merged by log-sum-exp in float32.
 
-Rows of a step are packed depth-first, so the rows that read a node are neighbours. Segments read by many rows are
-*wide* and get products of their own; the many short ones of a block are read by one *batched* product.
+`memory/read_plan.py` decides which rows read which segments, and in which products.
 """
 
 from dataclasses import dataclass
@@ -10,17 +9,17 @@ import torch
 from torch import Tensor
 
 MASKED = -1.0e30
-"""Added to the score of a key that a row must not see; finite, so that a row without any key gives no NaN."""
+"""Added to the score of a key that a row must not see; finite, so that a row without keys gives no NaN."""
 
 _LEAST_EXPONENT = -80.0
 
 MAX_SCORES = 4 * 1024 * 1024
-"""Most scores held at a time; longer segments are read in tiles, so that memory is bounded at any context."""
+"""Most scores held at a time; longer segments are read in tiles, which bounds memory at any context length."""
 
 
 @dataclass(slots=True)
 class Partials:
-    """Attention over some of the keys, not yet divided by its total.
+    """Attention over some of the keys, before the division by its total.
 
     Attributes:
         out: sum of exp(score - peak) * value; float32, shape (num_rows, num_heads, value_width).
@@ -33,7 +32,7 @@ class Partials:
     total: Tensor
 
     def merge(self, other: "Partials") -> None:
-        """Take in what the same rows got from other keys, in place."""
+        """Add, in place, what the same rows got from other keys."""
         peak = torch.maximum(self.peak, other.peak)
         kept = torch.exp_(self.peak - peak)
         added = torch.exp_(other.peak - peak)
@@ -42,7 +41,7 @@ class Partials:
         self.peak.copy_(peak)
 
     def by_head(self, num_segments: int, num_heads: int) -> "Partials":
-        """Rows that stand for (segment, head, row), with one head, as rows (segment, row) with all heads."""
+        """Regroup rows (segment, head, row) of one head each into rows (segment, row) of all heads."""
 
         def to_rows(tensor: Tensor) -> Tensor:
             return tensor.view(num_segments, num_heads, -1, *tensor.shape[2:]).transpose(1, 2).flatten(0, 1)
@@ -50,12 +49,12 @@ class Partials:
         return Partials(to_rows(self.out), to_rows(self.peak), to_rows(self.total))
 
     def pick(self, rows: "slice | Tensor") -> "Partials":
-        """Some rows: a view for a slice, a copy for numbers."""
+        """Some rows: a view for a slice, a copy for indices."""
         return Partials(self.out[rows], self.peak[rows], self.total[rows])
 
 
 class Merged:
-    """Attention of the rows of a step as it gathers from segment to segment; empty at first."""
+    """Attention of a step's rows, accumulated segment by segment."""
 
     def __init__(self, num_rows: int, num_heads: int, value_width: int, device: torch.device) -> None:
         self._num_rows = num_rows
@@ -65,7 +64,7 @@ class Merged:
 
     @classmethod
     def from_sinks(cls, sinks: Tensor, num_rows: int, value_width: int) -> "Merged":
-        """A key of score `sinks`, shape (num_heads,), and no value was seen."""
+        """Begin with attention sinks: one key of score `sinks`, shape (num_heads,), without a value."""
         merged = cls(num_rows, sinks.shape[0], value_width, sinks.device)
         partials = merged.partials()
         partials.peak.copy_(sinks)
@@ -73,7 +72,7 @@ class Merged:
         return merged
 
     def partials(self) -> Partials:
-        """What was gathered, also where that is nothing."""
+        """The sums so far; zeros before the first merge."""
         if self._partials is None:
             self._partials = Partials(
                 torch.zeros(self._shape, device=self._device),
@@ -83,14 +82,14 @@ class Merged:
         return self._partials
 
     def merge(self, first_row: int, end_row: int, found: Partials) -> None:
-        """Take in what the rows `[first_row, end_row)` got from other keys; may keep and overwrite `found`."""
+        """Add what the rows `[first_row, end_row)` got from other keys; may keep and overwrite `found`."""
         if self._partials is None and end_row - first_row == self._num_rows:
             self._partials = found
         else:
             self.partials().pick(slice(first_row, end_row)).merge(found)
 
     def merge_at(self, rows: Tensor, found: Partials, places: Tensor | None = None) -> None:
-        """Take in what the distinct rows `rows` got, which is in the rows `places` of `found`; None: one by one."""
+        """Add what the distinct rows `rows` got: the rows `places` of `found`, all of them in order by default."""
         mine = self.partials()
         picked = mine.pick(rows)
         picked.merge(found if places is None else found.pick(places))
@@ -103,7 +102,7 @@ class Merged:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Partials:
-    """Read keys that all heads share.
+    """Attend to keys that all heads share.
 
     Args:
         query: scaled; shape (num_segments, num_rows, num_heads, key_width).
@@ -124,7 +123,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Pa
 
 
 def attend_by_head(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Partials:
-    """Read one segment whose heads have keys of their own.
+    """Attend to one segment with separate keys for each head.
 
     Args:
         query: scaled; shape (num_rows, num_heads, key_width).
@@ -144,7 +143,7 @@ def attend_by_head(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | Non
 def _scores(query: Tensor, key: Tensor) -> Tensor:
     """Products of queries (num, num_rows, key_width) and keys (num, num_keys, key_width): float32."""
     if key.dtype != torch.float32 and key.device.type == "cpu":
-        # oneDNN lays a transposed view with gaps out anew, slowly: 32 x 751 keys take 8.1 ms, without gaps 2.8.
+        # oneDNN copies a transposed view with gaps, slowly: 32 x 751 keys take 8.1 ms, without gaps 2.8.
         key = key.contiguous()
     return torch.bmm(query, key.transpose(1, 2)).float()
 
@@ -152,7 +151,7 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
 def _weigh(scores: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """exp(scores - peak) @ value, peak and total; destroys `scores`."""
     peak = scores.amax(dim=-1, keepdim=True)
-    # Masked keys come to e**-80, which is lost in any sum; the exponential of less is many times slower on a CPU.
+    # Masked keys get e**-80, which vanishes in any sum; exponentials below that are many times slower on a CPU.
     weights = scores.sub_(peak).clamp_(min=_LEAST_EXPONENT).exp_()
     total = weights.sum(dim=-1, keepdim=True)
     return torch.bmm(weights.to(value.dtype), value).float(), peak, total

@@ -14,7 +14,7 @@ from moebeam.model_runner.torch_engine.weights.devices import Placement
 
 
 class HyperConnection:
-    """The mixing around one block: `collapse` streams into its input, `expand` its output back into them."""
+    """The mixing around one block: `collapse` makes its input from the streams, `expand` adds its output to them."""
 
     def __init__(self, config: Any, weights: CheckpointWeights, placement: Placement, name: str) -> None:
         self._num_streams = num = int(config.hc_mult)
@@ -31,13 +31,13 @@ class HyperConnection:
         self.flops_per_row = 2.0 * mixer.numel()
 
     def collapse(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The block's input, and what `expand` needs.
+        """Mix the streams into the block's input, and compute the weights that `expand` needs.
 
         Args:
             streams: shape (num_rows, num_streams, hidden_size).
         Returns:
-            The input (num_rows, hidden_size); the output's weight in each stream (num_rows, num_streams, 1); what
-            each stream takes of each (num_rows, num_streams to, num_streams from). All of the dtype of `streams`.
+            The input (num_rows, hidden_size); the output's weight in each stream (num_rows, num_streams, 1); each old
+            stream's weight in each new one (num_rows, num_streams to, num_streams from). All in the dtype of `streams`.
         """
         num = self._num_streams
         mixed = mix_streams(streams, self._mixer, self._norm_eps) * self._scale + self._base  # (num_rows, num_mixed)
@@ -45,7 +45,7 @@ class HyperConnection:
         after = torch.sigmoid(mixed[:, num : 2 * num]) * 2
         dtype = streams.dtype
         collapsed = _sum_streams(before, streams)
-        # Rows last: sums over 4 elements then run over long contiguous rows.
+        # Rows last, so that sums over 4 elements run along long contiguous rows.
         comb = mixed[:, 2 * num :].t().reshape(num, num, -1)  # (from, to, num_rows)
         comb = torch.softmax(comb, dim=1).add_(self._eps)
         comb.div_(comb.sum(dim=0, keepdim=True).add_(self._eps))
@@ -56,8 +56,8 @@ class HyperConnection:
 
 
 def expand(streams: Tensor, output: Tensor, after: Tensor, comb: Tensor) -> Tensor:
-    """New streams from the old ones and a block's output, shape (num_rows, hidden_size)."""
-    # Sums of scaled rows: on a CPU a product of (4, 4) with (4, hidden_size) for each row takes 4 times as long.
+    """Make new streams from the old ones and a block's output, shape (num_rows, hidden_size)."""
+    # Sums of scaled rows: on a CPU, batched products of (4, 4) with (4, hidden_size) take 4 times as long.
     made = after * output.unsqueeze(1)
     for i in range(streams.shape[1]):
         made.addcmul_(comb[:, :, i : i + 1], streams[:, i : i + 1])
@@ -77,13 +77,13 @@ class HyperHead:
         self._norm_eps = float(config.rms_norm_eps)
 
     def __call__(self, streams: Tensor) -> Tensor:
-        """Shape (num_rows, num_streams, hidden_size) to (num_rows, hidden_size)."""
+        """Collapse shape (num_rows, num_streams, hidden_size) to (num_rows, hidden_size)."""
         mixed = mix_streams(streams, self._mixer, self._norm_eps)
         return _sum_streams(torch.sigmoid(mixed * self._scale + self._base) + self._eps, streams)
 
 
 def mix_streams(streams: Tensor, mixer: Any, eps: float) -> Tensor:
-    """Project the normalised streams of each row; the norm is a factor of a row, so it is applied to the few results.
+    """Project each row's normalised streams; the norm is a factor, so it is applied to the few results instead.
 
     Returns:
         float32, shape (num_rows, num_mixed).
@@ -95,7 +95,7 @@ def mix_streams(streams: Tensor, mixer: Any, eps: float) -> Tensor:
 
 
 def _sum_streams(weights: Tensor, streams: Tensor) -> Tensor:
-    """Float32 weights (num_rows, num_streams) over streams, to (num_rows, hidden_size) of their dtype."""
+    """Sum streams by float32 weights, shape (num_rows, num_streams), to (num_rows, hidden_size) in their dtype."""
     total = weights[:, :1] * streams[:, 0]
     for i in range(1, weights.shape[1]):
         total.addcmul_(weights[:, i : i + 1], streams[:, i].float())

@@ -1,8 +1,8 @@
-"""Matrix products with weights: the one place that knows of private torch operators.
+"""Matrix products with weights: the one place that uses private torch operators.
 
-On a CPU, oneDNN with weights laid out beforehand is faster than `torch.nn.functional.linear` (measured in
-`docs/adr/0003`), most of all for the few rows that an expert gets. Elsewhere, and where the operators are missing or
-give other results, the plain function serves.
+On a CPU, oneDNN with prepacked weights is faster than `torch.nn.functional.linear` (measured in `docs/adr/0003`), most
+of all for the few rows that an expert gets. On other devices, and if the operators are missing or give other results,
+the plain function is used.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +16,14 @@ from torch.nn import functional
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 
 _NUM_PACK_ROWS = 256
-"""Rows for which oneDNN chooses the layout; others are served by it as well."""
+"""The number of rows that oneDNN optimises the layout for; it serves any other number too."""
 
 Linear = Callable[[Tensor], Tensor]
 """Rows, shape (num_rows, num_in), to rows, shape (num_rows, num_out)."""
 
 
 def make_linear(weights: Sequence[Tensor], placement: Placement) -> Linear:
-    """A product with one or several weights, whose results lie side by side.
+    """Make the product with one or several weights, whose results are concatenated.
 
     Args:
         weights: each of shape (num_out, num_in), of one dtype.
@@ -57,7 +57,7 @@ class _PackedLinear:
 
 @cache
 def has_packed_linear(dtype: torch.dtype) -> bool:
-    """Whether the private operators exist here and agree with the public one."""
+    """Whether the private operators exist here and give the same as the public one."""
     try:
         weight = torch.arange(48.0).view(6, 8).sin().to(dtype)
         rows = torch.arange(24.0).view(3, 8).cos().to(dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Rotary:
-    """Cosines and sines of positions; `num_pairs` angles a position."""
+    """Cosines and sines of positions: `num_pairs` angles for each."""
 
     def __init__(self, inverse_frequencies: Tensor, scaling: float, device: torch.device) -> None:
         self._inverse_frequencies = inverse_frequencies.float().to(device)
@@ -21,9 +21,9 @@ class Rotary:
         """Compute the frequencies that a `transformers` configuration asks for.
 
         Args:
-            parameters: `rope_type`, `rope_theta` and what the type needs.
+            parameters: `rope_type`, `rope_theta` and what that type needs.
             width: rotated elements of a head.
-            label: name of `parameters` in `config.rope_parameters`, where that has several.
+            label: the key of `parameters` in `config.rope_parameters`, if that holds several.
         """
         kind = str(parameters.get("rope_type", "default"))
         if kind == "default":
@@ -42,7 +42,7 @@ class Rotary:
 
 
 def rotate_pairs(part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbours (x0, x1), (x2, x3), ... and keep them where they are.
+    """Rotate neighbours (x0, x1), (x2, x3), ...; elements keep their indices.
 
     Args:
         part: shape (num_rows, ..., 2 * num_pairs).
@@ -53,7 +53,7 @@ def rotate_pairs(part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = _spread(cos, part), _spread(sin, part)
     pairs = part.float().contiguous().unflatten(-1, (-1, 2))
     if part.device.type == "cpu":
-        # One pass where the products below are seven; not every accelerator knows complex numbers.
+        # One pass instead of the seven products below; not every accelerator has complex numbers.
         rotated = torch.view_as_complex(pairs) * torch.complex(cos, sin)
         return torch.view_as_real(rotated).flatten(-2)
     first, second = pairs[..., 0], pairs[..., 1]
@@ -68,5 +68,5 @@ def rotate_halves(part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _spread(angles: Tensor, part: Tensor) -> Tensor:
-    """Give angles the dimensions between rows and elements."""
+    """Insert dimensions between rows and elements, so that angles broadcast over `part`."""
     return angles.view(angles.shape[0], *([1] * (part.dim() - 2)), angles.shape[1])

@@ -1,1 +1,1 @@
-"""Where keys and states of sequences lie, and how a step reads them."""
+"""Where keys and states of sequences are kept, and how a step reads and writes them."""

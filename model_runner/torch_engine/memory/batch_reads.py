@@ -1,4 +1,10 @@
-"""TODO docstring."""
+"""Reads of short segments by few rows: many slots of one block, or of a ring, in one batched product.
+
+slot   rows              keys         A batch is a rectangle: slots by rows by keys. `bias` masks keys past a
+0      r0                k k k k .    slot's end and keys that a row may not see; places without a row repeat
+1      r1 r2 r3          k k . . .    row 0, and their results are dropped.
+3      r7                k k k k k
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,23 +17,23 @@ from torch import Tensor
 from moebeam.model_runner.torch_engine.layers.attention import MASKED, MAX_SCORES, Merged, Partials
 from moebeam.model_runner.torch_engine.memory.segments import Block
 
-ROW_CLASSES = (1, 4, 8, 16, 32, 64)
-
-
 Ints = npt.NDArray[np.int64]
+
+ROW_CLASSES = (1, 4, 8, 16, 32, 64)
+"""Reads are grouped by the least of these that holds their rows, so that padding stays small."""
 
 
 @dataclass(slots=True, eq=False)
 class BatchRead:
-    """Slots of a block, each read by a few rows.
+    """Slots of a block, or of a ring without one, each read by a few rows.
 
     Attributes:
-        slots: a range of slots, or their numbers where they lie too far apart.
-        rows: int64, shape (num_slots, num_rows), or None where these are neighbours, in order, from `first_row` on.
+        slots: a range of slots, or their numbers if they lie too far apart.
+        rows: int64, shape (num_slots, num_rows); None if they are consecutive from `first_row` on.
         first_entries: path entry of each slot's first key; int64, shape (num_slots,).
-        bias: float32, shape (num_slots, num_rows, num_keys), or None.
-        merged_rows, places: the distinct rows that get a result, and where in the flattened `rows` it is.
-        row_numbers: the distinct rows, on the host.
+        bias: float32, shape (num_slots, num_rows, num_keys); None if every row sees every key.
+        merged_rows, places: the rows that get a result, each once, and its place in the flattened `rows`.
+        row_numbers: the same rows, on the host.
     """
 
     block: Block | None
@@ -48,7 +54,7 @@ class BatchRead:
         return self.first_row + self.num_slots * self.num_rows
 
     def renumber(self, compact: Ints) -> "BatchRead":
-        """The same read, where row `i` is now row `compact[i]`."""
+        """The same read after row `i` became row `compact[i]`."""
         rows = self.rows
         index = torch.from_numpy(compact).to(rows.device) if rows is not None else None
         return replace(
@@ -61,7 +67,7 @@ class BatchRead:
     def pick(self, slots: Tensor) -> Tensor:
         """The keys read, of all slots (num_all_slots, capacity, width): shape (num_slots, num_keys, width).
 
-        A view where the slots are neighbours.
+        A view if `slots` is a range.
         """
         picked = slots[self.slots] if isinstance(self.slots, slice) else slots.index_select(0, self.slots)
         return picked[:, : self.num_keys]
@@ -73,7 +79,7 @@ class BatchRead:
         return rows[self.rows]
 
     def merge(self, merged: Merged, found: Partials) -> None:
-        """Bring results back to their rows."""
+        """Merge results into their rows."""
         if self.rows is None:
             merged.merge(self.first_row, self._end_row, found)
         elif self.merged_rows is not None:
@@ -84,7 +90,7 @@ class BatchRead:
 class SlotRead:
     """Rows `[first_row, first_row + num_rows)` read the first `num_keys` entries of a slot.
 
-    `limits` says how many of them each row may see; None lets all rows see all.
+    `limits`: how many of them each row sees; None means all. `first_entry`: the slot's first entry within the path.
     """
 
     slot: int
@@ -96,12 +102,12 @@ class SlotRead:
 
 
 def plan_slot_reads(reads: Sequence[SlotRead], device: torch.device, block: Block | None = None) -> list[BatchRead]:
-    """Gather reads of slots of one block, or of a ring, into products of about equal numbers of rows."""
+    """Group reads of one block's slots, or of a ring's, into batches of about equally many rows a slot."""
     return [batch for group in _group_reads(reads) for batch in _plan_batches(block, group, device)]
 
 
 def _group_reads(reads: Sequence[SlotRead]) -> list[list[SlotRead]]:
-    """Reads of one block with about as many rows each, in which no row occurs twice."""
+    """Group reads by their number of rows, so that no row occurs twice in a group."""
     groups: dict[int, list[list[SlotRead]]] = {}
     for read in sorted(reads, key=lambda read: read.first_row):
         rounds = groups.setdefault(next(n for n in ROW_CLASSES if read.num_rows <= n), [])
@@ -115,7 +121,7 @@ def _group_reads(reads: Sequence[SlotRead]) -> list[list[SlotRead]]:
 
 
 def _plan_batches(block: Block | None, group: list[SlotRead], device: torch.device) -> list[BatchRead]:
-    """Products over the slots of a group, each with at most `MAX_SCORES` padded scores, about."""
+    """Cut a group into batches of about `MAX_SCORES` padded scores at most."""
     num_rows = max(read.num_rows for read in group)
     num_keys = max(read.num_keys for read in group)
     num_at_once = max(1, MAX_SCORES // (num_rows * num_keys * 8))
@@ -126,7 +132,7 @@ def _plan_batches(block: Block | None, group: list[SlotRead], device: torch.devi
 
 
 def _plan_batch(block: Block | None, group: list[SlotRead], device: torch.device) -> BatchRead:
-    """One product over the slots of `group`, which are in ascending order."""
+    """Lay out one batch; `group` is in ascending order of slots."""
     numbers = [read.slot for read in group]
     first_slot, num_slots = numbers[0], numbers[-1] - numbers[0] + 1
     slots: slice | Tensor = slice(first_slot, first_slot + num_slots)
@@ -169,4 +175,5 @@ def _plan_batch(block: Block | None, group: list[SlotRead], device: torch.device
 
 
 def make_bias(keys: Ints, limits: Ints, device: torch.device) -> Tensor:
+    """0 for keys below their row's limit, `MASKED` for others; float32, the broadcast shape of both."""
     return torch.from_numpy(np.where(keys < limits, np.float32(0), np.float32(MASKED))).to(device)

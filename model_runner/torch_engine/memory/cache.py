@@ -1,4 +1,4 @@
-"""The memory of live nodes: append segments shared by reference, and ring buffers copied on a fork."""
+"""The memory of live nodes: segments, which descendants read in place, and rings, which they get a copy of."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _NUM_FIRST_SLOTS = 8
 
 @dataclass(frozen=True, slots=True)
 class RingKind:
-    """The last `size` rows of a path, kept by a family of layers; position `p` is in place `p % size`."""
+    """The last `size` rows of a path, kept by a family of layers; position `p` is at index `p % size`."""
 
     name: str
     num_layers: int
@@ -24,7 +24,9 @@ class RingKind:
 
 
 class Ring:
-    """Slots of one ring kind, and behind them room for the rows of a step, so that one index reaches both.
+    """Slots of one ring kind, and behind them the rows of a step, so that one index reaches both.
+
+        | slot 0: size rows | slot 1 | ... | rows of the step |
 
     Attributes:
         rows: shape (num_layers, num_slots * size + num_step_rows, width).
@@ -37,7 +39,7 @@ class Ring:
         self.rows = torch.zeros((kind.num_layers, 0, kind.width), dtype=dtype, device=device)
 
     def ensure(self, num_slots: int, num_step_rows: int) -> None:
-        """Make room; what slots hold is kept."""
+        """Make room and keep what the slots hold."""
         if num_slots <= self.num_slots and num_step_rows <= self.num_step_rows:
             return
         num_before = self.num_slots * self.kind.size
@@ -53,11 +55,11 @@ class Ring:
         return self.num_slots * self.kind.size
 
     def slots(self, layer: int) -> Tensor:
-        """What slots hold: a view of shape (num_slots, size, width)."""
+        """All slots: a view of shape (num_slots, size, width)."""
         return self.rows[layer, : self.first_step_row].view(self.num_slots, self.kind.size, self.kind.width)
 
     def put_step_rows(self, layer: int, new_rows: Tensor) -> None:
-        """Lay a step's rows, shape (num_rows, width), behind the slots."""
+        """Copy a step's rows, shape (num_rows, width), behind the slots."""
         first = self.first_step_row
         self.rows[layer, first : first + new_rows.shape[0]] = new_rows
 
@@ -72,10 +74,10 @@ class Ring:
 
 
 class Cache:
-    """What an architecture keeps between steps.
+    """What an architecture keeps between steps; call `prepare` before a step and `commit` after it.
 
     Attributes:
-        num_idle_steps: for how many steps a node's expanded copies have not been read.
+        num_idle_steps: for each node with expanded copies, how many steps ago they were read.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class Cache:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of a node's rings."""
+        """Bytes of a node's ring slots."""
         return self._element_bytes * sum(ring.kind.num_layers * ring.kind.size * ring.kind.width for ring in self.rings)
 
     def span_bytes(self, start: int, end: int) -> int:
@@ -114,7 +116,7 @@ class Cache:
         )
 
     def prepare(self, spans: Sequence[Span], num_rows: int, expected: Callable[[], Iterable[tuple[int, int]]]) -> None:
-        """Make room for what a step will keep; nodes that start get their parent's state.
+        """Make room for what a step writes; new nodes get a copy of their parent's rings.
 
         Args:
             expected: the positions `[start, end)` of nodes that will be live together; sizes new blocks.
@@ -146,7 +148,7 @@ class Cache:
                 extent.num_entries = (span.position + span.num_rows) // kind.rate - extent.first_entry
 
     def close(self, node: Node) -> None:
-        """Give back what a node keeps."""
+        """Free a node's memory."""
         memory: NodeMemory | None = node.memory
         if memory is None:
             return
@@ -160,21 +162,21 @@ class Cache:
         node.memory = None
 
     def forget_expanded(self, node: Node) -> None:
-        """Drop a node's expanded copies, where it is still kept and has any, and no longer watch them."""
+        """Stop counting a node's idle steps, and drop its expanded copies if it is still live."""
         del self.num_idle_steps[node]
         memory: NodeMemory | None = node.memory
         if memory is not None:
             self.drop_expanded(memory)
 
     def drop_expanded(self, memory: NodeMemory) -> None:
-        """Forget expanded copies of a node's entries."""
+        """Free the expanded copies of a node."""
         for key, value in memory.expanded.values():
             self.expanded_bytes -= key.nbytes + value.nbytes
         memory.expanded.clear()
         memory.num_expanded.clear()
 
     def _wipe(self, memory: NodeMemory) -> None:
-        """Leave nothing that is no number to the next owner: it is masked there, but NaN times 0 is NaN."""
+        """Zero a node's memory: its next owner masks what it did not write, but NaN times 0 is NaN."""
         for extent in memory.extents:
             if extent.block is not None:
                 for tensor in extent.block.fields.values():
@@ -184,7 +186,7 @@ class Cache:
                 ring.wipe(memory.state_slot)
 
     def _fork(self, node: Node) -> None:
-        """Give a new node its parent's state; a root's needs none, since nothing before position 0 is read."""
+        """Copy the parent's rings to a new node; a root needs none, since nothing before position 0 is read."""
         if node.parent is not None:
             for ring in self.rings:
                 ring.copy(node.parent.memory.state_slot, node.memory.state_slot)

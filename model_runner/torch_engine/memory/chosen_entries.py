@@ -1,7 +1,7 @@
-"""Reading the entries that each row has chosen for itself, of many that it might: gathered, a few rows at a time.
+"""Reads only the entries that each row chose of its path: gathered, a few rows at a time.
 
-Beside `reading.py`, whose products read whole segments and mask what a row did not choose. That costs operations for
-every entry of a path; here they depend on the number of the chosen alone, at the price of a copy for each row.
+`reading.py` instead reads whole segments and masks what a row did not choose, which costs operations for every entry of
+a path. Here the cost depends on the number of chosen entries alone, but each row copies its own.
 """
 
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ from moebeam.model_runner.torch_engine.memory.segments import Block, Columns, No
 from moebeam.model_runner.torch_engine.schedule.steps import Span
 
 MIN_ENTRIES_A_CHOSEN = 5
-"""From so many entries for each chosen one on gathering is faster than masking (`docs/adr/0003`)."""
+"""From so many entries a chosen one on, gathering is faster than masking (`docs/adr/0003`)."""
 
 _MAX_GATHERED = 4 * 1024 * 1024
-"""Most elements of keys that are gathered at a time, about."""
+"""About how many elements of keys are gathered at a time."""
 
 _NO_ENTRY = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True, slots=True)
 class EntryPlaces:
-    """Where the entries of each row's path are, in blocks that are laid end to end.
+    """Where the entries of each row's path are, in blocks concatenated into one pool.
 
     Attributes:
-        starts: the path entry at which each extent of a span's path begins, ascending, and a number beyond all where
-            there are fewer; int64, shape (num_spans, num_extents).
-        shifts: what is added to a path entry of an extent to get its place; int64, the same shape.
+        starts: first path entry of each extent of a span's path, ascending, padded with the largest int64; int64,
+            shape (num_spans, num_extents).
+        shifts: place in the pool minus path entry, for each extent; int64, the same shape.
         spans: the span of each row; int64, shape (num_rows,).
     """
 
@@ -44,21 +44,21 @@ class EntryPlaces:
         """The same for some of the rows."""
         return replace(self, spans=self.spans[rows])
 
-    def pool(self, columns: Columns, layer: int) -> Tensor:
-        """The blocks' entries: shape (num_places, width); a view where there is one block."""
+    def join_blocks(self, columns: Columns, layer: int) -> Tensor:
+        """The pool: shape (num_places, width); a view if there is only one block."""
         flat = [columns.view(block.fields, layer).flatten(0, 1) for block in self.blocks]
         return flat[0] if len(flat) == 1 else torch.cat(flat)
 
     def locate(self, first_row: int, entries: Tensor) -> Tensor:
-        """Places of path entries, int64 of shape (num_rows, num_chosen), for the rows from `first_row` on."""
+        """Pool places of path entries, int64 of shape (num_rows, num_chosen), for the rows from `first_row` on."""
         spans = self.spans[first_row : first_row + entries.shape[0]]
-        # A row without any entry names entry 0, which is masked: any place will do.
+        # A row without entries asks for entry 0 and masks it: any place will do.
         extents = (torch.searchsorted(self.starts[spans], entries, right=True) - 1).clamp_(min=0)
         return entries + self.shifts[spans].gather(1, extents)
 
 
 def plan_entry_places(spans: Sequence[Span], kind_index: int, device: torch.device) -> EntryPlaces:
-    """Work out where entries are, once a step; the step's new entries count as written.
+    """Find where entries are, once a step; entries that the step itself writes are included.
 
     Args:
         spans: of a step; at least one of their paths has an entry.
@@ -94,7 +94,7 @@ def plan_entry_places(spans: Sequence[Span], kind_index: int, device: torch.devi
 def read_chosen(
     places: EntryPlaces, layer: int, query: Tensor, merged: Merged, selection: Tensor, num_chosen: int, columns: Columns
 ) -> None:
-    """Read each row's chosen entries, by keys that all heads share and that are values as well.
+    """Attend to each row's chosen entries, whose keys are also the values and are shared by all heads.
 
     Args:
         layer: number of the layer within the kind.
@@ -103,7 +103,7 @@ def read_chosen(
         selection: 0 for chosen entries, less for others, at most `num_chosen` a row; shape (num_rows, num_entries).
     """
     entries, bias = list_chosen(selection, num_chosen)
-    pool = places.pool(columns, layer)
+    pool = places.join_blocks(columns, layer)
     num_at_once = max(1, _MAX_GATHERED // (num_chosen * columns.width))
     for first in range(0, query.shape[0], num_at_once):
         rows = slice(first, min(first + num_at_once, query.shape[0]))
@@ -114,11 +114,11 @@ def read_chosen(
 
 
 def list_chosen(selection: Tensor, num_chosen: int) -> tuple[Tensor, Tensor]:
-    """The numbers of each row's chosen entries, ascending.
+    """List each row's chosen entries, ascending.
 
     Returns:
-        The numbers, int64 of shape (num_rows, num_chosen), 0 where a row has fewer, and what is added to their scores:
-        0, or `MASKED` where there is none; float32, the same shape.
+        Entries, int64 of shape (num_rows, num_chosen), padded with 0, and the bias of their scores: 0, or `MASKED` for
+        padding; float32, the same shape.
     """
     num_rows = selection.shape[0]
     rows, entries = (selection == 0).nonzero(as_tuple=True)

@@ -1,4 +1,23 @@
-"""TODO docstring."""
+"""Which rows of a step write and read which segments: planned once a step on the host, used by every layer.
+
+Stands between the schedule's step and an architecture's layers. Index tensors live on the model's device.
+
+A row writes its entry (W) into the segment of its own node, and reads (r) that segment up to itself and the segments of
+all ancestors in full. S is computed and shared by A and C, which decode, and B, which prefills three tokens:
+
+    row  span |  S, 100 entries   |  A, 3    |  B, 3    |  C, 4
+    ----------+-------------------+----------+----------+-----------
+     0    A   |  r r r r ... r r  |  r r W   |          |
+     1    B   |  r r r r ... r r  |          |  W       |
+     2    B   |  r r r r ... r r  |          |  r W     |
+     3    B   |  r r r r ... r r  |          |  r r W   |
+     4    C   |  r r r r ... r r  |          |          |  r r r W
+              |   one WideRead:   |  one BatchRead over the slots of
+              |   rows [0, 5)     |  the block that holds A, B and C
+
+Depth-first order makes the rows that read a node neighbours, so a wide read needs no gather. Reads of fewer than
+`MIN_WIDE_ROWS` rows are batched.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +40,7 @@ from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node
 from moebeam.model_runner.torch_engine.schedule.steps import Span
 
 MIN_WIDE_ROWS = 24
-"""Rows from which a segment is read by a product of its own: fewer are gathered with other segments."""
+"""From so many rows on a segment gets a product of its own; the reads of fewer rows are batched."""
 
 
 _CAUSAL_TILE = 256
@@ -29,7 +48,7 @@ _CAUSAL_TILE = 256
 
 @dataclass(slots=True, eq=False)
 class Write:
-    """New entries of a step, numbers `sources` of them, that go into a block, at `targets` of its flattened slots."""
+    """Entries `sources` of a step (None: all) go to the places `targets` of a block's flattened slots."""
 
     block: Block
     targets: Tensor
@@ -40,7 +59,7 @@ class Write:
 class WideRead:
     """Rows `[first_row, end_row)` read the first `num_keys` entries of an extent.
 
-    `limits`, ascending, says how many of them each row may see; None lets all rows see all.
+    `limits`, ascending: how many of them each row sees; None means all.
     """
 
     node: Node
@@ -52,13 +71,13 @@ class WideRead:
     _bias: dict[tuple[int, int, int], Tensor] = field(default_factory=dict[tuple[int, int, int], Tensor])
 
     def renumber(self, compact: Ints) -> "WideRead":
-        """The same read, where row `i` is now row `compact[i]`."""
+        """The same read after row `i` became row `compact[i]`."""
         first_row = int(compact[self.first_row])
         return replace(self, first_row=first_row, end_row=first_row + self.end_row - self.first_row, _bias={})
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of a row and a key that it sees."""
+        """How many (row, key) pairs see each other."""
         return (self.end_row - self.first_row) * self.num_keys if self.limits is None else int(self.limits.sum())
 
     @property
@@ -68,7 +87,7 @@ class WideRead:
         return any(key.shape[1] >= self.num_keys for key, _ in memory.expanded.values())
 
     def tiles(self, num_heads: int) -> "list[tuple[int, int, int]]":
-        """(first key, end key, first row) of products that hold at most `MAX_SCORES` scores, about."""
+        """Cut the read into products of about `MAX_SCORES` scores: (first key, end key, first row that sees any)."""
         num_rows = self.end_row - self.first_row
         num_tile = max(_CAUSAL_TILE, MAX_SCORES // (num_rows * num_heads))
         if self.limits is not None:
@@ -81,7 +100,7 @@ class WideRead:
         return found
 
     def bias(self, first: int, end: int, first_row: int, device: torch.device) -> Tensor | None:
-        """What is added to the scores of a tile: float32, shape (num_rows, num_keys), or None."""
+        """The mask of a tile, made once for all layers: float32, shape (num_rows, num_keys); None masks nothing."""
         if self.limits is None:
             return None
         limits = self.limits[first_row - self.first_row :]
@@ -94,12 +113,12 @@ class WideRead:
 
 @dataclass(frozen=True, slots=True)
 class FreshRead:
-    """Rows that begin nodes and read each other, each those of its node up to itself.
+    """Rows that begin their nodes and read each other's entries straight from the step: a causal square for each node.
 
     Attributes:
-        rows: int64, shape (num_nodes, num_rows); places without a row repeat the node's first.
+        rows: int64, shape (num_nodes, num_rows); places without a row repeat the node's first row.
         bias: float32, shape (num_nodes, num_rows, num_rows).
-        merged_rows, places: rows that get a result, and where in the flattened `rows` it is.
+        merged_rows, places: the rows that get a result, each once, and its place in the flattened `rows`.
     """
 
     rows: Tensor
@@ -110,7 +129,7 @@ class FreshRead:
 
 @dataclass(slots=True, eq=False)
 class ReadPlan:
-    """What a step writes and reads of one kind."""
+    """What a step writes and reads of one segment kind."""
 
     writes: list[Write]
     wide: list[WideRead]
@@ -118,12 +137,12 @@ class ReadPlan:
     fresh: list[FreshRead] = field(default_factory=list[FreshRead])
 
     def drop_writes(self) -> "ReadPlan":
-        """The reads alone."""
+        """The same reads, without writes."""
         return ReadPlan([], self.wide, self.batches, self.fresh)
 
 
 def plan_reads(spans: Sequence[Span], kind_index: int, kind: SegmentKind, device: torch.device) -> ReadPlan:
-    """Work out the reads of one kind; the step's new entries count as written.
+    """Plan the writes and reads of one kind; reads include the entries that the step itself writes.
 
     Args:
         spans: of a step, in depth-first order; room for their entries is reserved.
@@ -195,7 +214,7 @@ def _add_read(
 
 
 def _group_by_num_rows(spans: Sequence[Span]) -> list[list[Span]]:
-    """Spans with about as many rows each."""
+    """Group spans by their number of rows."""
     groups: dict[int, list[Span]] = {}
     for span in spans:
         groups.setdefault(next(n for n in ROW_CLASSES if span.num_rows <= n), []).append(span)

@@ -1,18 +1,11 @@
-"""Which rows of a step write and read which segments: worked out once a step on the host, used by every layer.
-
-Stands between the schedule's step and an architecture's layers. Index tensors live on the model's device.
-"""
-
-from collections.abc import Sequence
+"""Carries out a read plan in one layer: writes the step's entries, then attends to those that its rows see."""
 
 import torch
 from torch import Tensor
 
 from moebeam.model_runner.torch_engine.layers.attention import Merged, attend
-from moebeam.model_runner.torch_engine.memory.batch_reads import (
-    BatchRead,
-)
-from moebeam.model_runner.torch_engine.memory.read_plan import ReadPlan, WideRead
+from moebeam.model_runner.torch_engine.memory.batch_reads import BatchRead
+from moebeam.model_runner.torch_engine.memory.read_plan import ReadPlan
 from moebeam.model_runner.torch_engine.memory.segments import Columns
 
 
@@ -24,20 +17,19 @@ def read_shared_keys(
     *,
     key: Columns,
     value: Columns,
-    wide: Sequence[WideRead] | None = None,
     selection: Tensor | None = None,
 ) -> None:
-    """Read the entries of a kind, by keys and values that all heads of `query` share.
+    """Attend to the entries of a kind, with keys and values that all heads of `query` share.
 
     Args:
         layer: number of the layer within the kind.
         query: scaled; shape (num_rows, num_heads, key_width).
         merged: takes the results.
-        wide: the wide reads to do; None does all.
-        selection: added to scores; float32, shape (num_rows, num_path_entries); None lets rows see all they may.
+        key, value: where in an entry they are; values at the start of the keys are not read twice.
+        selection: added to scores; float32, shape (num_rows, num_path_entries); None adds nothing.
     """
     num_heads = query.shape[1]
-    for read in plan.wide if wide is None else wide:
+    for read in plan.wide:
         assert read.extent.block is not None
         fields, slot = read.extent.block.fields, read.extent.slot
         keys, values = key.view(fields, layer)[slot], value.view(fields, layer)[slot]
@@ -65,14 +57,14 @@ def read_shared_keys(
 
 
 def write_entries(plan: ReadPlan, layer: int, name: str, entries: Tensor) -> None:
-    """Put a step's new entries, shape (num_entries, width), where they belong."""
+    """Write a step's new entries, shape (num_entries, width), into their blocks."""
     for write in plan.writes:
         flat = write.block.fields[name][layer].view(-1, entries.shape[-1])
         flat.index_copy_(0, write.targets, entries if write.sources is None else entries[write.sources])
 
 
 def _gather_selection(batch: BatchRead, selection: Tensor) -> Tensor:
-    """The part of `selection` that a batch reads: shape (num_slots, num_rows, num_keys)."""
+    """Pick the scores of `selection` that a batch reads: shape (num_slots, num_rows, num_keys)."""
     rows = batch.gather(torch.arange(selection.shape[0], device=selection.device))  # (num_slots, num_rows)
     offsets = torch.arange(batch.num_keys, device=selection.device)
     entries = (batch.first_entries.unsqueeze(1) + offsets).clamp_(max=selection.shape[1] - 1)

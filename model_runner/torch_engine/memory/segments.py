@@ -1,8 +1,15 @@
-"""Where the keys of live nodes are: append segments in blocks, and the slots of what is copied on a fork.
+"""Where the keys of live nodes are: one segment a node and kind, in blocks, shared by all descendants.
 
 A *kind* is a family of layers that keep one entry for every `rate` tokens (1 for latents or keys and values, 4 or 128
-for DeepSeek-V4's compressed entries). A node's entries of a kind lie side by side in one slot of a block; blocks hold
-slots of one capacity, so that the many short segments of a step are read by one batched matrix product in place.
+for DeepSeek-V4's compressed entries). A node's entries of a kind are a slot of a block; nobody copies its ancestors'
+entries. All slots of a block have one capacity, so one batched product reads many short segments in place:
+
+    tree                extents                        block, capacity 8       block, capacity 4
+    S, 7 tokens         S  entries [0, 7)  slot 0      0  S S S S S S S .      0  A A A .
+    |-- A, 3 tokens     A  entries [7, 10) slot 0      1  (free)               1  B B . .
+    `-- B, 2 tokens     B  entries [7, 9)  slot 1
+
+A's path is S's segment and then its own; so is B's. When an answer outgrows its slot, it moves to a larger one.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,10 +30,9 @@ class SegmentKind:
     """What a family of layers keeps.
 
     Attributes:
-        num_layers: how many layers keep it.
-        rate: tokens an entry; entry `i` stands for the positions `[i * rate, (i + 1) * rate)` of a path.
-        widths: elements an entry and field.
-        has_fresh_reads: whether few rows that begin a node read each other in a way of the architecture's own.
+        rate: tokens for an entry; entry `i` stands for the positions `[i * rate, (i + 1) * rate)` of a path.
+        widths: name of each field and its elements for an entry.
+        has_fresh_reads: whether the architecture does `ReadPlan.fresh` reads; if not, they are planned as batched.
     """
 
     name: str
@@ -36,11 +42,11 @@ class SegmentKind:
     has_fresh_reads: bool = False
 
     def num_entries(self, start: int, end: int) -> int:
-        """Entries that belong to a node of the positions `[start, end)`: those whose last token is one of its own."""
+        """How many entries a node of the positions `[start, end)` owns: those whose last token is its own."""
         return end // self.rate - start // self.rate
 
     def entry_elements(self) -> int:
-        """Elements an entry, over all layers and fields."""
+        """Elements of an entry, over all layers and fields."""
         return self.num_layers * sum(width for _, width in self.widths)
 
 
@@ -65,7 +71,7 @@ class Block:
 
 @dataclass(slots=True, eq=False)
 class Extent:
-    """A node's entries of one kind: `num_entries` from entry `first_entry` of the path on, in a slot of a block."""
+    """A node's entries of one kind: `num_entries` of its path from `first_entry` on, in a slot of a block."""
 
     first_entry: int
     num_entries: int = 0
@@ -75,7 +81,14 @@ class Extent:
 
 @dataclass(slots=True, eq=False)
 class NodeMemory:
-    """What is kept for a live node: an extent for each kind, and its slot in the rings, -1 without."""
+    """What is kept for a live node.
+
+    Attributes:
+        extents: one for each kind.
+        state_slot: its slot in every ring; -1 if there are no rings.
+        expanded: by layer, keys and values of each head that were computed from its entries.
+        num_expanded: by layer, how many entries have been.
+    """
 
     extents: list[Extent]
     state_slot: int = -1
@@ -84,7 +97,7 @@ class NodeMemory:
 
 
 class SegmentStore:
-    """Blocks of every kind, allocated as nodes need them and freed when their last slot is."""
+    """Blocks of every kind, allocated when nodes need them and freed with their last slot."""
 
     def __init__(self, kinds: Sequence[SegmentKind], *, dtype: torch.dtype, device: torch.device) -> None:
         self.kinds = tuple(kinds)
@@ -96,15 +109,15 @@ class SegmentStore:
         self.peak_bytes = 0
 
     def open(self, node: Node) -> NodeMemory:
-        """Begin to keep a node; without room yet."""
+        """Give a node memory, without slots yet."""
         return NodeMemory([Extent(node.start // kind.rate) for kind in self.kinds])
 
     def expect(self, spans: Callable[[], Iterable[tuple[int, int]]]) -> None:
-        """Tell which nodes `[start, end)` will be live together, the present ones too, for the size of new blocks."""
+        """Set which nodes `[start, end)` will be live together, present ones included; sizes new blocks."""
         self._expected = spans
 
     def reserve(self, node: Node, end: int) -> None:
-        """Make room for a node's entries up to a position, one past the last to be kept."""
+        """Make room for a node's entries before position `end`."""
         memory: NodeMemory = node.memory
         for index, (kind, extent) in enumerate(zip(self.kinds, memory.extents, strict=True)):
             num_entries = kind.num_entries(node.start, end)
@@ -112,7 +125,7 @@ class SegmentStore:
                 self._move(index, extent, choose_capacity(num_entries))
 
     def close(self, memory: NodeMemory) -> None:
-        """Give a node's slots back."""
+        """Free a node's slots."""
         for index, extent in enumerate(memory.extents):
             self._free(index, extent)
 
@@ -166,14 +179,14 @@ class SegmentStore:
 
 
 def choose_capacity(num_entries: int) -> int:
-    """The capacity in which entries are kept: at most an eighth above their number, but at least 4."""
+    """The capacity of a slot for so many entries: at most an eighth more, but at least 4."""
     grain = max(MIN_CAPACITY, 1 << max(0, num_entries.bit_length() - 4))
     return -(-num_entries // grain) * grain
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Elements `[first, first + width)` of a field."""
+    """Elements `[first, first + width)` of each entry of a field."""
 
     field: str
     first: int

@@ -1,7 +1,10 @@
-"""What of a step reads and fills ring buffers: sliding windows, and the windows that compressed entries are made of.
+"""How a step reads and updates rings: sliding windows, and the windows that compressed entries are made from.
 
-Worked out once a step on the host and used by every layer. A ring holds the last rows of each path behind which lie
-the rows of the step, so that one index finds a position wherever it is.
+Planned once a step on the host and used by every layer. A row of the step reads positions before the step from its
+node's slot, and later ones from the step's rows behind the slots:
+
+    position     5    6    7    8  |  9   10   11
+    index       slot * size + p % size  |  first_step_row + first_row + p - span.position
 """
 
 from collections.abc import Sequence
@@ -19,14 +22,14 @@ from moebeam.model_runner.torch_engine.memory.segments import NodeMemory
 from moebeam.model_runner.torch_engine.schedule.steps import Span
 
 _ROW_BLOCKS = (16, 64)
-"""Rows of a prompt that read the window together; the larger the fewer products, the more keys that are masked."""
+"""Rows of a prompt that share a block of keys: larger blocks make fewer products but mask more keys."""
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class RingUpdate:
-    """Rows of a step that stay in a ring: `targets` of its rows get the step's `sources`."""
+    """Rows of a step that a ring keeps: its rows `targets` get the step's rows `sources`."""
 
     targets: Tensor
     sources: Tensor
@@ -34,13 +37,13 @@ class RingUpdate:
 
 @dataclass(frozen=True, slots=True)
 class WindowRead:
-    """Rows of prompts and the window before each.
+    """Blocks of prompt rows and the keys of their windows.
 
     Attributes:
         rows: int64, shape (num_blocks, num_rows); places without a row repeat row 0.
         keys: rows of the ring; int64, shape (num_blocks, num_keys).
         bias: float32, shape (num_blocks, num_rows, num_keys).
-        merged_rows, places: rows that get a result, and where in the flattened `rows` it is.
+        merged_rows, places: the rows that get a result, each once, and its place in the flattened `rows`.
     """
 
     rows: Tensor
@@ -52,19 +55,19 @@ class WindowRead:
 
 @dataclass(frozen=True, slots=True)
 class WindowPlan:
-    """How a step uses a sliding window: single rows read their slot in place, after the update; others before it.
+    """How a step uses a sliding window: blocks read before the ring is updated, single rows their whole slot after.
 
     Attributes:
-        drawn: reads of the rows with logits alone, numbered among themselves; all of them come after the update.
+        last_rows: reads of the rows with logits, counted among themselves; all come after the update.
     """
 
     update: RingUpdate
     blocks: list[WindowRead]
     singles: list[BatchRead]
-    drawn: list[BatchRead]
+    last_rows: list[BatchRead]
 
     def read(self, ring: Ring, layer: int, new_rows: Tensor, query: Tensor, merged: Merged) -> None:
-        """Attend to the last `ring.kind.size` positions, and keep the step's rows.
+        """Attend to the last `ring.kind.size` positions, and update the ring.
 
         Args:
             new_rows: keys, which are values as well; shape (num_rows, width).
@@ -80,10 +83,10 @@ class WindowPlan:
         self._read_slots(self.singles, ring, layer, query, merged)
 
     def read_last_rows(self, ring: Ring, layer: int, new_rows: Tensor, query: Tensor, merged: Merged) -> None:
-        """The same, where `query` and `merged` are of the rows with logits, each the last of its span."""
+        """The same for `query` and `merged` of the rows with logits alone, each the last of its span."""
         ring.put_step_rows(layer, new_rows)
         keep_rows(ring, layer, new_rows, self.update)
-        self._read_slots(self.drawn, ring, layer, query, merged)
+        self._read_slots(self.last_rows, ring, layer, query, merged)
 
     def _read_slots(self, reads: Sequence[BatchRead], ring: Ring, layer: int, query: Tensor, merged: Merged) -> None:
         slots = ring.slots(layer)
@@ -94,11 +97,11 @@ class WindowPlan:
 
 @dataclass(frozen=True, slots=True)
 class CompressionPlan:
-    """The compression windows that a step closes, and the rows that stay for the next.
+    """The compression windows that a step closes, and the rows to keep for the next.
 
     Attributes:
         sources: rows of the ring; int64, shape (num_windows, num_window_rows).
-        is_first: windows that nothing precedes; bool, shape (num_windows,).
+        is_first: whether it is its path's first window; bool, shape (num_windows,).
         positions: of each window's first token; int64, shape (num_windows,).
     """
 
@@ -112,7 +115,7 @@ class CompressionPlan:
         return int(self.positions.shape[0])
 
     def gather(self, ring: Ring, layer: int, new_rows: Tensor) -> Tensor:
-        """The closed windows' rows, shape (num_windows, num_window_rows, width); keeps the step's rows."""
+        """The closed windows' rows, shape (num_windows, num_window_rows, width); updates the ring."""
         ring.put_step_rows(layer, new_rows)
         found = ring.rows[layer].index_select(0, self.sources.flatten()).view(*self.sources.shape, new_rows.shape[-1])
         keep_rows(ring, layer, new_rows, self.update)
@@ -120,16 +123,16 @@ class CompressionPlan:
 
 
 def keep_rows(ring: Ring, layer: int, new_rows: Tensor, update: RingUpdate) -> None:
-    """Copy a step's last rows of each span into its slot."""
+    """Copy the last rows of each span into its slot."""
     kept = new_rows if update.sources.shape[0] == new_rows.shape[0] else new_rows[update.sources]
     ring.rows[layer].index_copy_(0, update.targets, kept)
 
 
-def plan_window(spans: Sequence[Span], drawn: Sequence[Span], ring: Ring, device: torch.device) -> WindowPlan:
+def plan_window(spans: Sequence[Span], logit_spans: Sequence[Span], ring: Ring, device: torch.device) -> WindowPlan:
     """Plan the reads of a sliding window of `ring.kind.size` positions, a row's own included.
 
     Args:
-        drawn: the rows with logits, as spans of one row each.
+        logit_spans: the rows with logits, as spans of one row each.
     """
     singles: list[SlotRead] = []
     blocks: dict[int, list[tuple[Span, int]]] = {}
@@ -141,7 +144,7 @@ def plan_window(spans: Sequence[Span], drawn: Sequence[Span], ring: Ring, device
             for first in range(0, span.num_rows, num_block):
                 blocks.setdefault(num_block, []).append((span, first))
     reads = [_plan_window_read(pieces, num_block, ring, device) for num_block, pieces in blocks.items()]
-    last = [_plan_slot_read(span, ring) for span in drawn]
+    last = [_plan_slot_read(span, ring) for span in logit_spans]
     return WindowPlan(
         _plan_update(spans, ring, device), reads, plan_slot_reads(singles, device), plan_slot_reads(last, device)
     )
@@ -153,7 +156,7 @@ def plan_compression(
     """Plan the windows of `rate` positions that a step closes, in the order of spans and positions.
 
     Args:
-        num_overlap: rows of the window before that each needs as well; `rate` or 0.
+        num_overlap: rows of the window before that each also reads; `rate` or 0.
     """
     sources: list[Ints] = []
     windows: list[Ints] = []
@@ -222,7 +225,7 @@ def _plan_update(spans: Sequence[Span], ring: Ring, device: torch.device) -> Rin
 
 
 def _locate(span: Span, positions: Ints, ring: Ring) -> Ints:
-    """Rows of the ring that hold positions of a span's path: in its slot, or among the step's rows."""
+    """Ring rows of positions of a span's path: in its slot, or among the step's rows."""
     in_slot = _get_slot(span) * ring.kind.size + positions % ring.kind.size
     in_step = ring.first_step_row + span.first_row + positions - span.position
     return np.where(positions >= span.position, in_step, in_slot)

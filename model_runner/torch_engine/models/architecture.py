@@ -1,4 +1,4 @@
-"""The one protocol behind which a model's layers stand, and what a step looks like on the device."""
+"""The protocol of a model, and a step on the device."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class StepBatch:
         token_ids, positions: int64, shape (num_rows,).
         logit_rows: int64, shape (num_logit_rows,).
         reads: one plan for each of the architecture's kinds.
-        logit_reads: the same of the rows with logits alone, numbered among themselves: all that the last layer answers.
+        logit_reads: the same for the rows with logits, counted among themselves; the last layer computes only these.
     """
 
     step: Step
@@ -41,17 +41,17 @@ class StepBatch:
 
     @property
     def last_rows(self) -> Tensor | None:
-        """Which rows the last layer goes on with, where those are not all: `logit_rows`, else None."""
+        """The rows that the last layer returns: `logit_rows`, or None if that is all of them."""
         return None if self.logit_rows.shape[0] == self.token_ids.shape[0] else self.logit_rows
 
 
 def place_step(step: Step, kinds: Sequence[SegmentKind], device: torch.device) -> StepBatch:
-    """Bring a step to the device and plan its reads."""
+    """Copy a step to the device and plan its reads."""
     reads = [plan_reads(step.spans, index, kind, device) for index, kind in enumerate(kinds)]
     logit_reads = reads
     if len(step.logit_rows) < step.num_rows:
-        drawn = step.logit_spans()
-        logit_reads = [plan_reads(drawn, index, kind, device).drop_writes() for index, kind in enumerate(kinds)]
+        logit_spans = step.logit_spans()
+        logit_reads = [plan_reads(logit_spans, index, kind, device).drop_writes() for index, kind in enumerate(kinds)]
     return StepBatch(
         step,
         torch.from_numpy(step.token_ids).to(device, torch.long),
@@ -65,8 +65,8 @@ def place_step(step: Step, kinds: Sequence[SegmentKind], device: torch.device) -
 class Architecture(Protocol):
     """A model that extends sequences of a prefix tree.
 
-    `kinds` and `rings` say what a node keeps: append segments that descendants read in place, and a state that
-    `Cache.fork` copies.
+    `kinds` and `rings` say what it keeps for a node: segments that descendants read in place, and rings that new
+    nodes get a copy of.
     """
 
     kinds: tuple[SegmentKind, ...]
@@ -75,7 +75,7 @@ class Architecture(Protocol):
     context_length: int
 
     def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
-        """Compute a step's rows, keep what later rows need, and return logits.
+        """Compute a step's rows, keep what later rows need in the cache, and return logits.
 
         Returns:
             float32, shape (num_logit_rows, vocab_size).
@@ -83,7 +83,7 @@ class Architecture(Protocol):
         ...
 
     def flops(self, num_rows: int, num_logit_rows: int) -> float:
-        """Floating point operations of a step's products with weights, without attention and head."""
+        """Count floating point operations of a step's products with weights, without attention and head."""
         ...
 
 
@@ -93,11 +93,11 @@ ARCHITECTURES: dict[str, str] = {
     "mixtral": "moebeam.model_runner.torch_engine.models.grouped_query:GroupedQuery",
     "qwen3_moe": "moebeam.model_runner.torch_engine.models.grouped_query:GroupedQuery",
 }
-"""`model_type` of a configuration, and the class that runs it: called with configuration, weights and placement."""
+"""`model_type` of a configuration -> the class that runs it, called with configuration, weights and placement."""
 
 
 def build_architecture(config: Any, weights: CheckpointWeights, placement: Placement) -> Architecture:
-    """The model of a checkpoint.
+    """Build the model of a checkpoint.
 
     Raises:
         EngineLoadError: the model type is unknown, or the weights do not fit the configuration.
@@ -114,7 +114,7 @@ def build_architecture(config: Any, weights: CheckpointWeights, placement: Place
 
 
 def refuse_settings(config: Any, expected: Mapping[str, object]) -> None:
-    """Refuse a configuration that asks for what is not built.
+    """Refuse a configuration that asks for an unsupported variant.
 
     Raises:
         EngineLoadError: a setting has another value than the one expected.

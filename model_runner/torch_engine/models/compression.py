@@ -1,7 +1,11 @@
-"""DeepSeek-V4's compressed entries: how windows of tokens become one key, and which of them a query reads.
+"""DeepSeek-V4's compressed entries: how a window of tokens becomes one key, and which keys a query reads.
 
 Source: sections 2.3.1 (CSA, compressed sparse attention) and 2.3.2 (HCA, heavily compressed attention) of the
-DeepSeek-V4 report. A CSA entry weighs its own window and the one before it; an indexer ranks entries for each query.
+DeepSeek-V4 report. A CSA entry also weighs the window before its own, and an indexer ranks entries for each query:
+
+    tokens    0 1 2 3 | 4 5 6 7 | 8 9 . .     rate 4
+    entry 0  [-------]                        written once token 3 closes the window
+    entry 1  [-----------------]              weighs windows 0 and 1
 """
 
 import math
@@ -20,7 +24,7 @@ from moebeam.model_runner.torch_engine.weights.devices import Placement
 
 
 class Compressor:
-    """Turns the rows of closed windows into entries of `width` elements."""
+    """Compresses closed windows into entries of `width` elements each."""
 
     def __init__(
         self,
@@ -49,9 +53,9 @@ class Compressor:
         """Compress windows.
 
         Args:
-            values, gates: shape (num_windows, num_window_rows, num_features); with overlap the window before comes
-                first.
-            is_first: windows that nothing precedes; bool, shape (num_windows,).
+            values, gates: shape (num_windows, num_window_rows, num_features); with overlap, rows of the window before
+                come first.
+            is_first: whether it is its path's first window; bool, shape (num_windows,).
             cos, sin: of each window's first position; shape (num_windows, num_pairs).
         Returns:
             Shape (num_windows, width).
@@ -62,7 +66,7 @@ class Compressor:
             before = gates[:, :rate, :width].float() + self._bias[:, :width]
             before.masked_fill_(is_first[:, None, None], -math.inf)
             scores = torch.cat((before, gates[:, rate:, width:].float() + self._bias[:, width:]), dim=1)
-            # What stands in place of a window before the first is weighed by 0, and must be a number.
+            # The window before the first holds stale rows: their weight is 0, but 0 times NaN is NaN.
             values = torch.where(is_first[:, None, None] & self._is_before(values), 0.0, values)
         else:
             scores = gates.float() + self._bias
@@ -100,12 +104,12 @@ class Indexer:
         layer: int,
         num_visible: Tensor,
     ) -> Tensor:
-        """What is added to a row's scores: 0 for the entries it reads, `MASKED` for others.
+        """Choose the entries that each row reads: the bias of its scores, 0 for chosen entries and `MASKED` for others.
 
         Args:
             residual: normed low-rank queries; shape (num_rows, q_lora_rank).
             head_weights: shape (num_rows, num_heads).
-            num_visible: entries before each row; int64, shape (num_rows,).
+            num_visible: entries that each row may see; int64, shape (num_rows,).
         Returns:
             float32, shape (num_rows, most visible entries).
         """
@@ -118,7 +122,7 @@ class Indexer:
         return select_best(scores, self.num_chosen)
 
     def _scores(self, query: Tensor, head_weights: Tensor, plan: ReadPlan, layer: int, num_entries: int) -> Tensor:
-        """float32, shape (num_rows, num_entries); -inf where a row sees no entry."""
+        """Score the visible entries: float32, shape (num_rows, num_entries), -inf for those that a row may not see."""
         scores = query.new_full((query.shape[0], num_entries), -math.inf)
         for read in plan.wide:
             assert read.extent.block is not None
@@ -144,7 +148,7 @@ class Indexer:
 
 
 def select_best(scores: Tensor, num_chosen: int) -> Tensor:
-    """Mark the best `num_chosen` of each row, the lower entry of equals, and none of score -inf.
+    """Mark the best `num_chosen` of each row; of equal scores the lower entry wins, -inf never does.
 
     Returns:
         float32, the shape of `scores`: 0 for the marked, `MASKED` for others.
@@ -160,7 +164,7 @@ def select_best(scores: Tensor, num_chosen: int) -> Tensor:
 
 
 def _rank(query: Tensor, keys: Tensor, head_weights: Tensor) -> Tensor:
-    """Queries (segments, rows, heads, width), keys (segments, keys, width) to scores (segments, rows, keys)."""
+    """Score keys (segments, keys, width) for queries (segments, rows, heads, width): (segments, rows, keys)."""
     num_segments, num_rows, num_heads, width = query.shape
     flat = query.reshape(num_segments, num_rows * num_heads, width)
     products = torch.bmm(flat, keys.transpose(1, 2)).relu_().view(num_segments * num_rows, num_heads, -1)
@@ -169,7 +173,7 @@ def _rank(query: Tensor, keys: Tensor, head_weights: Tensor) -> Tensor:
 
 
 def _put(scores: Tensor, rows: Tensor, entries: Tensor, found: Tensor, places: Tensor | None) -> None:
-    """Write a batch's scores to their rows and entries, without places that have no row and entries past the last."""
+    """Write a batch's scores to their rows and entries, skipping padded rows and entries past the last."""
     num_slots, num_rows = rows.shape
     flat_rows = rows.reshape(-1)
     flat_entries = entries.unsqueeze(1).expand(num_slots, num_rows, -1).reshape(num_slots * num_rows, -1)

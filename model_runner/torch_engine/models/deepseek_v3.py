@@ -1,9 +1,7 @@
 """DeepSeek-V3 and R1: multi-head latent attention and sigmoid-gated experts.
 
 Source: the DeepSeek-V3 report (arXiv 2412.19437), sections 2.1.1 and 2.1.2; settings as in `transformers`'
-`DeepseekV3Config`. A token keeps its latent and its rotated key, shared by all heads. They are read *absorbed*
-(queries brought into latent space) where few queries read a key, and *expanded* (keys and values of each head) where
-many do; both give partial results of the same attention.
+`DeepseekV3Config`.
 """
 
 import math
@@ -59,9 +57,9 @@ class DeepseekV3:
         for layer in self._layers[:-1]:
             rows = layer(rows, cos, sin, batch, reads)
         if batch.last_rows is not None:
-            drawn = batch.logit_reads[0]
-            split = self._expansion.split(drawn.wide)
-            reads = plan_latent_reads(drawn, int(batch.last_rows.shape[0]), *split, rows.device)
+            last = batch.logit_reads[0]
+            split = self._expansion.split(last.wide)
+            reads = plan_latent_reads(last, int(batch.last_rows.shape[0]), *split, rows.device)
         rows = self._layers[-1](rows, cos, sin, batch, reads, batch.last_rows)
         self._expansion.forget_idle(expanded, cache)
         return self._head(self._norm(rows)).float()
@@ -96,7 +94,7 @@ class _Layer:
     def __call__(
         self, rows: Tensor, cos: Tensor, sin: Tensor, batch: StepBatch, reads: LatentReads, chosen: Tensor | None = None
     ) -> Tensor:
-        """Rows to rows; all are kept, but only the `chosen` ones, if any are named, are gone on with."""
+        """Write every row's entries to the cache; return only the `chosen` rows (all by default)."""
         normed = self._input_norm(rows)
         rows = rows if chosen is None else rows[chosen]
         attended = self.attention(normed, cos, sin, batch, reads, self._index, chosen)
@@ -133,7 +131,7 @@ class _MoE:
         return self._experts(rows, chosen, weights) + self._shared(rows)
 
     def _route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts of each row and their weights: the bias counts for the choice only."""
+        """Choose each row's experts and their weights; the bias affects only the choice."""
         scores = functional.linear(rows.float(), self._router).sigmoid()  # (num_rows, num_experts)
         ranked = scores + self._bias
         if self._num_groups > 1:

@@ -1,9 +1,9 @@
 """DeepSeek-V4 (Flash and Pro): sliding windows with compressed entries, hash routing, hyper-connections.
 
 Source: the DeepSeek-V4 report, sections 2.1 to 2.3; settings as in `transformers`' `DeepseekV4Config`. A key is its
-own value and serves all heads. A layer keeps, for each path, the last rows of a sliding window and of open compression
-windows (rings, copied on a fork) and compressed entries (segments, read in place). The attention sink of each head is
-counted once, where partial results begin.
+own value and serves all heads. For each path a layer keeps the last rows of a sliding window and of open compression
+windows in rings, and compressed entries in segments. The attention sink of each head is counted once, when partial
+results begin.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class DeepseekV4:
         shape = (self.vocab_size, hidden_size)
         self._embedding = weights.get("model.embed_tokens.weight", shape).to(device)
         layer_types: list[LayerType] = list(config.layer_types)
-        # The number of a layer among those of its type is its place in their segments and rings.
+        # A layer's number among those of its type is its index in their segments and rings.
         numbers = [layer_types[:i].count(layer_type) for i, layer_type in enumerate(layer_types)]
         self._layers = [_Layer(config, weights, placement, i, number) for i, number in enumerate(numbers)]
         self._hyper_head = HyperHead(config, weights, placement, "model.hc_head")
@@ -120,17 +120,20 @@ class DeepseekV4:
                     places=places,
                     ring=rings[layer_type],
                 )
-        drawn = [] if batch.last_rows is None else batch.step.logit_spans()
-        window = plan_window(spans, drawn, rings["window"], device)
+        logit_spans = [] if batch.last_rows is None else batch.step.logit_spans()
+        window = plan_window(spans, logit_spans, rings["window"], device)
         return _StepPlan(batch, window, rings["window"], angles, compressions)
 
 
 @dataclass(frozen=True, slots=True)
 class _Compression:
-    """What a step does with one type of compressed layers; `cos` and `sin` are of the windows that close.
+    """A step's plan for one type of compressed layers.
 
     Attributes:
-        places: where entries are, if chosen ones are gathered; None where others are masked.
+        cos, sin: of the first positions of the windows that close.
+        num_visible: entries that each row may see; int64, shape (num_rows,).
+        needs_selection: whether some row sees more entries than it may choose.
+        places: where entries are, to gather the chosen ones; None if the others are masked instead.
     """
 
     windows: CompressionPlan
@@ -145,7 +148,7 @@ class _Compression:
 
 @dataclass(frozen=True, slots=True)
 class _StepPlan:
-    """What all layers share in a step; `angles` are cosines and sines by name of the rotary embedding."""
+    """What all layers of a step share; `angles` are cosines and sines by name of the rotary embedding."""
 
     batch: StepBatch
     window: WindowPlan
@@ -172,7 +175,7 @@ class _Layer:
         self.input_flops_per_row = self._attention_streams.flops_per_row + self._attention.input_flops_per_row
 
     def __call__(self, streams: Tensor, plan: _StepPlan, chosen: Tensor | None = None) -> Tensor:
-        """Streams to streams; all rows are kept, but only the `chosen` ones, if any are named, are gone on with."""
+        """Write every row's entries to the cache; return the streams of the `chosen` rows (all by default)."""
         token_ids = plan.batch.token_ids
         rows, after, comb = self._attention_streams.collapse(streams)
         attended = self._attention(self._before_norm(rows), plan, chosen)
@@ -197,7 +200,7 @@ class _Attention:
         self._eps = eps
         self._num_groups = int(config.o_groups)
         query_rank = int(config.q_lora_rank)
-        # Everything that is made of the block's input is made by one product.
+        # One product computes everything that depends on the block's input.
         parts = [
             weights.get(f"{name}.q_a_proj.weight", (query_rank, hidden_size)),
             weights.get(f"{name}.kv_proj.weight", (self._width, hidden_size)),
@@ -307,7 +310,7 @@ class _Attention:
             write_entries(reads, self._number, "index", index)
 
     def _rotate(self, part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate the trailing elements; in place where `part` allows it."""
+        """Rotate the trailing elements, in place."""
         num_rotated = 2 * cos.shape[-1]
         part[..., -num_rotated:] = rotate_pairs(part[..., -num_rotated:], cos, sin).to(part.dtype)
         return part

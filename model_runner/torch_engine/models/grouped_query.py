@@ -143,6 +143,6 @@ def _read_head_width(config: Any) -> int:
 
 
 def _is_dense(config: Any, index: int) -> bool:
-    """Whether a layer of Qwen3-MoE has no experts; all of Mixtral's do."""
+    """Whether a layer has a dense block: some of Qwen3-MoE's, none of Mixtral's."""
     step = int(getattr(config, "decoder_sparse_step", 1))
     return index in (getattr(config, "mlp_only_layers", None) or []) or (index + 1) % step != 0

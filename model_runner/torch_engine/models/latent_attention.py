@@ -1,4 +1,11 @@
-"""TODO docstring."""
+"""Multi-head latent attention: a token keeps one latent and one rotated key, shared by all heads.
+
+Source: the DeepSeek-V3 report (arXiv 2412.19437), section 2.1.1. There are two ways to read entries, and a step may mix
+them, because both give partial results of the same attention:
+
+    absorbed   queries are projected into latent space; cheaper when few queries read a key
+    expanded   keys and values of each head are computed from latents; cheaper when many do
+"""
 
 import math
 from collections.abc import Mapping
@@ -21,16 +28,17 @@ from moebeam.model_runner.torch_engine.weights.checkpoint_weights import Checkpo
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 
 _LATENT_EPS = 1e-6
-"""The norms inside attention do not take their epsilon from the configuration."""
+"""Of the norms inside attention, which do not take the configuration's."""
 
 
 @dataclass(frozen=True, slots=True)
 class LatentReads:
-    """How a step's reads are done.
+    """A step's reads, by the way they are done.
 
     Attributes:
-        absorbed_rows: rows that read latents; int64, shape (num_absorbed_rows,). None stands for all rows.
-        absorbed: their reads, rows being numbered among them.
+        absorbed_rows: rows with absorbed reads; int64, shape (num_absorbed_rows,). None means all rows.
+        absorbed: their reads; rows count among `absorbed_rows`.
+        fresh: expanded from the step's own entries.
     """
 
     expanded: list[WideRead]
@@ -46,7 +54,7 @@ class LatentReads:
 def plan_latent_reads(
     plan: ReadPlan, num_rows: int, expanded: list[WideRead], absorbed: list[WideRead], device: torch.device
 ) -> LatentReads:
-    """Number the rows that read latents among themselves."""
+    """Renumber the rows of absorbed reads among themselves."""
     is_absorbed = np.zeros(num_rows, dtype=bool)
     for read in absorbed:
         is_absorbed[read.first_row : read.end_row] = True
@@ -150,7 +158,7 @@ class LatentAttention:
                 merged.merge(first_row, read.end_row, attend_by_head(query[first_row : read.end_row], key, value, bias))
 
     def _complete_copy(self, read: WideRead, layer: int, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """The copies of a node's entries, completed where they are missing."""
+        """Expand what a node's copies still lack, and return the copies."""
         memory: NodeMemory = read.node.memory
         key, value = memory.expanded[layer]
         num_before = memory.num_expanded[layer]
@@ -161,7 +169,7 @@ class LatentAttention:
         return key, value
 
     def _expand_entries(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Entries, shape (num_keys, rank + rotated), as keys and values of each head, (num_heads, num_keys, width)."""
+        """Expand entries (num_keys, rank + rotated) into keys and values of each head, (num_heads, num_keys, width)."""
         made = self._expand(latent[:, : self.rank].contiguous())
         made = made.view(-1, self.num_heads, self.nope + self.value_width).transpose(0, 1)
         key = latent.new_empty((self.num_heads, latent.shape[0], self.nope + self.rotated))
@@ -170,7 +178,7 @@ class LatentAttention:
         return key, made[..., self.nope :]
 
     def _read_fresh(self, read: FreshRead, entries: Tensor, query: Tensor, merged: Merged) -> None:
-        """Read the step's own entries of nodes that begin with it, expanded and forgotten."""
+        """Attend to the step's own entries of nodes that begin in it, expanded without a copy."""
         num_nodes, num_rows = read.rows.shape
         latent = entries[read.rows.flatten()]  # (num_nodes * num_rows, rank + rotated)
         made = self._expand(latent[:, : self.rank].contiguous()).view(num_nodes, num_rows, self.num_heads, -1)
@@ -200,7 +208,7 @@ class LatentAttention:
 
 
 def _compute_yarn_scale(parameters: Mapping[str, Any]) -> float:
-    """What YaRN adds to the scale of scores (arXiv 2309.00071, section 3.4, as DeepSeek applies it: squared)."""
+    """Compute YaRN's factor of the score scale (arXiv 2309.00071, section 3.4; DeepSeek squares it)."""
     if parameters.get("rope_type", "default") == "default" or not parameters.get("mscale_all_dim"):
         return 1.0
     factor = float(parameters["factor"])

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Which segments latent attention reads expanded, and their copies, under a limit of memory."""
 
 import math
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from moebeam.model_runner.torch_engine.models.latent_attention import LatentAtte
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 
 _NUM_IDLE_STEPS = 4
-"""Steps for which an expanded copy that no one reads is kept."""
+"""Steps after which an unread copy is freed."""
 
 
 class Expansion:
-    """Decides which segments are read expanded, and keeps their copies under a limit.
+    """Decides which wide reads are done expanded, and owns the copies.
 
-    By operations alone, expanding pays from `num_worth` queries a key on; the copies cost memory and bandwidth. What a
-    step alone reads that often is expanded tile by tile and forgotten where there is no room for a copy.
+    By operations alone, expanding pays from `_num_worth` queries a key on, but copies cost memory and bandwidth. A
+    segment that one step reads that often is expanded tile by tile, without a copy, if there is no room for one.
     """
 
     def __init__(self, num_layers: int, attention: LatentAttention, placement: Placement) -> None:
@@ -34,7 +34,7 @@ class Expansion:
         self._key_bytes = attention.num_heads * sum(widths) * num_layers * placement.dtype.itemsize
 
     def choose(self, wide: list[WideRead], cache: Cache) -> tuple[list[WideRead], list[WideRead]]:
-        """Split wide reads into those done expanded, with a copy or without, and those done absorbed; makes copies."""
+        """Split wide reads into expanded ones, with a copy or without, and absorbed ones; allocates copies."""
         for read in wide:
             if read.node in cache.num_idle_steps:
                 cache.num_idle_steps[read.node] = 0
@@ -78,7 +78,7 @@ class Expansion:
         return True
 
     def _make_room(self, num_bytes: int, cache: Cache) -> None:
-        """Drop copies that this step does not read, the longest unread first, until there is room or none is left."""
+        """Free copies that this step does not read, the longest unread first, until there is room."""
         idle = cache.num_idle_steps
         for node in sorted(idle, key=idle.__getitem__, reverse=True):
             if idle[node] == 0 or cache.expanded_bytes + num_bytes <= cache.max_expanded_bytes:
@@ -86,7 +86,7 @@ class Expansion:
             cache.forget_expanded(node)
 
     def forget_idle(self, used: list[WideRead], cache: Cache) -> None:
-        """Drop copies that have not been read for some steps, or that only one answer would read."""
+        """Free copies that were not read for some steps, and those of private nodes after one."""
         idle = cache.num_idle_steps
         for read in used:
             if read.has_copy:

@@ -1,7 +1,11 @@
 """The prefix tree of a planning window, as the engine walks it. Free of torch.
 
-A node is a run of tokens that the same prompts share. Every prompt has a node of its own at its end, its *private*
-node, that grows with the answer; it starts empty where a prompt ends on a node that others share.
+A node is a run of tokens that the same prompts share. Each prompt ends in a *private* node, which grows with its
+answer and starts empty if the prompt ends exactly where a shared node does. `abc`, `abd` and `ab`:
+
+    ab  (shared) --- c  (private)
+     |-------------- d  (private)
+     `-------------- .  (private, empty)
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,13 +24,14 @@ class Node:
     """Tokens at the positions `[start, end)` of a path.
 
     Attributes:
-        order: place of its first prompt in token order; sorts nodes that are not each other's ancestors depth-first.
-        token_ids: int32, shape (end - start,); of a private node only those of its prompt.
-        num_prompts: prompts below it that are not finished.
-        num_computed: how many of its tokens have gone through the model.
-        is_live: memory is held for it.
-        memory: what the cache keeps for it.
-        is_suspect: an answer below it failed; what is kept for it may not be numbers.
+        order: index of its first prompt in token order; sorts nodes depth-first, unless one is the other's ancestor.
+        token_ids: int32, shape (end - start,); a private node's are only those of its prompt, not of the answer.
+        num_prompts: unfinished prompts below it.
+        num_computed: how many of its tokens, answer included, have gone through the model.
+        is_live: memory is reserved for it.
+        wants_logits: a prompt ends on it, so the logits of its last token are kept in `last_logits`.
+        memory: the cache's `NodeMemory`.
+        is_suspect: an answer below it failed, so its memory may hold NaN.
     """
 
     parent: "Node | None"
@@ -52,7 +57,7 @@ class Node:
 
     @property
     def position(self) -> int:
-        """The position of the next token to be computed."""
+        """Position of the next token to compute."""
         return self.start + self.num_computed
 
     @property
@@ -69,12 +74,11 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class PrefixTree:
-    """The private nodes of a window in token order, and the window's size.
+    """A window's prompts and private nodes, in token order, and its size.
 
     Attributes:
-        prompts: in token order.
         leaves: the private node of each prompt.
-        num_tokens: T, tokens of the tree, each shared prefix once.
+        num_tokens: T, tokens of the tree, every shared prefix counted once.
         num_prompt_tokens: N, tokens of all prompts.
     """
 
@@ -85,11 +89,11 @@ class PrefixTree:
 
 
 def build_prefix_tree(prompts: Sequence[Prompt], first_order: int = 0) -> PrefixTree:
-    """Build the prefix tree of a window; linear in the tokens after a sort.
+    """Build the prefix tree of a window: a sort, then linear in the number of tokens.
 
     Args:
-        prompts: in any order; those of different tenants share nothing.
-        first_order: `order` of the first prompt, so that windows follow each other.
+        prompts: in any order; prompts of different tenants share nothing.
+        first_order: `order` of the first prompt, so that windows sort one after another.
     """
     keys = [prefix_key(prompt.tenant, prompt.token_ids) for prompt in prompts]
     by_token = sorted(range(len(prompts)), key=keys.__getitem__)
@@ -120,7 +124,7 @@ def build_prefix_tree(prompts: Sequence[Prompt], first_order: int = 0) -> Prefix
 
 
 def _return_to(path: list[Node], num_shared: int) -> None:
-    """Go back to what the next prompt shares, splitting the node in which it leaves."""
+    """Pop the path back to the `num_shared` tokens that the next prompt shares, splitting a node at that point."""
     while path and path[-1].end > num_shared:
         last = path.pop()
         if last.start < num_shared:
@@ -130,7 +134,7 @@ def _return_to(path: list[Node], num_shared: int) -> None:
 
 
 def _split(node: Node, position: int) -> None:
-    """Give a node's first tokens to a new parent, above everything that hangs on the node."""
+    """Move a node's tokens before `position` into a new parent."""
     num_upper = position - node.start
     upper = Node(node.parent, node.start, node.token_ids[:num_upper], node.order, is_private=False)
     node.parent = upper

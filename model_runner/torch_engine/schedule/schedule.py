@@ -1,10 +1,14 @@
 """Which tokens go through the model next: admission, steps, retirement. Free of torch.
 
-Prompts are admitted in token order, which is the depth-first order of their prefix tree, as long as the memory of the
-live root paths stays within the budget. A step holds whatever can run: chunks of prompts and the newest token of every
-answer, packed in depth-first order, so that the rows that read a node's keys are neighbours. Where answers outgrow
-what was expected, the prompt admitted last gives its memory back and is computed again later; nothing ever fails for
-want of budget: a prompt that exceeds it alone runs alone.
+    prompts --plan a window--> waiting --admit--> running --finish--> retired
+                                  ^                  |
+                                  `---- preempt -----'  its memory is freed, its answer so far is kept
+
+    a step = the newest token of every running answer (decode) + chunks of prompts up to `max_step_rows` (prefill)
+
+Prompts are admitted in token order, the depth-first order of their prefix tree, while the live root paths fit into
+`max_cache_bytes`. If answers outgrow their reservations, the prompt admitted last is preempted and computed again
+later. No prompt fails for lack of memory budget: one that exceeds it runs alone.
 """
 
 import time
@@ -19,19 +23,19 @@ from moebeam.model_runner.torch_engine.schedule.steps import Step, pack_step
 from moebeam.schemas.errors import RowError
 
 MAX_WINDOW_PROMPTS = 4096
-"""Most prompts that are planned together; each waits in memory as token ids."""
+"""Most prompts of a planning window; each waits in memory as token ids."""
 
 MAX_WINDOW_TOKENS = 8_000_000
 NUM_EXPECTED_TOKENS = 64
-"""Answer tokens for which memory is set aside while none has finished; later the mean of those that did."""
+"""Answer tokens to reserve memory for while no answer has finished; later the mean of the finished ones is used."""
 
 
 class CacheCosts(Protocol):
-    """What holding tokens costs, told by an architecture."""
+    """What a node costs in memory; the cache implements it."""
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that a node needs whatever its length."""
+        """Bytes of any node, whatever its length."""
         ...
 
     def span_bytes(self, start: int, end: int) -> int:
@@ -40,7 +44,12 @@ class CacheCosts(Protocol):
 
 
 class Schedule:
-    """The policy of one run."""
+    """The waiting and running prompts of one run, and the policy that moves them.
+
+    Attributes:
+        live_bytes: reserved for live nodes.
+        num_uncomputed_answer_tokens: tokens of finished answers that never went through the model.
+    """
 
     def __init__(
         self,
@@ -59,8 +68,8 @@ class Schedule:
         self._is_exhausted = False
         self._waiting: deque[Running] = deque()
         self.running: list[Running] = []
-        self._shared: list[Node] = []  # live, shared, not yet computed
-        self._live: dict[Node, None] = {}  # shared nodes, in the order in which they came
+        self._uncomputed_shared: list[Node] = []  # live ones that are not computed yet
+        self._live_shared: dict[Node, None] = {}  # in order of admission
         self._released: list[Node] = []
         self.num_planned = 0
         self._num_finished = 0
@@ -83,7 +92,7 @@ class Schedule:
         return len(self.running)
 
     def live_spans(self) -> Iterator[tuple[int, int]]:
-        """The positions `[start, end)` for which memory is set aside, of every live node."""
+        """The positions `[start, end)` for which memory is reserved, of every live node."""
         seen: set[Node] = set()
         for running in self.running:
             yield running.node.start, running.reserved_end
@@ -93,11 +102,11 @@ class Schedule:
                     yield node.start, node.end
 
     def next_step(self) -> Step:
-        """Admit what fits and pack a step; only to be called when there is work."""
-        self._grow()
+        """Admit prompts that fit and pack a step; call it only if `has_work()`."""
+        self._grow_reservations()
         self._admit()
         chosen: list[tuple[Node, Running | None, int]] = []
-        instant: list[Running] = []
+        full_hits: list[Running] = []
         num_free = self.max_step_rows
         for running in self.running:
             if not self._is_ready(running.node):
@@ -107,7 +116,7 @@ class Schedule:
                 chosen.append((running.node, running, num_rows))
                 num_free -= num_rows
             elif running.num_left == 0:
-                instant.append(running)
+                full_hits.append(running)
         num_prompt_rows = 0
         for node, running in self._list_prefills():
             if num_free <= 0:
@@ -118,16 +127,20 @@ class Schedule:
             num_free -= num_rows
             num_prompt_rows += min(num_rows, node.num_tokens - node.num_computed)
         chosen.sort(key=lambda item: item[0].order)
-        return pack_step(chosen, instant, num_prompt_rows)
+        return pack_step(chosen, full_hits, num_prompt_rows)
 
     def mark_computed(self, step: Step) -> None:
-        """Take note that a step's tokens have gone through the model."""
+        """Record that a step's tokens have gone through the model."""
         for span in step.spans:
             span.node.num_computed += span.num_rows
-        self._shared = [node for node in self._shared if not node.is_computed]
+        self._uncomputed_shared = [node for node in self._uncomputed_shared if not node.is_computed]
 
-    def append(self, running: Running, token_id: int, logprob: float | None) -> Finished | None:
-        """Take the next token of an answer, and those that its constraint forces; tells if the answer is over."""
+    def append_token(self, running: Running, token_id: int, logprob: float | None) -> Finished | None:
+        """Append a sampled token to its answer, and the tokens that its constraint then forces.
+
+        Returns:
+            The retired prompt if that ends the answer.
+        """
         token_ids = [token_id]
         num_before = len(running.answer)
         constraint = running.prompt.constraint
@@ -148,32 +161,32 @@ class Schedule:
                     self.num_uncomputed_answer_tokens += len(running.answer) - num_before
                     return self._finish(running, "stop")
                 if not token_ids:
-                    token_ids = constraint.forced_token_ids()
+                    token_ids = constraint.find_forced_token_ids()
                     logprob = 0.0 if logprob is not None else None
         return None
 
     def fail(self, running: Running, error: RowError) -> Finished:
-        """End an answer that cannot go on."""
+        """Retire a prompt with an error; its path's memory may hold NaN from now on."""
         for node in running.node.path():
             node.is_suspect = True
         return self._finish(running, "error", error)
 
     def preempt_all(self) -> list[Node]:
-        """Give back all memory, as after a failed step; every running prompt waits again, its answer so far kept.
+        """Preempt every running prompt and free all nodes, as after a failed step.
 
         Returns:
-            The nodes whose memory is to be released.
+            The nodes whose memory is to be freed.
         """
         for running in reversed(self.running):
             self._waiting.appendleft(running)
         nodes = {node for running in self._waiting for node in running.node.path() if node.is_live}
         self.running = []
         for node in nodes:
-            self._drop(node)
+            self._free_node(node)
         return self.take_released()
 
     def take_released(self) -> list[Node]:
-        """Nodes that are no longer needed since the last call."""
+        """The nodes that were freed since the last call."""
         released, self._released = self._released, []
         return released
 
@@ -181,15 +194,17 @@ class Schedule:
         return node.parent is None or node.parent.is_computed
 
     def _list_prefills(self) -> Iterator[tuple[Node, Running | None]]:
-        """What of prompts can be computed now, depth-first: what a node's readers need is fresh when they come."""
-        ready: list[tuple[Node, Running | None]] = [(node, None) for node in self._shared if self._is_ready(node)]
+        """Nodes with prompt tokens left and a computed parent, depth-first; a private node with its prompt."""
+        ready: list[tuple[Node, Running | None]] = [
+            (node, None) for node in self._uncomputed_shared if self._is_ready(node)
+        ]
         for running in self.running:
             if not running.is_decoding and running.num_left > 0 and self._is_ready(running.node):
                 ready.append((running.node, running))
         yield from sorted(ready, key=lambda item: (item[0].order, item[0].is_private))
 
     def _plan_window(self) -> None:
-        """Pull and plan the next prompts."""
+        """Pull the next prompts and build their prefix tree."""
         prompts: list[Prompt] = []
         num_tokens = 0
         while not self._is_exhausted and len(prompts) < MAX_WINDOW_PROMPTS and num_tokens < MAX_WINDOW_TOKENS:
@@ -221,7 +236,7 @@ class Schedule:
             if self.live_bytes + num_bytes > self.max_cache_bytes:
                 if self.running:
                     return
-                self._drop_idle(running)
+                self._free_idle_nodes(running)
             self._waiting.popleft()
             running.reserved_end = reserved_end
             if running.num_cached_tokens < 0:
@@ -232,19 +247,19 @@ class Schedule:
             for node in reversed(new_nodes):
                 node.is_live = True
                 if not node.is_private:
-                    self._shared.append(node)
-                    self._live[node] = None
+                    self._uncomputed_shared.append(node)
+                    self._live_shared[node] = None
             self.running.append(running)
 
     def _count_expected_tokens(self, running: Running) -> int:
-        """Answer tokens, beyond those that there are, for which memory is set aside."""
+        """Further answer tokens to reserve memory for."""
         expected = NUM_EXPECTED_TOKENS
         if self._num_finished:
             expected = 1 + self._num_finished_tokens * 5 // (self._num_finished * 4)
         return min(running.prompt.max_tokens - len(running.answer), max(16, expected))
 
-    def _grow(self) -> None:
-        """Set aside memory for answers that outgrew what was expected, at the cost of those admitted last."""
+    def _grow_reservations(self) -> None:
+        """Extend the reservations of answers that outgrew theirs, preempting the prompts admitted last."""
         i = 0
         while i < len(self.running):
             running = self.running[i]
@@ -257,7 +272,7 @@ class Schedule:
                 while self.live_bytes + num_bytes > self.max_cache_bytes and len(self.running) > i + 1:
                     self._preempt(self.running[-1])
                 if self.live_bytes + num_bytes > self.max_cache_bytes:
-                    self._drop_idle()
+                    self._free_idle_nodes()
                 if self.live_bytes + num_bytes > self.max_cache_bytes and len(self.running) > 1:
                     self._preempt(running)
                     continue
@@ -267,19 +282,19 @@ class Schedule:
             i += 1
 
     def _preempt(self, running: Running) -> None:
-        """Take a running prompt's memory; it waits again with its answer so far, first in line."""
+        """Free a running prompt's memory; it keeps its answer and waits first in line."""
         self.running.remove(running)
-        self._drop_private(running)
+        self._free_private(running)
         running.num_preemptions += 1
         self.num_preemptions += 1
         self._waiting.appendleft(running)
 
-    def _drop_idle(self, next_one: Running | None = None) -> None:
-        """Give back the shared nodes that only waiting prompts need, but for `next_one`; they are computed again."""
+    def _free_idle_nodes(self, next_one: Running | None = None) -> None:
+        """Free shared nodes that neither a running prompt nor `next_one` needs; they will be computed again."""
         owners = self.running if next_one is None else [*self.running, next_one]
         needed = {node for owner in owners for node in owner.node.path()}
-        for node in [node for node in self._live if node not in needed]:
-            self._drop(node)
+        for node in [node for node in self._live_shared if node not in needed]:
+            self._free_node(node)
 
     def _find_stop_reason(self, running: Running) -> StopReason | None:
         prompt = running.prompt
@@ -291,12 +306,12 @@ class Schedule:
 
     def _finish(self, running: Running, reason: StopReason, error: RowError | None = None) -> Finished:
         self.running.remove(running)
-        self._drop_private(running)
+        self._free_private(running)
         parent = running.node.parent
         for node in parent.path() if parent is not None else ():
             node.num_prompts -= 1
             if node.num_prompts == 0 and node.is_live:
-                self._drop(node)
+                self._free_node(node)
         self._num_finished += 1
         self._num_finished_tokens += len(running.answer)
         return Finished(
@@ -310,27 +325,27 @@ class Schedule:
             error=error,
         )
 
-    def _drop_private(self, running: Running) -> None:
+    def _free_private(self, running: Running) -> None:
         node = running.node
         if node.is_live:
             self.live_bytes -= self.costs.state_bytes + self.costs.span_bytes(node.start, running.reserved_end)
-            self._forget(node)
+            self._release(node)
 
-    def _drop(self, node: Node) -> None:
+    def _free_node(self, node: Node) -> None:
         if node.is_private:
             owner = next(running for running in self._waiting if running.node is node)
-            self._drop_private(owner)
+            self._free_private(owner)
             return
         self.live_bytes -= self._node_bytes(node)
-        self._forget(node)
+        self._release(node)
 
-    def _forget(self, node: Node) -> None:
+    def _release(self, node: Node) -> None:
         node.is_live = False
         node.num_computed = 0
         node.last_logits = None
         if not node.is_private:
-            self._live.pop(node, None)
-            self._shared = [other for other in self._shared if other is not node]
+            self._live_shared.pop(node, None)
+            self._uncomputed_shared = [other for other in self._uncomputed_shared if other is not node]
         self._released.append(node)
 
     def _node_bytes(self, node: Node) -> int:

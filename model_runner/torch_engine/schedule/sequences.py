@@ -1,6 +1,6 @@
-"""What goes into the torch engine and what comes out of it: prompts as token ids, answers as token ids.
+"""Input and output of the torch engine, in token ids. Free of torch.
 
-`model_runner/torch_engine/runner.py` stands before it (requests, texts) and after it (completions); no torch here.
+`runner.py` makes prompts of requests, and completions of what is finished.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,12 +24,12 @@ class Prompt:
         prompt_id: unique among the prompts of one `run`.
         token_ids: int32, shape (num_prompt_tokens,), at least one.
         max_tokens: most tokens of the answer, at least 1.
-        sampling: temperature, top_p, min_p and whether log probabilities are wanted; its `stop` is not looked at.
-        stop_token_ids: tokens that end the answer; the one that did is the answer's last.
+        sampling: temperature, top_p, min_p and logprobs count; `stop` is ignored, see `is_over`.
+        stop_token_ids: tokens that end the answer, of which they stay a part.
         tenant: prompts of different tenants never share a prefix.
-        seed: of the prompt's own random numbers.
-        is_over: asked after each token with the answer so far; True ends the answer.
-        constraint: what the answer must follow; the state of this answer alone.
+        seed: of this prompt's random numbers.
+        is_over: called with the answer so far after each token; True ends it.
+        constraint: a grammar's state for this one answer.
     """
 
     prompt_id: str
@@ -49,12 +49,12 @@ class Prompt:
 
 @dataclass(slots=True)
 class Finished:
-    """What became of one prompt.
+    """A retired prompt.
 
     Attributes:
         token_ids: the answer, its end token included.
         num_cached_tokens: prompt tokens that were already computed when the prompt was admitted.
-        logprobs: natural logarithms, one a token, where asked for; 0 for tokens that a constraint forced.
+        logprobs: natural logarithms, one a token, if asked for; 0 for forced tokens.
         admitted_s, finished_s: seconds since the epoch.
     """
 

@@ -1,1 +1,1 @@
-"""Checkpoint tensors, onto the device."""
+"""Checkpoint tensors, from their files to the device."""

@@ -1,9 +1,8 @@
 """The weights of a checkpoint: found in its safetensors files, checked, and mapped from disk.
 
-A model's builder asks for each tensor by transformers' name and with the shape that its configuration promises, and at
-last whether anything was left over. `tensor_names` knows what the files call them, `quantized` what FP8 and FP4 stand
-for. Nothing is read before it is touched: what is stored in the wanted dtype stays in the page cache, shared by every
-process that maps the same files.
+A model asks for each tensor by transformers' name, with the shape that its configuration implies, and finally checks
+that nothing was left over. `tensor_names` maps the files' names to those, `quantized` unpacks FP8 and FP4. Nothing is
+read before it is touched: a tensor stored in the wanted dtype stays in the page cache, which all processes share.
 """
 
 import re
@@ -29,7 +28,7 @@ from moebeam.model_runner.torch_engine.weights.quantized import (
     scale_grid,
 )
 from moebeam.model_runner.torch_engine.weights.tensor_names import RENAMINGS, module_names, scale_name
-from moebeam.schemas.errors import EngineLoadError, abbreviated
+from moebeam.schemas.errors import EngineLoadError, abbreviate
 from moebeam.schemas.store import storage
 
 WEIGHTS_NAME = "model.safetensors"
@@ -78,11 +77,11 @@ class _Stored:
 class CheckpointWeights:
     """Tensors of one checkpoint under transformers' module names, mapped from disk.
 
-    Of experts the names are of the single matrices (`model.layers.1.mlp.experts.0.gate_proj.weight`) where the files
-    keep them apart, and of the stacks (`model.layers.1.mlp.experts.gate_up_proj`) where they do not.
+    Experts are single matrices (`model.layers.1.mlp.experts.0.gate_proj.weight`) or stacks
+    (`model.layers.1.mlp.experts.gate_up_proj`), as the files have them.
 
-    Tensors that `get` and `experts` give keep their file mapped for as long as they live. Writing to one changes
-    neither the file nor what other processes see.
+    A tensor that `get` or `experts` returned keeps its file mapped while it lives. Writing to it changes neither the
+    file nor what other processes see.
     """
 
     def __init__(
@@ -96,15 +95,15 @@ class CheckpointWeights:
 
     @classmethod
     def open(cls, path: str, model_type: str, dtype: torch.dtype) -> "CheckpointWeights":
-        """Map a checkpoint's files and learn what is in them; `model.safetensors` goes before an index.
+        """Map a checkpoint's files and list their tensors; `model.safetensors` takes precedence over an index.
 
         Args:
             path: folder of a Hugging Face checkpoint, on a local disk.
             model_type: as in `config.json`; one that `RENAMINGS` knows.
-            dtype: what floating tensors are given in, unless `get` is asked for another.
+            dtype: of the floating tensors that `get` returns, unless it is asked for another.
         Raises:
             EngineLoadError: the folder is not local, a file is missing or damaged, the index contradicts the files,
-                a tensor is there twice, or the model type or the kind of quantisation is unknown.
+                a tensor occurs twice, or the model type or the quantisation method is unknown.
             ValueError: `dtype` is not a floating one.
         """
         if dtype not in _FLOATS:
@@ -127,28 +126,28 @@ class CheckpointWeights:
         return name in self._tensors
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor: a view of the file where that holds the wanted dtype, else a converted copy.
+        """Get a tensor: a view of the file if that holds the wanted dtype, else a converted copy.
 
-        Block-scaled FP8 and packed FP4 matrices are dequantised. Integers are only ever widened.
+        Dequantises block-scaled FP8 and packed FP4 matrices. Integers are only ever widened.
 
         Args:
             name: such as `model.layers.0.self_attn.q_a_proj.weight`.
-            shape: what it must have, after FP4 is unpacked.
-            dtype: None means the dtype given to `open` for a floating tensor, and the stored one for any other.
+            shape: what it must have, once FP4 is unpacked.
+            dtype: None means the dtype given to `open` for a floating tensor, and the stored one otherwise.
         Raises:
-            EngineLoadError: there is no such tensor, its shape is another, its dtype cannot become the wanted one,
-                or its scales are missing or misshapen.
+            EngineLoadError: there is no such tensor, it has another shape, its dtype cannot become the wanted one, or
+                its scales are missing or misshapen.
         """
         stored = self._read(name, shape)
         scales = self._read_scales(name)
         return self._matrix(name, stored, scales, shape, dtype)
 
     def experts(self, prefix: str, num_experts: int, hidden_size: int, expert_width: int) -> list[Expert]:
-        """The routed experts of one layer, in order, whether the files keep them stacked or apart.
+        """Get the routed experts of one layer, in order, whether the files hold stacks or single matrices.
 
-        Stacked are `{prefix}.gate_up_proj` of shape (num_experts, 2 * expert_width, hidden_size), gate first, and
-        `{prefix}.down_proj` of shape (num_experts, hidden_size, expert_width). Each expert's matrices are views where
-        nothing has to be converted, and are converted expert by expert where it has.
+        The stacks are `{prefix}.gate_up_proj` of shape (num_experts, 2 * expert_width, hidden_size), gate first, and
+        `{prefix}.down_proj` of shape (num_experts, hidden_size, expert_width). Matrices are views unless they have to
+        be converted, which is done expert by expert.
 
         Args:
             prefix: such as `model.layers.1.mlp.experts`.
@@ -171,11 +170,11 @@ class CheckpointWeights:
         return [Expert(gate, up, whole) for (gate, up), (whole,) in zip(gate_up, down, strict=True)]
 
     def check_all_used(self, ignored: Sequence[str] = ()) -> None:
-        """Make sure that the model is all of the checkpoint.
+        """Check that the model used all of the checkpoint.
 
         Args:
-            ignored: regular expressions, searched in transformers' names, of tensors that need not be asked for:
-                `^mtp\\.` for DeepSeek-V4's layers of multi-token prediction, `^model\\.layers\\.61\\.` for V3's.
+            ignored: regular expressions, searched in transformers' names, of tensors that may stay unused: `^mtp\\.`
+                for DeepSeek-V4's layers of multi-token prediction, `^model\\.layers\\.61\\.` for V3's.
         Raises:
             EngineLoadError: the files hold tensors that neither `get` nor `experts` was asked for.
         """
@@ -187,11 +186,12 @@ class CheckpointWeights:
         ]
         if unused:
             raise EngineLoadError(
-                f"{self._path}: expected only tensors that the model has, found {len(unused)} more: {_format_names(unused)}"
+                f"{self._path}: expected only tensors that the model has, found {len(unused)} more: "
+                f"{_format_names(unused)}"
             )
 
     def _stack(self, name: str, shape: tuple[int, int, int], num_parts: int) -> Iterator[list[Tensor]]:
-        """The matrices of a stack, one expert after another, each cut into `num_parts` of equal height."""
+        """Yield the matrices of a stack by expert, each cut into `num_parts` of equal height."""
         stored = self._read(name, shape)
         if infer_unpacked_shape(stored) != shape:
             raise self._shape_error(name, shape, infer_unpacked_shape(stored))
@@ -204,7 +204,7 @@ class CheckpointWeights:
         for expert in range(num_experts):
             matrix, grid = stored[expert], None if scales is None else scales[expert]
             if grid is not None and grid.shape[0] == num_parts * scale_grid((part_rows, 1), self._block(stored))[0]:
-                # Blocks begin anew in each part: transformers merges gate and up, with their scales, from two tensors.
+                # Blocks restart in each part: transformers merges gate and up, with their scales, from two tensors.
                 pairs = zip(matrix.split(part_rows), grid.chunk(num_parts), strict=True)
                 yield [self._matrix(name, *pair, (part_rows, num_columns), None) for pair in pairs]
             else:
@@ -259,22 +259,23 @@ class CheckpointWeights:
         return self._read(scale_name(name), ()) if self.has(scale_name(name)) else None
 
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor as stored, mapped; it counts as used."""
+        """Get a tensor as stored, mapped, and count it as used."""
         where = self._tensors.get(name)
         if where is None:
             raise EngineLoadError(
-                f"{self._path}: expected a tensor {name!r} of shape {shape}, found none; {self._describe_neighbours(name)}"
+                f"{self._path}: expected a tensor {name!r} of shape {shape}, found none; "
+                f"{self._describe_neighbours(name)}"
             )
         self._used.add(name)
         try:
             stored = cast("Tensor", where.mapping.get_tensor(where.name))
         except SafetensorError as error:
             raise EngineLoadError(f"{self._describe(name)}: expected a dtype that torch has, found: {error}") from error
-        # The format allows any offset, writers align; torch is not tested on tensors that begin between two values.
+        # The format allows any offset, though writers align; torch is not tested on misaligned tensors.
         return stored if stored.data_ptr() % stored.element_size() == 0 else stored.clone()
 
     def _describe_neighbours(self, name: str) -> str:
-        """What there is instead, for an error message: the tensors of the closest module that has any."""
+        """List the tensors of the closest module that has any, for an error message."""
         parent = name
         while parent:
             parent = parent.rpartition(".")[0]
@@ -299,7 +300,7 @@ class CheckpointWeights:
 
 
 def _read_fp8_block(path: str) -> tuple[int, int]:
-    """Rows and columns that share a scale in a checkpoint's FP8 matrices, if it has any."""
+    """Read how many rows and columns share a scale in a checkpoint's FP8 matrices."""
     found: object = read_json_object(path, "config.json").get("quantization_config")
     if found is None:
         return FP8_BLOCK
@@ -308,8 +309,8 @@ def _read_fp8_block(path: str) -> tuple[int, int]:
 
 
 def _map_tensors(path: str) -> Iterator[_Stored]:
-    """Every tensor of every file of a checkpoint, under the files' own names."""
-    folder = Path(storage.spelled(path))
+    """Yield every tensor of every file of a checkpoint, under the files' own names."""
+    folder = Path(storage.normalize_path(path))
     if (folder / WEIGHTS_NAME).exists():
         yield from _map_file(folder / WEIGHTS_NAME)
         return
@@ -368,7 +369,7 @@ def _parse_record(kind: type[_Part], value: Any, place: str) -> _Part:
     except ValidationError as error:
         first = error.errors()[0]
         part = ".".join(str(step) for step in first["loc"])
-        raise EngineLoadError(f"{place}: {part}: {first['msg']}, found {abbreviated(first['input'])}") from error
+        raise EngineLoadError(f"{place}: {part}: {first['msg']}, found {abbreviate(first['input'])}") from error
 
 
 def _format_dtypes(dtypes: Sequence[torch.dtype] | frozenset[torch.dtype]) -> str:
@@ -376,6 +377,6 @@ def _format_dtypes(dtypes: Sequence[torch.dtype] | frozenset[torch.dtype]) -> st
 
 
 def _format_names(names: Sequence[str]) -> str:
-    """Some of many names, and how many more there are."""
+    """Format the first of many names, and how many more there are."""
     rest = len(names) - _MAX_NAMES_SHOWN
     return ", ".join(names[:_MAX_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""Where the engine keeps weights and state, and what it asks of that device; no vendor is named here."""
+"""Where the engine keeps weights and state: placement, memory and threads; no vendor is named here."""
 
 import ctypes
 import sys
@@ -21,7 +21,7 @@ class Placement:
     """Where and how weights are kept.
 
     Attributes:
-        is_packed: whether copies in a faster layout may replace mapped weights.
+        is_packed: whether weights may be copied into a faster layout instead of staying mapped.
     """
 
     device: torch.device
@@ -30,10 +30,10 @@ class Placement:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Let the C library keep what a step frees for the next, instead of giving it back to the system.
+    """Make the C library reuse the memory that a step frees instead of returning it to the system.
 
-    A step's larger tensors are allocated anew in every layer. Pages that come fresh from the system cost 15 times what
-    writing them again does (33 MB: 14.3 against 0.9 ms, `docs/adr/0003`). Only glibc and only a CPU need it.
+    Every layer allocates its larger tensors anew. Fresh pages from the system cost 15 times as much as rewriting used
+    ones (33 MB: 14.3 against 0.9 ms, `docs/adr/0003`). Only glibc on a CPU needs this.
     """
     if device.type != "cpu" or sys.platform != "linux":
         return
@@ -44,9 +44,9 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def touch_memory(device: torch.device, num_bytes: int) -> None:
-    """Have the system hand out memory now, which `keep_freed_memory` keeps, and not during the first steps.
+    """Touch memory now rather than during the first steps; `keep_freed_memory` then keeps it.
 
-    First touches were 1.5 to 2.4 of the first 11 seconds of a run (`docs/adr/0003`).
+    First touches took 1.5 to 2.4 of the first 11 seconds of a run (`docs/adr/0003`).
     """
     if device.type == "cpu" and sys.platform == "linux":
         torch.zeros(num_bytes, dtype=torch.uint8)
@@ -54,7 +54,7 @@ def touch_memory(device: torch.device, num_bytes: int) -> None:
 
 @contextmanager
 def num_threads(num: int) -> Generator[None]:
-    """Let torch compute on this many CPU threads meanwhile."""
+    """Let torch use this many CPU threads inside the block."""
     before = torch.get_num_threads()
     if before == num:
         yield
@@ -67,7 +67,7 @@ def num_threads(num: int) -> Generator[None]:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free on a device.
+    """Measure a device's free memory.
 
     Raises:
         EngineLoadError: the device does not say.

@@ -1,4 +1,4 @@
-"""Block-scaled weights: what is stored, and the numbers that it stands for.
+"""Block-scaled weights, and how to turn them back into numbers.
 
 FP8, as DeepSeek-V3 was released (technical report, arXiv 2412.19437, section 3.3) and as transformers' fine-grained FP8
 keeps it: a matrix in `float8_e4m3fn`, and one scale for each block of it, of 128 x 128 unless `config.json` says
@@ -7,7 +7,7 @@ otherwise. Blocks are counted from the first row and column; the last of each ma
 FP4, as DeepSeek-V4's experts: `e2m1`, two values to a byte, and one scale for each 32 values of a row. transformers'
 `Fp8Dequantize._unpack_fp4` is the source of the order: of two neighbours the first is in the byte's low half.
 
-The stored scale is what a stored value is multiplied by, although transformers calls it `scale_inv`.
+Stored values are multiplied by their scale, although transformers calls it `scale_inv`.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 FP8_BLOCK = (128, 128)
 FP4_BLOCK = (1, 32)
 FP4_DTYPES = (torch.int8, torch.uint8)
-"""Both mean bytes of two values; the sign is no sign."""
+"""Bytes of two values each; the byte's sign has no meaning."""
 
 QUANTIZED_DTYPES = (torch.float8_e4m3fn, *FP4_DTYPES)
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu, torch.uint8)
@@ -25,10 +25,10 @@ _MIN_BAND_ROWS = 128
 
 
 def _build_byte_values() -> dict[torch.dtype, Tensor]:
-    """For each quantised dtype: shape (256,), what a byte of it stands for, in float32 or a pair of them as int64.
+    """Tabulate for each quantised dtype what a byte stands for: shape (256,), float32 or two of them as an int64.
 
-    Looking bytes up is 7 times as fast as torch's own conversion of `float8_e4m3fn` on a CPU (1.2 against 0.18 GB
-    of stored bytes a second on one thread, torch 2.13).
+    Table look-up is 7 times as fast as torch's conversion of `float8_e4m3fn` on a CPU (1.2 against 0.18 GB of stored
+    bytes a second on one thread, torch 2.13).
     """
     codes = torch.arange(256, dtype=torch.uint8, device="cpu")
     e2m1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float32, device="cpu")
@@ -41,20 +41,20 @@ _BYTE_VALUES = _build_byte_values()
 
 
 def scale_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """How many scales a matrix has, down and across."""
+    """Count the scales of a matrix, down and across."""
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
 def infer_unpacked_shape(stored: Tensor) -> tuple[int, ...]:
-    """The shape of what a quantised tensor stands for: packed FP4 is twice as wide as it is stored."""
+    """Infer the shape that a quantised tensor stands for: packed FP4 is twice as wide as stored."""
     shape = tuple(stored.shape)
     return (*shape[:-1], 2 * shape[-1]) if stored.dtype in FP4_DTYPES else shape
 
 
 def dequantize(stored: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The matrix that a block-scaled one stands for.
+    """Dequantise a block-scaled matrix.
 
-    It is worked out in float32, some rows at a time, so that beside the result there is no second whole matrix.
+    Computes in float32, some rows at a time, so that no second whole matrix is in memory.
 
     Args:
         stored: shape (num_rows, num_columns) in `float8_e4m3fn`, or (num_rows, num_columns / 2) in `FP4_DTYPES`.

@@ -1,9 +1,8 @@
-"""What a checkpoint calls its tensors, and what transformers 5.23 calls the same ones.
+"""Maps the tensor names of a checkpoint to those of transformers 5.23.
 
-Three namings occur: transformers' own modules (`save_pretrained(save_original_format=False)`), what `save_pretrained`
-writes by default, and what the model's authors released. The tables below lead from all of them to the first, except
-that the matrices of single experts stay single: `mlp.experts.3.gate_proj.weight`, never stacked. A name that is
-transformers' already passes unchanged.
+Checkpoints use three namings: transformers' module names (`save_pretrained(save_original_format=False)`), what
+`save_pretrained` writes by default, and what the model's authors released. The tables below map all of them to the
+first, except that single experts are never stacked: `mlp.experts.3.gate_proj.weight`. Module names map to themselves.
 """
 
 import re
@@ -27,7 +26,7 @@ RENAMINGS: dict[str, tuple[Renaming, ...]] = {
     "qwen3_moe": (),
     "mixtral": _table((r"\.block_sparse_moe\.", ".mlp."), *_W1_W2_W3),
     "deepseek_v4": _table(
-        # The released files have no `model.`; `save_pretrained` writes it, with the released names behind it.
+        # Released names lack the `model.` that `save_pretrained` puts before them.
         (r"^(embed|norm|layers|hc_head_\w+)\b", r"model.\1"),
         (r"^model\.embed\.", "model.embed_tokens."),
         (r"^model\.hc_head_", "model.hc_head.hc_"),
@@ -50,26 +49,25 @@ RENAMINGS: dict[str, tuple[Renaming, ...]] = {
         *_W1_W2_W3,
     ),
 }
-"""For each `model_type`: expressions to replace, in this order, in every name of a file."""
+"""For each `model_type`, what to replace in every name, in this order."""
 
 
 def scale_name(name: str) -> str:
-    """The name of the scales of a block-scaled tensor: of `a.weight` it is `a.weight_scale_inv`."""
+    """Name the scales of a block-scaled tensor: `a.weight` has `a.weight_scale_inv`."""
     return f"{name}_scale_inv"
 
 
 def module_names(stored: Sequence[str], renamings: Sequence[Renaming]) -> dict[str, str]:
-    """transformers' name of every tensor of a checkpoint.
+    """Map every tensor name of a checkpoint to transformers'.
 
-    DeepSeek-V4's released files say `a.scale` for the scales of `a.weight`; other tensors called `scale` are what
-    they say (`attn_hc.scale`).
+    DeepSeek-V4's released files call the scales of `a.weight` `a.scale`; other tensors called `scale`, such as
+    `attn_hc.scale`, keep their name.
 
     Args:
         stored: names as the files have them, all shards together.
         renamings: one of `RENAMINGS`.
     Returns:
-        stored name -> transformers' name, in the order given; two stored names may lead to one, which is for the
-        caller to refuse.
+        stored name -> transformers' name, in the order given; the caller must refuse two stored names of one tensor.
     """
     found: dict[str, str] = {}
     for name in stored:
