@@ -1,4 +1,4 @@
-"""What goes into a model and what comes out: chats become prompts, answers become content, reasoning and calls.
+"""Renders chats as prompts and parses answers into content, reasoning and calls of tools.
 
-Pure text: neither torch nor a tokenizer is needed. One file a family of models; `chat_encoding` picks among them.
+`chat/` holds what all encodings share, `deepseek/` DeepSeek's own; `chat_encoding` picks one for a checkpoint.
 """

@@ -1,4 +1,4 @@
-"""From tokens to an answer: where it ends, what it says, thinks and calls. Shared by the engines in process."""
+"""Reads an answer from generated tokens: where it ends, its text, reasoning and calls. Used by in-process engines."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from functools import lru_cache
 import tokenizers
 
 from moebeam.model_runner.checkpoint.files import read_json_object
+from moebeam.model_runner.encoding.chat.answers import END_OF_THINKING
 from moebeam.model_runner.encoding.chat_encoding import ChatEncoding
 from moebeam.schemas.errors import EngineLoadError, RowError
 from moebeam.schemas.records import FinishReason, Request, TokenIds, ToolCall
@@ -15,12 +16,11 @@ from moebeam.schemas.store import storage
 
 _NUM_SPARE_TOKENS = 8
 _NUM_TAIL_TOKENS = 64
-_THINK_END = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model's tokens say.
+    """An answer as read from its tokens.
 
     Attributes:
         text: what is meant for the user, up to a stop string.
@@ -37,7 +37,7 @@ class Answer:
 
 
 class AnswerReader:
-    """Reads answers of one model: by its tokenizer, and by the encoding that its prompts were written in."""
+    """Reads one model's answers, with its tokenizer and the encoding of its prompts."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, encoding: ChatEncoding) -> None:
         self._tokenizer = tokenizer
@@ -45,10 +45,10 @@ class AnswerReader:
         markup = {token_id for text in encoding.markup if (token_id := tokenizer.token_to_id(text)) is not None}
         special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._silent = special - markup
-        self._think_end_id = tokenizer.token_to_id(_THINK_END)
+        self._think_end_id = tokenizer.token_to_id(END_OF_THINKING)
 
     def read(self, request: Request, token_ids: Sequence[int], finish_reason: FinishReason) -> Answer:
-        """Take an answer apart.
+        """Splits an answer into reasoning, content and calls.
 
         Args:
             token_ids: as generated; tokens that end an answer may be among them.
@@ -60,7 +60,7 @@ class AnswerReader:
         if not self._encoding.has_reasoning and not has_tools:
             return Answer(text, finish_reason)
         starts_in_reasoning = self._encoding.has_reasoning and self._encoding.starts_in_reasoning(
-            tail_of(self._tokenizer, request.prompt_token_ids)
+            decode_tail(self._tokenizer, request.prompt_token_ids)
         )
         parsed = self._encoding.parse(text, starts_in_reasoning=starts_in_reasoning, has_tools=has_tools)
         num_reasoning = 0
@@ -79,15 +79,15 @@ class AnswerReader:
     def _num_reasoning_tokens(self, token_ids: Sequence[int], reasoning: str) -> int:
         if self._think_end_id is not None and self._think_end_id in token_ids:
             return list(token_ids).index(self._think_end_id) + 1
-        if _THINK_END in self._tokenizer.decode(list(token_ids), skip_special_tokens=False):
-            # The tokenizer spells the end mark in pieces, so the reasoning is counted by itself.
-            num_tokens = len(self._tokenizer.encode(reasoning + _THINK_END, add_special_tokens=False).ids)
+        if END_OF_THINKING in self._tokenizer.decode(list(token_ids), skip_special_tokens=False):
+            # `</think>` is several tokens here, so the reasoning is tokenized and counted on its own.
+            num_tokens = len(self._tokenizer.encode(reasoning + END_OF_THINKING, add_special_tokens=False).ids)
             return min(num_tokens, len(token_ids))
         return len(token_ids)
 
 
-def tail_of(tokenizer: tokenizers.Tokenizer, prompt_token_ids: TokenIds) -> str:
-    """The last characters of a prompt, special tokens included; enough to see whether the model is to think first."""
+def decode_tail(tokenizer: tokenizers.Tokenizer, prompt_token_ids: TokenIds) -> str:
+    """Decodes the end of a prompt, special tokens included: enough to see whether it opens the model's reasoning."""
     tail = [int(token_id) for token_id in prompt_token_ids[-_NUM_TAIL_TOKENS:]]
     return tokenizer.decode(tail, skip_special_tokens=False)
 
@@ -98,13 +98,13 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(starts)], True) if starts else (text, False)
 
 
-def text_of(token_ids: Sequence[int], tokenizer: tokenizers.Tokenizer, stop: Sequence[str]) -> tuple[str, bool]:
-    """What an answer says, without special tokens and up to a stop string, and whether there was one."""
+def decode_answer(token_ids: Sequence[int], tokenizer: tokenizers.Tokenizer, stop: Sequence[str]) -> tuple[str, bool]:
+    """The answer's text up to a stop string, without special tokens, and whether there was a stop string."""
     return cut_at_stop(tokenizer.decode(list(token_ids), skip_special_tokens=True), stop)
 
 
 class StopStrings:
-    """Tells when an answer holds a stop string; call with the answer after each token.
+    """Detects a stop string; call with the whole answer after each token.
 
     A string of n bytes spans at most n tokens that say anything, so only the last ones are decoded at each call.
     """
@@ -116,13 +116,13 @@ class StopStrings:
 
     def __call__(self, token_ids: Sequence[int]) -> bool:
         last = token_ids[-self._num_last :]
-        if not text_of(last, self._tokenizer, self._stop)[1]:
+        if not decode_answer(last, self._tokenizer, self._stop)[1]:
             return False
-        return text_of(token_ids, self._tokenizer, self._stop)[1]
+        return decode_answer(token_ids, self._tokenizer, self._stop)[1]
 
 
-def seed_of(request: Request) -> int:
-    """The request's own seed, or one that its tokens and attempt give, so that neighbours and order do not matter."""
+def derive_seed(request: Request) -> int:
+    """The request's own seed, or a hash of its prompt and attempt: it depends neither on its batch nor on row order."""
     if request.sampling.seed is not None:
         return request.sampling.seed % 2**63
     digest = hashlib.sha256(request.prompt_token_ids.astype("<i4").tobytes())
@@ -132,7 +132,7 @@ def seed_of(request: Request) -> int:
 
 @lru_cache(maxsize=16)
 def read_end_token_ids(path: str) -> tuple[int, ...]:
-    """The tokens that end an answer, of `generation_config.json` or else `config.json`.
+    """The ids of tokens that end an answer: from `generation_config.json`, else from `config.json`.
 
     Raises:
         EngineLoadError: neither names one.

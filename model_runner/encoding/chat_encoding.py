@@ -1,8 +1,8 @@
-"""How chats are laid out for a model and how its answers are read: a `ChatEncoding` a family, picked by name or files.
+"""Picks the `ChatEncoding` of a checkpoint, by name or by its files: how to render chats and parse answers.
 
-Stands between *render*, which asks for a prompt, and the engines, which hand the text of an answer back. A checkpoint
-that brings a chat template speaks by that; one of DeepSeek's without a template brings the encoder of its authors as a
-Python file, by whose name the family is known. The file is not run: `effort.py` reads a few literals of it.
+*render* asks it for a prompt, engines hand it the text of an answer. A checkpoint with a chat template uses that.
+DeepSeek's checkpoints without one ship their authors' encoder as a Python file, whose name tells the family. The file
+is never run: `effort.py` reads a few of its literals.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, cast, get_args
 
 from moebeam.model_runner.checkpoint.files import read_json_object
-from moebeam.model_runner.encoding.answers import ParsedAnswer
-from moebeam.model_runner.encoding.call_formats import CallFormat
+from moebeam.model_runner.encoding.chat.answers import ParsedAnswer
+from moebeam.model_runner.encoding.chat.call_formats import CallFormat
+from moebeam.model_runner.encoding.chat.token_marks import TokenMarks
 from moebeam.model_runner.encoding.chat_template import SETTINGS_FILE, TEMPLATE_FILE, ChatTemplate
 from moebeam.model_runner.encoding.deepseek.deepseek_v3_2 import DeepSeekV32
 from moebeam.model_runner.encoding.deepseek.deepseek_v4 import DeepSeekV4
 from moebeam.model_runner.encoding.deepseek.deepseek_v4_1 import DeepSeekV41
 from moebeam.model_runner.encoding.deepseek.effort import V4_1_RELEASE, V4_RELEASE, read_v4_1_efforts, read_v4_efforts
-from moebeam.model_runner.encoding.token_marks import TokenMarks
 from moebeam.schemas.chat_options import ChatOptions
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.records import Message, ToolCall
 from moebeam.schemas.store import storage
 
-__all__ = ["ChatEncoding", "EncodingName", "ParsedAnswer", "encoding_of"]
+__all__ = ["ChatEncoding", "EncodingName", "ParsedAnswer", "load_encoding"]
 
 EncodingName: TypeAlias = Literal["auto", "chat_template", "deepseek_v3_2", "deepseek_v4", "deepseek_v4_1"]
 
@@ -31,7 +31,7 @@ ENCODING_NAMES: tuple[EncodingName, ...] = get_args(EncodingName)
 
 
 class ChatEncoding(Protocol):
-    """A family's prompts and answers; pure text, immutable.
+    """Renders prompts and parses answers of one model family; pure text, immutable.
 
     Attributes:
         name: of the family.
@@ -50,7 +50,7 @@ class ChatEncoding(Protocol):
     @property
     def call_format(self) -> CallFormat | None: ...
 
-    def thinking_of(self, options: ChatOptions) -> bool:
+    def is_thinking(self, options: ChatOptions) -> bool:
         """Whether a prompt with these options opens the model's thinking."""
         ...
 
@@ -74,7 +74,7 @@ class ChatEncoding(Protocol):
         ...
 
     def parse(self, text: str, *, starts_in_reasoning: bool, has_tools: bool) -> ParsedAnswer:
-        """Take an answer apart; never raises, never loses a character.
+        """Splits an answer into reasoning, content and calls; never raises, never loses a character.
 
         Args:
             text: the answer, markup included.
@@ -84,12 +84,12 @@ class ChatEncoding(Protocol):
         ...
 
     def starts_in_reasoning(self, prompt_tail: str) -> bool:
-        """Whether a prompt that ends so leaves the model inside `<think>`."""
+        """Whether a prompt with this ending leaves the model inside `<think>`."""
         ...
 
 
-def encoding_of(path: str, name: str = "auto", *, token_texts: Iterable[str] = ()) -> ChatEncoding:
-    """The encoding of a checkpoint.
+def load_encoding(path: str, name: str = "auto", *, token_texts: Iterable[str] = ()) -> ChatEncoding:
+    """Loads the encoding of a checkpoint.
 
     Args:
         path: folder of the checkpoint, local or on an object store.
@@ -102,19 +102,21 @@ def encoding_of(path: str, name: str = "auto", *, token_texts: Iterable[str] = (
     if name not in ENCODING_NAMES:
         raise EngineLoadError(f"encoding: expected one of {', '.join(ENCODING_NAMES)}, found {name!r}")
     if name == "auto":
-        return _recognised(path, marks)
+        return _recognise(path, marks)
     if name == ChatTemplate.name:
         return ChatTemplate.load(path, read_json_object(path, SETTINGS_FILE), marks)
     family = _FAMILIES[cast("EncodingName", name)]
-    found = _encoder_files(path, family)
+    found = _list_encoder_files(path, family)
     return family.load(path, found[0] if found else None, marks)
 
 
-def _recognised(path: str, marks: TokenMarks) -> ChatEncoding:
+def _recognise(path: str, marks: TokenMarks) -> ChatEncoding:
     settings = read_json_object(path, SETTINGS_FILE)
     if settings.get("chat_template") is not None or storage.exists(storage.join(path, TEMPLATE_FILE)):
         return ChatTemplate.load(path, settings, marks)
-    found = {name: (family, files[0]) for name, family in _FAMILIES.items() if (files := _encoder_files(path, family))}
+    found = {
+        name: (family, files[0]) for name, family in _FAMILIES.items() if (files := _list_encoder_files(path, family))
+    }
     if len(found) > 1:
         files = ", ".join(file for _, file in found.values())
         raise EngineLoadError(f"{path}: expected the encoder of one model, found {files}: name the encoding in the job")
@@ -145,7 +147,7 @@ class _Family:
         return f"encoding/{self.file}", self.file
 
 
-def _encoder_files(path: str, family: _Family) -> list[str]:
+def _list_encoder_files(path: str, family: _Family) -> list[str]:
     return [file for file in family.places if storage.exists(storage.join(path, file))]
 
 

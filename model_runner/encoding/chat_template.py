@@ -1,4 +1,4 @@
-"""Prompts by the Jinja chat template of a checkpoint: DeepSeek-V3, R1 and V3.1, and all other families.
+"""Renders prompts with a checkpoint's Jinja chat template: DeepSeek-V3, R1 and V3.1, and all other families.
 
 The environment is the one that Hugging Face documents. How the model writes calls and whether it reasons is read from
 the markers in the template's source.
@@ -16,10 +16,10 @@ import jinja2.parser
 import jinja2.sandbox
 
 from moebeam.model_runner.checkpoint.files import read_checkpoint_file, read_json_object
-from moebeam.model_runner.encoding.answers import END_OF_THINKING, THINK, ParsedAnswer, parse_answer
-from moebeam.model_runner.encoding.call_formats import JsonCallFormat, format_of_template
-from moebeam.model_runner.encoding.conversation import check_messages, is_prefix
-from moebeam.model_runner.encoding.token_marks import NO_MARKS, TokenMarks
+from moebeam.model_runner.encoding.chat.answers import END_OF_THINKING, THINK, ParsedAnswer, parse_answer
+from moebeam.model_runner.encoding.chat.call_formats import JsonCallFormat, format_of_template
+from moebeam.model_runner.encoding.chat.conversation import check_messages, is_prefix
+from moebeam.model_runner.encoding.chat.token_marks import NO_MARKS, TokenMarks
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
 from moebeam.schemas.errors import EngineLoadError, InvalidMessages
@@ -57,7 +57,7 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         marks: TokenMarks = NO_MARKS,
     ) -> None:
-        environment = _environment()
+        environment = _build_environment()
         self._template = environment.from_string(source)
         self._tool_template = environment.from_string(tool_source) if tool_source is not None else self._template
         self._special_tokens = dict(special_tokens or {})
@@ -85,8 +85,8 @@ class ChatTemplate:
                 raise EngineLoadError(f"{storage.join(path, file)}: expected UTF-8 text, found: {error}") from error
         else:
             file = SETTINGS_FILE
-            source, tool_source = _templates_of(path, settings.get("chat_template"))
-        tokens = _special_tokens(path, settings)
+            source, tool_source = _read_templates(path, settings.get("chat_template"))
+        tokens = _read_special_tokens(path, settings)
         try:
             return cls(source, tool_source=tool_source, special_tokens=tokens, marks=marks)
         except jinja2.TemplateError as error:
@@ -99,8 +99,8 @@ class ChatTemplate:
         reasoning = {THINK, END_OF_THINKING} if self.has_reasoning else set[str]()
         return frozenset(reasoning) | (self.call_format.markup if self.call_format else frozenset())
 
-    def thinking_of(self, options: ChatOptions) -> bool:
-        """Tried out on a small chat, because only the template knows what it makes of the options."""
+    def is_thinking(self, options: ChatOptions) -> bool:
+        """Renders a small chat to find out, because only the template knows what the options do."""
         key = options.thinking, options.reasoning_effort
         if key not in self._probes:
             probe = ChatOptions(thinking=options.thinking, reasoning_effort=options.reasoning_effort)
@@ -118,13 +118,13 @@ class ChatTemplate:
             chat[-1]["content"] += _END_OF_PREFIX
         tools = self._template_tools(options)
         template = self._tool_template if tools else self._template
-        variables = {**self._special_tokens, **tools, **_switches(options)}
+        variables = {**self._special_tokens, **tools, **_list_switches(options)}
         try:
             prompt = template.render(messages=chat, add_generation_prompt=not completes_prefix, **variables)
         except jinja2.TemplateError as error:
             raise InvalidMessages(f"the chat template refused the messages: {error}") from error
         except Exception as error:
-            # A template is a program of others, and what it does to a chat it did not expect can raise anything.
+            # A template is foreign code: a chat that it did not expect may raise anything.
             raise InvalidMessages(f"the chat template failed: {type(error).__name__}: {error}") from error
         return _cut_at_end(prompt) if completes_prefix else prompt
 
@@ -167,8 +167,8 @@ class ChatTemplate:
         }
 
 
-def _switches(options: ChatOptions) -> dict[str, Json]:
-    """What templates call the switches of thinking; undefined where a request says nothing."""
+def _list_switches(options: ChatOptions) -> dict[str, Json]:
+    """The variables by which templates switch thinking; undefined where a request does not ask."""
     switches: dict[str, Json] = {}
     if options.thinking is not None:
         switches |= {"thinking": options.thinking, "enable_thinking": options.thinking}
@@ -195,7 +195,7 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+def _build_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """The environment that Hugging Face documents for chat templates."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
@@ -222,11 +222,11 @@ def _raise_exception(message: str) -> str:
 
 
 def _strftime_now(pattern: str) -> str:
-    # UTC, because the workers of one job may stand in several time zones.
+    # UTC, because workers of one job may run in different time zones.
     return datetime.now(UTC).strftime(pattern)
 
 
-def _templates_of(path: str, found: object) -> tuple[str, str | None]:
+def _read_templates(path: str, found: object) -> tuple[str, str | None]:
     """The default template, and the one for tools where there are named ones."""
     tool_source: object = None
     if isinstance(found, list):
@@ -250,7 +250,7 @@ def _templates_of(path: str, found: object) -> tuple[str, str | None]:
     return found, tool_source if isinstance(tool_source, str) else None
 
 
-def _special_tokens(path: str, settings: Mapping[str, Any]) -> dict[str, str]:
+def _read_special_tokens(path: str, settings: Mapping[str, Any]) -> dict[str, str]:
     """`bos_token` and its kin as text; `tokenizer_config.json` wins over `special_tokens_map.json`."""
     sources = [settings]
     if storage.exists(storage.join(path, "special_tokens_map.json")):

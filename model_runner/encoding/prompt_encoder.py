@@ -1,7 +1,7 @@
-"""Chat messages into a model's own prompt, and prompts into token ids.
+"""Renders chat messages as a model's prompt and encodes prompts as token ids.
 
-Stands in the *render* stage, after the row's own template. Needs a checkpoint's tokenizer and how its chats are laid
-out (`encoding/`), neither its weights nor torch, so that planning and quoting run on machines without an accelerator.
+Used by the *render* stage, after the row's own template. Needs a checkpoint's tokenizer and its `ChatEncoding`, neither
+its weights nor torch, so that planning and quoting run on machines without an accelerator.
 """
 
 import json
@@ -12,20 +12,20 @@ from typing import Any, Self, cast
 import numpy as np
 import tokenizers
 
-from moebeam.model_runner.checkpoint.files import checkpoint_revision, read_json_object, read_tokenizer
-from moebeam.model_runner.encoding.answer_text import tail_of
-from moebeam.model_runner.encoding.chat_encoding import ChatEncoding, encoding_of
-from moebeam.model_runner.encoding.token_marks import MARK, TokenMarks
+from moebeam.model_runner.checkpoint.files import compute_checkpoint_revision, read_json_object, read_tokenizer
+from moebeam.model_runner.encoding.answer_text import decode_tail
+from moebeam.model_runner.encoding.chat.token_marks import MARK, TokenMarks
+from moebeam.model_runner.encoding.chat_encoding import ChatEncoding, load_encoding
 from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
 from moebeam.schemas.errors import EngineLoadError, InvalidMessages
 from moebeam.schemas.records import Message, TokenIds
 from moebeam.schemas.store import storage
 
-__all__ = ["PromptEncoder", "checkpoint_revision"]
+__all__ = ["PromptEncoder", "compute_checkpoint_revision"]
 
 
 class PromptEncoder:
-    """A checkpoint's tokenizer and how its chats are laid out.
+    """A checkpoint's tokenizer and chat encoding.
 
     Pickles as its path: a worker reads the files again, so they must be reachable from there.
 
@@ -60,7 +60,7 @@ class PromptEncoder:
 
         Args:
             path: folder of a Hugging Face checkpoint, local or on an object store.
-            encoding: see `encoding_of`.
+            encoding: see `load_encoding`.
         Raises:
             EngineLoadError: a file is missing or not what it should be; names the file, the expected and the found.
         """
@@ -85,7 +85,7 @@ class PromptEncoder:
         return cls(
             path,
             tokenizer=tokenizer,
-            encoding=encoding_of(path, encoding, token_texts=token_texts),
+            encoding=load_encoding(path, encoding, token_texts=token_texts),
             marks=TokenMarks(token_texts),
             context_length=context_length,
             encoding_name=encoding,
@@ -129,7 +129,7 @@ class PromptEncoder:
     def starts_in_reasoning(self, prompt_token_ids: TokenIds) -> bool:
         """Whether an encoded prompt leaves the model inside its thinking."""
         encoding = self.encoding
-        return encoding.has_reasoning and encoding.starts_in_reasoning(tail_of(self._tokenizer, prompt_token_ids))
+        return encoding.has_reasoning and encoding.starts_in_reasoning(decode_tail(self._tokenizer, prompt_token_ids))
 
     def encode_batch(self, prompts: Sequence[str]) -> list[TokenIds]:
         """Token ids of rendered prompts: int32, shape (num_prompt_tokens,) each, in order.
@@ -158,20 +158,20 @@ class PromptEncoder:
     def _encode_marked(self, prompt: str) -> TokenIds:
         ids: list[int] = []
         for text, is_data in self._marks.sections(prompt):
-            ids += self._encode_data(text) if is_data else self._ids_of(self._tokenizer, text)
+            ids += self._encode_data(text) if is_data else self._encode_text(self._tokenizer, text)
         return np.array(ids, dtype=np.int32)
 
     def _encode_data(self, text: str) -> list[int]:
         """Token ids of text whose tokens are only spelled: as the tokenizer would encode it if it had no added ones."""
-        ids = self._ids_of(self._text_tokenizer, text)
+        ids = self._encode_text(self._text_tokenizer, text)
         if self._token_ids.isdisjoint(ids):
             return ids
         # Some vocabularies hold their control tokens as pieces of text too: cut each where it was marked.
         pieces = self._marks.mark(text).split(MARK)
-        return [token_id for piece in pieces for token_id in self._ids_of(self._text_tokenizer, piece)]
+        return [token_id for piece in pieces for token_id in self._encode_text(self._text_tokenizer, piece)]
 
     @staticmethod
-    def _ids_of(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    def _encode_text(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     @cached_property

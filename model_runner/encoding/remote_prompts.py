@@ -1,12 +1,11 @@
-"""Prompts of models whose tokenizer is not at hand, behind an endpoint: their order, shared beginnings and size.
+"""Estimates order, shared prefixes and size of prompts for models behind an endpoint, whose tokenizer is not at hand.
 
-Stands in the *render* stage, beside `prompt_encoder.py`. What is sent is the chat itself; here it is laid out as bytes
-in the order in which providers put a prompt together (system text, tools, the answer's schema, then the turns), so that
-chats which share the beginning of their prompts share the beginning of their layouts. Four bytes are a *word*, which
-takes the place of a token: UTF-8 has about four bytes a token in English and Chinese text alike. DeepSeek's rule of
-thumb, 0.3 tokens an English and 0.6 a Chinese character, is 1.2 and 0.8 tokens a word. So counts made of words are
-estimates: they serve to order, to cut shards and to quote, never to charge, and a prompt is refused only when it cannot
-fit even if it has half as many tokens.
+Used by the *render* stage, beside `prompt_encoder.py`. The request carries the chat itself; here it is laid out as
+bytes in the order in which providers assemble a prompt (system text, tools, the answer's schema, then the turns), so
+that chats with a common prompt prefix have a common layout prefix. Four bytes make a *word*, which stands for a token:
+UTF-8 has about four bytes a token in English and Chinese text alike. DeepSeek's rule of thumb, 0.3 tokens an English
+and 0.6 a Chinese character, is 1.2 and 0.8 tokens a word. Counts in words are therefore estimates: they serve to order,
+to cut shards and to quote, never to charge, and a prompt is refused only if half as many tokens would not fit.
 """
 
 import json
@@ -17,7 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from moebeam.model_runner.checkpoint.model_limits import limits_of
+from moebeam.model_runner.checkpoint.model_limits import find_limits
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.schemas.canonical import Json, canonical_json
 from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions, options_json
@@ -50,7 +49,7 @@ class RemotePrompts:
     @classmethod
     def of_model(cls, model: str) -> "RemotePrompts":
         """The prompts of a model, with its limits as of now where they are known."""
-        limits = limits_of(model, datetime.now(UTC))
+        limits = find_limits(model, datetime.now(UTC))
         return cls(model, limits.context_tokens if limits is not None else None)
 
     @property
@@ -60,7 +59,7 @@ class RemotePrompts:
 
     def thinks(self, options: ChatOptions) -> bool:
         """Whether the model will think, as far as its limits tell what it does by default."""
-        limits = limits_of(self.model, datetime.now(UTC))
+        limits = find_limits(self.model, datetime.now(UTC))
         if options.thinking is not None:
             return options.thinking
         return limits is not None and limits.is_api and limits.thinking != "never"
@@ -73,12 +72,12 @@ class RemotePrompts:
         """
         if not messages:
             raise InvalidMessages("messages: expected at least one, found none")
-        layout = "".join(f"{_PART}{_FIELD.join(map(_checked, part))}" for part in _parts(messages, options))
+        layout = "".join(f"{_PART}{_FIELD.join(map(_check_text, part))}" for part in _list_parts(messages, options))
         return layout + _PART
 
     def encode_batch(self, prompts: Sequence[str]) -> list[TokenIds]:
         """The words of layouts: int32 of any sign, shape (num_words,) each; as unsigned numbers in bytewise order."""
-        return [_words(prompt) for prompt in prompts]
+        return [_split_words(prompt) for prompt in prompts]
 
     def fits(self, num_prompt_tokens: int, max_tokens: int) -> bool:
         """Whether a prompt of so many words and its longest answer may have room in the context."""
@@ -97,32 +96,32 @@ def load_encoder(path: str, encoding: str, model: str) -> Encoder:
     Args:
         path: of a checkpoint, or of its `tokenizer.json` and `config.json` alone; empty for a model behind an endpoint
             whose tokenizer is not at hand.
-        encoding: see `encoding_of`.
+        encoding: see `load_encoding`.
     Raises:
         EngineLoadError: the folder cannot be read.
     """
     return PromptEncoder.load(path, encoding) if path else RemotePrompts.of_model(model)
 
 
-def _parts(messages: Sequence[Message], options: ChatOptions) -> Iterator[tuple[str, ...]]:
+def _list_parts(messages: Sequence[Message], options: ChatOptions) -> Iterator[tuple[str, ...]]:
     """What a prompt is made of, what is likeliest to be shared first; the first of each part is its name."""
     if options.reasoning_effort is not None:
         yield "effort", options.reasoning_effort
     num_system = next((i for i, message in enumerate(messages) if message.role not in _SYSTEM_ROLES), len(messages))
     for message in messages[:num_system]:
-        yield _message_part(message)
+        yield _render_message(message)
     for tool in options.tools:
-        yield "tool", _json(tool.document)
+        yield "tool", _format_json(tool.document)
     if options.response_format.type != "text":
-        yield options.response_format.type, _json(options.response_format.schema)
+        yield options.response_format.type, _format_json(options.response_format.schema)
     for message in messages[num_system:]:
-        yield _message_part(message)
+        yield _render_message(message)
     # Last, because how an answer begins is no part of what prompts share.
     if options != DEFAULT_OPTIONS:
-        yield "options", options_json(_without_shared(options))
+        yield "options", options_json(_strip_shared(options))
 
 
-def _without_shared(options: ChatOptions) -> ChatOptions:
+def _strip_shared(options: ChatOptions) -> ChatOptions:
     """The options that `_parts` has not laid out before the turns."""
     return ChatOptions(
         tool_choice=options.tool_choice,
@@ -132,16 +131,16 @@ def _without_shared(options: ChatOptions) -> ChatOptions:
     )
 
 
-def _message_part(message: Message) -> tuple[str, ...]:
+def _render_message(message: Message) -> tuple[str, ...]:
     extra = (canonical_json(dict(message.extra)),) if message.extra else ()
     return (message.role, message.content, *extra)
 
 
-def _json(value: Json) -> str:
+def _format_json(value: Json) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _checked(text: str) -> str:
+def _check_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -151,7 +150,7 @@ def _checked(text: str) -> str:
     return text
 
 
-def _words(prompt: str) -> TokenIds:
+def _split_words(prompt: str) -> TokenIds:
     content = prompt.encode("utf-8", "surrogateescape")
     content += _PADDING * (-len(content) % NUM_BYTES_PER_WORD)
     return np.frombuffer(content, dtype=">u4").astype(np.uint32).view(np.int32)

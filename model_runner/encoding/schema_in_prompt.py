@@ -1,4 +1,4 @@
-"""The form of an answer, asked for in words: for models that no grammar holds to it.
+"""Asks for an answer's schema in the prompt, for engines that cannot enforce a grammar.
 
 DeepSeek's JSON mode wants the word JSON and an example in the prompt (its API guide); remote engines get the schema so.
 """
@@ -26,12 +26,11 @@ _TEXTS = {
 
 
 def with_schema_in_prompt(messages: Sequence[Message], schema: Json) -> tuple[Message, ...]:
-    """The messages with the schema, the word JSON and a small example behind the first system text.
+    """Appends the schema, the word JSON and a small example to the first system message, or adds such a message.
 
-    A system message is put first where there is none. The example is left out where none was found that keeps the
-    schema.
+    Leaves the example out where none was found that is valid.
     """
-    text = _instruction(json.dumps(schema, ensure_ascii=False))
+    text = _write_instruction(json.dumps(schema, ensure_ascii=False))
     for position, message in enumerate(messages):
         if message.role == "system":
             content = f"{message.content}\n\n{text}" if message.content else text
@@ -40,18 +39,18 @@ def with_schema_in_prompt(messages: Sequence[Message], schema: Json) -> tuple[Me
 
 
 @lru_cache(maxsize=256)
-def _instruction(schema_text: str) -> str:
+def _write_instruction(schema_text: str) -> str:
     schema = cast("Json", json.loads(schema_text))
     text = f"Answer with one JSON value and nothing else. It must keep this JSON Schema:\n{schema_text}"
-    example = example_of(schema)
+    example = make_example(schema)
     if example is None:
         return text
     return f"{text}\n\nAn example of such JSON, whose values are made up:\n{json.dumps(example, ensure_ascii=False)}"
 
 
-def example_of(schema: Json) -> Json:
+def make_example(schema: Json) -> Json:
     """A small value that keeps a schema; None where none was found, or where only null keeps it."""
-    value = _Example(schema).of(schema, 0)
+    value = _Example(schema).build(schema, 0)
     try:
         AnswerSchema.from_json(schema, formats="annotate", source="example").check(json.dumps(value))
     except (RowError, JobFileError):
@@ -65,27 +64,27 @@ class _Example:
     def __init__(self, root: Json) -> None:
         self._root = root
 
-    def of(self, schema: Json, depth: int) -> Json:
+    def build(self, schema: Json, depth: int) -> Json:
         if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
             return None
         for keyword in ("const", "default"):
             if keyword in schema:
                 return schema[keyword]
         for keyword in ("examples", "enum"):
-            if values := _items(schema.get(keyword)):
+            if values := _list_items(schema.get(keyword)):
                 return values[0]
         if isinstance(reference := schema.get("$ref"), str):
-            return self.of(self._target(reference), depth + 1)
-        if parts := _items(schema.get("allOf")):
+            return self.build(self._find_target(reference), depth + 1)
+        if parts := _list_items(schema.get("allOf")):
             rest = {key: value for key, value in schema.items() if key != "allOf"}
-            return self.of(_merged([rest, *(self._resolved(part) for part in parts)]), depth + 1)
+            return self.build(_merge_schemas([rest, *(self._resolve(part) for part in parts)]), depth + 1)
         for keyword in ("anyOf", "oneOf"):
-            if branches := _items(schema.get(keyword)):
+            if branches := _list_items(schema.get(keyword)):
                 rest = {key: value for key, value in schema.items() if key != keyword}
-                return self.of(_merged([rest, self._resolved(branches[0])]), depth + 1)
-        return self._of_type(schema, depth)
+                return self.build(_merge_schemas([rest, self._resolve(branches[0])]), depth + 1)
+        return self._build_of_type(schema, depth)
 
-    def _of_type(self, schema: Mapping[str, Json], depth: int) -> Json:
+    def _build_of_type(self, schema: Mapping[str, Json], depth: int) -> Json:
         kind = schema.get("type")
         if isinstance(kind, Sequence) and not isinstance(kind, str):
             kind = next((name for name in kind if name != "null"), "null")
@@ -93,37 +92,37 @@ class _Example:
             kind = "object" if "properties" in schema else "array" if "items" in schema else "string"
         match kind:
             case "object":
-                return self._object(schema, depth)
+                return self._build_object(schema, depth)
             case "array":
                 num_items = max(1, _number(schema.get("minItems"), 1))
                 if schema.get("maxItems") == 0:
                     return []
-                return [self.of(schema.get("items", {"type": "string"}), depth + 1)] * int(num_items)
+                return [self.build(schema.get("items", {"type": "string"}), depth + 1)] * int(num_items)
             case "string":
-                return self._string(schema)
+                return self._build_string(schema)
             case "integer" | "number":
-                return _within(schema, is_integer=kind == "integer")
+                return _choose_number(schema, is_integer=kind == "integer")
             case "boolean":
                 return True
             case _:
                 return None
 
-    def _object(self, schema: Mapping[str, Json], depth: int) -> Json:
+    def _build_object(self, schema: Mapping[str, Json], depth: int) -> Json:
         properties = schema.get("properties")
         known = properties if isinstance(properties, Mapping) else {}
-        wanted = [*known, *(name for name in _items(schema.get("required")) if name not in known)]
-        return {str(name): self.of(known.get(str(name), {"type": "string"}), depth + 1) for name in wanted}
+        wanted = [*known, *(name for name in _list_items(schema.get("required")) if name not in known)]
+        return {str(name): self.build(known.get(str(name), {"type": "string"}), depth + 1) for name in wanted}
 
-    def _string(self, schema: Mapping[str, Json]) -> str:
+    def _build_string(self, schema: Mapping[str, Json]) -> str:
         text = _TEXTS.get(str(schema.get("format")), "text")
         shortest, longest = int(_number(schema.get("minLength"), 0)), int(_number(schema.get("maxLength"), 1000))
         return (text + "x" * (shortest - len(text)))[:longest]
 
-    def _resolved(self, schema: Json) -> Json:
+    def _resolve(self, schema: Json) -> Json:
         reference = schema.get("$ref") if isinstance(schema, Mapping) else None
-        return self._target(reference) if isinstance(reference, str) else schema
+        return self._find_target(reference) if isinstance(reference, str) else schema
 
-    def _target(self, reference: str) -> Json:
+    def _find_target(self, reference: str) -> Json:
         """What a reference within the document means; nothing is fetched."""
         value = self._root
         for step in reference.removeprefix("#").split("/")[1:]:
@@ -132,7 +131,7 @@ class _Example:
         return value if reference.startswith("#") else None
 
 
-def _items(value: Json) -> Sequence[Json]:
+def _list_items(value: Json) -> Sequence[Json]:
     return value if isinstance(value, Sequence) and not isinstance(value, str) else []
 
 
@@ -140,7 +139,7 @@ def _number(value: Json, otherwise: int) -> int | float:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else otherwise
 
 
-def _within(schema: Mapping[str, Json], *, is_integer: bool) -> int | float:
+def _choose_number(schema: Mapping[str, Json], *, is_integer: bool) -> int | float:
     low = _number(schema.get("minimum"), 0)
     if "exclusiveMinimum" in schema:
         low = max(low, _number(schema.get("exclusiveMinimum"), 0) + 1)
@@ -150,7 +149,7 @@ def _within(schema: Mapping[str, Json], *, is_integer: bool) -> int | float:
     return int(value) if is_integer else value
 
 
-def _merged(schemas: Sequence[Json]) -> dict[str, Json]:
+def _merge_schemas(schemas: Sequence[Json]) -> dict[str, Json]:
     """One schema for several that hold at once: properties and required names joined, of all else the first."""
     merged: dict[str, Json] = {}
     for schema in schemas:
@@ -159,7 +158,7 @@ def _merged(schemas: Sequence[Json]) -> dict[str, Json]:
             if key == "properties" and isinstance(before, Mapping) and isinstance(value, Mapping):
                 merged[key] = {**before, **value}
             elif key == "required" and before is not None:
-                merged[key] = [*_items(before), *_items(value)]
+                merged[key] = [*_list_items(before), *_list_items(value)]
             else:
                 merged.setdefault(key, value)
     return merged

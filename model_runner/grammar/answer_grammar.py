@@ -1,21 +1,26 @@
-"""The grammar of a whole answer: reasoning, then free text, JSON or calls of tools, as one llguidance grammar in Lark.
+"""Builds the grammar of a whole answer: reasoning, then free text, JSON or calls of tools, as llguidance Lark.
 
-Stands beside `render`: what a request asks for (`ChatOptions`) and how its model writes calls become the text of
-`Request.grammar`; engines compile it (`torch_engine.constraint`). Equal requests have equal texts, so that a grammar is
-compiled once.
+The *render* stage turns a request's `ChatOptions` and its model's format of calls into the text of `Request.grammar`;
+engines compile it (`constraint.py`). Equal requests have equal texts, so that a grammar is compiled once.
 
     built = build_answer_grammar(options, schema=schema, call_format="deepseek_v4", starts_in_reasoning=True,
                                  token_id=tokenizer.token_to_id)
 
-Markup that is one token of the tokenizer is named by its number, for text never spells such a token; where the
-tokenizer has no such token it is text. Free text and raw strings never spell the markup of calls.
+Markup that is one token of the tokenizer is written as its number, because text never spells such a token; other markup
+is written as text. Free text and raw strings never spell the markup of calls.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moebeam.model_runner.encoding.answers import END_OF_THINKING
-from moebeam.model_runner.encoding.call_formats import DEEPSEEK_V3, DEEPSEEK_V3_1, HERMES, CallFormat, JsonCallFormat
+from moebeam.model_runner.encoding.chat.answers import END_OF_THINKING
+from moebeam.model_runner.encoding.chat.call_formats import (
+    DEEPSEEK_V3,
+    DEEPSEEK_V3_1,
+    HERMES,
+    CallFormat,
+    JsonCallFormat,
+)
 from moebeam.model_runner.encoding.deepseek.dsml import DSML, V3_2_CALLS, V4_1_CALLS, V4_CALLS, DsmlFormat
 from moebeam.model_runner.grammar.json_grammar import enforceable_schema, json_schema_grammar
 from moebeam.model_runner.grammar.lark_writer import LarkWriter
@@ -91,14 +96,14 @@ def build_answer_grammar(
     relaxed = list(content.relaxed if content is not None else ())
     start: list[str] = []
     if starts_in_reasoning:
-        start.append(_reasoning(writer, options.max_reasoning_tokens))
+        start.append(_write_reasoning(writer, options.max_reasoning_tokens))
     bodies: list[str] = []
     if content is not None:
         # Models are used to begin behind a blank line.
         blank = f"{writer.terminal('BLANK', _BLANK)}? " if starts_in_reasoning else ""
         bodies.append(writer.rule("content", blank + writer.json(content.document)))
     if style is not None and tools:
-        opening, calls = _calls(writer, tools, style, relaxed, is_single=not options.parallel_tool_calls)
+        opening, calls = _write_calls(writer, tools, style, relaxed, is_single=not options.parallel_tool_calls)
         bodies.append(writer.rule("calls", f"{writer.literal(opening)} {calls}"))
         if content is None and not must_call:
             text = writer.text_without("TEXT", style.opening if isinstance(style, JsonCallFormat) else DSML)
@@ -106,10 +111,10 @@ def build_answer_grammar(
     if not bodies:
         bodies.append(writer.terminal("TEXT", "/(?s:.*)/"))
     start.append(writer.rule("body", " | ".join(bodies)))
-    return BuiltGrammar(writer.written(" ".join(start)), tuple(relaxed))
+    return BuiltGrammar(writer.write(" ".join(start)), tuple(relaxed))
 
 
-def _reasoning(writer: LarkWriter, max_tokens: int | None) -> str:
+def _write_reasoning(writer: LarkWriter, max_tokens: int | None) -> str:
     """Text up to `</think>`, which must come when the tokens are used up.
 
     llguidance counts tokens up to a token, not up to a text: where the tokenizer has no `</think>`, characters count.
@@ -123,14 +128,14 @@ def _reasoning(writer: LarkWriter, max_tokens: int | None) -> str:
     return writer.until("reasoning", thought, END_OF_THINKING)
 
 
-def _calls(
+def _write_calls(
     writer: LarkWriter, tools: Sequence[Tool], style: CallFormat, relaxed: list[Relaxation], *, is_single: bool
 ) -> tuple[str, str]:
     """Calls of tools: the fixed text that they begin with, and a rule of all that follows it."""
     before_name, _ = style.call_begin("?").split("?")
     calls: list[str] = []
     for index, tool in enumerate(tools):
-        document = _arguments(tool, relaxed)
+        document = _enforce_arguments(tool, relaxed)
         if isinstance(style, DsmlFormat):
             arguments = ParameterWriter(writer, style, f"tool{index}").arguments(document)
         else:
@@ -145,7 +150,7 @@ def _calls(
     return style.begin + before_name, writer.rule("more_calls", f"{call} {more} {end}".strip())
 
 
-def _arguments(tool: Tool, relaxed: list[Relaxation]) -> Mapping[str, Json]:
+def _enforce_arguments(tool: Tool, relaxed: list[Relaxation]) -> Mapping[str, Json]:
     """The schema of a tool's arguments, which are an object whatever it says."""
     pointer = f"/tools/{tool.name}/parameters"
     parameters = tool.parameters

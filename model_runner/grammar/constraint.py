@@ -1,8 +1,8 @@
 """Constrained decoding: which tokens a grammar lets a sequence take next, by llguidance, on CPU threads.
 
-Stands beside the engine's step. A request's grammar (see `moebeam.model_runner.grammar.answer_grammar`) is compiled
-once and copied for each sequence; while the forward pass of a step runs, `MaskFiller` fills the masks that
-`sampler.sample` takes; the drawn token goes to `accept`.
+The only file of `model_runner/grammar/` that imports torch: its masks are tensors. A request's grammar (see
+`moebeam.model_runner.grammar.answer_grammar`) is compiled once and copied for each sequence; while the forward pass of
+a step runs, `MaskFiller` fills the masks that `sampler.sample` takes; the drawn token goes to `accept`.
 
     constraint = ConstraintCompiler(tokenizer, vocab_size, eos_token_ids).compile(grammar)
     pending = filler.start([constraint, None])
@@ -28,7 +28,7 @@ from llguidance.numpy import fill_next_token_bitmask_par
 from torch import Tensor
 
 from moebeam.model_runner.grammar.json_grammar import invalid_grammar
-from moebeam.schemas.errors import EngineFailed, EngineLoadError, abbreviated
+from moebeam.schemas.errors import EngineFailed, EngineLoadError, abbreviate
 
 MAX_CACHED_GRAMMARS = 256
 """Compiled grammars that are kept; compiling again costs a few milliseconds."""
@@ -43,7 +43,7 @@ def num_mask_words(vocab_size: int) -> int:
 
 
 class ConstraintCompiler:
-    """Compiles grammars for one tokenizer; to be used by one thread at a time."""
+    """Compiles grammars for one tokenizer; not thread-safe."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         """Read the vocabulary; about a second for 129,000 tokens.
@@ -59,7 +59,7 @@ class ConstraintCompiler:
         self.num_words = num_mask_words(vocab_size)
         try:
             self._tokenizer = LLTokenizer(
-                _with_unspellable_specials(tokenizer), n_vocab=vocab_size, eos_token=list(eos_token_ids)
+                _rename_special_tokens(tokenizer), n_vocab=vocab_size, eos_token=list(eos_token_ids)
             )
         except ValueError as error:
             raise EngineLoadError(
@@ -86,7 +86,7 @@ class ConstraintCompiler:
 
 
 class Constraint:
-    """Where one sequence stands in its grammar. Not to be touched between `MaskFiller.start` and `result`.
+    """One sequence's position in its grammar. Must not be used between `MaskFiller.start` and `PendingMasks.result`.
 
     Attributes:
         matcher: llguidance's state; for `MaskFiller` alone.
@@ -101,11 +101,10 @@ class Constraint:
         self.num_words = num_words
         self.is_filling = False
 
-    def forced_token_ids(self) -> list[int]:
-        """The tokens that must follow, because the grammar leaves one text only; often none.
+    def find_forced_token_ids(self) -> list[int]:
+        """The tokens that must follow because the grammar leaves only one text; often none, never an end token.
 
-        They are not accepted yet: the engine appends as many as it has room for, and calls `accept` for each. Never an
-        end token: see `is_over`.
+        Does not accept them: the engine appends as many as it has room for and calls `accept` for each.
         """
         assert not self.is_filling, "the constraint was asked while its mask is being filled"
         return self.matcher.compute_ff_tokens()
@@ -133,14 +132,14 @@ class Constraint:
 
     @property
     def failure(self) -> EngineFailed | None:
-        """Why nothing is allowed any more: llguidance ran past one of its limits, or was given a wrong token."""
+        """Why no token is allowed any more: llguidance exceeded a limit of its own, or was given a wrong token."""
         if not self.matcher.is_error():
             return None
-        return EngineFailed(f"constrained decoding stopped: {abbreviated(self.matcher.get_error(), 200)}")
+        return EngineFailed(f"constrained decoding stopped: {abbreviate(self.matcher.get_error(), 200)}")
 
 
 class PendingMasks:
-    """Masks that are being filled on other threads."""
+    """Masks that other threads are filling."""
 
     __slots__ = ("_constrained", "_future", "_masks")
 
@@ -150,7 +149,7 @@ class PendingMasks:
         self._future = future
 
     def result(self) -> Tensor | None:
-        """Wait for the masks; must be called before the constraints are used again, also after a failed forward pass.
+        """Waits for the masks; call it before using the constraints again, also after a failed forward pass.
 
         Returns:
             int32, on the CPU, shape (num_rows, num_words), as `sampler.sample` takes it; None when no row is
@@ -173,7 +172,7 @@ class PendingMasks:
 class MaskFiller:
     """Fills token masks on CPU threads while the forward pass runs.
 
-    One thread hands the rows of a step to llguidance's own, which share them out; neither holds the GIL meanwhile.
+    One thread hands a step's rows to llguidance's thread pool; neither holds the GIL meanwhile.
     """
 
     def __init__(self, vocab_size: int, *, num_threads: int | None = None, is_pinned: bool = False) -> None:
@@ -208,11 +207,11 @@ class MaskFiller:
         return PendingMasks(constrained, masks, future)
 
     def close(self) -> None:
-        """Stop the thread, once the masks that were started are filled."""
+        """Stops the thread once pending masks are filled."""
         self._thread.shutdown()
 
 
-def _with_unspellable_specials(tokenizer: tokenizers.Tokenizer) -> str:
+def _rename_special_tokens(tokenizer: tokenizers.Tokenizer) -> str:
     """The tokenizer's JSON, its special tokens renamed to what no text spells.
 
     Where text is forced, llguidance 1.9.1 lets the tokenizer cut it into tokens, allows these alone and then refuses

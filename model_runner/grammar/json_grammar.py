@@ -1,11 +1,11 @@
-"""Grammars of JSON: what an answer must look like so that it is valid for a schema, as llguidance enforces it.
+"""Turns JSON Schemas into llguidance grammars; `docs/adr/0007-schema-forms.md` says which keywords and why.
 
-Stands beside `render`: a request's schema becomes the text of a grammar once, here and without a model; engines in
-process compile it for their tokenizer (`torch_engine.constraint`), and vLLM takes it as it is.
+`render` makes a request's grammar text once, without a model. In-process engines compile it for their tokenizer
+(`constraint.py`); vLLM takes the text as it is.
 
     enforceable = enforceable_schema(schema)
     grammar = json_schema_grammar(enforceable.document)
-    for relaxation in enforceable.relaxed: ...  # validation, which comes later, still asks for these
+    for relaxation in enforceable.relaxed: ...  # what only validation checks
 """
 
 import json
@@ -22,7 +22,7 @@ from moebeam.model_runner.grammar.schema_forms.patterns import byte_tokenizer
 from moebeam.model_runner.grammar.schema_forms.relaxation import Relaxation
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.strict_json import has_lone_surrogate
-from moebeam.schemas.errors import InvalidGrammar, abbreviated
+from moebeam.schemas.errors import InvalidGrammar, abbreviate
 
 __all__ = [
     "DEFAULT_MAX_STRING_LENGTH",
@@ -37,18 +37,18 @@ __all__ = [
 Formats: TypeAlias = Literal["assert", "annotate"]
 
 DEFAULT_MAX_WHITESPACE = 16
-"""Characters of white space at one place of a JSON text: enough to indent it, too few to spend an answer on."""
+"""Most characters of white space between two tokens of JSON: enough to indent, too few to use up an answer."""
 
 DEFAULT_MAX_STRING_LENGTH: int | None = None
-"""Characters of a string for which a schema says nothing: as many as the answer may have tokens for.
+"""Most characters of a string that its schema does not bound; None leaves the bound to `max_tokens`.
 
-A count makes llguidance 1.9.1 derive a new state at each character: 0.1 ms a mask instead of 0.01 ms, for 129,280
-tokens. `max_tokens` bounds such strings for nothing.
+Counting makes llguidance 1.9.1 derive a new state for each character: 0.1 ms a mask instead of 0.01 ms, for 129,280
+tokens.
 """
 
 MAX_CACHED_SCHEMAS = 256
 MAX_PARTS = 8
-"""Into how many parts the keywords of a schema that cannot be compiled are divided, to find those at fault."""
+"""Most parts into which `_bisect` divides the keywords of a schema that llguidance cannot compile."""
 
 # Verbose errors quote what was generated, which belongs to the row and not to a log.
 _LIMITS = LLParserLimits(verbose_errors=False)
@@ -66,11 +66,11 @@ _COSTLY = (
 
 @dataclass(frozen=True, slots=True)
 class EnforceableSchema:
-    """A schema that llguidance enforces to the letter.
+    """A schema that llguidance enforces exactly.
 
     Attributes:
-        document: allows all that the schema it came from allows, but for other spellings; not to be changed.
-        relaxed: what only the schema it came from refuses; empty where every text of the grammar is valid for it.
+        document: admits every value of the original schema, in one spelling; must not be changed.
+        relaxed: keywords of the original that only validation checks; if empty, every text of the grammar is valid.
     """
 
     document: Mapping[str, Json]
@@ -80,36 +80,35 @@ class EnforceableSchema:
 def enforceable_schema(
     schema: Json, *, formats: Formats = "assert", max_string_length: int | None = DEFAULT_MAX_STRING_LENGTH
 ) -> EnforceableSchema:
-    """The nearest schema that a grammar enforces, and what it leaves to validation.
+    """Finds the tightest schema that a grammar can enforce, and lists what it leaves to validation.
 
-    Texts of the grammar differ from those of the schema in spelling only: properties come in the schema's order,
-    numbers have no exponent and integers no fraction, strings hold no control characters but white space and no DEL. Of
-    formats, the common texts are
-    allowed (see `schema_forms.patterns.FORMATS`). No grammar knows how deep a value is nested, so that a schema that
-    recurs allows values beyond the 128 levels that validation reads, and integers beyond Python's 4,300 digits.
+    The grammar restricts spelling: properties come in the schema's order, numbers have no exponent and integers no
+    fraction, strings hold no control characters except white space, and no DEL. Formats admit their common texts (see
+    `schema_forms.patterns.FORMATS`). A grammar does not count nesting or digits: recursive schemas admit values deeper
+    than the 128 levels that validation reads, and integers may exceed Python's 4,300 digits.
 
-    Nothing is fetched for a `$ref`: what lies outside the document is left to validation.
+    Never fetches a `$ref`: what lies outside the document is left to validation.
 
     Args:
         schema: an object or a boolean; `$schema` selects the draft, 2020-12 where there is none.
         formats: whether validation asserts `format`.
-        max_string_length: most characters of a string for which the schema has neither a maximum nor an expression;
-            None leaves that to `max_tokens`.
+        max_string_length: most characters of a string that has neither `maxLength` nor a pattern; None leaves the
+            bound to `max_tokens`.
     Raises:
-        InvalidGrammar: not a schema, or one that no value keeps.
+        InvalidGrammar: not a schema, or no value is valid for it.
     """
     if not isinstance(schema, Mapping | bool):
-        raise InvalidGrammar(f"expected a JSON Schema, found {abbreviated(schema)}")
+        raise InvalidGrammar(f"expected a JSON Schema, found {abbreviate(schema)}")
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
         text.encode()  # raises on a lone surrogate, which no answer can hold
-        return _enforceable(text, formats == "assert", max_string_length)
+        return _make_enforceable(text, formats == "assert", max_string_length)
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise InvalidGrammar(f"expected a JSON Schema, found one that cannot be read: {error!r:.200}") from error
 
 
 @lru_cache(MAX_CACHED_SCHEMAS)
-def _enforceable(text: str, are_formats_asserted: bool, max_string_length: int | None) -> EnforceableSchema:
+def _make_enforceable(text: str, are_formats_asserted: bool, max_string_length: int | None) -> EnforceableSchema:
     document: Any = json.loads(text)
 
     def build(left_out: Sequence[tuple[str, str]]) -> BuiltDocument:
@@ -123,16 +122,16 @@ def _enforceable(text: str, are_formats_asserted: bool, max_string_length: int |
     built = build(())
     if built.schema is None:
         raise InvalidGrammar("expected a JSON Schema that some value keeps, found one that refuses every value")
-    reason = _refusal(inline_schema(built.schema))
+    reason = _find_refusal(inline_schema(built.schema))
     if reason is None:
         return EnforceableSchema(built.schema, built.relaxed)
     reason = f"llguidance cannot compile it: {reason[:120]}"
 
     def fits(left_out: Sequence[tuple[str, str]]) -> bool:
         wider = build(left_out)
-        return wider.schema is not None and _refusal(inline_schema(wider.schema)) is None
+        return wider.schema is not None and _find_refusal(inline_schema(wider.schema)) is None
 
-    left_out = _least_left_out(built.enforced, fits)
+    left_out = _find_least_left_out(built.enforced, fits)
     if left_out is not None:
         wider = build(left_out)
         more = (Relaxation(pointer, keyword, reason) for pointer, keyword in left_out)
@@ -147,17 +146,17 @@ def _enforceable(text: str, are_formats_asserted: bool, max_string_length: int |
 
 
 @lru_cache(MAX_CACHED_SCHEMAS)
-def _refusal(document: str) -> str | None:
-    """Why llguidance cannot compile a schema; None if it can."""
+def _find_refusal(document: str) -> str | None:
+    """Why llguidance cannot compile a schema; None where it can."""
     grammar = f'{{"grammars": [{{"json_schema": {document}}}]}}'
     matcher = LLMatcher(byte_tokenizer(), grammar, log_level=0, limits=_LIMITS)
     return matcher.get_error().splitlines()[0] if matcher.is_error() else None
 
 
-def _least_left_out(
+def _find_least_left_out(
     enforced: Sequence[tuple[str, str]], fits: Callable[[Sequence[tuple[str, str]]], bool]
 ) -> list[tuple[str, str]] | None:
-    """Keywords without which the rest can be compiled: of the first kind that helps, as few as halving finds.
+    """The fewest keywords, by bisection, that must be dropped so that the rest compiles; cheap kinds are tried first.
 
     Returns:
         Pointers and keywords, innermost first; None where nothing helps.
@@ -168,21 +167,21 @@ def _least_left_out(
         if not found:
             continue
         if fits(found):
-            return _halved(found, fits)
+            return _bisect(found, fits)
         together += found
         if together != found and fits(together):
-            return _halved(together, fits)
+            return _bisect(together, fits)
     return None
 
 
-def _halved(found: list[tuple[str, str]], fits: Callable[[Sequence[tuple[str, str]]], bool]) -> list[tuple[str, str]]:
+def _bisect(found: list[tuple[str, str]], fits: Callable[[Sequence[tuple[str, str]]], bool]) -> list[tuple[str, str]]:
     num_parts = 2
     while len(found) > 1:
         size = -(-len(found) // num_parts)
         parts = [found[start : start + size] for start in range(0, len(found), size)]
         smaller = next((part for part in parts if fits(part)), None)
         if smaller is None:
-            # No part is enough by itself; but some may not be needed.
+            # No part suffices alone, but one may be superfluous.
             rests = ([at for at in found if at not in part] for part in parts) if num_parts > 2 else ()
             smaller = next((rest for rest in rests if fits(rest)), None)
         if smaller is not None:
@@ -199,12 +198,12 @@ def _is_object(schema: Mapping[str, Json]) -> bool:
 
 
 def json_schema_grammar(schema: Json, *, max_whitespace: int = DEFAULT_MAX_WHITESPACE) -> str:
-    """The grammar that llguidance makes of a schema as it stands; `enforceable_schema` makes schemas for it.
+    """Writes the grammar of a schema as it stands; pass it documents from `enforceable_schema`.
 
-    Properties come in the schema's order, no white space stands before or after the value, and characters are escaped
-    only where they must be. Of other schemas llguidance 1.9.1 refuses many, and what it makes of some is wider than
-    they are: an unbounded `number` may be 1e999, some expressions let through a quotation mark that they exclude, and
-    bounds of more than 15 digits are read inexactly. Nothing is ever fetched for a `$ref`.
+    Properties come in the schema's order, no white space stands around the value, and only characters that need it are
+    escaped. Given any other schema, llguidance 1.9.1 may refuse it or admit too much: an unbounded `number` may be
+    1e999, some patterns admit a quotation mark that they exclude, bounds of over 15 digits are read inexactly. Never
+    fetches a `$ref`.
 
     Args:
         schema: an object or a boolean; `x-guidance`, llguidance's own keyword, does not count.
@@ -212,7 +211,7 @@ def json_schema_grammar(schema: Json, *, max_whitespace: int = DEFAULT_MAX_WHITE
     Raises:
         InvalidGrammar: not a schema, no value can be valid, or a keyword that cannot be enforced.
     """
-    reason = _refusal(inline_schema(schema))
+    reason = _find_refusal(inline_schema(schema))
     if reason is not None:
         raise invalid_grammar(reason)
     return f'{{"grammars": [{{"json_schema": {inline_schema(schema, max_whitespace=max_whitespace)}}}]}}'
@@ -235,7 +234,7 @@ def inline_schema(schema: Json, *, max_whitespace: int = DEFAULT_MAX_WHITESPACE)
     if schema is True:
         schema = {}
     if not isinstance(schema, Mapping):
-        raise InvalidGrammar(f"expected a JSON Schema that some value keeps, found {abbreviated(schema)}")
+        raise InvalidGrammar(f"expected a JSON Schema that some value keeps, found {abbreviate(schema)}")
     try:
         text = json.dumps({key: value for key, value in schema.items() if key != "x-guidance"}, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -256,6 +255,6 @@ def inline_schema(schema: Json, *, max_whitespace: int = DEFAULT_MAX_WHITESPACE)
 def invalid_grammar(reason: str) -> InvalidGrammar:
     """The error of a grammar that llguidance refuses."""
     return InvalidGrammar(
-        f"expected a grammar that can be enforced, found: {abbreviated(reason, 300)}; of a JSON Schema, "
+        f"expected a grammar that can be enforced, found: {abbreviate(reason, 300)}; of a JSON Schema, "
         "enforceable_schema leaves to validation what a grammar cannot enforce"
     )

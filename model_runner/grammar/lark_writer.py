@@ -1,4 +1,4 @@
-"""A grammar in llguidance's Lark, written rule by rule; see `moebeam.model_runner.grammar.answer_grammar`.
+"""Writes a grammar in llguidance's Lark, rule by rule, for `moebeam.model_runner.grammar.answer_grammar`.
 
 Markup that is one token of the tokenizer is written as that token's number: llguidance lets text spell no such token,
 and no token spell such text. Everything else is written as text.
@@ -47,25 +47,25 @@ class LarkWriter:
         return self.terminal(name, rf"/(?s:.{count})/ & ~/(?s:.*){pattern}(?s:.*)/")
 
     def literal(self, text: str) -> str:
-        """A fixed text."""
-        return " ".join(map(_spelled, self._parts(text)))
+        """The expression for a fixed text."""
+        return " ".join(map(_format_part, self._parts(text)))
 
     def until(self, name: str, text_terminal: str, end: str) -> str:
         """Any text of a terminal up to and with a fixed one, which must hold what the terminal excludes."""
         first, *rest = self._parts(end)
         if isinstance(first, int):
-            return self.rule(name, " ".join([text_terminal, _spelled(first), *map(_spelled, rest)]))
+            return self.rule(name, " ".join([text_terminal, _format_part(first), *map(_format_part, rest)]))
         if not rest:
-            return self.rule(name, f"{text_terminal} {_spelled(first)}", options="[lazy]")
+            return self.rule(name, f"{text_terminal} {_format_part(first)}", options="[lazy]")
         # A token ends the terminal wherever it can end.
-        before = self.terminal(f"{name.upper()}_BEGIN", f"{text_terminal} {_spelled(first)}")
-        return self.rule(name, " ".join([before, *map(_spelled, rest)]))
+        before = self.terminal(f"{name.upper()}_BEGIN", f"{text_terminal} {_format_part(first)}")
+        return self.rule(name, " ".join([before, *map(_format_part, rest)]))
 
     def json(self, document: Mapping[str, Json]) -> str:
         """A JSON text that is valid for a schema."""
         return f"%json {inline_schema(document)}"
 
-    def written(self, start: str) -> str:
+    def write(self, start: str) -> str:
         """The grammar as JSON, as `Request.grammar` takes it."""
         lark = "\n".join([f"start: {start}", *self._lines.values(), ""])
         return json.dumps({"grammars": [{"lark_grammar": lark}]}, ensure_ascii=False)
@@ -75,5 +75,5 @@ class LarkWriter:
         return [self._ids.get(piece, piece) for piece in pieces]
 
 
-def _spelled(part: str | int) -> str:
+def _format_part(part: str | int) -> str:
     return f"<[{part}]>" if isinstance(part, int) else json.dumps(part, ensure_ascii=False)

@@ -1,11 +1,11 @@
-"""The arguments of one call as DSML writes them: a parameter each, raw text or JSON; see `answer_grammar.py`.
+"""Writes the grammar of one DSML call's arguments, a parameter each, as raw text or JSON; for `answer_grammar.py`.
 
-A string without conditions stands raw, one of an `enum` as it is listed; a string with conditions, and everything else,
-is JSON under the part of the schema that is its own. Properties come in the schema's order, those that may be left out
-or not. Where the arguments are no plain object, any parameters may come, and validation decides.
+An unconstrained string is raw text, an `enum` string one of the listed texts; constrained strings and all other values
+are JSON under their own part of the schema. Properties, optional or not, come in the schema's order. Where the schema
+is not a plain object, any parameters are admitted and validation decides.
 
-JSON under `string="false"` may hold a string that spells markup, which a grammar of JSON cannot exclude; such a call
-cannot be read then, and the answer is rejected with its reason.
+JSON under `string="false"` may hold a string that spells markup, which a JSON grammar cannot exclude; such a call
+cannot be parsed, and the answer is rejected with that reason.
 """
 
 # ruff: noqa: RUF001 - the bars of the wire format are U+FF5C
@@ -132,7 +132,7 @@ class ParameterWriter:
 
 
 def _options(schema: Mapping[str, Json], definitions: Mapping[str, Mapping[str, Json]]) -> list[Mapping[str, Json]]:
-    """The alternatives of a schema, where those are alternatives themselves theirs."""
+    """The alternatives of a schema, nested ones flattened."""
     if schema == _ANYTHING:
         return [schema]
     reference = schema.get("$ref")
@@ -145,7 +145,7 @@ def _options(schema: Mapping[str, Json], definitions: Mapping[str, Mapping[str, 
 
 
 def _with_definitions(schema: Mapping[str, Json], definitions: Mapping[str, Mapping[str, Json]]) -> Mapping[str, Json]:
-    """A part of a schema with the definitions that it leads to."""
+    """A part of a schema, with the definitions that it refers to."""
     needed: dict[str, Json] = {}
     waiting = [json.dumps(schema)]
     while waiting:

@@ -1,4 +1,4 @@
-"""What DeepSeek's encodings with calls in DSML have in common: their turns' marks, an answer's form, attachments.
+"""What DeepSeek's encodings with DSML calls share: tokens around turns, the form of answers, attachments.
 
 V3.2 (`deepseek_v3_2.py`) and V4 (`deepseek_v4.py`) differ in how turns follow each other, in results and in tasks.
 """
@@ -8,10 +8,10 @@ V3.2 (`deepseek_v3_2.py`) and V4 (`deepseek_v4.py`) differ in how turns follow e
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from moebeam.model_runner.encoding.answers import END_OF_THINKING, THINK, ParsedAnswer, parse_answer
-from moebeam.model_runner.encoding.conversation import Turn, json_line
+from moebeam.model_runner.encoding.chat.answers import END_OF_THINKING, THINK, ParsedAnswer, parse_answer
+from moebeam.model_runner.encoding.chat.conversation import Turn, json_line
+from moebeam.model_runner.encoding.chat.token_marks import NO_MARKS, TokenMarks
 from moebeam.model_runner.encoding.deepseek.dsml import DSML, DsmlFormat
-from moebeam.model_runner.encoding.token_marks import NO_MARKS, TokenMarks
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.chat_options import ChatOptions
 from moebeam.schemas.records import ToolCall
@@ -36,7 +36,7 @@ class DeepSeekDsml(ABC):
         """
         self._marks = marks
 
-    def thinking_of(self, options: ChatOptions) -> bool:
+    def is_thinking(self, options: ChatOptions) -> bool:
         """DeepSeek thinks unless it is told not to."""
         return options.thinking is not False
 
@@ -57,8 +57,8 @@ class DeepSeekDsml(ABC):
         turn = prompt_tail[prompt_tail.rfind(ASSISTANT) + 1 :]
         return turn.rfind(THINK) > turn.rfind(END_OF_THINKING)
 
-    def _answer(self, turn: Turn, *, keeps_reasoning: bool) -> str:
-        """A turn of the assistant, behind the `<think>` or `</think>` that opens it."""
+    def _render_answer(self, turn: Turn, *, keeps_reasoning: bool) -> str:
+        """An assistant's turn, after the `<think>` or `</think>` that opens it."""
         reasoning = ""
         if keeps_reasoning:
             goes_on_thinking = turn.is_prefix and not turn.content and not turn.calls
@@ -66,26 +66,26 @@ class DeepSeekDsml(ABC):
         calls = self.call_format.render(turn.calls, marks=self._marks, where=f"messages[{turn.index}].tool_calls")
         return f"{reasoning}{self._mark(turn.content)}{calls}{'' if turn.is_open else END}"
 
-    def _attachments(self, turn: Turn) -> str:
+    def _render_attachments(self, turn: Turn) -> str:
         """The tools and the schema of the answer, behind the text of the message that brings them."""
         texts: list[str] = []
         if turn.tools:
             schemas = "\n".join(self._mark(json_line(tool.document)) for tool in turn.tools)
-            texts.append(self._tools(schemas))
+            texts.append(self._render_tools(schemas))
         if turn.response_format is not None:
-            texts.append(self._response_format(turn.response_format))
+            texts.append(self._render_response_format(turn.response_format))
         return "".join(f"\n\n{text}" for text in texts)
 
     @abstractmethod
-    def _tools(self, schemas: str) -> str:
-        """How tools are put to the model.
+    def _render_tools(self, schemas: str) -> str:
+        """The text that presents the tools to the model.
 
         Args:
             schemas: their documents, one a line.
         """
 
-    def _response_format(self, schema: Json) -> str:
-        """How the schema of an answer is put to the model."""
+    def _render_response_format(self, schema: Json) -> str:
+        """The text that presents the answer's schema to the model."""
         return (
             "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
             f"{self._mark(json_line(schema))}"

@@ -11,8 +11,8 @@ are no efforts and no tasks.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moebeam.model_runner.encoding.answers import END_OF_THINKING, THINK
-from moebeam.model_runner.encoding.conversation import Turn, attach_options, drop_old_thinking, read_turns
+from moebeam.model_runner.encoding.chat.answers import END_OF_THINKING, THINK
+from moebeam.model_runner.encoding.chat.conversation import Turn, attach_options, drop_old_thinking, read_turns
 from moebeam.model_runner.encoding.deepseek.deepseek_dsml import ASSISTANT, BEGIN, USER, DeepSeekDsml
 from moebeam.model_runner.encoding.deepseek.dsml import DSML, V3_2_CALLS, DsmlFormat
 from moebeam.schemas.chat_options import ChatOptions
@@ -68,29 +68,29 @@ class DeepSeekV32(DeepSeekDsml):
 
     def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
         turns = attach_options(read_turns(messages, ROLES), options)
-        thinks = self.thinking_of(options)
+        thinks = self.is_thinking(options)
         if thinks:
-            turns = drop_old_thinking(turns, _last_user(turns))
-        chat = _Chat(turns, _last_user(turns), thinks)
-        return BEGIN + "".join(self._turn(chat, at) for at in range(len(turns)))
+            turns = drop_old_thinking(turns, _find_last_user(turns))
+        chat = _Chat(turns, _find_last_user(turns), thinks)
+        return BEGIN + "".join(self._render_turn(chat, at) for at in range(len(turns)))
 
-    def _turn(self, chat: "_Chat", at: int) -> str:
+    def _render_turn(self, chat: "_Chat", at: int) -> str:
         turn = chat.turns[at]
         opening = THINK if chat.thinks and at == chat.last_user else END_OF_THINKING
         match turn.role:
             case "system":
-                return f"{self._mark(turn.content)}{self._attachments(turn)}"
+                return f"{self._mark(turn.content)}{self._render_attachments(turn)}"
             case "developer":
-                text = f"{self._attachments(turn)}\n\n# The user's message is: {self._mark(turn.content)}"
+                text = f"{self._render_attachments(turn)}\n\n# The user's message is: {self._mark(turn.content)}"
                 return f"{USER}{text}{ASSISTANT}{opening}"
             case "assistant":
-                return self._assistant(chat, at)
+                return self._render_assistant(chat, at)
             case "tool":
-                return self._result(chat, at)
+                return self._render_result(chat, at)
             case _:
                 return f"{USER}{self._mark(turn.content)}{ASSISTANT}{opening}"
 
-    def _assistant(self, chat: "_Chat", at: int) -> str:
+    def _render_assistant(self, chat: "_Chat", at: int) -> str:
         turn = chat.turns[at]
         keeps_reasoning = chat.thinks and at > chat.last_user
         if keeps_reasoning and not (turn.reasoning or turn.calls or turn.is_open):
@@ -98,9 +98,9 @@ class DeepSeekV32(DeepSeekDsml):
                 f"messages[{turn.index}].reasoning_content: expected the reasoning of an answer to the last user's "
                 "message, found none: the model was not trained to think without"
             )
-        return self._answer(turn, keeps_reasoning=keeps_reasoning)
+        return self._render_answer(turn, keeps_reasoning=keeps_reasoning)
 
-    def _result(self, chat: "_Chat", at: int) -> str:
+    def _render_result(self, chat: "_Chat", at: int) -> str:
         turn = chat.turns[at]
         asked = max((before for before in range(at) if chat.turns[before].role != "tool"), default=None)
         num_calls = len(chat.turns[asked].calls) if asked is not None else 0
@@ -121,7 +121,7 @@ class DeepSeekV32(DeepSeekDsml):
             text += f"\n</function_results>\n\n{opening}"
         return text
 
-    def _tools(self, schemas: str) -> str:
+    def _render_tools(self, schemas: str) -> str:
         return _TOOLS.format(dsml=DSML, schemas=schemas)
 
 
@@ -132,5 +132,5 @@ class _Chat:
     thinks: bool
 
 
-def _last_user(turns: Sequence[Turn]) -> int:
+def _find_last_user(turns: Sequence[Turn]) -> int:
     return max((at for at, turn in enumerate(turns) if turn.role in ("user", "developer")), default=-1)

@@ -11,8 +11,8 @@ tags, a token before system text, and numbers for efforts.
 
 from collections.abc import Sequence
 
-from moebeam.model_runner.encoding.answers import END_OF_THINKING, THINK
-from moebeam.model_runner.encoding.conversation import (
+from moebeam.model_runner.encoding.chat.answers import END_OF_THINKING, THINK
+from moebeam.model_runner.encoding.chat.conversation import (
     TASKS,
     Turn,
     attach_options,
@@ -20,10 +20,10 @@ from moebeam.model_runner.encoding.conversation import (
     merge_results,
     read_turns,
 )
+from moebeam.model_runner.encoding.chat.token_marks import NO_MARKS, TokenMarks
 from moebeam.model_runner.encoding.deepseek.deepseek_dsml import ASSISTANT, BEGIN, USER, DeepSeekDsml
 from moebeam.model_runner.encoding.deepseek.dsml import DSML, V4_CALLS, DsmlFormat
 from moebeam.model_runner.encoding.deepseek.effort import V4_RELEASE, EffortProfile
-from moebeam.model_runner.encoding.token_marks import NO_MARKS, TokenMarks
 from moebeam.schemas.chat_options import ChatOptions
 from moebeam.schemas.records import Message
 
@@ -78,49 +78,49 @@ class DeepSeekV4(DeepSeekDsml):
 
     def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
         turns = merge_results(attach_options(read_turns(messages, ROLES), options))
-        thinks = self.thinking_of(options)
+        thinks = self.is_thinking(options)
         keeps_all = any(turn.tools for turn in turns)
         if thinks and not keeps_all:
-            turns = drop_old_thinking(turns, self._last_user(turns))
-        last_user = self._last_user(turns)
-        prompt = [BEGIN, self._head(turns, self._efforts.text_of(options.reasoning_effort) if thinks else "")]
+            turns = drop_old_thinking(turns, self._find_last_user(turns))
+        last_user = self._find_last_user(turns)
+        prompt = [BEGIN, self._render_head(turns, self._efforts.find_text(options.reasoning_effort) if thinks else "")]
         for at, turn in enumerate(turns):
             keeps_reasoning = thinks and (keeps_all or at > last_user)
-            prompt.append(self._turn(turns, at, keeps_reasoning))
+            prompt.append(self._render_turn(turns, at, keeps_reasoning))
             following = turns[at + 1].role if at + 1 < len(turns) else None
             if following in (None, "assistant", "latest_reminder"):
                 opens_thinking = thinks and (keeps_all or at >= last_user)
                 is_asked = self._is_asked(turn, at, following)
-                prompt.append(_transition(turn, is_asked, thinks, opens_thinking))
+                prompt.append(_render_transition(turn, is_asked, thinks, opens_thinking))
         return "".join(prompt)
 
     def starts_in_reasoning(self, prompt_tail: str) -> bool:
-        """As of all; but tasks do not think."""
+        """As for every encoding, except that tasks do not think."""
         is_task = prompt_tail.endswith(tuple(f"<｜{task}｜>" for task in TASKS))
         return not is_task and super().starts_in_reasoning(prompt_tail)
 
-    def _last_user(self, turns: Sequence[Turn]) -> int:
+    def _find_last_user(self, turns: Sequence[Turn]) -> int:
         return max((at for at, turn in enumerate(turns) if turn.role in ("user", "developer")), default=-1)
 
-    def _head(self, turns: Sequence[Turn], effort: str) -> str:
+    def _render_head(self, turns: Sequence[Turn], effort: str) -> str:
         """What stands between the first token and the first turn."""
         return effort
 
-    def _system_begin(self, at: int) -> str:
+    def _render_system_begin(self, at: int) -> str:
         return ""
 
-    def _turn(self, turns: Sequence[Turn], at: int, keeps_reasoning: bool) -> str:
+    def _render_turn(self, turns: Sequence[Turn], at: int, keeps_reasoning: bool) -> str:
         turn = turns[at]
         match turn.role:
             case "system":
-                return f"{self._system_begin(at)}{self._mark(turn.content)}{self._attachments(turn)}"
+                return f"{self._render_system_begin(at)}{self._mark(turn.content)}{self._render_attachments(turn)}"
             case "developer":
-                return f"{USER}{self._mark(turn.content)}{self._attachments(turn)}"
+                return f"{USER}{self._mark(turn.content)}{self._render_attachments(turn)}"
             case "latest_reminder":
                 return f"{LATEST_REMINDER}{self._mark(turn.content)}"
             case "assistant":
                 answers_task = at > 0 and turns[at - 1].task is not None
-                return self._answer(turn, keeps_reasoning=keeps_reasoning and not answers_task)
+                return self._render_answer(turn, keeps_reasoning=keeps_reasoning and not answers_task)
             case _:
                 parts = [self._mark(part.text) for part in turn.parts]
                 texts = [
@@ -137,14 +137,14 @@ class DeepSeekV4(DeepSeekDsml):
         """
         return turn.role in ("user", "developer") or (turn.role == "system" and following != "latest_reminder")
 
-    def _tools(self, schemas: str) -> str:
+    def _render_tools(self, schemas: str) -> str:
         calls = self.call_format
         return _TOOLS.format(
             dsml=DSML, block=calls.block, invoke=calls.invoke, parameter=calls.parameter, schemas=schemas
         )
 
 
-def _transition(turn: Turn, is_asked: bool, thinks: bool, opens_thinking: bool) -> str:
+def _render_transition(turn: Turn, is_asked: bool, thinks: bool, opens_thinking: bool) -> str:
     """What opens the answer to a turn, whether it stands in the chat or is to be written."""
     match turn.task:
         case None:

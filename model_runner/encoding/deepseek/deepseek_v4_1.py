@@ -7,11 +7,11 @@ A system message in the midst of a chat is answered like a user's, so it also co
 
 from collections.abc import Sequence
 
-from moebeam.model_runner.encoding.conversation import Turn
+from moebeam.model_runner.encoding.chat.conversation import Turn
+from moebeam.model_runner.encoding.chat.token_marks import NO_MARKS, TokenMarks
 from moebeam.model_runner.encoding.deepseek.deepseek_v4 import DeepSeekV4
 from moebeam.model_runner.encoding.deepseek.dsml import V4_1_CALLS, DsmlFormat
 from moebeam.model_runner.encoding.deepseek.effort import V4_1_RELEASE, EffortProfile
-from moebeam.model_runner.encoding.token_marks import NO_MARKS, TokenMarks
 
 SYSTEM = "<｜System｜>"
 
@@ -25,7 +25,7 @@ class DeepSeekV41(DeepSeekV4):
     def __init__(self, efforts: EffortProfile = V4_1_RELEASE, marks: TokenMarks = NO_MARKS) -> None:
         super().__init__(efforts, marks)
 
-    def _last_user(self, turns: Sequence[Turn]) -> int:
+    def _find_last_user(self, turns: Sequence[Turn]) -> int:
         return max(
             (
                 at
@@ -35,10 +35,10 @@ class DeepSeekV41(DeepSeekV4):
             default=-1,
         )
 
-    def _head(self, turns: Sequence[Turn], effort: str) -> str:
+    def _render_head(self, turns: Sequence[Turn], effort: str) -> str:
         return f"{SYSTEM}{effort}" if effort or turns[0].role == "system" else ""
 
-    def _system_begin(self, at: int) -> str:
+    def _render_system_begin(self, at: int) -> str:
         return SYSTEM if at > 0 else ""
 
     def _is_asked(self, turn: Turn, at: int, following: str | None) -> bool:

@@ -21,19 +21,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from moebeam.model_runner.encoding.call_formats import (
+from moebeam.model_runner.encoding.chat.call_formats import (
     check_name,
     escape_markup,
     excerpt,
     expect,
     expect_end,
-    malformed,
+    malformed_call,
     parse_call_arguments,
     read_name,
     skip_space,
 )
-from moebeam.model_runner.encoding.strict_arguments import arguments_text, parse_value
-from moebeam.model_runner.encoding.token_marks import NO_MARKS, TokenMarks
+from moebeam.model_runner.encoding.chat.strict_arguments import arguments_text, parse_value
+from moebeam.model_runner.encoding.chat.token_marks import NO_MARKS, TokenMarks
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import NotJson
 from moebeam.schemas.records import ToolCall
@@ -89,14 +89,14 @@ class DsmlFormat:
         return f"</{DSML}{self.parameter}>"
 
     def render(self, calls: Sequence[ToolCall], *, marks: TokenMarks = NO_MARKS, where: str = "tool_calls") -> str:
-        """Calls as the model writes them, with the blank line that parts them from the content."""
+        """Calls as the model writes them, after the blank line that separates them from the content."""
         if not calls:
             return ""
-        written = [self._call(call, marks, f"{where}[{index}]") for index, call in enumerate(calls)]
+        written = [self._render_call(call, marks, f"{where}[{index}]") for index, call in enumerate(calls)]
         return f"{self.begin}{self.between.join(written)}{self.end}"
 
     def find(self, text: str, start: int) -> tuple[int, int] | None:
-        """The first DSML tag, whichever it is: one that opens no block is for `parse` to complain about."""
+        """The first DSML tag of any kind; `parse` reports one that opens no block."""
         begins = [position for tag in (f"<{DSML}", f"</{DSML}") if (position := text.find(tag, start)) >= 0]
         if not begins:
             return None
@@ -114,21 +114,23 @@ class DsmlFormat:
         expect_end(text, expect(text, position, self.end.strip()))
         return tuple(calls)
 
-    def _call(self, call: ToolCall, marks: TokenMarks, where: str) -> str:
+    def _render_call(self, call: ToolCall, marks: TokenMarks, where: str) -> str:
         check_name(call.name, where)
-        parameters = [self._parameter(name, value, marks) for name, value in parse_call_arguments(call, where).items()]
+        parameters = [
+            self._render_parameter(name, value, marks) for name, value in parse_call_arguments(call, where).items()
+        ]
         return f"{self.call_begin(call.name)}{self.between.join(parameters)}{self.call_end}"
 
-    def _parameter(self, name: str, value: Json, marks: TokenMarks) -> str:
-        is_raw = isinstance(value, str) and not _MARKUP.search(value) and not marks.spells_token(value)
+    def _render_parameter(self, name: str, value: Json, marks: TokenMarks) -> str:
+        is_raw = isinstance(value, str) and not _MARKUP.search(value) and not marks.has_token_text(value)
         if is_raw:
             written = cast("str", value)
         else:
             written = escape_markup(json.dumps(value, ensure_ascii=False), _JSON_MARKUP, marks)
         return f"{self._open_parameter(marks.mark(_escape_name(name)), is_raw)}{written}{self.parameter_end}"
 
-    def _open_parameter(self, written_name: str, is_string: bool) -> str:
-        return f'<{DSML}{self.parameter} name="{written_name}" string="{"true" if is_string else "false"}">'
+    def _open_parameter(self, name: str, is_string: bool) -> str:
+        return f'<{DSML}{self.parameter} name="{name}" string="{"true" if is_string else "false"}">'
 
     def _parse_call(self, text: str, position: int, index: int) -> tuple[ToolCall, int]:
         position = expect(text, position, f'<{DSML}{self.invoke} name="')
@@ -139,7 +141,7 @@ class DsmlFormat:
         while not text.startswith(close, position):
             key, value, end = self._parse_parameter(text, position)
             if key in arguments:
-                raise malformed(position, "every parameter once", f"{key!r} again")
+                raise malformed_call(position, "every parameter once", f"{key!r} again")
             arguments[key] = value
             position = skip_space(text, end)
         return ToolCall(f"call_{index}", name, arguments_text(arguments)), position + len(close)
@@ -148,21 +150,21 @@ class DsmlFormat:
         position = expect(text, start, f"<{DSML}{self.parameter} name=")
         found = _NAME.match(text, position)
         if found is None:
-            raise malformed(position, '"NAME" string="true|false">', excerpt(text, position))
+            raise malformed_call(position, '"NAME" string="true|false">', excerpt(text, position))
         key, begin = _unescape_name(found[1], position), found.end()
         end = text.find(self.parameter_end, begin)
         if end < 0:
-            raise malformed(begin, f"a value that ends with {self.parameter_end!r}", "the end of the answer")
+            raise malformed_call(begin, f"a value that ends with {self.parameter_end!r}", "the end of the answer")
         value = text[begin:end]
         after = end + len(self.parameter_end)
         if found[2] == "true":
             if (inner := value.find(DSML)) >= 0:
-                raise malformed(begin + inner, f"a raw string without {DSML}", excerpt(text, begin + inner))
+                raise malformed_call(begin + inner, f"a raw string without {DSML}", excerpt(text, begin + inner))
             return key, value, after
         try:
             return key, parse_value(value), after
         except NotJson as error:
-            raise malformed(begin, "a JSON value", str(error)) from error
+            raise malformed_call(begin, "a JSON value", str(error)) from error
 
 
 _JSON_MARKUP = frozenset({DSML, "<think>", "</think>"})
@@ -180,7 +182,7 @@ def _unescape_name(written: str, position: int) -> str:
     try:
         value = parse_value(f'"{written}"')
     except NotJson as error:
-        raise malformed(position, "a parameter's name", str(error)) from error
+        raise malformed_call(position, "a parameter's name", str(error)) from error
     return cast("str", value)
 
 

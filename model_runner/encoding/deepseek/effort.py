@@ -1,8 +1,8 @@
-"""How hard a model is asked to think: the texts of each encoder, and reading them from a checkpoint's own.
+"""Reasoning efforts: the prompt text that each encoder uses for them, read from a checkpoint's own encoder.
 
-DeepSeek publishes the encoder of a model as a Python file beside its weights, and changed what `high` and `max` say
-from one to the next. The file is never imported or run: only the literals of a few named constants are read out of its
-syntax tree. Where a job names an encoding itself and the checkpoint brings no file, the profile of the release is used.
+DeepSeek publishes a model's encoder as a Python file beside its weights, and the texts of `high` and `max` differ from
+one to the next. The file is never imported or run: only the literals of a few named constants are read from its syntax
+tree. Where a job names an encoding and the checkpoint has no such file, the profile of the release is used.
 """
 
 import ast
@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TypeVar, cast
 
 from moebeam.model_runner.checkpoint.files import read_checkpoint_file
-from moebeam.schemas.errors import EngineLoadError, InvalidMessages, abbreviated
+from moebeam.schemas.errors import EngineLoadError, InvalidMessages, abbreviate
 from moebeam.schemas.store import storage
 
 _NUMBER = "{budget}"
@@ -22,7 +22,7 @@ _Value = TypeVar("_Value", str, int)
 
 @dataclass(frozen=True, slots=True)
 class EffortProfile:
-    """What an encoder puts at the head of a prompt for each effort.
+    """The text that an encoder puts at the head of a prompt, by effort.
 
     Attributes:
         texts: by the encoder's own names; an empty text where the model does that anyway.
@@ -37,7 +37,7 @@ class EffortProfile:
     aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType(dict[str, str]()))
     numbers: str | None = None
 
-    def text_of(self, effort: str | None) -> str:
+    def find_text(self, effort: str | None) -> str:
         """The text for an effort as a request names it.
 
         Raises:
@@ -54,7 +54,7 @@ class EffortProfile:
         known = [*self.texts, *self.aliases, *(["1 to 100"] if self.numbers else [])]
         raise InvalidMessages(
             f"reasoning_effort: expected one that the model's encoder knows ({', '.join(known) or 'it knows none'}), "
-            f"found {abbreviated(effort)}"
+            f"found {abbreviate(effort)}"
         )
 
 
@@ -148,14 +148,14 @@ def _aliases_for(texts: Mapping[str, str]) -> Mapping[str, str]:
 
 def _expect(value: object, kind: type[str], where: str) -> str:
     if not isinstance(value, kind):
-        raise EngineLoadError(f"{where}: expected {kind.__name__}, found {abbreviated(value)}")
+        raise EngineLoadError(f"{where}: expected {kind.__name__}, found {abbreviate(value)}")
     return value
 
 
 def _expect_mapping(value: object, kind: type[_Value], where: str) -> dict[str, _Value]:
     items = cast("dict[object, object]", value).items() if isinstance(value, dict) else None
     if items is None or not all(isinstance(key, str) and isinstance(item, kind) for key, item in items):
-        raise EngineLoadError(f"{where}: expected {kind.__name__} by name, found {abbreviated(value)}")
+        raise EngineLoadError(f"{where}: expected {kind.__name__} by name, found {abbreviate(value)}")
     return cast("dict[str, _Value]", value)
 
 
@@ -163,5 +163,5 @@ def _expect_default(constants: Mapping[str, object], texts: Mapping[str, str], w
     default = constants.get(_DEFAULT)
     if default is not None and not (isinstance(default, str) and default in texts):
         known = ", ".join(texts)
-        raise EngineLoadError(f"{where}: {_DEFAULT}: expected one of {known}, found {abbreviated(default)}")
+        raise EngineLoadError(f"{where}: {_DEFAULT}: expected one of {known}, found {abbreviate(default)}")
     return default

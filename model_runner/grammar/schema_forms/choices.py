@@ -1,23 +1,23 @@
-"""In-place keywords become alternatives: lists of places whose plain keywords a value must all keep.
+"""Expands in-place keywords into alternatives: lists of locations whose plain keywords must all hold.
 
-Part of `moebeam.model_runner.grammar.schema_forms`. `allOf` and `$ref` join, `anyOf`, `oneOf`, `if` and `dependent...`
-split, `not` turns about (see `negation`). Every value of the schemas given keeps at least one alternative; where an
-alternative holds more, that is said.
+Part of `moebeam.model_runner.grammar.schema_forms`. `allOf` and `$ref` join; `anyOf`, `oneOf`, `if` and `dependent...`
+split; `not` is negated (see `negation`). Every valid value satisfies at least one alternative; where an alternative
+admits more, `Choices.relaxed` says so.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, cast
 
-from moebeam.model_runner.grammar.schema_forms.negation import negations
-from moebeam.model_runner.grammar.schema_forms.references import References, SchemaLocation, draft_of, made
+from moebeam.model_runner.grammar.schema_forms.negation import negate
 from moebeam.model_runner.grammar.schema_forms.relaxation import Relaxation
 from moebeam.schemas.canonical import Json
+from moebeam.schemas.contract.references import References, SchemaLocation, make_schema, read_draft
 
-Places: TypeAlias = tuple[SchemaLocation, ...]
+Locations: TypeAlias = tuple[SchemaLocation, ...]
 
 MAX_ALTERNATIVES = 256
-"""Most alternatives of one place; beyond, a keyword that splits is left to validation."""
+"""Most alternatives of one location; beyond, a keyword that splits is left to validation."""
 
 _REFERENCES: dict[str, Callable[[int], bool]] = {
     "$ref": lambda draft: True,
@@ -41,21 +41,21 @@ PLAIN_SINCE = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A place whose plain keywords hold, and the keys of the places that it was reached through."""
+    """A location whose plain keywords hold, and the keys of the locations that it was reached through."""
 
-    place: SchemaLocation
+    location: SchemaLocation
     ancestors: frozenset[str]
 
 
 @dataclass(slots=True)
 class Choices:
-    """The alternatives of a list of places.
+    """The alternatives of a list of locations.
 
     Attributes:
         alternatives: each a list of parts; none at all where no value is allowed, an empty one where every value is.
-        relaxed: keywords for which the alternatives hold more than the places.
-        open_choices: keys of the places below which more than one alternative may be taken at once.
-        unknown: keys of the places below which something was left out.
+        relaxed: keywords for which the alternatives hold more than the locations.
+        open_choices: keys of the locations below which more than one alternative may be taken at once.
+        unknown: keys of the locations below which something was left out.
     """
 
     alternatives: list[list[Part]]
@@ -68,7 +68,7 @@ class Choices:
 class _Split:
     owner: SchemaLocation
     keyword: str
-    options: list[Places]
+    options: list[Locations]
     ancestors: frozenset[str]
 
 
@@ -91,35 +91,35 @@ class _TooMany(Exception):
 
 
 class Chooser:
-    """Splits places of one document into alternatives."""
+    """Splits locations of one document into alternatives."""
 
     def __init__(
         self,
         references: References,
         *,
-        is_empty: Callable[[Places], bool],
-        values_of: Callable[[Places], list[Json] | None],
+        is_empty: Callable[[Locations], bool],
+        list_values: Callable[[Locations], list[Json] | None],
     ) -> None:
-        """Prepare to split.
+        """Takes what it must know of other locations.
 
         Args:
-            is_empty: whether no value at all keeps all of some places; False where that is not known.
-            values_of: the only values that keep all of some places, where they are few enough to list.
+            is_empty: whether no value satisfies all of some locations; False where that is not known.
+            list_values: all values that satisfy all of some locations; None where they cannot be listed.
         """
         self.references = references
         self._is_empty = is_empty
-        self._values_of = values_of
+        self._list_values = list_values
 
-    def choices(self, places: Places) -> Choices:
-        """See `Choices`; the order of keywords in the document is that of the parts."""
+    def find_choices(self, locations: Locations) -> Choices:
+        """Splits locations; parts come in the order of the document's keywords."""
         ignored: set[tuple[str, str]] = set()
         while True:
             found = Choices([])
             for pointer, keyword in sorted(ignored):
                 found.relaxed.append(Relaxation(pointer, keyword, "it splits into too many alternatives"))
             conjunction = _Conjunction()
-            for place in places:
-                self._visit(place, frozenset(), conjunction, found)
+            for location in locations:
+                self._visit(location, frozenset(), conjunction, found)
             splits: dict[tuple[str, str], int] = {}
             try:
                 self._branch(conjunction, found, ignored, splits)
@@ -130,9 +130,9 @@ class Chooser:
             found.relaxed = list(dict.fromkeys(found.relaxed))
             return found
 
-    def active(self, place: SchemaLocation, keyword: str) -> bool:
-        """Whether a place has a keyword and its draft knows it."""
-        schema = place.schema
+    def is_active(self, location: SchemaLocation, keyword: str) -> bool:
+        """Whether a location has a keyword that its draft defines."""
+        schema = location.schema
         return (
             isinstance(schema, Mapping)
             and keyword in schema
@@ -140,52 +140,57 @@ class Chooser:
         )
 
     def _visit(
-        self, place: SchemaLocation, ancestors: frozenset[str], conjunction: _Conjunction, found: Choices
+        self, location: SchemaLocation, ancestors: frozenset[str], conjunction: _Conjunction, found: Choices
     ) -> None:
-        if conjunction.is_false or place.key in conjunction.keys:
+        if conjunction.is_false or location.key in conjunction.keys:
             return
-        conjunction.keys.add(place.key)
-        schema = place.schema
+        conjunction.keys.add(location.key)
+        schema = location.schema
         if schema is False:
             conjunction.is_false = True
         if not isinstance(schema, Mapping):
             return
-        if place.pointer and not place.is_made and draft_of(schema) not in (None, self.references.draft):
-            found.relaxed.append(Relaxation(place.pointer, "$schema", "a part of another draft"))
+        if location.pointer and not location.is_made and read_draft(schema) not in (None, self.references.draft):
+            found.relaxed.append(Relaxation(location.pointer, "$schema", "a part of another draft"))
             found.unknown |= ancestors
             return
         if self.references.draft <= 7 and "$ref" in schema:
-            self._follow(place, "$ref", ancestors, conjunction, found)
+            self._follow(location, "$ref", ancestors, conjunction, found)
             return
-        below = ancestors | {place.key}
-        if place.is_plain:
-            conjunction.parts.append(Part(place, ancestors))
+        below = ancestors | {location.key}
+        if location.is_plain:
+            conjunction.parts.append(Part(location, ancestors))
             return
         is_plain = False
         for keyword in schema:
             if keyword in _REFERENCES:
                 if _REFERENCES[keyword](self.references.draft):
-                    self._follow(place, keyword, below, conjunction, found)
+                    self._follow(location, keyword, below, conjunction, found)
             elif keyword == "allOf":
-                for child in _children(place, keyword):
+                for child in _list_children(location, keyword):
                     self._visit(child, below, conjunction, found)
             elif keyword == "anyOf":
-                options: list[Places] = [(child,) for child in _children(place, keyword)]
-                conjunction.splits.append(_Split(place, keyword, options, below))
+                options: list[Locations] = [(child,) for child in _list_children(location, keyword)]
+                conjunction.splits.append(_Split(location, keyword, options, below))
             elif keyword in _PENDING:
-                if self.active(place, keyword):
-                    conjunction.pending.append((place, keyword, below))
-            elif not is_plain and keyword in PLAIN_SINCE and self.active(place, keyword):
+                if self.is_active(location, keyword):
+                    conjunction.pending.append((location, keyword, below))
+            elif not is_plain and keyword in PLAIN_SINCE and self.is_active(location, keyword):
                 is_plain = True
-                conjunction.parts.append(Part(place, ancestors))
+                conjunction.parts.append(Part(location, ancestors))
 
     def _follow(
-        self, place: SchemaLocation, keyword: str, ancestors: frozenset[str], conjunction: _Conjunction, found: Choices
+        self,
+        location: SchemaLocation,
+        keyword: str,
+        ancestors: frozenset[str],
+        conjunction: _Conjunction,
+        found: Choices,
     ) -> None:
-        target = self.references.resolve(place, keyword)
+        target = self.references.resolve(location, keyword)
         if target is None:
             found.relaxed.append(
-                Relaxation(place.pointer, keyword, "what it names is outside the document or not known beforehand")
+                Relaxation(location.pointer, keyword, "what it names is outside the document or not known beforehand")
             )
             found.unknown |= ancestors
         else:
@@ -199,10 +204,10 @@ class Chooser:
         splits: dict[tuple[str, str], int],
     ) -> None:
         while conjunction.pending and not conjunction.is_false:
-            place, keyword, ancestors = conjunction.pending.pop(0)
-            if (place.pointer, keyword) not in ignored:
-                for options in self._options(place, keyword, conjunction.parts, found):
-                    conjunction.splits.append(_Split(place, keyword, options, ancestors))
+            location, keyword, ancestors = conjunction.pending.pop(0)
+            if (location.pointer, keyword) not in ignored:
+                for options in self._find_splits(location, keyword, conjunction.parts, found):
+                    conjunction.splits.append(_Split(location, keyword, options, ancestors))
         if conjunction.is_false:
             return
         if not conjunction.splits:
@@ -222,110 +227,118 @@ class Chooser:
                 found.open_choices |= split.ancestors
         for option in split.options:
             branch = conjunction.copy()
-            for place in option:
-                self._visit(place, split.ancestors, branch, found)
+            for location in option:
+                self._visit(location, split.ancestors, branch, found)
             self._branch(branch, found, ignored, splits)
 
-    def _options(
-        self, place: SchemaLocation, keyword: str, context: Sequence[Part], found: Choices
-    ) -> list[list[Places]]:
+    def _find_splits(
+        self, location: SchemaLocation, keyword: str, context: Sequence[Part], found: Choices
+    ) -> list[list[Locations]]:
         """The splits that a keyword asks for; each a list of options of which a value takes at least one."""
-        pointer = place.pointer
-        known = tuple(part.place if part.place.is_plain else part.place.plain() for part in context)
+        pointer = location.pointer
+        known = tuple(part.location if part.location.is_plain else part.location.plain() for part in context)
         match keyword:
             case "not":
-                options, is_exact = self._negations(place.child("not"), known, pointer)
+                options, is_exact = self._negate(location.child("not"), known, pointer)
                 if not is_exact:
                     found.relaxed.append(Relaxation(pointer, keyword, "its opposite cannot be written as a grammar"))
                 return [options]
             case "oneOf":
-                return [self._one_of(place, known, found)]
+                return [self._split_one_of(location, known, found)]
             case "if":
-                return self._if(place, known, found)
+                return self._split_if(location, known, found)
             case "dependentRequired":
-                return [_dependent(name, names, pointer) for name, names in _items(place, keyword)]
+                return [_require_beside(name, names, pointer) for name, names in _list_items(location, keyword)]
             case "dependentSchemas":
-                return [_absent_or(name, (place.child(keyword, name),), pointer) for name, _ in _items(place, keyword)]
+                return [
+                    _split_on_presence(name, (location.child(keyword, name),), pointer)
+                    for name, _ in _list_items(location, keyword)
+                ]
             case _:
                 return [
-                    _dependent(name, value, pointer)
+                    _require_beside(name, value, pointer)
                     if isinstance(value, Sequence) and not isinstance(value, str)
-                    else _absent_or(name, (place.child(keyword, name),), pointer)
-                    for name, value in _items(place, keyword)
+                    else _split_on_presence(name, (location.child(keyword, name),), pointer)
+                    for name, value in _list_items(location, keyword)
                 ]
 
-    def _one_of(self, place: SchemaLocation, known: Places, found: Choices) -> list[Places]:
-        branches = _children(place, "oneOf")
-        options: list[Places] = []
+    def _split_one_of(self, location: SchemaLocation, known: Locations, found: Choices) -> list[Locations]:
+        branches = _list_children(location, "oneOf")
+        options: list[Locations] = []
         is_exact = True
         for index, branch in enumerate(branches):
-            chosen: list[Places] = [(branch,)]
+            chosen: list[Locations] = [(branch,)]
             for other_index, other in enumerate(branches):
                 if other_index == index or self._is_empty((*known, branch, other)):
                     continue
-                others, is_exact_negation = self._negations(other, (*known, branch), place.pointer)
+                others, is_exact_negation = self._negate(other, (*known, branch), location.pointer)
                 is_exact = is_exact and is_exact_negation
                 chosen = [(*left, *right) for left in chosen for right in others]
                 if len(chosen) > MAX_ALTERNATIVES:
                     chosen, is_exact = [(branch,)], False
             options += chosen
         if not is_exact:
-            found.relaxed.append(Relaxation(place.pointer, "oneOf", "more than one of its schemas may match"))
+            found.relaxed.append(Relaxation(location.pointer, "oneOf", "more than one of its schemas may match"))
         return options
 
-    def _if(self, place: SchemaLocation, known: Places, found: Choices) -> list[list[Places]]:
-        condition = place.child("if")
+    def _split_if(self, location: SchemaLocation, known: Locations, found: Choices) -> list[list[Locations]]:
+        condition = location.child("if")
         then, otherwise = (
-            (place.child(keyword),) if place.get(keyword) is not None else () for keyword in ("then", "else")
+            (location.child(keyword),) if location.get(keyword) is not None else () for keyword in ("then", "else")
         )
         if not then and not otherwise and not self.references.has_unevaluated:
             return []
         if self._is_empty((*known, condition)):
             return [[otherwise]]
-        negated, is_exact = self._negations(condition, known, place.pointer)
+        negated, is_exact = self._negate(condition, known, location.pointer)
         if not is_exact:
-            found.relaxed.append(Relaxation(place.pointer, "if", "the opposite of its condition cannot be written"))
+            found.relaxed.append(Relaxation(location.pointer, "if", "the opposite of its condition cannot be written"))
         return [[(condition, *then), *((*option, *otherwise) for option in negated)]]
 
-    def _negations(self, place: SchemaLocation, known: Places, pointer: str) -> tuple[list[Places], bool]:
-        options, is_exact = negations(
-            place, known, pointer, references=self.references, values_of=self._values_of, children=property_places
+    def _negate(self, location: SchemaLocation, known: Locations, pointer: str) -> tuple[list[Locations], bool]:
+        options, is_exact = negate(
+            location,
+            known,
+            pointer,
+            references=self.references,
+            list_values=self._list_values,
+            children=find_property_locations,
         )
-        # What a schema says that must not match is looked at by none.
+        # `unevaluated...` ignores schemas that must not match.
         return [
-            tuple(part.unseen() if isinstance(part, SchemaLocation) else made(part, pointer) for part in option)
+            tuple(part.unseen() if isinstance(part, SchemaLocation) else make_schema(part, pointer) for part in option)
             for option in options
         ], is_exact
 
 
-def property_places(places: Places, name: str) -> Places:
+def find_property_locations(locations: Locations, name: str) -> Locations:
     """What `properties` say of one property, without patterns."""
     found: list[SchemaLocation] = []
-    for place in places:
-        properties = place.get("properties")
+    for location in locations:
+        properties = location.get("properties")
         if isinstance(properties, Mapping) and name in properties:
-            found.append(place.child("properties", name))
+            found.append(location.child("properties", name))
     return tuple(found)
 
 
-def _children(place: SchemaLocation, keyword: str) -> list[SchemaLocation]:
-    found = place.get(keyword)
+def _list_children(location: SchemaLocation, keyword: str) -> list[SchemaLocation]:
+    found = location.get(keyword)
     if not isinstance(found, Sequence) or isinstance(found, str):
         return []
-    return [place.child(keyword, index) for index in range(len(found))]
+    return [location.child(keyword, index) for index in range(len(found))]
 
 
-def _items(place: SchemaLocation, keyword: str) -> list[tuple[str, Json]]:
-    found = place.get(keyword)
+def _list_items(location: SchemaLocation, keyword: str) -> list[tuple[str, Json]]:
+    found = location.get(keyword)
     return list(found.items()) if isinstance(found, Mapping) else []
 
 
-def _absent_or(name: str, otherwise: Places, pointer: str) -> list[Places]:
+def _split_on_presence(name: str, otherwise: Locations, pointer: str) -> list[Locations]:
     absent: Json = {"properties": {name: False}}
     present: Json = {"required": [name]}
-    return [(made(absent, pointer),), (made(present, pointer), *otherwise)]
+    return [(make_schema(absent, pointer),), (make_schema(present, pointer), *otherwise)]
 
 
-def _dependent(name: str, names: Json, pointer: str) -> list[Places]:
+def _require_beside(name: str, names: Json, pointer: str) -> list[Locations]:
     required = list(cast("Sequence[Json]", names))
-    return _absent_or(name, (made({"required": required}, pointer),), pointer)
+    return _split_on_presence(name, (make_schema({"required": required}, pointer),), pointer)

@@ -1,4 +1,4 @@
-"""What must hold where another schema must not.
+"""Negates a schema: what must hold where it must not.
 
 Part of `moebeam.model_runner.grammar.schema_forms`; `choices` asks here for `not`, for the `else` of a condition, and
 for the branches of a `oneOf` that must not match beside another.
@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise, product
 from typing import TypeAlias, cast
 
-from moebeam.model_runner.grammar.schema_forms.references import References, SchemaLocation, draft_of, json_key
-from moebeam.schemas.canonical import Json
+from moebeam.schemas.canonical import Json, json_key
+from moebeam.schemas.contract.references import References, SchemaLocation, read_draft
 
 Option: TypeAlias = tuple[SchemaLocation | Mapping[str, Json], ...]
 Negations: TypeAlias = tuple[list[Option], bool]
@@ -40,41 +40,41 @@ _OPPOSITE_BOUNDS: dict[str, tuple[str, str, int]] = {
 _ANYTHING: Negations = ([()], False)
 
 
-def negations(
-    place: SchemaLocation,
+def negate(
+    location: SchemaLocation,
     known: tuple[SchemaLocation, ...],
     pointer: str,
     *,
     references: References,
-    values_of: Callable[[tuple[SchemaLocation, ...]], list[Json] | None],
+    list_values: Callable[[tuple[SchemaLocation, ...]], list[Json] | None],
     children: Callable[[tuple[SchemaLocation, ...], str], tuple[SchemaLocation, ...]],
     depth: int = 0,
 ) -> Negations:
-    """The opposite of a schema, as far as it can be written without `not`.
+    """Writes the opposite of a schema, as far as that is possible without `not`.
 
     Args:
-        place: the schema.
-        known: what else holds of the value; `not` of one value of an `enum` are its others.
-        values_of: the only values that keep some places, where they can be listed.
-        children: what some places say of a property.
+        location: the schema.
+        known: what else holds for the value; the negation of one value of an `enum` is its other values.
+        list_values: all values that satisfy some locations; None where they cannot be listed.
+        children: what some locations say of a property.
     Returns:
         The single option `()`, and False, where nothing better is known.
     """
-    schema = place.schema
+    schema = location.schema
     if not isinstance(schema, Mapping):
         return ([()], True) if schema is False else ([], True)
-    if depth > 8 or draft_of(schema) not in (None, references.draft):
+    if depth > 8 or read_draft(schema) not in (None, references.draft):
         return _ANYTHING
 
-    def negate(other: SchemaLocation, context: tuple[SchemaLocation, ...] = known) -> Negations:
-        return negations(
-            other, context, pointer, references=references, values_of=values_of, children=children, depth=depth + 1
+    def negate_inner(other: SchemaLocation, context: tuple[SchemaLocation, ...] = known) -> Negations:
+        return negate(
+            other, context, pointer, references=references, list_values=list_values, children=children, depth=depth + 1
         )
 
     if "$ref" in schema:
-        target = references.resolve(place, "$ref")
+        target = references.resolve(location, "$ref")
         others = {keyword for keyword in schema if keyword not in _ANNOTATIONS and keyword != "$ref"}
-        return _ANYTHING if target is None or (others and references.draft > 7) else negate(target)
+        return _ANYTHING if target is None or (others and references.draft > 7) else negate_inner(target)
     options: list[Option] = []
     is_exact = True
     for keyword, value in schema.items():
@@ -82,10 +82,10 @@ def negations(
             continue
         match keyword:
             case "type":
-                found = _not_type(value)
+                found = _negate_type(value)
             case "const" | "enum":
                 values = [value] if keyword == "const" else list(cast("Sequence[Json]", value))
-                found = _not_values(values, known, values_of)
+                found = _negate_values(values, known, list_values)
             case "required":
                 found = (
                     [({"type": "object", "properties": {name: False}},) for name in cast("Sequence[str]", value)],
@@ -95,10 +95,10 @@ def negations(
                 found = [], True
                 for name in cast("Mapping[str, Json]", value):
                     below = children(known, name)
-                    some, is_some_exact = negate(place.child("properties", name), below)
+                    some, is_some_exact = negate_inner(location.child("properties", name), below)
                     for option in some:
                         if any(isinstance(part, SchemaLocation) and '"$' in json.dumps(part.schema) for part in option):
-                            # It may refer to where it stands, which it leaves here.
+                            # Its references may be relative to where it stands, and it is moved here.
                             return _ANYTHING
                         parts: list[Json] = [
                             part.schema if isinstance(part, SchemaLocation) else part for part in option
@@ -107,19 +107,23 @@ def negations(
                         found[0].append(({"type": "object", "required": [name], "properties": {name: child}},))
                     found = found[0], found[1] and is_some_exact
             case "not":
-                found = [(place.child("not"),)], True
+                found = [(location.child("not"),)], True
             case "anyOf":
-                branches = [negate(place.child("anyOf", index)) for index in range(len(cast("Sequence[Json]", value)))]
+                branches = [
+                    negate_inner(location.child("anyOf", index)) for index in range(len(cast("Sequence[Json]", value)))
+                ]
                 joined = [
                     tuple(part for option in chosen for part in option)
                     for chosen in product(*(some for some, _ in branches))
                 ]
                 found = joined, all(is_some_exact for _, is_some_exact in branches)
             case "allOf":
-                branches = [negate(place.child("allOf", index)) for index in range(len(cast("Sequence[Json]", value)))]
+                branches = [
+                    negate_inner(location.child("allOf", index)) for index in range(len(cast("Sequence[Json]", value)))
+                ]
                 found = [option for some, _ in branches for option in some], all(exact for _, exact in branches)
             case _ if keyword in _OPPOSITE_BOUNDS and isinstance(value, int | float) and not isinstance(value, bool):
-                found = _not_bound(keyword, value)
+                found = _negate_bound(keyword, value)
             case _:
                 return _ANYTHING
         options += found[0]
@@ -129,11 +133,11 @@ def negations(
     return options, is_exact
 
 
-def _not_type(value: Json) -> Negations:
+def _negate_type(value: Json) -> Negations:
     refused = {value} if isinstance(value, str) else set(cast("Sequence[str]", value))
     if "number" in refused:
         refused.add("integer")
-    # What is a number but no integer cannot be said: all numbers are allowed then.
+    # No schema says "a number but not an integer", so all numbers are admitted.
     is_exact = "integer" not in refused or "number" in refused
     left: list[Json] = [name for name in _TYPES if name not in refused and name != "integer"]
     if "integer" not in refused and "number" not in left:
@@ -141,25 +145,25 @@ def _not_type(value: Json) -> Negations:
     return ([({"type": left},)] if left else []), is_exact
 
 
-def _not_values(
+def _negate_values(
     values: Sequence[Json],
     known: tuple[SchemaLocation, ...],
-    values_of: Callable[[tuple[SchemaLocation, ...]], list[Json] | None],
+    list_values: Callable[[tuple[SchemaLocation, ...]], list[Json] | None],
 ) -> Negations:
     refused = {json_key(value) for value in values}
-    possible = values_of(known)
+    possible = list_values(known)
     if possible is not None:
         left: list[Json] = [value for value in possible if json_key(value) not in refused]
         return ([({"enum": left},)] if left else []), True
     strings = [value for value in values if isinstance(value, str)]
     numbers = sorted({value for value in values if isinstance(value, int | float) and not isinstance(value, bool)})
-    types: list[Json] = [name for name in _TYPES if name != "integer" and name not in _listed_types(values)]
+    types: list[Json] = [name for name in _TYPES if name != "integer" and name not in _find_types(values)]
     options: list[Option] = [({"type": types},)] if types else []
     if bool in map(type, values):
         kept: list[Json] = [value for value in (True, False) if json_key(value) not in refused]
         options += [({"enum": kept},)] if kept else []
     if strings:
-        options += [({"type": "string", **other},) for other in _other_strings(strings)]
+        options += [({"type": "string", **other},) for other in _exclude_strings(strings)]
     if numbers:
         bounds: list[float | None] = [None, *numbers, None]
         for low, high in pairwise(bounds):
@@ -173,40 +177,40 @@ def _not_values(
     return options, is_exact
 
 
-def _listed_types(values: Sequence[Json]) -> set[str]:
-    """The types of values that are told apart one by one; of arrays and objects none is."""
+def _find_types(values: Sequence[Json]) -> set[str]:
+    """The types whose values are excluded one by one; never arrays or objects."""
     names: dict[type, str] = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string"}
     return {names[type(value)] for value in values if type(value) in names}
 
 
-def _other_strings(strings: Sequence[str]) -> list[dict[str, Json]]:
+def _exclude_strings(strings: Sequence[str]) -> list[dict[str, Json]]:
     """Strings that are none of a few."""
     if set(strings) == {""}:
         return [{"minLength": 1}]
     if len(strings) > MAX_OTHER_STRINGS:
         return [{}]
-    return [{"pattern": f"^{_complement(sorted(set(strings)))}$"}]
+    return [{"pattern": f"^{_write_complement(sorted(set(strings)))}$"}]
 
 
-def _complement(strings: Sequence[str]) -> str:
-    """An expression of all texts but these: those that end before, leave or go beyond their common beginnings."""
+def _write_complement(strings: Sequence[str]) -> str:
+    """An expression for all texts except these: texts that end early, deviate from or extend their common prefixes."""
     by_first: dict[str, list[str]] = {}
     for text in strings:
         if text:
             by_first.setdefault(text[0], []).append(text[1:])
-    firsts = "".join(map(_member, by_first))
+    firsts = "".join(map(_escape_character, by_first))
     branches = [f"[^{firsts}][\\s\\S]*" if firsts else "[\\s\\S]+"]
-    branches += [_member(first) + _complement(rest) for first, rest in by_first.items()]
+    branches += [_escape_character(first) + _write_complement(rest) for first, rest in by_first.items()]
     if "" not in strings:
         branches.append("")
     return f"(?:{'|'.join(branches)})"
 
 
-def _member(char: str) -> str:
+def _escape_character(char: str) -> str:
     return char if char.isalnum() else f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{{{ord(char):x}}}"
 
 
-def _not_bound(keyword: str, value: float) -> Negations:
+def _negate_bound(keyword: str, value: float) -> Negations:
     kind, opposite, step = _OPPOSITE_BOUNDS[keyword]
     bound = value + step
     if bound < 0 and kind != "number":

@@ -1,4 +1,4 @@
-"""Forms of numbers, with bounds and divisors that llguidance 1.9.1 enforces to the letter.
+"""Builds forms of numbers, with bounds and divisors that llguidance 1.9.1 enforces exactly.
 
 Part of `moebeam.model_runner.grammar.schema_forms`, beside `values`. Bounds are doubles, for validation and here;
 divisors are decimal.
@@ -10,8 +10,8 @@ from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from fractions import Fraction
 
 from moebeam.model_runner.grammar.schema_forms.choices import Part
-from moebeam.model_runner.grammar.schema_forms.references import SchemaLocation
 from moebeam.model_runner.grammar.schema_forms.values import Form, Notes, Number, Values
+from moebeam.schemas.contract.references import SchemaLocation
 
 MAX_MULTIPLE = 10_000
 """Largest divisor, in units of its last decimal: an automaton of as many states divides."""
@@ -23,20 +23,20 @@ _MAX_FLOAT_BOUND = 9e18
 """Numbers beyond are integers, for doubles; llguidance reads bounds of fractions as 64-bit integers."""
 
 
-def number_forms(parts: Sequence[Part], types: set[str], notes: Notes) -> list[Form]:
-    """Numbers: integers as far as they go, and fractions up to where doubles have none."""
+def build_number_forms(parts: Sequence[Part], types: set[str], notes: Notes) -> list[Form]:
+    """Integers without limit, and fractions up to 9e18, beyond which doubles have none."""
     low: tuple[Fraction, bool] | None = None  # and whether it is exclusive
     high: tuple[Fraction, bool] | None = None  # and whether it is inclusive
     multiple: Fraction | None = None
     at: dict[str, SchemaLocation] = {}
     for part in parts:
-        for keyword, value in _number_keywords(part.place):
-            at[keyword] = part.place
-            notes.enforce(part.place, keyword)
+        for keyword, value in _number_keywords(part.location):
+            at[keyword] = part.location
+            notes.enforce(part.location, keyword)
             if keyword == "multipleOf":
                 # Divisors are decimal, for validation too; bounds are doubles.
                 number = Fraction(repr(value))
-                multiple = number if multiple is None else _least_common(multiple, number)
+                multiple = number if multiple is None else _find_common_multiple(multiple, number)
             elif keyword in ("minimum", "exclusiveMinimum"):
                 bound = (Fraction(value), keyword == "exclusiveMinimum")
                 low = bound if low is None else max(low, bound)
@@ -47,16 +47,16 @@ def number_forms(parts: Sequence[Part], types: set[str], notes: Notes) -> list[F
         if low[0] > high[0] or (low[0] == high[0] and (low[1] or not high[1])):
             return []
         if low[0] == high[0]:
-            return _only(low[0], types, multiple)
+            return _build_single(low[0], types, multiple)
     forms: list[Form] = []
     if "fraction" in types and not (multiple is not None and multiple.denominator == 1):
-        forms += _fractions(low, high, _divisor(multiple, at, notes))
+        forms += _build_fractions(low, high, _limit_divisor(multiple, at, notes))
     first = None if low is None else (math.floor(low[0]) + 1 if low[1] else math.ceil(low[0]))
     last = None if high is None else (math.floor(high[0]) if high[1] else math.ceil(high[0]) - 1)
     is_covered = first is not None and last is not None and first >= -_MAX_FLOAT_BOUND and last <= _MAX_FLOAT_BOUND
     if (forms and is_covered) or (first is not None and last is not None and first > last):
         return forms
-    integer_multiple = None if multiple is None else _divisor(Fraction(multiple.numerator), at, notes)
+    integer_multiple = None if multiple is None else _limit_divisor(Fraction(multiple.numerator), at, notes)
     for bound, names in ((first, ("minimum", "exclusiveMinimum")), (last, ("maximum", "exclusiveMaximum"))):
         for name in names:
             if bound is not None and not _is_exact(bound) and name in at:
@@ -66,7 +66,7 @@ def number_forms(parts: Sequence[Part], types: set[str], notes: Notes) -> list[F
     return [*forms, Number(True, first, last, integer_multiple)]
 
 
-def _only(value: Fraction, types: set[str], multiple: Fraction | None) -> list[Form]:
+def _build_single(value: Fraction, types: set[str], multiple: Fraction | None) -> list[Form]:
     """The one number that is left between two equal bounds."""
     if value.denominator == 1:
         is_kept = multiple is None or (value / multiple).denominator == 1
@@ -81,56 +81,58 @@ def _is_exact(bound: int) -> bool:
     return bound == MAX_EXACT_INTEGER or (abs(bound) < 2**63 - 512 and int(float(bound)) == bound)
 
 
-def _number_keywords(place: SchemaLocation) -> Iterable[tuple[str, int | float]]:
+def _number_keywords(location: SchemaLocation) -> Iterable[tuple[str, int | float]]:
     for keyword in ("multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
-        value = place.get(keyword)
+        value = location.get(keyword)
         if isinstance(value, bool):
             # Draft 4: whether the bound beside it is exclusive.
-            bound = place.get("minimum" if keyword == "exclusiveMinimum" else "maximum")
+            bound = location.get("minimum" if keyword == "exclusiveMinimum" else "maximum")
             if value and isinstance(bound, int | float):
                 yield keyword, bound
         elif isinstance(value, int | float):
             yield keyword, value
 
 
-def _fractions(
+def _build_fractions(
     low: tuple[Fraction, bool] | None, high: tuple[Fraction, bool] | None, multiple: Fraction | None
 ) -> list[Form]:
-    minimum = -_MAX_FLOAT_BOUND if low is None else _inward(low[0], is_exclusive=low[1], rounding=ROUND_CEILING)
-    maximum = _MAX_FLOAT_BOUND if high is None else _inward(high[0], is_exclusive=not high[1], rounding=ROUND_FLOOR)
+    minimum = -_MAX_FLOAT_BOUND if low is None else _round_inward(low[0], is_exclusive=low[1], rounding=ROUND_CEILING)
+    maximum = (
+        _MAX_FLOAT_BOUND if high is None else _round_inward(high[0], is_exclusive=not high[1], rounding=ROUND_FLOOR)
+    )
     minimum, maximum = max(minimum, -_MAX_FLOAT_BOUND), min(maximum, _MAX_FLOAT_BOUND)
     if minimum > maximum:
         return []
-    # llguidance 1.9.1 leaves out numbers that begin the digits of a bound: 0.2 under a maximum of 0.25.
+    # llguidance 1.9.1 refuses numbers whose digits are a prefix of a bound's: 0.2 under a maximum of 0.25.
     beginnings = tuple(
         number
-        for number in dict.fromkeys([*_beginnings(minimum), *_beginnings(maximum)])
+        for number in dict.fromkeys([*_list_beginnings(minimum), *_list_beginnings(maximum)])
         if minimum <= number <= maximum and (multiple is None or (Fraction(repr(number)) / multiple).denominator == 1)
     )
-    forms: list[Form] = [Number(False, minimum, maximum, divisor) for divisor in _divisors(multiple)]
+    forms: list[Form] = [Number(False, minimum, maximum, divisor) for divisor in _list_divisors(multiple)]
     return [*forms, Values(beginnings)] if beginnings else forms
 
 
-def _divisors(multiple: Fraction | None) -> list[Fraction | None]:
-    """The divisor, and larger ones for numbers of fewer decimals: llguidance 1.9.1 asks for 0.50 under 0.25."""
+def _list_divisors(multiple: Fraction | None) -> list[Fraction | None]:
+    """The divisor, and multiples of it with fewer decimals: for 0.25 llguidance 1.9.1 demands 0.50, not 0.5."""
     divisors = [multiple]
     decimals = 1
     while multiple is not None and (multiple * 10**decimals).denominator != 1:
-        shorter = _least_common(multiple, Fraction(1, 10**decimals))
+        shorter = _find_common_multiple(multiple, Fraction(1, 10**decimals))
         if shorter not in divisors:
             divisors.append(shorter)
         decimals += 1
     return divisors
 
 
-def _beginnings(bound: float) -> list[float]:
-    """A bound, and what is left of it with fewer decimals; nothing for integers."""
+def _list_beginnings(bound: float) -> list[float]:
+    """A bound truncated to every number of decimals; nothing for integers."""
     digits = format(Decimal(repr(bound)), "f").removesuffix(".0")
     whole, _, decimals = digits.partition(".")
     return [float(f"{whole}.{decimals[: length + 1]}") for length in range(len(decimals))]
 
 
-def _inward(bound: Fraction, *, is_exclusive: bool, rounding: str) -> float:
+def _round_inward(bound: Fraction, *, is_exclusive: bool, rounding: str) -> float:
     """The nearest inclusive bound of at most 15 digits.
 
     llguidance 1.9.1 reads longer ones inexactly (0.9999999999999999 as 1), lets 0 through where it is excluded, and
@@ -148,8 +150,8 @@ def _inward(bound: Fraction, *, is_exclusive: bool, rounding: str) -> float:
     return float(rounded)
 
 
-def _divisor(multiple: Fraction | None, at: dict[str, SchemaLocation], notes: Notes) -> Fraction | None:
-    """The divisor, if a grammar can divide by it; 1 is none for integers, and so is 0."""
+def _limit_divisor(multiple: Fraction | None, at: dict[str, SchemaLocation], notes: Notes) -> Fraction | None:
+    """The divisor, if a grammar can divide by it; None for 1 and where it has too many digits."""
     if multiple is None or multiple == 1:
         return None
     scaled, decimals = multiple, 0
@@ -161,5 +163,5 @@ def _divisor(multiple: Fraction | None, at: dict[str, SchemaLocation], notes: No
     return None
 
 
-def _least_common(first: Fraction, second: Fraction) -> Fraction:
+def _find_common_multiple(first: Fraction, second: Fraction) -> Fraction:
     return Fraction(math.lcm(first.numerator, second.numerator), math.gcd(first.denominator, second.denominator))

@@ -1,4 +1,4 @@
-"""Regular expressions and formats in the spelling that llguidance 1.9.1 knows, so that it means what validation means.
+"""Translates regular expressions and formats for llguidance 1.9.1 so that they mean what they mean to validation.
 
 Part of `moebeam.model_runner.grammar.schema_forms`. Validation is jsonschema-rs 0.60 with formats asserted; what is
 said here of either was measured on both.
@@ -25,12 +25,12 @@ _CONTROL = re.compile(r"\\x[01][0-9a-fA-F]|\\u00[01][0-9a-fA-F]|\\c|\\0|\\v|[\x0
 
 
 class UnsupportedPattern(ValueError):
-    """A regular expression that no grammar of llguidance can follow; the message says why."""
+    """A regular expression that llguidance cannot enforce; the message says why."""
 
 
 @lru_cache(maxsize=1024)
 def translate(pattern: str) -> tuple[str, ...]:
-    """Expressions that a text must all match, and does exactly if it matches this one of a schema.
+    """Expressions that a text matches, all of them, exactly if it matches the schema's one.
 
     Look-ahead at the very beginning, as rules for passwords have it, becomes an expression of its own.
 
@@ -40,10 +40,10 @@ def translate(pattern: str) -> tuple[str, ...]:
     if _CONTROL.search(_NEGATED_CLASS.sub("", _CONTROL_RANGE.sub(r"\\t\\n\\r\\x20-", pattern))):
         raise UnsupportedPattern("it asks for control characters")
     conjuncts = tuple(
-        _rewritten(_CONTROL_RANGE.sub(r"\\t\\n\\r\\x20-", conjunct)) for conjunct in _split_look_ahead(pattern)
+        _rewrite(_CONTROL_RANGE.sub(r"\\t\\n\\r\\x20-", conjunct)) for conjunct in _split_look_ahead(pattern)
     )
     for conjunct in conjuncts:
-        reason = _refusal(conjunct)
+        reason = _find_refusal(conjunct)
         if reason is not None:
             raise UnsupportedPattern(reason)
     return conjuncts
@@ -60,11 +60,11 @@ def are_disjoint(first: str, second: str) -> bool:
 
 @lru_cache(maxsize=1)
 def byte_tokenizer() -> LLTokenizer:
-    """A token a byte: enough to see whether a grammar can be compiled."""
+    """A tokenizer of single bytes: enough to see whether a grammar compiles."""
     return LLTokenizer("byte")
 
 
-def _refusal(pattern: str) -> str | None:
+def _find_refusal(pattern: str) -> str | None:
     try:
         grammar = LLMatcher.grammar_from_json_schema({"type": "string", "pattern": pattern})
     except ValueError as error:
@@ -80,7 +80,7 @@ def _split_look_ahead(pattern: str) -> list[str]:
         return [pattern]
     conjuncts: list[str] = []
     while rest.startswith("(?="):
-        end = _group_end(rest)
+        end = _find_group_end(rest)
         if end is None:
             return [pattern]
         conjuncts.append(f"^(?:{rest[3:end]})")
@@ -90,8 +90,8 @@ def _split_look_ahead(pattern: str) -> list[str]:
     return [*conjuncts, f"^{rest}"]
 
 
-def _group_end(text: str) -> int | None:
-    """Where the parenthesis that opens a text is closed."""
+def _find_group_end(text: str) -> int | None:
+    """The position of the parenthesis that closes the one at the start."""
     depth = 0
     for found in re.finditer(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()]", text, re.DOTALL):
         depth += {"(": 1, ")": -1}.get(found.group(), 0)
@@ -111,7 +111,7 @@ def _has_alternative(text: str) -> bool:
     return False
 
 
-def _rewritten(pattern: str) -> str:
+def _rewrite(pattern: str) -> str:
     r"""The expression with `\s`, `\c` and classes as Rust's syntax needs them."""
     pieces: list[str] = []
     position = 0
@@ -172,7 +172,7 @@ def is_asserted(name: str, draft_uri: str) -> bool:
     return not all(validator.is_valid(probe) for probe in _PROBES)
 
 
-def _formats() -> dict[str, tuple[str, ...]]:
+def _build_formats() -> dict[str, tuple[str, ...]]:
     year = "[0-9]{4}"
     leap = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
     date = (
@@ -181,7 +181,7 @@ def _formats() -> dict[str, tuple[str, ...]]:
     )
     clock = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
     time = rf"{clock}:[0-5][0-9](?:\.[0-9]{{1,9}})?(?:[Zz]|[+-]{clock})"
-    # No hyphens at both the third and the fourth place: those are for encoded names.
+    # Never hyphens as third and fourth character: those are for encoded names.
     label = "X(?:X?|YX|YYX|Y(?:XY|-X)Y{0,58}X)".replace("X", "[a-zA-Z0-9]").replace("Y", "[a-zA-Z0-9-]")
     host = rf"{label}(?:\.{label})*"
     octet = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
@@ -242,7 +242,7 @@ def _formats() -> dict[str, tuple[str, ...]]:
     }
 
 
-FORMATS = _formats()
+FORMATS = _build_formats()
 """The expressions that a text of a format must all match. All such texts, except: no leap seconds, at most nine digits
 of a second's fraction; addresses and names in ASCII, without quoted mailboxes; URIs without hosts in brackets, and
 templates without modifiers. `regex` has no expression of its own and is left to validation."""

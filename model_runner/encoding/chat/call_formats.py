@@ -1,4 +1,4 @@
-"""How a model writes the calls of tools: one format a family, each of them rendered, found and parsed.
+"""The formats in which models write calls of tools: one a family; each renders, finds and parses calls.
 
 All have one shape, which is also what a grammar needs: `begin`, then per call `call_begin(name)`, the arguments and
 `call_end`, with `between` from call to call, then `end`. `arguments` says how the arguments stand there: `json` is one
@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from moebeam.model_runner.encoding.strict_arguments import arguments_text, parse_object, value_at
-from moebeam.model_runner.encoding.token_marks import NO_MARKS, TokenMarks
+from moebeam.model_runner.encoding.chat.strict_arguments import arguments_text, parse_object, value_at
+from moebeam.model_runner.encoding.chat.token_marks import NO_MARKS, TokenMarks
 from moebeam.schemas.canonical import Json
-from moebeam.schemas.errors import InvalidMessages, MalformedToolCall, NotJson, abbreviated
+from moebeam.schemas.errors import InvalidMessages, MalformedToolCall, NotJson, abbreviate
 from moebeam.schemas.records import ToolCall
 
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
@@ -30,7 +30,7 @@ _MAX_EXCERPT = 40
 
 
 class CallFormat(Protocol):
-    """A way to write calls.
+    """One format of calls.
 
     Attributes:
         name: as it is chosen and reported.
@@ -56,7 +56,7 @@ class CallFormat(Protocol):
     def call_end(self) -> str: ...
 
     def call_begin(self, name: str) -> str:
-        """What opens a call of a function, up to its arguments."""
+        """The text that opens a function's call, up to its arguments."""
         ...
 
     def render(self, calls: Sequence[ToolCall], *, marks: TokenMarks = NO_MARKS, where: str = "tool_calls") -> str:
@@ -68,11 +68,11 @@ class CallFormat(Protocol):
         ...
 
     def find(self, text: str, start: int) -> tuple[int, int] | None:
-        """Where content ends and where calls begin, from a character on; None if there are none."""
+        """Where the content ends and where the calls begin, searching from a character on; None without calls."""
         ...
 
     def parse(self, text: str, start: int) -> tuple[ToolCall, ...]:
-        """The calls from where `find` saw them begin to the end of the text.
+        """Parses the calls from where `find` found them to the end of the text.
 
         Raises:
             MalformedToolCall: names the character, expected and found.
@@ -110,7 +110,7 @@ class JsonCallFormat:
     def render(self, calls: Sequence[ToolCall], *, marks: TokenMarks = NO_MARKS, where: str = "tool_calls") -> str:
         if not calls:
             return ""
-        written = [self._call(call, marks, f"{where}[{index}]") for index, call in enumerate(calls)]
+        written = [self._render_call(call, marks, f"{where}[{index}]") for index, call in enumerate(calls)]
         return f"{self.begin}{self.between.join(written)}{self.end}"
 
     def find(self, text: str, start: int) -> tuple[int, int] | None:
@@ -127,7 +127,7 @@ class JsonCallFormat:
         expect_end(text, position)
         return tuple(calls)
 
-    def _call(self, call: ToolCall, marks: TokenMarks, where: str) -> str:
+    def _render_call(self, call: ToolCall, marks: TokenMarks, where: str) -> str:
         check_name(call.name, where)
         arguments = arguments_text(parse_call_arguments(call, where))
         return f"{self.call_begin(call.name)}{escape_markup(arguments, self.markup, marks)}{self.call_end}"
@@ -151,14 +151,14 @@ class HermesCallFormat(JsonCallFormat):
         try:
             value, end = value_at(text, position)
         except NotJson as error:
-            raise malformed(position, "a JSON object with `name` and `arguments`", str(error)) from error
+            raise malformed_call(position, "a JSON object with `name` and `arguments`", str(error)) from error
         if not isinstance(value, dict) or value.keys() != {"name", "arguments"}:
-            raise malformed(position, "an object of `name` and `arguments`", abbreviated(value))
+            raise malformed_call(position, "an object of `name` and `arguments`", abbreviate(value))
         name, arguments = value["name"], value["arguments"]
         if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
-            raise malformed(position, "a function's name", abbreviated(name))
+            raise malformed_call(position, "a function's name", abbreviate(name))
         if not isinstance(arguments, dict):
-            raise malformed(position, "a JSON object as `arguments`", abbreviated(arguments))
+            raise malformed_call(position, "a JSON object as `arguments`", abbreviate(arguments))
         position = expect(text, skip_space(text, end), "</tool_call>")
         return ToolCall(f"call_{index}", name, arguments_text(arguments)), position
 
@@ -213,7 +213,7 @@ HERMES = HermesCallFormat(
 
 
 def format_of_template(source: str) -> JsonCallFormat | None:
-    """The format that a chat template speaks of, by the markers in its source; None if it knows no calls."""
+    """Recognises a chat template's format of calls by the markers in its source; None if it has none."""
     if _V3_TOKENS["begin"] in source or _V3_TOKENS["call"] in source:
         # V3 and R1 fence the arguments as Markdown, V3.1 puts them behind the separator.
         return DEEPSEEK_V3 if "```json" in source else DEEPSEEK_V3_1
@@ -223,8 +223,8 @@ def format_of_template(source: str) -> JsonCallFormat | None:
 
 
 def escape_markup(json_text: str, markup: frozenset[str], marks: TokenMarks) -> str:
-    """JSON in which no string spells markup: its `<` are `\\u003c` then. Readers of JSON see no difference."""
-    if marks.spells_token(json_text) or any(token in json_text for token in markup) or "<｜" in json_text:
+    """Escapes every `<` as `\\u003c` where a JSON text spells markup; its value stays the same."""
+    if marks.has_token_text(json_text) or any(token in json_text for token in markup) or "<｜" in json_text:
         json_text = json_text.replace("<", "\\u003c")
     return marks.mark(json_text)
 
@@ -237,7 +237,7 @@ def check_name(name: str, where: str) -> None:
     """
     if not TOOL_NAME.fullmatch(name):
         raise InvalidMessages(
-            f"{where}.name: expected 1 to 128 letters, digits, or any of _ . : -, found {abbreviated(name)}"
+            f"{where}.name: expected 1 to 128 letters, digits, or any of _ . : -, found {abbreviate(name)}"
         )
 
 
@@ -253,33 +253,33 @@ def parse_call_arguments(call: ToolCall, where: str) -> dict[str, Json]:
         raise InvalidMessages(f"{where}.arguments: expected a JSON object, found: {error}") from error
 
 
-def malformed(position: int, expected: str, found: str) -> MalformedToolCall:
-    """The error of an answer whose calls cannot be read, with the character where that shows."""
+def malformed_call(position: int, expected: str, found: str) -> MalformedToolCall:
+    """The error for calls that cannot be parsed, with the character at fault."""
     return MalformedToolCall(f"at character {position}: expected {expected}, found {found}")
 
 
 def excerpt(text: str, position: int) -> str:
-    """What stands at a character, for an error message."""
+    """The text at a character, shortened for an error message."""
     if position >= len(text):
         return "the end of the answer"
-    return abbreviated(text[position : position + _MAX_EXCERPT])
+    return abbreviate(text[position : position + _MAX_EXCERPT])
 
 
 def skip_space(text: str, position: int) -> int:
-    """The first character from here on that is no white space."""
+    """The position of the next character that is not white space."""
     found = _SPACE.match(text, position)
     assert found is not None
     return found.end()
 
 
 def expect(text: str, position: int, literal: str) -> int:
-    """The character after a fixed text.
+    """Skips a fixed text; returns the position after it.
 
     Raises:
         MalformedToolCall: another text stands there.
     """
     if not text.startswith(literal, position):
-        raise malformed(position, repr(literal), excerpt(text, position))
+        raise malformed_call(position, repr(literal), excerpt(text, position))
     return position + len(literal)
 
 
@@ -291,7 +291,7 @@ def expect_end(text: str, position: int) -> None:
     """
     position = skip_space(text, position)
     if position < len(text):
-        raise malformed(position, "the end of the answer after the calls", excerpt(text, position))
+        raise malformed_call(position, "the end of the answer after the calls", excerpt(text, position))
 
 
 def read_name(text: str, position: int) -> tuple[str, int]:
@@ -302,12 +302,12 @@ def read_name(text: str, position: int) -> tuple[str, int]:
     """
     found = TOOL_NAME.match(text, position)
     if found is None:
-        raise malformed(position, "a function's name", excerpt(text, position))
+        raise malformed_call(position, "a function's name", excerpt(text, position))
     return found[0], found.end()
 
 
 def read_object(text: str, position: int) -> tuple[str, int]:
-    """The JSON text of an object, spelled anew, and the character after it.
+    """The object at a position, serialised again as JSON, and the position after it.
 
     Raises:
         MalformedToolCall: none stands there.
@@ -315,9 +315,9 @@ def read_object(text: str, position: int) -> tuple[str, int]:
     try:
         value, end = value_at(text, position)
     except NotJson as error:
-        raise malformed(position, "a JSON object", str(error)) from error
+        raise malformed_call(position, "a JSON object", str(error)) from error
     if not isinstance(value, dict):
-        raise malformed(position, "a JSON object", abbreviated(value))
+        raise malformed_call(position, "a JSON object", abbreviate(value))
     return json.dumps(value, ensure_ascii=False), end
 
 

@@ -1,4 +1,4 @@
-"""An answer's text taken apart: reasoning, content and calls.
+"""Splits an answer's text into reasoning, content and calls.
 
 Total: every text gives a `ParsedAnswer`, and every character of it is in there, in `reasoning_content`, `content` or
 the calls, except the markup that was understood: `<think>`, `</think>`, the blank line before calls, and the
@@ -8,7 +8,7 @@ it.
 
 from dataclasses import dataclass, replace
 
-from moebeam.model_runner.encoding.call_formats import CallFormat
+from moebeam.model_runner.encoding.chat.call_formats import CallFormat
 from moebeam.schemas.errors import MalformedToolCall
 from moebeam.schemas.records import ToolCall
 
@@ -40,7 +40,7 @@ def parse_answer(
     call_format: CallFormat | None,
     end_marker: str | None,
 ) -> ParsedAnswer:
-    """Take an answer apart; see the module.
+    """Splits an answer; see the module docstring.
 
     Args:
         starts_in_reasoning: the prompt ended inside `<think>`.
@@ -48,10 +48,10 @@ def parse_answer(
         call_format: how calls are written; None keeps them in the content.
         end_marker: the token that ends an answer, as text.
     """
-    text = without_end_marker(text, end_marker)
+    text = strip_end_marker(text, end_marker)
     thought = _find_reasoning(text, starts_in_reasoning, has_reasoning)
     start = thought.rest if thought else 0
-    # Models are known to call from within their reasoning, without closing it.
+    # Models do call tools inside their reasoning without closing it.
     is_open = thought is not None and not thought.is_closed
     found = call_format.find(text, thought.begin if thought and is_open else start) if call_format else None
     if thought and is_open and found:
@@ -67,8 +67,8 @@ def parse_answer(
     return ParsedAnswer(text[start:end_of_content], reasoning, calls)
 
 
-def without_end_marker(text: str, end_marker: str | None) -> str:
-    """An answer without the end-of-sentence markers that it ends with."""
+def strip_end_marker(text: str, end_marker: str | None) -> str:
+    """Removes trailing end-of-sentence markers."""
     end = len(text)
     while end_marker and text.endswith(end_marker, 0, end):
         end -= len(end_marker)

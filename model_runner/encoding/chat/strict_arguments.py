@@ -1,7 +1,7 @@
-"""The JSON of a call's arguments, read by the letter: an object that every reader understands alike.
+"""Parses a call's arguments strictly, so that every JSON reader gets the same object.
 
-`ToolCall.arguments` is JSON text. What two readers could read differently is refused: a key twice in an object, numbers
-that are not finite, lone surrogates, more nesting than `moebeam.schemas.contract.strict_json.MAX_DEPTH`. Numbers are
+`ToolCall.arguments` is JSON text. Refuses what two readers could read differently: duplicate keys, numbers that are not
+finite, lone surrogates, more nesting than `moebeam.schemas.contract.strict_json.MAX_DEPTH`. Numbers are
 those of Python: integers exact, all others the nearest double.
 """
 
@@ -11,11 +11,11 @@ from typing import Any
 
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.strict_json import parse_json
-from moebeam.schemas.errors import NotJson, abbreviated
+from moebeam.schemas.errors import NotJson, abbreviate
 
 
 def parse_value(text: str) -> Json:
-    """One JSON value that is the whole text, each key once in an object.
+    """Parses a text that is one JSON value without duplicate keys.
 
     Raises:
         NotJson: it is not; says where and what was found.
@@ -34,12 +34,12 @@ def parse_object(text: str) -> dict[str, Json]:
     """
     value = parse_value(text)
     if not isinstance(value, dict):
-        raise NotJson(f"expected a JSON object, found {abbreviated(value)}")
+        raise NotJson(f"expected a JSON object, found {abbreviate(value)}")
     return value
 
 
 def value_at(text: str, start: int) -> tuple[Json, int]:
-    """The JSON value that begins at a character, and the character after it.
+    """Parses the JSON value at a position; returns it and the position after it.
 
     Raises:
         NotJson: none begins there, or one that readers could read differently.
@@ -54,7 +54,7 @@ def value_at(text: str, start: int) -> tuple[Json, int]:
 
 
 def arguments_text(value: Mapping[str, Json]) -> str:
-    """Arguments as the JSON text of a `ToolCall`: keys in their order, not ASCII-escaped."""
+    """Serialises arguments for `ToolCall`: keys in their order, not ASCII-escaped."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
@@ -65,6 +65,6 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise NotJson(f"expected every key once in an object, found {abbreviated(key)} twice")
+            raise NotJson(f"expected every key once in an object, found {abbreviate(key)} twice")
         values[key] = value
     return values

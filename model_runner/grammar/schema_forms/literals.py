@@ -1,4 +1,4 @@
-"""Which values llguidance 1.9.1 can spell where a schema lists them, and how.
+"""Which listed values llguidance 1.9.1 can write, and how.
 
 Part of `moebeam.model_runner.grammar.schema_forms`, for `document`.
 """
@@ -13,8 +13,8 @@ _CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f]")
 _UNSPELLABLE = re.compile(r"[\x7f\ud800-\udfff]")
 
 
-def can_be_spelled(value: Json) -> bool:
-    """Whether a value has a spelling: no DEL, and no integers that a double does not hold to the unit."""
+def can_be_written(value: Json) -> bool:
+    """Whether llguidance can write a value: it has no DEL and no integer beyond 2**53."""
     match value:
         case bool() | None:
             return True
@@ -23,32 +23,32 @@ def can_be_spelled(value: Json) -> bool:
         case int() | float():
             return abs(value) < _MAX_INTEGER or not float(value).is_integer()
         case Mapping():
-            return all(can_be_spelled(name) and can_be_spelled(item) for name, item in value.items())
+            return all(can_be_written(name) and can_be_written(item) for name, item in value.items())
         case _:
-            return all(map(can_be_spelled, value))
+            return all(map(can_be_written, value))
 
 
-def spelled_value(value: Json) -> Json:
-    """A value with its integers as such, whether they were written with a fraction or not."""
+def normalise_literal(value: Json) -> Json:
+    """Writes whole floats as integers: 1.0 as 1."""
     match value:
         case float():
             return int(value) if value.is_integer() else value
         case Mapping():
-            return {name: spelled_value(item) for name, item in value.items()}
+            return {name: normalise_literal(item) for name, item in value.items()}
         case Sequence() if not isinstance(value, str):
-            return [spelled_value(item) for item in value]
+            return [normalise_literal(item) for item in value]
         case _:
             return value
 
 
-def has_control(value: Json) -> bool:
-    """Whether a string in a value has a character that JSON can only spell by number."""
+def has_control_character(value: Json) -> bool:
+    """Whether a string in a value has a character that JSON can only write as `\\u00..`."""
     match value:
         case str():
             return _CONTROL.search(value) is not None
         case Mapping():
-            return any(has_control(name) or has_control(item) for name, item in value.items())
+            return any(has_control_character(name) or has_control_character(item) for name, item in value.items())
         case Sequence():
-            return any(map(has_control, value))
+            return any(map(has_control_character, value))
         case _:
             return False

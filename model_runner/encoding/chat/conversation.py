@@ -1,4 +1,4 @@
-"""Chat messages as turns: what DeepSeek's encoders read out of them, checked once, with errors that name the place.
+"""Checks chat messages and turns them into what DeepSeek's encoders read; errors name the message and key.
 
 The keys beside role and content are OpenAI's and those of DeepSeek's encoders: `tool_calls`, `tool_call_id`,
 `reasoning_content` (or `reasoning`), `tools`, `response_format`, `task`, `wo_eos` and `prefix`.
@@ -8,10 +8,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moebeam.model_runner.encoding.strict_arguments import arguments_text
+from moebeam.model_runner.encoding.chat.strict_arguments import arguments_text
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.chat_options import ChatOptions, Tool, parse_tools
-from moebeam.schemas.errors import InvalidMessages, abbreviated
+from moebeam.schemas.errors import InvalidMessages, abbreviate
 from moebeam.schemas.records import Message, ToolCall
 
 TASKS = frozenset({"action", "query", "authority", "domain", "title", "read_url"})
@@ -55,7 +55,7 @@ class Turn:
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Every chat has a message, and every message a role and text.
+    """Checks that a chat has a message, and every message a role and text.
 
     Raises:
         InvalidMessages: names the message, expected and found.
@@ -71,7 +71,7 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def is_prefix(messages: Sequence[Message]) -> bool:
-    """Whether the model is to go on with the last message, an assistant's with `prefix: true`.
+    """Whether the model continues the last message: an assistant's with `prefix: true`.
 
     Raises:
         InvalidMessages: another message has it.
@@ -100,7 +100,7 @@ def read_turns(messages: Sequence[Message], roles: frozenset[str]) -> list[Turn]
 
 
 def attach_options(turns: Sequence[Turn], options: ChatOptions) -> list[Turn]:
-    """The tools and the schema of a request hang on the first system turn; an empty one is put first if there is none.
+    """Attaches the request's tools and schema to the first system turn; inserts an empty one where there is none.
 
     Tools that must not be called (`tool_choice: none`) are not shown. `json_object` has no text of its own.
 
@@ -131,7 +131,7 @@ def attach_options(turns: Sequence[Turn], options: ChatOptions) -> list[Turn]:
 
 
 def merge_results(turns: Sequence[Turn]) -> list[Turn]:
-    """Results of tools and texts of users that follow each other are one user's turn, results in the order of calls.
+    """Merges adjacent tool results and user texts into one user turn; results come in the order of their calls.
 
     A user's text with a task ends the turn that it is merged into; the one that follows is a turn of its own.
     """
@@ -162,7 +162,7 @@ def _in_call_order(parts: tuple[Part, ...], order: Mapping[str, int]) -> tuple[P
 
 
 def drop_old_thinking(turns: Sequence[Turn], last_user: int) -> list[Turn]:
-    """Turns as a model that thinks anew reads them: nothing reasoned or said by developers before the last user."""
+    """Drops reasoning and developers' turns from before the last user turn."""
     return [
         replace(turn, reasoning="") if turn.role == "assistant" and at < last_user else turn
         for at, turn in enumerate(turns)
@@ -180,11 +180,11 @@ def _read_turn(index: int, message: Message, roles: frozenset[str]) -> Turn:
     extra = message.extra
     if message.role not in roles:
         raise InvalidMessages(
-            f"{where}.role: expected one of {', '.join(sorted(roles))}, found {abbreviated(message.role)}"
+            f"{where}.role: expected one of {', '.join(sorted(roles))}, found {abbreviate(message.role)}"
         )
     task = extra.get("task")
     if task is not None and not (isinstance(task, str) and task in TASKS):
-        raise InvalidMessages(f"{where}.task: expected one of {', '.join(sorted(TASKS))}, found {abbreviated(task)}")
+        raise InvalidMessages(f"{where}.task: expected one of {', '.join(sorted(TASKS))}, found {abbreviate(task)}")
     if message.role == "developer" and not message.content:
         raise InvalidMessages(f"{where}.content: expected text of the developer, found none")
     is_prefixed = _flag(extra.get("prefix"), f"{where}.prefix")
@@ -208,26 +208,26 @@ def _calls(value: Json, where: str) -> tuple[ToolCall, ...]:
     if value is None:
         return ()
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise InvalidMessages(f"{where}: expected a list of calls, found {abbreviated(value)}")
+        raise InvalidMessages(f"{where}: expected a list of calls, found {abbreviate(value)}")
     return tuple(_call(item, f"{where}[{index}]") for index, item in enumerate(value))
 
 
 def _call(value: Json, where: str) -> ToolCall:
     if not isinstance(value, Mapping):
-        raise InvalidMessages(f"{where}: expected an object, found {abbreviated(value)}")
+        raise InvalidMessages(f"{where}: expected an object, found {abbreviate(value)}")
     function = value.get("function", value)
     if not isinstance(function, Mapping):
-        raise InvalidMessages(f"{where}.function: expected an object, found {abbreviated(function)}")
+        raise InvalidMessages(f"{where}.function: expected an object, found {abbreviate(function)}")
     name, arguments = function.get("name"), function.get("arguments")
     if not isinstance(name, str):
-        raise InvalidMessages(f"{where}.name: expected text, found {abbreviated(name)}")
+        raise InvalidMessages(f"{where}.name: expected text, found {abbreviate(name)}")
     if isinstance(arguments, Mapping):
         try:
             arguments = arguments_text(arguments)
         except (ValueError, RecursionError) as error:
             raise InvalidMessages(f"{where}.arguments: expected a JSON object, found: {error}") from error
     if not isinstance(arguments, str):
-        raise InvalidMessages(f"{where}.arguments: expected a JSON object or its text, found {abbreviated(arguments)}")
+        raise InvalidMessages(f"{where}.arguments: expected a JSON object or its text, found {abbreviate(arguments)}")
     return ToolCall(_text(value.get("id"), f"{where}.id"), name, arguments)
 
 
@@ -235,11 +235,11 @@ def _text(value: Json, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise InvalidMessages(f"{where}: expected text, found {abbreviated(value)}")
+        raise InvalidMessages(f"{where}: expected text, found {abbreviate(value)}")
     return value
 
 
 def _flag(value: Json, where: str) -> bool:
     if value is None or isinstance(value, bool):
         return value is True
-    raise InvalidMessages(f"{where}: expected true or false, found {abbreviated(value)}")
+    raise InvalidMessages(f"{where}: expected true or false, found {abbreviate(value)}")

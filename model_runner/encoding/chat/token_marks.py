@@ -1,4 +1,4 @@
-"""Tokens spelled out in data: marked, so that no tokenizer takes a user's text for a model's own markup.
+"""Marks special tokens that data spells, so that no tokenizer takes a user's text for the model's own markup.
 
 A prompt is wire format with data in it. The tokenizer cannot tell them apart: a user who writes `<｜Assistant｜>` would
 open the model's turn. While the prompt is rendered, every place of the data that spells an added token of the tokenizer
@@ -26,7 +26,7 @@ _Trie: TypeAlias = dict[str, "_Trie"]
 
 
 class TokenMarks:
-    """The added tokens of one tokenizer, as data must not spell them; immutable.
+    """One tokenizer's added tokens, which data must not spell; immutable.
 
     Tokens of one character and of white space alone are left out: there is nothing to forge with them, and models were
     trained with them in their text.
@@ -35,20 +35,20 @@ class TokenMarks:
     def __init__(self, texts: Iterable[str] = ()) -> None:
         self.texts = frozenset(text for text in texts if len(text) > 1 and not text.isspace() and MARK not in text)
         self._patterns: dict[frozenset[str], re.Pattern[str] | None] = {}
-        self._genuine = re.compile(_longest_of(_trie_of(self.texts)))
+        self._genuine = re.compile(_match_longest(_build_trie(self.texts)))
 
-    def spells_token(self, text: str) -> bool:
-        """Whether a text spells a token; with or without marks."""
+    def has_token_text(self, text: str) -> bool:
+        """Whether a text contains an added token's text, marked or not."""
         pattern = self._pattern(frozenset())
         return pattern is not None and pattern.search(text) is not None
 
     def mark(self, text: str, *, but: Collection[str] = ()) -> str:
-        """A text of the data with its tokens marked, except those of `but`."""
+        """Marks the tokens in a text of the data, except those in `but`."""
         pattern = self._pattern(frozenset(but) & self.texts)
         return text if pattern is None else pattern.sub(r"\g<0>" + MARK, text)
 
     def mark_json(self, value: Json, *, but: Collection[str] = ()) -> Json:
-        """A JSON value with the tokens in its strings and keys marked; a new one where anything changes."""
+        """Marks the tokens in a JSON value's strings and keys; returns a new value where anything changes."""
         match value:
             case str():
                 return self.mark(value, but=but)
@@ -60,16 +60,16 @@ class TokenMarks:
                 return value
 
     def plain(self, text: str) -> str:
-        """A marked text, or a prompt with marked texts in it, as it was before."""
-        return _without(text, self._marks_of(text))
+        """Removes the marks from a text or a prompt."""
+        return _remove_positions(text, self._find_marks(text))
 
     def sections(self, prompt: str) -> Iterator[tuple[str, bool]]:
-        """A prompt cut at its genuine tokens, without its marks: each piece, and whether its tokens are only spelled.
+        """Splits a prompt at its genuine tokens and removes the marks; yields each piece and whether it is data.
 
         A piece with marks reaches from one genuine token to the next: that is what a tokenizer encodes as one. The
         pieces join to `plain(prompt)`.
         """
-        marks = self._marks_of(prompt)
+        marks = self._find_marks(prompt)
         borders = [(found.start(), found.end()) for found in self._genuine.finditer(prompt)] if marks else []
         given = last = at = 0  # characters given out; end of the last token; marks passed
         for begin, end in [*borders, (len(prompt), len(prompt))]:
@@ -79,14 +79,14 @@ class TokenMarks:
             if at > first:
                 if given < last:
                     yield prompt[given:last], False
-                yield _without(prompt[last:begin], [mark - last for mark in marks[first:at]]), True
+                yield _remove_positions(prompt[last:begin], [mark - last for mark in marks[first:at]]), True
                 given = begin
             last = end
         if given < len(prompt):
             yield prompt[given:], False
 
-    def _marks_of(self, prompt: str) -> list[int]:
-        """Where the marks of a prompt stand: only those that `mark` put there."""
+    def _find_marks(self, prompt: str) -> list[int]:
+        """The positions of the marks that `mark` put into a prompt."""
         pattern = self._pattern(frozenset()) if MARK in prompt else None
         return (
             [] if pattern is None else [found.end() - 1 for found in pattern.finditer(prompt) if found[0][-1] == MARK]
@@ -95,38 +95,39 @@ class TokenMarks:
     def _pattern(self, but: frozenset[str]) -> re.Pattern[str] | None:
         if but not in self._patterns:
             # What a caller wants unmarked is still given a mark where one stands already, which `plain` takes away.
-            sources = [_first_characters(self.texts - but, "*"), _first_characters(but, "+")]
+            sources = [_match_first_characters(self.texts - but, "*"), _match_first_characters(but, "+")]
             self._patterns[but] = re.compile("|".join(filter(None, sources))) if self.texts else None
         return self._patterns[but]
 
 
-def _without(text: str, positions: Sequence[int]) -> str:
+def _remove_positions(text: str, positions: Sequence[int]) -> str:
     borders = [-1, *positions, len(text)]
     return "".join(text[before + 1 : after] for before, after in pairwise(borders))
 
 
 @lru_cache(maxsize=32)
-def _first_characters(texts: frozenset[str], num_marks: str) -> str:
+def _match_first_characters(texts: frozenset[str], num_marks: str) -> str:
     """Finds the first character of every token and the marks behind it, whatever marks stand further inside."""
     return "|".join(
-        f"{re.escape(first)}{MARK}{num_marks}(?={_rest_of(rest)})" for first, rest in sorted(_trie_of(texts).items())
+        f"{re.escape(first)}{MARK}{num_marks}(?={_match_rest(rest)})"
+        for first, rest in sorted(_build_trie(texts).items())
     )
 
 
-def _rest_of(trie: _Trie) -> str:
+def _match_rest(trie: _Trie) -> str:
     if "" in trie:  # a shorter token ends here: that one is spelled, whatever follows
         return ""
-    rests = [(re.escape(character), _rest_of(rest)) for character, rest in sorted(trie.items())]
-    return _either([character + (f"{MARK}*{rest}" if rest else "") for character, rest in rests])
+    rests = [(re.escape(character), _match_rest(rest)) for character, rest in sorted(trie.items())]
+    return _join_alternatives([character + (f"{MARK}*{rest}" if rest else "") for character, rest in rests])
 
 
-def _longest_of(trie: _Trie) -> str:
+def _match_longest(trie: _Trie) -> str:
     """Matches the longest token, as tokenizers do."""
-    longer = [re.escape(character) + _longest_of(rest) for character, rest in sorted(trie.items()) if character]
-    return f"(?:{_either(longer)})?" if longer and "" in trie else _either(longer)
+    longer = [re.escape(character) + _match_longest(rest) for character, rest in sorted(trie.items()) if character]
+    return f"(?:{_join_alternatives(longer)})?" if longer and "" in trie else _join_alternatives(longer)
 
 
-def _trie_of(texts: frozenset[str]) -> _Trie:
+def _build_trie(texts: frozenset[str]) -> _Trie:
     """Tokens by their characters, `""` where one ends: a tokenizer has a thousand that begin alike, and every `<` of a
     text is tried."""
     trie: _Trie = {}
@@ -138,7 +139,7 @@ def _trie_of(texts: frozenset[str]) -> _Trie:
     return trie
 
 
-def _either(sources: list[str]) -> str:
+def _join_alternatives(sources: list[str]) -> str:
     return sources[0] if len(sources) == 1 else f"(?:{'|'.join(sources)})" if sources else ""
 
 
