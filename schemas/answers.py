@@ -1,7 +1,7 @@
-"""What becomes of a request on its way through *answer*: validated, accounted, committed.
+"""Records of a request's way through *answer*: validated, accounted, committed.
 
-Records only: `transforms/answer/` and `transforms/money/` make them, `transforms/durable/commit.py` keeps them and
-`transforms/publish/` adds them up.
+`transforms/answer/` and `transforms/money/` create them, `transforms/durable/commit.py` stores them and
+`transforms/publish/` sums them.
 """
 
 from collections.abc import Mapping
@@ -17,15 +17,14 @@ from moebeam.schemas.tables import Table
 
 @dataclass(frozen=True, slots=True)
 class ValidatedAnswer:
-    """A completion and what became of it.
+    """A completion after validation.
 
     Attributes:
-        output_json: the answer's JSON as the model wrote it, without the white space around it; None without a
-            schema or with an error.
-        error: why there is no valid answer; None if there is one.
+        output_json: the answer's JSON as the model wrote it, stripped; None without a schema or with an error.
+        error: why the answer is not valid; None if it is.
         value: the parsed JSON where `output_json` is set.
-        attempt: which attempt of its request this is, from 1.
-        is_last: whether the request is not asked again.
+        attempt: number of this attempt at the request, from 1.
+        is_last: whether no further attempt follows.
     """
 
     completion: Completion
@@ -38,7 +37,7 @@ class ValidatedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class ClassAmounts:
-    """A charge by token class; the four amounts add up to its cost."""
+    """A charge by token class; the four amounts sum to its cost."""
 
     cache_hit: Decimal
     cache_miss: Decimal
@@ -48,10 +47,11 @@ class ClassAmounts:
 
 @dataclass(frozen=True, slots=True)
 class AccountedAnswer:
-    """A validated answer and what its attempt cost; None where no price is known, which is not zero.
+    """A validated answer and the cost of its attempt; an unknown cost is None, never zero.
 
-    `lost_cost_at_most` is what calls without a usage may be billed at most, beside `charge` and in its currency; None
-    where there are none, or one of them has no price in it. `journal` is where the answer was kept as it arrived.
+    `lost_cost_at_most` bounds what the provider may bill for calls that returned no usage. It is in the currency of
+    `charge` but not part of it; None without such calls, or if one has no price in that currency. `journal` is the
+    file that recorded the answer on arrival.
     """
 
     answer: ValidatedAnswer
@@ -76,14 +76,15 @@ class Totals:
     """Sums over a shard or a run, from its tables.
 
     Attributes:
-        num_reused: results that an earlier run's answers became.
+        num_reused: results copied from an earlier run's answers.
         num_rejects: rejected rows; files and row groups that could not be read are counted in `num_unreadable`.
-        num_unreadable_rows: rows that those stand for, as far as footers tell.
-        cached_tokens: None as soon as one attempt does not know.
+        num_unreadable_rows: rows in those, as far as footers tell.
+        cached_tokens: None if unknown for any attempt.
         costs: currency -> sum, as decimal text; empty without prices.
         num_unpriced: attempts without a price.
-        num_lost_calls: calls to a provider that ended without a usage, and that it may bill all the same.
-        lost_costs_at_most: currency -> what it may bill for them, beside `costs`; those without a price are not in it.
+        num_lost_calls: provider calls that returned no usage but may still be billed.
+        lost_costs_at_most: currency -> most that may be billed for them, not part of `costs`; excludes calls without a
+            price.
     """
 
     num_results: int = 0
@@ -127,9 +128,9 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class ShardCommit:
-    """The record that makes a shard's tables count; also the receipt that *answer* gives to *publish*.
+    """The record that makes a shard's tables final, and the receipt that *answer* emits to *publish*.
 
-    `engine` holds what the engine counted meanwhile, such as tokens computed and seconds by phase.
+    `engine` holds the engine's counters for the shard, such as tokens computed and seconds by phase.
     """
 
     shard: str

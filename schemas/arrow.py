@@ -1,4 +1,4 @@
-"""A thin typed adapter over pyarrow, whose published stubs know less than it does."""
+"""A thin typed adapter over pyarrow, whose published stubs are incomplete."""
 
 import io
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 
-def values_of(rows: pa.Table | pa.RecordBatch, column: str) -> list[Any]:
+def list_values(rows: pa.Table | pa.RecordBatch, column: str) -> list[Any]:
     """A column as Python values, None for null; shape (num_rows,)."""
     return rows.column(column).to_pylist()
 
 
-def rows_at(table: pa.Table, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> pa.Table:
+def take_rows(table: pa.Table, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> pa.Table:
     """Rows of a table by index, in the order of the indices."""
     return table.take(cast("Any", pa.array(indices, pa.int64())))
 
 
-def with_column(table: pa.Table, name: str, values: Sequence[Any]) -> pa.Table:
-    """The table with one of its columns replaced, in the same place and type."""
+def replace_column(table: pa.Table, name: str, values: Sequence[Any]) -> pa.Table:
+    """The table with one column replaced; position and type stay."""
     index = table.schema.get_field_index(name)
     return table.set_column(index, table.schema.field(index), pa.array(values, table.schema.field(index).type))
 
@@ -33,12 +33,12 @@ def struct_columns(table: pa.Table, name: str) -> tuple[list["pa.Field[Any]"], l
 
 
 def open_arrow_file(source: BinaryIO, columns: Sequence[str] | None = None) -> pa.ipc.RecordBatchFileReader:
-    """A reader of an Arrow IPC file.
+    """Open an Arrow IPC file.
 
     Args:
-        columns: those to read, which come in the file's order; of the others no byte is read. None is all.
+        columns: returned in the file's order; bytes of other columns are not read. None reads all.
     Raises:
-        ValueError: the file has no such column.
+        ValueError: the file lacks one of them.
     """
     file = cast("io.IOBase", source)
     reader = pa.ipc.open_file(file)
@@ -48,8 +48,8 @@ def open_arrow_file(source: BinaryIO, columns: Sequence[str] | None = None) -> p
     return pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=fields))
 
 
-def arrow_file_bytes(table: pa.Table, *, max_batch_rows: int) -> bytes:
-    """A table as the bytes of an Arrow IPC file, compressed, in batches of at most so many rows."""
+def encode_arrow_file(table: pa.Table, *, max_batch_rows: int) -> bytes:
+    """Encode a zstd-compressed Arrow IPC file with batches of at most `max_batch_rows` rows."""
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.ipc.new_file(sink, table.schema, options=options) as writer:
@@ -57,8 +57,8 @@ def arrow_file_bytes(table: pa.Table, *, max_batch_rows: int) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as the bytes of a Parquet file; equal tables give equal bytes."""
+def encode_parquet_file(table: pa.Table) -> bytes:
+    """Encode a Parquet file; equal tables give equal bytes."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()

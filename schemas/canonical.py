@@ -1,4 +1,4 @@
-"""Canonical JSON and digests: names and fingerprints that are equal on every machine and in every process."""
+"""Canonical JSON and digests, equal on every machine and in every process."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ Json: TypeAlias = bool | int | float | str | Sequence["Json"] | Mapping[str, "Js
 
 
 def canonical_json(value: Json) -> str:
-    """The one spelling of a JSON value: keys sorted, no white space, not ASCII-escaped, no NaN.
+    """Serialize with sorted keys, no white space, no ASCII escapes and no NaN.
 
     Raises:
         ValueError: the value holds NaN or an infinity.
@@ -18,5 +18,20 @@ def canonical_json(value: Json) -> str:
 
 
 def fingerprint(value: Json) -> str:
-    """SHA-256 (hexadecimal, 64 characters) of the canonical JSON of a value."""
+    """SHA-256 of the canonical JSON, 64 hexadecimal characters."""
     return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def json_key(value: Json) -> str:
+    """Text that is the same for equal JSON values, in any key order; 1 and 1.0 are equal."""
+    return json.dumps(_normalize(value), sort_keys=True, separators=(",", ":"))
+
+
+def _normalize(value: Json) -> Json:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+        return int(value)
+    if isinstance(value, Mapping):
+        return {name: _normalize(item) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_normalize(item) for item in value]
+    return value

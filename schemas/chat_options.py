@@ -1,7 +1,7 @@
 """What a request asks of the model beside its messages: tools, the form of the answer, thinking.
 
-Names and shapes are those of OpenAI's chat completions, with DeepSeek's `thinking`. Job files and rows bring them as
-JSON, which is checked here; encoders, grammars and validation read the records.
+Names and shapes follow OpenAI's chat completions, plus DeepSeek's `thinking`. JSON from job files and rows is checked
+here; encoders, grammars and validation read the records.
 """
 
 import json
@@ -12,10 +12,10 @@ from functools import lru_cache
 from typing import Any, Literal, TypeAlias, cast
 
 from moebeam.schemas.canonical import Json
-from moebeam.schemas.errors import InvalidResponseFormat, InvalidSampling, InvalidTools, abbreviated
+from moebeam.schemas.errors import InvalidResponseFormat, InvalidSampling, InvalidTools, abbreviate
 
 MAX_TOOLS = 128
-"""Most tools of one request, as DeepSeek's API documents it."""
+"""Most tools in one request, as documented by DeepSeek's API."""
 
 ToolChoiceMode: TypeAlias = Literal["auto", "none", "required", "named"]
 ResponseType: TypeAlias = Literal["text", "json_object", "json_schema"]
@@ -29,8 +29,8 @@ class Tool:
     """A function that the model may call.
 
     Attributes:
-        document: the function object as it was declared (`name`, `description`, `parameters`, `strict`), in the order
-            of its keys, because that is the order in which the model reads it.
+        document: the function object as declared (`name`, `description`, `parameters`, `strict`). Key order is kept,
+            because the model reads the keys in that order.
     """
 
     name: str
@@ -38,19 +38,19 @@ class Tool:
 
     @property
     def parameters(self) -> Json:
-        """The JSON Schema of the arguments; a function declared without one takes an empty object."""
+        """JSON Schema of the arguments; a function declared without one takes an empty object."""
         found = self.document.get("parameters")
         return {"type": "object", "properties": {}, "additionalProperties": False} if found is None else found
 
     @property
     def is_strict(self) -> bool:
-        """Whether the arguments must keep their schema while they are generated, not only when they are checked."""
+        """Whether the schema constrains decoding, not only validation."""
         return self.document.get("strict") is True
 
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether the model may, must or must not call a tool; `name` is set where it must call that one."""
+    """Whether the model may, must or must not call a tool; `name` is the one that it must call."""
 
     mode: ToolChoiceMode = "auto"
     name: str | None = None
@@ -58,7 +58,7 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class ResponseFormat:
-    """The form of the answer; `schema` is a JSON Schema where the type is `json_schema`."""
+    """The form of the answer; `schema` is set if the type is `json_schema`."""
 
     type: ResponseType = "text"
     schema: Json = None
@@ -66,12 +66,12 @@ class ResponseFormat:
 
 @dataclass(frozen=True, slots=True)
 class ChatOptions:
-    """All that a request asks beside its messages and its sampling.
+    """What a request asks for besides its messages and sampling.
 
     Attributes:
-        thinking: None leaves it to the model's own encoding.
-        reasoning_effort: as the job or the row names it; the encoder maps it to what the model knows.
-        max_reasoning_tokens: after so many tokens of reasoning an engine in process closes it.
+        thinking: None is the default of the model's encoding.
+        reasoning_effort: as the job or the row spells it; the encoder maps it to what the model supports.
+        max_reasoning_tokens: an in-process engine closes the reasoning after this many tokens.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -84,7 +84,7 @@ class ChatOptions:
 
     @property
     def callable_tools(self) -> tuple[Tool, ...]:
-        """The tools that the model may call, by `tool_choice`."""
+        """The tools that `tool_choice` lets the model call."""
         match self.tool_choice.mode:
             case "none":
                 return ()
@@ -99,15 +99,15 @@ OPTION_NAMES = tuple(option.name for option in fields(ChatOptions))
 
 
 def parse_tools(value: object, where: str = "tools") -> tuple[Tool, ...]:
-    """Tools in OpenAI's form: a list of `{"type": "function", "function": {...}}`, or of bare function objects.
+    """Parse tools in OpenAI's form: a list of `{"type": "function", "function": {...}}`, or of bare function objects.
 
     Raises:
-        InvalidTools: names the tool and the field, expected and found.
+        InvalidTools: names tool and field, expected and found.
     """
     if value is None:
         return ()
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise InvalidTools(f"{where}: expected a list of tools, found {abbreviated(value)}")
+        raise InvalidTools(f"{where}: expected a list of tools, found {abbreviate(value)}")
     items = cast("Sequence[object]", value)
     if len(items) > MAX_TOOLS:
         raise InvalidTools(f"{where}: expected at most {MAX_TOOLS} tools, found {len(items)}")
@@ -123,7 +123,7 @@ def parse_tool_choice(value: object, tools: Sequence[Tool], where: str = "tool_c
     """`auto`, `none`, `required`, or one tool: its name, or OpenAI's `{"type": "function", "function": {"name": ...}}`.
 
     Raises:
-        InvalidTools: another value, a tool that is not declared, or tools demanded where there are none.
+        InvalidTools: another value, an undeclared tool, or a required call without tools.
     """
     if value is None:
         return ToolChoice()
@@ -139,7 +139,7 @@ def parse_tool_choice(value: object, tools: Sequence[Tool], where: str = "tool_c
             raise InvalidTools(f"{where}: expected tools to choose from, found 'required' without any")
         return ToolChoice("required")
     if not isinstance(name, str):
-        raise InvalidTools(f"{where}: expected auto, none, required or a tool's name, found {abbreviated(value)}")
+        raise InvalidTools(f"{where}: expected auto, none, required or a tool's name, found {abbreviate(value)}")
     if name not in [tool.name for tool in tools]:
         known = ", ".join(tool.name for tool in tools) or "none is declared"
         raise InvalidTools(f"{where}: expected auto, none, required or a declared tool ({known}), found {name!r}")
@@ -147,25 +147,25 @@ def parse_tool_choice(value: object, tools: Sequence[Tool], where: str = "tool_c
 
 
 def parse_response_format(value: object, where: str = "response_format") -> ResponseFormat:
-    """`text`, `json_object`, or a JSON Schema: nested as OpenAI has it, or flat.
+    """Parse `text`, `json_object`, or a JSON Schema, nested as in OpenAI's API or flat.
 
     Nested is `{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}`, flat
     `{"type": "json_schema", "schema": {...}}`.
 
     Raises:
-        InvalidResponseFormat: names the field, expected and found.
+        InvalidResponseFormat: names field, expected and found.
     """
     if value is None:
         return ResponseFormat()
     if isinstance(value, str):
         value = {"type": value}
     if not isinstance(value, Mapping):
-        raise InvalidResponseFormat(f"{where}: expected an object with `type`, found {abbreviated(value)}")
+        raise InvalidResponseFormat(f"{where}: expected an object with `type`, found {abbreviate(value)}")
     document = cast("Mapping[str, Json]", value)
     kind = document.get("type")
     if kind not in _RESPONSE_TYPES:
         raise InvalidResponseFormat(
-            f"{where}.type: expected one of {', '.join(_RESPONSE_TYPES)}, found {abbreviated(kind)}"
+            f"{where}.type: expected one of {', '.join(_RESPONSE_TYPES)}, found {abbreviate(kind)}"
         )
     if kind != "json_schema":
         return ResponseFormat(kind)
@@ -173,12 +173,12 @@ def parse_response_format(value: object, where: str = "response_format") -> Resp
     holder, at = (nested, f"{where}.json_schema") if isinstance(nested, Mapping) else (document, where)
     schema = cast("Mapping[str, Json]", holder).get("schema")
     if not isinstance(schema, Mapping | bool):
-        raise InvalidResponseFormat(f"{at}.schema: expected a JSON Schema, found {abbreviated(schema)}")
+        raise InvalidResponseFormat(f"{at}.schema: expected a JSON Schema, found {abbreviate(schema)}")
     return ResponseFormat("json_schema", schema)
 
 
 def parse_thinking(value: object, where: str = "thinking") -> bool | None:
-    """DeepSeek's `{"type": "enabled" | "disabled"}`, or the bare word, or a boolean; null leaves it to the model.
+    """Parse DeepSeek's `{"type": "enabled" | "disabled"}`, the bare word, or a boolean; null is the model's default.
 
     Raises:
         InvalidSampling: another value.
@@ -190,7 +190,7 @@ def parse_thinking(value: object, where: str = "thinking") -> bool | None:
         return True
     if found in ("disabled", False):
         return False
-    raise InvalidSampling(f"{where}: expected enabled or disabled, found {abbreviated(value)}")
+    raise InvalidSampling(f"{where}: expected enabled or disabled, found {abbreviate(value)}")
 
 
 _PLAIN_VALUES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
@@ -201,10 +201,10 @@ _PLAIN_VALUES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 
 def with_own_values(options: ChatOptions, own: Mapping[str, object]) -> ChatOptions:
-    """The job's options, with what a row says itself in place of them.
+    """The job's options, overridden by the row's own values.
 
     Args:
-        own: any of `OPTION_NAMES`, in the shapes of the chat completion interface; null counts as not said.
+        own: any of `OPTION_NAMES`, in the shapes of the chat completion API; null counts as absent.
     Raises:
         InvalidTools, InvalidResponseFormat, InvalidSampling: a value of another shape; names field, expected, found.
     """
@@ -216,7 +216,7 @@ def with_own_values(options: ChatOptions, own: Mapping[str, object]) -> ChatOpti
     if "tool_choice" in said:
         values["tool_choice"] = parse_tool_choice(said["tool_choice"], tools)
     elif "tools" in said:
-        values["tool_choice"] = _checked_choice(options.tool_choice, tools)
+        values["tool_choice"] = _check_tool_choice(options.tool_choice, tools)
     if "response_format" in said:
         values["response_format"] = parse_response_format(said["response_format"])
     if "thinking" in said:
@@ -224,18 +224,18 @@ def with_own_values(options: ChatOptions, own: Mapping[str, object]) -> ChatOpti
     for name, expected, is_right in _PLAIN_VALUES:
         if name in said:
             if not is_right(said[name]):
-                raise InvalidSampling(f"{name}: expected {expected}, found {abbreviated(said[name])}")
+                raise InvalidSampling(f"{name}: expected {expected}, found {abbreviate(said[name])}")
             values[name] = said[name]
     return replace(options, **values)
 
 
-def _checked_choice(choice: ToolChoice, tools: Sequence[Tool]) -> ToolChoice:
-    """The job's choice, held against a row's own tools."""
+def _check_tool_choice(choice: ToolChoice, tools: Sequence[Tool]) -> ToolChoice:
+    """Check the job's choice against a row's own tools."""
     return parse_tool_choice(choice.name if choice.mode == "named" else choice.mode, tools)
 
 
 def options_json(options: ChatOptions) -> str:
-    """Options as JSON: equal text, equal options. The keys of tools and schemas keep their order."""
+    """Options as JSON text, equal for equal options. Keys of tools and schemas keep their order."""
     values: dict[str, Any] = {
         name: value
         for name in ("parallel_tool_calls", "thinking", "reasoning_effort", "max_reasoning_tokens")
@@ -254,7 +254,7 @@ def options_json(options: ChatOptions) -> str:
 
 
 @lru_cache(maxsize=1024)
-def options_of(text: str) -> ChatOptions:
+def parse_options_json(text: str) -> ChatOptions:
     """The inverse of `options_json`."""
     values: dict[str, Any] = json.loads(text)
     tools = parse_tools(values.pop("tools", None))
@@ -268,26 +268,26 @@ def options_of(text: str) -> ChatOptions:
 
 def _parse_tool(item: object, where: str) -> Tool:
     if not isinstance(item, Mapping):
-        raise InvalidTools(f"{where}: expected an object, found {abbreviated(item)}")
+        raise InvalidTools(f"{where}: expected an object, found {abbreviate(item)}")
     document = cast("Mapping[str, Json]", item)
     if "function" in document:
         kind = document.get("type", "function")
         if kind != "function":
-            raise InvalidTools(f"{where}.type: expected 'function', found {abbreviated(kind)}")
+            raise InvalidTools(f"{where}.type: expected 'function', found {abbreviate(kind)}")
         function = document["function"]
         if not isinstance(function, Mapping):
-            raise InvalidTools(f"{where}.function: expected an object, found {abbreviated(function)}")
+            raise InvalidTools(f"{where}.function: expected an object, found {abbreviate(function)}")
         document, where = function, f"{where}.function"
     name = document.get("name")
     if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
         raise InvalidTools(
-            f"{where}.name: expected 1 to 128 letters, digits, or any of _ . : -, found {abbreviated(name)}"
+            f"{where}.name: expected 1 to 128 letters, digits, or any of _ . : -, found {abbreviate(name)}"
         )
     for key, expected in (("description", str), ("strict", bool)):
         found = document.get(key)
         if found is not None and not isinstance(found, expected):
-            raise InvalidTools(f"{where}.{key}: expected {expected.__name__}, found {abbreviated(found)}")
+            raise InvalidTools(f"{where}.{key}: expected {expected.__name__}, found {abbreviate(found)}")
     parameters = document.get("parameters")
     if parameters is not None and not isinstance(parameters, Mapping):
-        raise InvalidTools(f"{where}.parameters: expected a JSON Schema object, found {abbreviated(parameters)}")
+        raise InvalidTools(f"{where}.parameters: expected a JSON Schema object, found {abbreviate(parameters)}")
     return Tool(name, document)

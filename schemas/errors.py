@@ -3,17 +3,17 @@
     MoebeamError
     ├── JobError                    stops the job
     │   ├── JobFileError            exit 2: job file or command
-    │   ├── InputPatternError       exit 2: the input names nothing
+    │   ├── InputPatternError       exit 2: the input matches no file
     │   ├── OutputError             exit 2: the output cannot be used
     │   ├── MissingExtra            exit 2: a package that the job needs is not installed
     │   ├── ClusterUnavailable      exit 2: the cluster cannot be reached or started
     │   ├── EngineLoadError         exit 1: the model cannot be loaded
-    │   ├── EngineContractError     exit 1: the engine answered what it was not asked
-    │   ├── EngineUnavailable       exit 1: no provider of a remote engine can answer anything now
+    │   ├── EngineContractError     exit 1: the engine answered a request twice or without being asked
+    │   ├── EngineUnavailable       exit 1: no provider of a remote engine can answer now
     │   ├── CommitError             exit 1: durable state is missing or contradicts itself
     │   ├── PipelineFailed          exit 1: a step failed on a worker
-    │   └── JobInterrupted          exit 4: stopped by a signal, can be resumed
-    └── RowError                    a row's problem; becomes a row of rejects, never escapes a stage
+    │   └── JobInterrupted          exit 4: stopped by a signal or a budget, can be resumed
+    └── RowError                    a row's problem; becomes a reject, never leaves a stage as an exception
         ├── read      UnreadableFile, UnreadableRowGroup, RowCountMismatch, InvalidLine,
         │             UnsupportedRequest, InvalidId, InvalidValue
         ├── render    TemplateFailed, TemplateBudgetExceeded, NullValue, InvalidMessages,
@@ -24,7 +24,7 @@
         └── validate  AnswerInterrupted, EmptyAnswer, TruncatedAnswer, NotJson, SchemaViolation, ModelRejected,
                       MalformedToolCall, MissingToolCall, ToolArgumentsInvalid
 
-Third-party errors are mapped onto this tree where they are caught, by type.
+Third-party errors are mapped to this tree by type, where they are caught.
 """
 
 from typing import ClassVar, Literal
@@ -63,13 +63,13 @@ class OutputError(JobError):
 
 
 class MissingExtra(JobError):
-    """A package that is installed only on request is missing; says which extra of moebeam brings it."""
+    """An optional package is missing; the message names the extra of moebeam that installs it."""
 
     exit_code = 2
 
 
 class ClusterUnavailable(JobError):
-    """The cluster that is to run the job cannot be reached, or cannot be started; nothing was run."""
+    """The cluster that should run the job cannot be reached or started; nothing was run."""
 
     exit_code = 2
 
@@ -79,53 +79,53 @@ class EngineLoadError(JobError):
 
 
 class EngineContractError(JobError):
-    """The engine gave a second completion for a request, or one for a request that it never got."""
+    """The engine returned two completions for a request, or one for a request it never received."""
 
 
 class EngineUnavailable(JobError):
-    """No provider of a remote engine can answer anything now: key, balance or address are wrong, or all is down.
+    """No provider of a remote engine can answer now: a wrong key or address, no balance, or an outage.
 
-    What was not answered stays unanswered, to be asked when the run is started again; it does not become rejects.
+    Unanswered requests do not become rejects; the next start of the run sends them.
     """
 
 
 class CommitError(JobError):
-    """Durable state of a run is missing, damaged or contradicts itself."""
+    """A run's durable state is missing, damaged or inconsistent."""
 
 
 class PipelineFailed(JobError):
-    """A step of the pipeline failed on a worker; the run can be started again and continues."""
+    """A pipeline step failed on a worker; started again, the run continues."""
 
 
 class JobInterrupted(JobError):
-    """A signal or a budget stopped the run in a state that can be resumed."""
+    """A signal or a budget stopped the run; it can be resumed."""
 
     exit_code = 4
 
 
 class RowError(MoebeamError):
-    """A problem of one row (or of one file or row group); it becomes a row of rejects."""
+    """A problem of one row, file or row group; it becomes a row of rejects."""
 
     error_type: ClassVar[str] = "row_error"
     error_stage: ClassVar[Stage] = "run"
 
 
 class UnreadableFile(RowError):
-    """A file could not be opened or is not of the declared format."""
+    """A file cannot be opened or is not in the declared format."""
 
     error_type = "unreadable_file"
     error_stage = "read"
 
 
 class UnreadableRowGroup(RowError):
-    """A row group of a readable file could not be decoded."""
+    """A row group of a readable file cannot be decoded."""
 
     error_type = "unreadable_row_group"
     error_stage = "read"
 
 
 class RowCountMismatch(RowError):
-    """A row group held fewer or more rows than its footer promised."""
+    """A row group holds fewer or more rows than its footer says."""
 
     error_type = "row_count_mismatch"
     error_stage = "read"
@@ -139,7 +139,7 @@ class InvalidLine(RowError):
 
 
 class UnsupportedRequest(RowError):
-    """A batch request asks for something that moebeam does not do."""
+    """A batch request asks for something that moebeam does not support."""
 
     error_type = "unsupported_request"
     error_stage = "read"
@@ -174,7 +174,7 @@ class TemplateFailed(RowError):
 
 
 class TemplateBudgetExceeded(RowError):
-    """The prompt template looped or grew past its budget."""
+    """The prompt template exceeded its budget of loops or output."""
 
     error_type = "template_budget_exceeded"
     error_stage = "render"
@@ -209,14 +209,14 @@ class InvalidTools(RowError):
 
 
 class InvalidResponseFormat(RowError):
-    """The response format of a request does not have the documented shape, or its schema is none."""
+    """The response format of a request does not have the documented shape, or its schema is not a JSON Schema."""
 
     error_type = "invalid_response_format"
     error_stage = "render"
 
 
 class ContextOverflow(RowError):
-    """Prompt and requested output together exceed the model's context."""
+    """The prompt plus the requested output exceeds the model's context."""
 
     error_type = "context_overflow"
     error_stage = "render"
@@ -229,19 +229,19 @@ class EngineFailed(RowError):
 
 
 class EngineCrashed(RowError):
-    """The engine's process dies over this request, also when it is the only one."""
+    """This request kills the engine's process, even when it runs alone."""
 
     error_type = "engine_crashed"
 
 
 class InvalidGrammar(RowError):
-    """A request's grammar, or the schema that it is made from, cannot be compiled or enforced."""
+    """A request's grammar, or the schema it comes from, cannot be compiled or enforced."""
 
     error_type = "invalid_grammar"
 
 
 class EngineOverloaded(RowError):
-    """The engine or its provider asked to come back later."""
+    """The engine or its provider was overloaded and asked to retry later."""
 
     error_type = "engine_overloaded"
     retryable = True
@@ -261,7 +261,7 @@ class ContentRefused(RowError):
 
 
 class RequestRefused(RowError):
-    """The provider does not take this request: a parameter, its form or its length."""
+    """The provider rejects this request for a parameter, its form or its length."""
 
     error_type = "request_refused"
 
@@ -274,7 +274,7 @@ class MalformedResponse(RowError):
 
 
 class AnswerInterrupted(RowError):
-    """The provider gave up in the middle of an answer, which is paid as far as it got."""
+    """The provider stopped in the middle of an answer, which is billed as far as it got."""
 
     error_type = "answer_interrupted"
     error_stage = "validate"
@@ -282,7 +282,7 @@ class AnswerInterrupted(RowError):
 
 
 class EmptyAnswer(RowError):
-    """The answer holds nothing but white space where JSON was asked for."""
+    """The answer is empty or white space where JSON was asked for."""
 
     error_type = "empty"
     error_stage = "validate"
@@ -314,7 +314,7 @@ class SchemaViolation(RowError):
 
 
 class ModelRejected(RowError):
-    """The user's pydantic model refused the answer."""
+    """The user's pydantic model rejected the answer."""
 
     error_type = "model_rejected"
     error_stage = "validate"
@@ -322,7 +322,7 @@ class ModelRejected(RowError):
 
 
 class MalformedToolCall(RowError):
-    """The answer begins to call a tool, but its markup cannot be read; says at which character."""
+    """The answer starts a tool call whose markup cannot be parsed; the message names the character."""
 
     error_type = "tool_call_malformed"
     error_stage = "validate"
@@ -330,7 +330,7 @@ class MalformedToolCall(RowError):
 
 
 class MissingToolCall(RowError):
-    """The answer calls no tool where one had to be called, or more than one where only one may be."""
+    """The answer calls no tool where one was required, or several where only one was allowed."""
 
     error_type = "tool_call_missing"
     error_stage = "validate"
@@ -345,7 +345,7 @@ class ToolArgumentsInvalid(RowError):
     retryable = True
 
 
-def abbreviated(value: object, max_characters: int = 80) -> str:
-    """How a value that was found is shown in an error message: never the whole of a long one."""
+def abbreviate(value: object, max_characters: int = 80) -> str:
+    """Format a found value for an error message; long values are cut."""
     text = repr(value)
     return text if len(text) <= max_characters else text[: max_characters - 3] + "..."

@@ -1,4 +1,4 @@
-"""Prices as records: what one attempt's tokens cost, and by which line of which book."""
+"""Price records: a price book's lines, and the charge of one attempt with the line that set it."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -7,17 +7,17 @@ from typing import Literal, TypeAlias
 
 CostBasis: TypeAlias = Literal["exact", "upper_bound"]
 PriceMode: TypeAlias = Literal["online", "batch"]
-"""How requests are sent: one by one, or as a file that the provider answers when it suits it."""
+"""How requests are sent: one at a time, or as a batch file that the provider answers later."""
 
 
 @dataclass(frozen=True, slots=True)
 class DayRule:
-    """On which days a price holds.
+    """The days on which a price applies.
 
     Attributes:
         weekdays: Monday is 0.
-        utc_offset_minutes: of the place whose days these are.
-        calendar: on the holidays of this calendar the price does not hold; empty for none.
+        utc_offset_minutes: the time zone that defines the days.
+        calendar: the price does not apply on this calendar's holidays; empty for none.
     """
 
     weekdays: frozenset[int]
@@ -30,8 +30,8 @@ class PriceLine:
     """One dated line of a price book; prices are per 1,000,000 tokens.
 
     The interval is half-open, `[effective_from, effective_to)`, in UTC. `windows` are half-open minutes of the UTC
-    day, `(start, end)`, and may wrap midnight; empty means all day. A line with windows or days beats one without.
-    It holds for prompts of `min_prompt_tokens` to `max_prompt_tokens`, both included.
+    day, `(start, end)`, and may wrap midnight; empty means all day. A line with windows or days takes
+    precedence over one without. It applies to prompts of `min_prompt_tokens` to `max_prompt_tokens`, inclusive.
     """
 
     line_id: str
@@ -52,13 +52,13 @@ class PriceLine:
 
     @property
     def is_restricted(self) -> bool:
-        """Whether the line holds at some times of its interval only."""
+        """Whether the line applies to only part of its interval."""
         return bool(self.windows) or self.days is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What one attempt cost. All amounts are exact to 12 decimal places."""
+    """The cost of one attempt. All amounts are exact to 12 decimal places."""
 
     cache_hit_tokens: int | None
     cache_miss_tokens: int
@@ -75,4 +75,4 @@ class Charge:
 
 
 EXACT = Context(prec=38, traps=[Inexact, InvalidOperation, Overflow])
-"""Arithmetic that raises where the default context, of 28 digits, would round in silence."""
+"""A context that raises on rounding; the default one, of 28 digits, rounds silently."""

@@ -1,7 +1,6 @@
-"""The frozen records that stages and engines exchange, one request or answer each.
+"""Frozen records around the model runner: one request or answer each.
 
-Between stages rows travel as Arrow record batches (`moebeam.schemas.tables`); they become these records
-only around the model runner.
+Between stages, rows travel as Arrow record batches (`moebeam.schemas.tables`).
 """
 
 import json
@@ -27,10 +26,10 @@ FinishReason: TypeAlias = Literal[
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How an answer is drawn; the names are OpenAI's, and vLLM's `min_p`. `temperature=0` is greedy.
+    """Sampling parameters in OpenAI's names, plus vLLM's `min_p`. `temperature=0` is greedy.
 
-    `min_p` keeps tokens of at least that share of the likeliest one's probability. `logprobs` asks for the log
-    probability of each token of the answer.
+    `min_p` keeps tokens with at least that share of the top token's probability. `logprobs` asks for the log
+    probability of each output token.
     """
 
     max_tokens: int
@@ -49,7 +48,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message. `extra` holds the fields beyond role and content, such as `tool_calls`."""
+    """One chat message. `extra` holds fields other than role and content, such as `tool_calls`."""
 
     role: str
     content: str
@@ -58,16 +57,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One prompt to be answered.
+    """One prompt to answer.
 
     Attributes:
-        request_id: unique among the requests given to one `generate` call.
+        request_id: unique within one `generate` call.
         prompt_token_ids: the encoded prompt; int32, shape (num_prompt_tokens,).
-        messages: the chat that was encoded; what remote engines send.
-        tenant: rows of different tenants never share cached prefixes.
-        scope: what makes `request_id` unique in a run, such as the shard.
-        options: tools, form of the answer and thinking, as they were rendered; what remote engines send.
-        grammar: an llguidance grammar (JSON text) that the answer must follow; only engines in process hold to it.
+        messages: the chat behind the prompt; remote engines send it.
+        tenant: different tenants never share cached prefixes.
+        scope: makes `request_id` unique within a run, for example the shard.
+        options: tools, response format and thinking, as rendered; remote engines send them.
+        grammar: llguidance grammar (JSON text) that constrains decoding; only in-process engines apply it.
     """
 
     request_id: str
@@ -100,12 +99,12 @@ class Usage:
 
     @property
     def computed_tokens(self) -> int | None:
-        """Prompt tokens that were not served from a cache; None when that is unknown."""
+        """Prompt tokens not served from a cache; None if unknown."""
         return None if self.cached_tokens is None else self.prompt_tokens - self.cached_tokens
 
 
 NOTHING_USED = Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0)
-"""Usage of a request that cost nothing: no engine took it, or none answered."""
+"""Usage of a request that no engine accepted or answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +118,15 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class LostCall:
-    """A call to a provider that ended without a usage, and that it may bill all the same.
+    """A provider call that returned no usage but may still be billed.
 
-    *account* says what it costs at most; nothing of it is added to what was billed.
+    *account* bounds its cost, which is never added to billed amounts.
 
     Attributes:
-        error_type: how it ended, such as `engine_timeout`.
+        error_type: how it ended, for example `engine_timeout`.
         started_at: UTC; decides the price.
-        prompt_tokens: of the request, as they were counted or estimated here.
-        max_output_tokens: most that the provider could have written.
+        prompt_tokens: of the request, counted or estimated locally.
+        max_output_tokens: most that the provider could have generated.
     """
 
     provider: str
@@ -140,12 +139,12 @@ class LostCall:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What became of one request: an answer, or a typed failure in `error`.
+    """The outcome of one request: an answer, or a typed failure in `error`.
 
-    `started_at` (UTC) decides the price; `latency_ms` is measured from there to the last token. `usage` counts what
-    was paid, also for a failure; `price_mode` says at which of the provider's prices. `logprobs` are natural
-    logarithms, one for each completion token, where asked for. `lost_calls` are those before the one that ended this,
-    or all of a failure, that a provider may have worked on without telling what it used.
+    `started_at` (UTC) decides the price; `latency_ms` runs from there to the last token. `usage` is what was billed,
+    for a failure too; `price_mode` says at which of the provider's prices. `logprobs` are natural logarithms, one per
+    completion token, if asked for. `lost_calls` are earlier calls (for a failure, all calls) that the provider may
+    have worked on without reporting usage.
     """
 
     request_id: str
@@ -165,7 +164,7 @@ class Completion:
     lost_calls: tuple[LostCall, ...] = ()
 
     @classmethod
-    def failed(
+    def from_error(
         cls,
         request_id: str,
         error: RowError,
@@ -178,11 +177,11 @@ class Completion:
         model_revision: str = "",
         lost_calls: tuple[LostCall, ...] = (),
     ) -> "Completion":
-        """A failure without any text.
+        """Create a failure without text.
 
         Args:
-            started_at: None is now.
-            provider, model, model_revision: empty where none of them took the request.
+            started_at: None means now.
+            provider, model, model_revision: empty if none accepted the request.
         """
         return cls(
             request_id=request_id,
@@ -200,7 +199,7 @@ class Completion:
 
 
 def sampling_json(sampling: Sampling) -> str:
-    """Sampling as canonical JSON: equal text, equal sampling."""
+    """Sampling as canonical JSON: equal sampling gives equal text."""
     return canonical_json(
         {
             "max_tokens": sampling.max_tokens,
@@ -215,7 +214,7 @@ def sampling_json(sampling: Sampling) -> str:
 
 
 @lru_cache(maxsize=1024)
-def sampling_of(text: str) -> Sampling:
+def parse_sampling_json(text: str) -> Sampling:
     """The inverse of `sampling_json`."""
     values: dict[str, Any] = json.loads(text)
     values["stop"] = tuple(values["stop"])

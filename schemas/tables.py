@@ -1,6 +1,6 @@
-"""Arrow schemas of everything that is written: plan, results and rejects, ledger.
+"""Arrow schemas of all tables: plan, results, rejects, ledger.
 
-Versioned: a column is only ever added, and then `TABLES_VERSION` rises. A column keeps its type when it is all null.
+Columns are only ever added, and each addition raises `TABLES_VERSION`. A column keeps its type when it is all null.
 """
 
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ FAILED_ATTEMPTS = pa.list_(
         ]
     )
 )
-"""What each attempt that was not accepted said, and why not."""
+"""The text of each attempt that was not accepted, and the reason."""
 
 COSTS_BY_CURRENCY = pa.list_(
     pa.struct(
@@ -40,7 +40,7 @@ COSTS_BY_CURRENCY = pa.list_(
         ]
     )
 )
-"""What a row cost whose attempts were priced in more than one currency."""
+"""Costs of a row whose attempts were priced in several currencies."""
 
 RESULT_SCHEMA = pa.schema(
     [
@@ -83,12 +83,12 @@ RESULT_SCHEMA = pa.schema(
 )
 """Columns shared by `results/` and `rejects/`, before the input's passthrough columns.
 
-`status` is `ok` or `rejected`; `scope` is `row`, `row_group` or `file`, and `num_rows` says for how many input rows
-a reject stands (null when an unreadable file does not tell). `attempts` counts how often the model was asked;
-`failed_attempts` keeps what it said each time that was not accepted. Money of two currencies has no sum: a row whose
-attempts were priced in several has `cost`, `cost_allocated` and `currency` null, `cost_basis = "mixed_currency"`, and
-its amounts in `costs_by_currency`, which is null everywhere else. `reused_from` names the row of an earlier run, as
-`run_id/custom_id`, whose answer was taken over; such a row has no tokens, no cost and no line in the ledger.
+`status` is `ok` or `rejected`; `scope` is `row`, `row_group` or `file`, and `num_rows` is the number of input rows that
+a reject covers (null for an unreadable file of unknown length). `attempts` counts calls to the model;
+`failed_attempts` keeps each answer that was not accepted. Amounts in two currencies have no sum: a row whose attempts
+were priced in several has null `cost`, `cost_allocated` and `currency`, `cost_basis = "mixed_currency"`, and its
+amounts in `costs_by_currency`, which is null otherwise. `reused_from` names the row of an earlier run, as
+`run_id/custom_id`, whose answer was copied; such a row has no tokens, no cost and no ledger line.
 """
 
 LEDGER_SCHEMA = pa.schema(
@@ -133,15 +133,15 @@ LEDGER_SCHEMA = pa.schema(
         pa.field("lost_cost_at_most", MONEY),
     ]
 )
-"""One line an attempt of one request, with disjoint token classes; prices are per 1,000,000 tokens.
+"""One line per attempt at a request, with disjoint token classes; prices are per 1,000,000 tokens.
 
-`outcome` is `answered`, `rejected` (paid, but no valid answer) or `wasted` (paid by an attempt of the shard that was
-given up). Unknown cached tokens leave `cache_hit_tokens` null and count whole as `cache_miss_tokens`, with
-`cost_basis = "upper_bound"`. The amounts of the four classes add up to `cost`. `accelerator_s` is this line's share of
-the engine's own seconds, by computed tokens; null where the engine does not count. `journal` names where a remote
-answer was kept as it arrived. `tags` holds the columns of `[accounting] tag_columns`, without those that are null.
-`num_lost_calls` counts the attempt's calls that ended without a usage, though the provider may have worked on them;
-`lost_cost_at_most` is what it may bill for them, in `currency`, and is in no other amount; null without a price.
+`outcome` is `answered`, `rejected` (billed, but no valid answer) or `wasted` (billed in a shard attempt that was
+abandoned). With unknown cached tokens, `cache_hit_tokens` is null and all prompt tokens are `cache_miss_tokens`, with
+`cost_basis = "upper_bound"`. The amounts of the four classes sum to `cost`. `accelerator_s` is this line's share of
+the engine's seconds, by computed tokens; null if the engine does not count them. `journal` names the file that
+recorded a remote answer on arrival. `tags` holds the non-null columns of `[accounting] tag_columns`. `num_lost_calls`
+counts the attempt's calls that returned no usage though the provider may have worked on them; `lost_cost_at_most` is
+the most it may bill for them, in `currency`, and is part of no other amount; null without a price.
 """
 
 PLAN_SCHEMA = pa.schema(
@@ -172,7 +172,7 @@ the row's index in its file."""
 
 PASSTHROUGH = "passthrough"
 OUTPUT = "output"
-"""Name of the typed column that a job with a schema has between `RESULT_SCHEMA` and the passthrough columns."""
+"""Name of the typed answer column; a job with a schema has it between `RESULT_SCHEMA` and the passthrough columns."""
 INPUT = "input"
 
 READ_SCHEMA = pa.schema(
@@ -193,22 +193,22 @@ READ_SCHEMA = pa.schema(
         )
     ]
 )
-"""A row as it was read, before its `input` struct (what the prompt is made of) and its `passthrough` struct."""
+"""A row as read, before its `input` struct (the prompt's columns) and its `passthrough` struct."""
 
 
 def result_schema(passthrough: "Iterable[pa.Field[Any]]", output: pa.DataType | None = None) -> pa.Schema:
-    """`RESULT_SCHEMA`, the typed answers where the job has a schema, and the input's passthrough columns."""
+    """`RESULT_SCHEMA`, then the typed answer column if the job has a schema, then the passthrough columns."""
     typed = [] if output is None else [pa.field(OUTPUT, output)]
     return pa.schema([*RESULT_SCHEMA, *typed, *passthrough])
 
 
 def plan_schema(passthrough: "Iterable[pa.Field[Any]]") -> pa.Schema:
-    """`PLAN_SCHEMA` followed by one struct column that holds the passthrough columns."""
+    """`PLAN_SCHEMA`, then the passthrough columns as one struct."""
     return pa.schema([*PLAN_SCHEMA, pa.field(PASSTHROUGH, pa.struct(list(passthrough)))])
 
 
 def read_schema(input_fields: "Iterable[pa.Field[Any]]", passthrough: "Iterable[pa.Field[Any]]") -> pa.Schema:
-    """`READ_SCHEMA` followed by the structs that hold the prompt's columns and the passthrough columns."""
+    """`READ_SCHEMA`, then one struct of the prompt's columns and one of the passthrough columns."""
     return pa.schema(
         [
             *READ_SCHEMA,

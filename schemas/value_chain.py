@@ -1,8 +1,8 @@
 """The value chain: who charges whom for the tokens of a run, and where the margin stays.
 
-Arithmetic for reports, beside the way of a row: nothing here shapes an answer or the ledger. Parties stand in order,
-from the model provider to the customer; each but the last sells to the next. What a party pays is what the one before
-it charges, so that the provider's revenue and everybody's margins add up to what the customer pays, to the last place.
+Used by reports only; it changes neither answers nor the ledger. Parties are ordered from the model provider to the
+customer, and each but the last sells to the next. A party pays what the one before it charges, so the provider's
+revenue plus all margins equals what the customer pays, to the last decimal place.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.records import Usage
 
 Recognition: TypeAlias = Literal["gross", "net"]
-"""Revenue of a principal, all that it charges, or of an agent, its margin alone."""
+"""A principal's revenue is all that it charges, an agent's only its margin."""
 
 _EXACT = Context(prec=60, traps=[Inexact, InvalidOperation, Overflow])
 _ROUNDING = Context(prec=60, rounding=ROUND_HALF_EVEN, traps=[InvalidOperation, Overflow])
@@ -25,7 +25,7 @@ _HUNDRED = Decimal(100)
 
 @dataclass(frozen=True, slots=True)
 class Money:
-    """An amount of a currency."""
+    """An amount in a currency."""
 
     amount: Decimal
     currency: str
@@ -33,11 +33,11 @@ class Money:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A ledger line, as a price is asked for it.
+    """The part of a ledger line that pricing needs.
 
     Attributes:
-        day: in UTC, of the start.
-        cost: what the run's own ledger says; None without a price.
+        day: UTC date of the start.
+        cost: from the run's own ledger; None without a price.
     """
 
     tenant: str | None
@@ -55,10 +55,10 @@ PriceOf: TypeAlias = Callable[[Attempt], Money | None]
 
 @dataclass(frozen=True, slots=True)
 class Seller:
-    """A party that sells: at prices of its own, or at what it pays and a markup.
+    """A party that sells, at its own prices or at cost plus a markup.
 
     Attributes:
-        price_of: None for a markup.
+        price_of: None if it sells at a markup.
         markup: factor minus one; 0.25 adds a quarter.
         charges_failed: whether attempts without a valid answer are charged.
     """
@@ -72,10 +72,10 @@ class Seller:
 
 @dataclass(frozen=True, slots=True)
 class PartySums:
-    """What a party charged and paid, in the currency of the report.
+    """What a party charged and paid, in the report's currency.
 
     Attributes:
-        billed: what it charged in the currencies of its prices.
+        billed: what it charged, in the currencies of its prices.
     """
 
     num_attempts: int = 0
@@ -96,8 +96,8 @@ class PartySums:
     def margin(self) -> Decimal:
         return _EXACT.subtract(self.charged, self.paid)
 
-    def recognised(self, recognition: Recognition) -> Decimal:
-        """Revenue in the books: of a principal all that it charges, of an agent what it keeps."""
+    def recognise_revenue(self, recognition: Recognition) -> Decimal:
+        """Return recognised revenue: all that a principal charges, or what an agent keeps."""
         return self.charged if recognition == "gross" else self.margin
 
 
@@ -106,15 +106,15 @@ class Rates:
     """Fixed exchange rates of one report.
 
     Attributes:
-        currency: of the report.
-        per_unit: units of it for one unit of another.
+        currency: the report's.
+        per_unit: other currency -> units of `currency` for one unit of it.
     """
 
     currency: str
     per_unit: Mapping[str, Decimal] = field(default_factory=dict[str, Decimal])
 
     def convert(self, money: Money) -> Decimal:
-        """An amount in the report's currency, rounded half to even to 12 decimal places.
+        """Convert an amount to the report's currency, rounded half to even to 12 decimal places.
 
         Raises:
             JobFileError: there is no rate.
@@ -126,11 +126,11 @@ class Rates:
                 f"[value_chain] rates: expected a rate from {money.currency} to {self.currency}, found none; add "
                 f'{money.currency} = "…" from a source of yours'
             )
-        return rounded(_ROUNDING.multiply(money.amount, self.per_unit[money.currency]))
+        return round_amount(_ROUNDING.multiply(money.amount, self.per_unit[money.currency]))
 
 
-def rounded(amount: Decimal) -> Decimal:
-    """An amount to 12 decimal places, half to even: the one place where a value chain rounds, once a line and party."""
+def round_amount(amount: Decimal) -> Decimal:
+    """Round to 12 decimal places, half to even. A value chain rounds nowhere else: once per line and party."""
     return _ROUNDING.quantize(amount, _PLACE)
 
 
@@ -140,11 +140,11 @@ ChainKey: TypeAlias = tuple[str, str | None, str]
 
 @dataclass(slots=True)
 class ValueChain:
-    """A run's value chain, added up line by line.
+    """A run's value chain, summed line by line.
 
     Attributes:
         sums: by party, tenant and day; the customer only pays.
-        num_unpriced: lines that a party has no price for, by party; they are in no sum of any party.
+        num_unpriced: by party, lines that it has no price for; no party's sums include them.
     """
 
     sellers: tuple[Seller, ...]
@@ -170,7 +170,7 @@ class ValueChain:
         self._note((self.customer, attempt.tenant, attempt.day), PartySums(1, Decimal(0), paid))
 
     def _charges(self, attempt: Attempt) -> list[tuple[Decimal, Money]] | None:
-        """What each seller charges, in the report's currency and as billed; None where one has no price."""
+        """Each seller's charge, in the report's currency and as billed; None if one has no price."""
         charges: list[tuple[Decimal, Money]] = []
         for seller in self.sellers:
             if not seller.charges_failed and not attempt.is_answered:
@@ -180,7 +180,7 @@ class ValueChain:
             else:
                 assert charges, "a markup needs somebody to buy from"
                 factor = _EXACT.add(Decimal(1), seller.markup)
-                money = Money(rounded(_ROUNDING.multiply(charges[-1][0], factor)), self.rates.currency)
+                money = Money(round_amount(_ROUNDING.multiply(charges[-1][0], factor)), self.rates.currency)
             if money is None:
                 self.num_unpriced[seller.name] = self.num_unpriced.get(seller.name, 0) + 1
                 return None
@@ -191,7 +191,7 @@ class ValueChain:
         self.sums[key] = self.sums[key] + sums if key in self.sums else sums
 
     def of_party(self, name: str) -> PartySums:
-        """A party's sums over all tenants and days."""
+        """Sum a party over all tenants and days."""
         return total(sums for (party, _, _), sums in self.sums.items() if party == name)
 
     @property
@@ -201,7 +201,7 @@ class ValueChain:
 
     @property
     def difference(self) -> Decimal:
-        """What the customer pays, less the first seller's revenue and the others' margins; zero, or a line is lost."""
+        """The customer's payments minus the first seller's revenue and the others' margins; 0 unless a line is lost."""
         first, *others = self.sellers
         parts = [self.of_party(first.name).charged, *(self.of_party(other.name).margin for other in others)]
         left = self.of_party(self.customer).paid
@@ -211,19 +211,19 @@ class ValueChain:
 
 
 def total(sums: Iterable[PartySums]) -> PartySums:
-    """Sums of several groups together."""
+    """Add up the sums of several groups."""
     added = PartySums()
     for part in sums:
         added = added + part
     return added
 
 
-def markup_of(percent: Decimal) -> Decimal:
-    """A markup in percent as a share, exactly."""
+def parse_markup(percent: Decimal) -> Decimal:
+    """Convert a markup in percent to a share, exactly."""
     return _EXACT.divide(percent, _HUNDRED)
 
 
-def order_of(names: Sequence[str]) -> Callable[[ChainKey], tuple[int, bool, str, str]]:
+def make_group_order(names: Sequence[str]) -> Callable[[ChainKey], tuple[int, bool, str, str]]:
     """Sort key of a chain's groups: parties in their order, then tenants, then days."""
     places = {name: place for place, name in enumerate(names)}
     return lambda key: (places[key[0]], key[1] is None, key[1] or "", key[2])

@@ -1,1 +1,1 @@
-"""What an answer must keep: schemas, typed columns, strict JSON."""
+"""The contract of an answer: schemas, typed columns, strict JSON."""

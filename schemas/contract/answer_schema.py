@@ -1,35 +1,36 @@
-"""The contract that answers must keep: a JSON Schema, or a pydantic model, compiled once and asked a row at a time.
+"""The contract that answers must satisfy: a JSON Schema or a pydantic model, compiled once and checked per row.
 
-Stands inside the *answer* stage, before `transforms/answer/validate.py`; `jobs/check/preflight.py` compiles it before
-anything is paid for. Every problem of the schema itself is a `JobFileError`, every problem of an answer a `RowError`.
+`jobs/check/preflight.py` compiles it before anything is billed; `transforms/answer/validate.py` applies it. Problems of
+the schema are `JobFileError`s, problems of an answer `RowError`s.
 
-Validation is jsonschema-rs, whatever the engine. Nothing is ever fetched for a `$ref`: without an explicit retriever
-the only resources are the document and the published meta-schemas that the library carries.
+jsonschema-rs validates for every engine. Nothing is ever fetched for a `$ref`: without an explicit retriever the only
+resources are the document and the meta-schemas bundled with the library.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias, cast
 
 import pydantic
-from jsonschema_rs import ReferencingError, Registry, ValidationError, ValidationErrorKind, Validator, validator_for
+from jsonschema_rs import ValidationError, ValidationErrorKind, Validator, validator_for
 
 from moebeam.schemas.canonical import Json
-from moebeam.schemas.contract.strict_json import MAX_DEPTH, depth_of, has_lone_surrogate, parse_json
+from moebeam.schemas.contract.references import DRAFTS, References, SchemaLocation, read_draft, walk_schemas
+from moebeam.schemas.contract.strict_json import MAX_DEPTH, has_lone_surrogate, measure_depth, parse_json
 from moebeam.schemas.contract.user_module import ModuleSources, ShippedClass, import_user_module
 from moebeam.schemas.contract.wording import (
     MAX_EXCERPT,
     describe_error,
     describe_violation,
     excerpt,
-    pointer_of,
+    format_pointer,
     shorten,
 )
-from moebeam.schemas.errors import EmptyAnswer, JobFileError, ModelRejected, NotJson, SchemaViolation, abbreviated
+from moebeam.schemas.errors import EmptyAnswer, JobFileError, ModelRejected, NotJson, SchemaViolation, abbreviate
 from moebeam.schemas.store.storage import read_bytes
 
 Formats: TypeAlias = Literal["assert", "annotate"]
@@ -37,27 +38,18 @@ Retriever: TypeAlias = Callable[[str], Json]
 
 MAX_COUNTED_VIOLATIONS = 20
 
-DRAFTS = (
-    "json-schema.org/draft-04/schema",
-    "json-schema.org/draft-06/schema",
-    "json-schema.org/draft-07/schema",
-    "json-schema.org/draft/2019-09/schema",
-    "json-schema.org/draft/2020-12/schema",
-)
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
-_DATA_KEYWORDS = frozenset({"const", "enum", "default", "examples", "example"})
 _MODEL_REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-_ROOT_URI = "json-schema:///"
 
 
 class AnswerSchema:
-    """A compiled output contract; picklable (it compiles again where it arrives) and safe to share between threads.
+    """A compiled output contract. Thread-safe and picklable; unpickling compiles it again.
 
     Attributes:
-        document: the JSON Schema, for prompts and fingerprints; not to be changed.
+        document: the JSON Schema, for prompts and fingerprints; read-only.
         formats: whether `format` is asserted or only an annotation.
-        source: the file or class it came from, as errors name it.
-        model: the pydantic model that validates too, if there is one.
+        source: file or class name for error messages.
+        model: the pydantic model that also validates, if any.
     """
 
     __slots__ = ("_retriever", "_shipped", "_validator", "document", "formats", "model", "source")
@@ -72,7 +64,7 @@ class AnswerSchema:
         retriever: Retriever | None = None,
         shipped: ShippedClass | None = None,
     ) -> None:
-        """Compile a schema; see `from_json` and `load`. `shipped` is pickled in the place of `model`."""
+        """Compile a schema; see `from_json` and `load`. `shipped` is pickled in place of `model`."""
         self.document = _own_copy(document, source)
         self.formats: Formats = formats
         self.source = source
@@ -87,44 +79,44 @@ class AnswerSchema:
     ) -> "AnswerSchema":
         """Compile a JSON Schema document (an object or a boolean).
 
-        Equal documents of one source are compiled once in a process and shared, so that the same tools may be asked
-        for with every request. Finding one again takes microseconds.
+        Equal documents of one source are compiled once per process and shared, because every request may bring the
+        same tools. A repeated lookup takes microseconds.
 
         Args:
             document: `$schema` selects draft 4, 6, 7, 2019-09 or 2020-12; the default is 2020-12.
-            formats: `assert` makes `format` binding, `annotate` ignores it.
-            source: how errors name the document.
-            retriever: answers for other documents, by absolute URI; picklable. Without one they are refused.
+            formats: `assert` enforces `format`, `annotate` ignores it.
+            source: name of the document in errors.
+            retriever: returns other documents by absolute URI; picklable. Without one they are refused.
         Raises:
-            JobFileError: not a schema, an unknown `$schema`, or a `$ref` that leads nowhere or out of the document.
+            JobFileError: not a schema, an unknown `$schema`, or a `$ref` that is broken or leaves the document.
         """
         if retriever is not None:
             return cls(document, formats=formats, source=source, retriever=retriever)
         try:
             return _compile_once(json.dumps(document, ensure_ascii=False, allow_nan=False), formats, source)
         except (TypeError, ValueError, RecursionError):
-            return cls(document, formats=formats, source=source)  # Raises, and says what is wrong.
+            return cls(document, formats=formats, source=source)  # Raises the detailed error.
 
     @classmethod
     def load(cls, reference: str, formats: Formats = "assert", folder: str | Path | None = None) -> "AnswerSchema":
-        """Compile the schema that a job names: a JSON file, or a pydantic model as `package.module:Class`.
+        """Compile the schema named in a job: a JSON file, or a pydantic model as `package.module:Class`.
 
-        Pickled, the schema brings the source of the model's module along (see `moebeam.schemas.contract.user_module`).
+        The pickle carries the source of the model's module (see `moebeam.schemas.contract.user_module`).
 
         Args:
-            folder: the job file's, where modules are looked for first; the path of a JSON file is taken as it is.
+            folder: the job file's, searched first for modules; the path of a JSON file is used as given.
         Raises:
             JobFileError: the file or class cannot be read, imported or shipped, or is not a schema.
         """
         if _MODEL_REFERENCE.fullmatch(reference):
             model, shipped = _import_model(reference, folder)
-            document = _json_schema_of(model, reference)
+            document = _build_json_schema(model, reference)
             return cls(document, formats=formats, source=reference, model=model, shipped=shipped)
         return cls(_read_schema(reference), formats=formats, source=reference)
 
     @property
     def code_digest(self) -> str | None:
-        """Names the source of the model's module and what it ships with; None without a model, or for installed ones.
+        """Digest of all shipped source of the model; None without a model or for an installed one.
 
         Validators may change while the JSON Schema stays the same.
         """
@@ -137,15 +129,15 @@ class AnswerSchema:
         return f"AnswerSchema(source={self.source!r}, formats={self.formats!r})"
 
     def check(self, text: str) -> Json:
-        """Parse an answer and hold it against the contract.
+        """Parse an answer and validate it.
 
         Returns:
-            The parsed value; of duplicate keys the last one, integers exact.
+            The parsed value; the last of duplicate keys wins, integers are exact.
         Raises:
-            EmptyAnswer: nothing but white space.
-            NotJson: not one JSON value (RFC 8259), or one that no reader keeps whole; says where.
+            EmptyAnswer: empty or white space.
+            NotJson: not one JSON value (RFC 8259), or one that readers cannot represent; says where.
             SchemaViolation: breaks the JSON Schema; names pointer, keyword, expected and found.
-            ModelRejected: the pydantic model refused it.
+            ModelRejected: the pydantic model rejected it.
         """
         stripped = text.strip()
         if not stripped:
@@ -172,11 +164,11 @@ class AnswerSchema:
             first = error.errors(include_url=False, include_context=False)[0]
             more = error.error_count() - 1
             raise ModelRejected(
-                f"at {pointer_of(first['loc'])}: {model.__name__} expected: {shorten(first['msg'])}, "
+                f"at {format_pointer(first['loc'])}: {model.__name__} expected: {shorten(first['msg'])}, "
                 f"found {excerpt(first['input'])}" + (f" (and {more} more)" if more else "")
             ) from error
         except Exception as error:
-            # A validator of the user's own may raise anything; that is this answer's problem, not the job's.
+            # A user's validator may raise anything; that rejects this answer and does not stop the job.
             raise ModelRejected(f"{model.__name__} raised {describe_error(error)}; found {shorten(text)}") from error
 
 
@@ -196,7 +188,7 @@ def _restore(
 
 @lru_cache(maxsize=512)
 def _compile_once(text: str, formats: Formats, source: str) -> AnswerSchema:
-    """Compile a document from its JSON text, which unlike the document cannot change."""
+    """Compile a document from its JSON text, which is hashable and immutable."""
     return AnswerSchema(cast("Json", json.loads(text)), formats=formats, source=source)
 
 
@@ -224,14 +216,14 @@ def _read_schema(path: str) -> Json:
 
 
 class _DuplicateKey(Exception):
-    """An object of a schema names a key twice, so one constraint would be lost without a word."""
+    """A schema object repeats a key, so one constraint would be lost silently."""
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Json]]) -> None:
     seen: set[str] = set()
     for key, _ in pairs:
         if key in seen:
-            raise _DuplicateKey(abbreviated(key, MAX_EXCERPT))
+            raise _DuplicateKey(abbreviate(key, MAX_EXCERPT))
         seen.add(key)
 
 
@@ -253,11 +245,11 @@ def _import_model(reference: str, folder: str | Path | None) -> tuple[type[pydan
     return found, None if sources is None else ShippedClass(sources, class_path)
 
 
-def _json_schema_of(model: type[pydantic.BaseModel], reference: str) -> Json:
+def _build_json_schema(model: type[pydantic.BaseModel], reference: str) -> Json:
     try:
         return cast("Json", model.model_json_schema())
     except Exception as error:
-        # Fields may bring their own schema code, which may raise anything.
+        # Fields may define their own schema code, which may raise anything.
         raise JobFileError(
             f"{reference}: expected a model with a JSON Schema, found {describe_error(error)}"
         ) from error
@@ -270,7 +262,7 @@ def _own_copy(document: Json, source: str) -> Json:
         raise JobFileError(
             f"{source}: expected a JSON Schema, found a value that is not JSON: {describe_error(error)}"
         ) from error
-    if depth_of(copy) > MAX_DEPTH:
+    if measure_depth(copy) > MAX_DEPTH:
         raise JobFileError(f"{source}: expected a schema of at most {MAX_DEPTH} levels, found more")
     if has_lone_surrogate(copy):
         raise JobFileError(f"{source}: expected Unicode text, found a lone surrogate in a string")
@@ -280,7 +272,8 @@ def _own_copy(document: Json, source: str) -> Json:
 def _compile(document: Json, formats: Formats, source: str, retriever: Retriever | None) -> Validator:
     if not isinstance(document, Mapping | bool):
         raise JobFileError(
-            f"{source}: at {pointer_of(())}: expected a JSON Schema (an object or a boolean), found {excerpt(document)}"
+            f"{source}: at {format_pointer(())}: expected a JSON Schema (an object or a boolean), "
+            f"found {excerpt(document)}"
         )
     refused: list[str] = []
 
@@ -292,7 +285,7 @@ def _compile(document: Json, formats: Formats, source: str, retriever: Retriever
         _check_drafts(document, source)
     schema = cast("dict[str, Any] | bool", document)
     try:
-        # `retriever or refuse` also keeps the library from its own HTTP client.
+        # `retriever or refuse` also disables the library's own HTTP client.
         return validator_for(schema, validate_formats=formats == "assert", retriever=cast("Any", retriever or refuse))
     except ValidationError as error:
         if isinstance(error.kind, ValidationErrorKind.Referencing):
@@ -303,58 +296,34 @@ def _compile(document: Json, formats: Formats, source: str, retriever: Retriever
 
 
 def _check_drafts(document: Json, source: str) -> None:
-    for path, schema in _subschemas(document):
-        declared = schema.get("$schema")
-        if not isinstance(declared, str) or (path and not isinstance(schema.get("$id", schema.get("id")), str)):
-            continue
-        name = declared.removesuffix("#").removeprefix("https://").removeprefix("http://")
-        if name not in DRAFTS or "://" not in declared:
+    for location in walk_schemas(SchemaLocation(document, "", "")):
+        declared = location.get("$schema")
+        is_resource = not location.pointer or any(isinstance(location.get(name), str) for name in ("$id", "id"))
+        if isinstance(declared, str) and is_resource and (read_draft(location.schema) is None or "://" not in declared):
             raise JobFileError(
-                f"{source}: at {pointer_of((*path, '$schema'))}: expected draft 4, 6, 7, 2019-09 or 2020-12 "
-                f"(such as https://{DRAFTS[-1]}), found {excerpt(declared)}"
+                f"{source}: at {shorten(location.pointer + '/$schema')}: expected draft 4, 6, 7, 2019-09 or 2020-12 "
+                f"(such as https://{list(DRAFTS)[-1]}), found {excerpt(declared)}"
             )
 
 
-def _subschemas(document: Json) -> Iterator[tuple[tuple[str | int, ...], Mapping[str, Json]]]:
-    """Every object that may be a schema, with its path, in document order; plain data is passed over."""
-    waiting: list[tuple[tuple[str | int, ...], Json]] = [((), document)]
-    while waiting:
-        path, value = waiting.pop()
-        if isinstance(value, Mapping):
-            yield path, value
-            waiting.extend(((*path, key), value[key]) for key in reversed(list(value)) if key not in _DATA_KEYWORDS)
-        elif isinstance(value, list):
-            waiting.extend(((*path, index), value[index]) for index in reversed(range(len(value))))
-
-
 def _reference_error(document: Json, source: str, refused: Sequence[str], reason: str) -> JobFileError:
-    """Name the reference that could not be followed: the library tells the reason, but not the place."""
-    for path, schema in _subschemas(document):
+    """Find the unresolved reference; the library reports the reason but not the place."""
+    references = References(document)
+    for location in walk_schemas(references.root):
         for keyword in _REFERENCES:
-            reference = schema.get(keyword)
+            reference = location.get(keyword)
             if not isinstance(reference, str):
                 continue
-            at = f"{source}: at {pointer_of((*path, keyword))}"
+            at = f"{source}: at {shorten(f'{location.pointer}/{keyword}')}"
             target = reference.partition("#")[0]
             if target and any(uri.endswith(target) for uri in refused):
                 return JobFileError(
                     f"{at}: expected a reference inside the document (nothing is ever fetched for a $ref), "
                     f"found {excerpt(reference)}; copy what it names into $defs"
                 )
-            if not target and not _can_resolve(document, reference):
+            if not target and references.find(reference, location.base) is None:
                 return JobFileError(
                     f"{at}: expected a reference to something in the document, "
                     f"found {excerpt(reference)}, which does not exist"
                 )
     return JobFileError(f"{source}: a reference cannot be followed: {shorten(reason)}")
-
-
-def _can_resolve(document: Json, reference: str) -> bool:
-    try:
-        Registry([(_ROOT_URI, cast("dict[str, Any]", document))]).resolver(_ROOT_URI).lookup(reference)
-    except ReferencingError:
-        return False
-    except ValueError:
-        # The document refers outside itself as well, so that no registry can be built; another reference is named.
-        return True
-    return True

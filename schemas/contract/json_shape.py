@@ -1,7 +1,7 @@
-"""Shapes of JSON values: what a JSON Schema says about types, and how two statements about one value combine.
+"""Shapes of JSON values: the types that a JSON Schema declares, and how two declarations about one value combine.
 
-Read by `schemas/contract/shape_reader.py`, made a column's type by `schemas/contract/output_type.py`. A shape says
-which values are *expected*; null is expected everywhere, and which strings or numbers are allowed does not matter here.
+`schemas/contract/shape_reader.py` reads them, `schemas/contract/output_type.py` turns them into a column type. A shape
+says which types are *expected*. Null is always expected; constraints on strings and numbers are not part of a shape.
 """
 
 from dataclasses import dataclass
@@ -12,24 +12,24 @@ ScalarKind: TypeAlias = Literal["string", "date", "integer", "number", "boolean"
 
 @dataclass(frozen=True, slots=True)
 class Anything:
-    """Nothing was said about the value."""
+    """Unconstrained."""
 
 
 @dataclass(frozen=True, slots=True)
 class OnlyNull:
-    """No value but null, or none at all."""
+    """Only null, or no value at all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """A `date` is a string of RFC 3339's full-date; an `integer` fits int64."""
+    """A `date` is an RFC 3339 full-date string; an `integer` fits int64."""
 
     kind: ScalarKind
 
 
 @dataclass(frozen=True, slots=True)
 class JsonText:
-    """A value that no single column type holds; `reason` is a noun phrase for the user."""
+    """A value that no single column type can hold; `reason` is a noun phrase for users."""
 
     reason: str
 
@@ -41,14 +41,14 @@ class ListOf:
 
 @dataclass(frozen=True, slots=True)
 class MapOf:
-    """An object of names that are not known beforehand."""
+    """An object whose property names are not declared."""
 
     value: "Shape"
 
 
 @dataclass(frozen=True, slots=True)
 class Struct:
-    """An object, with its declared properties in their order; none are declared where it is only known to be one."""
+    """An object with its declared properties in order; empty if only the type is known."""
 
     fields: tuple[tuple[str, "Shape"], ...]
 
@@ -74,10 +74,7 @@ _INTERSECTION: dict[frozenset[ScalarKind], ScalarKind] = {
 
 
 def join(one: Shape, other: Shape) -> Shape:
-    """The shape of a value that has the one shape or the other (`anyOf`).
-
-    Structs unite their properties, also those that only one of them knows.
-    """
+    """The shape of a value that has either shape (`anyOf`). Structs unite all their properties."""
     match one, other:
         case _ if one == other:
             return one

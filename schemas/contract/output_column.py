@@ -1,8 +1,7 @@
 """Parsed answers as one typed Arrow column, of the type that `schemas/contract/output_type.py` derives.
 
-Every value is fitted to its type in Python before Arrow sees it. `pa.array` alone is faster, but where a value is not
-of its type it does not always raise: it makes 1.0 of true, a list of characters of a string, a struct of nulls of an
-empty list.
+Values are checked and converted in Python first. `pa.array` alone is faster, but does not always raise on a type
+mismatch: it turns true into 1.0, a string into a list of characters, and an empty list into a struct of nulls.
 """
 
 import json
@@ -23,11 +22,11 @@ _Fit: TypeAlias = Callable[[Json], Any]
 
 @dataclass(frozen=True, slots=True)
 class TypedColumn:
-    """A column, and how many of its values are null because they do not fit their type.
+    """A column and the number of values that are null because they do not fit their type.
 
     Attributes:
         array: shape (num_rows,).
-        num_misfits: values, not rows; they stand in the answer's JSON text.
+        num_misfits: counts values, not rows; the answer's JSON text still has them.
     """
 
     array: "pa.Array[Any]"
@@ -35,11 +34,11 @@ class TypedColumn:
 
 
 def output_column(values: Sequence[Json | None], type: OutputType) -> TypedColumn:
-    """Build the column of answers; never raises for what an answer holds.
+    """Build the column of answers; never raises because of an answer's content.
 
-    A value that does not fit its type (an integer beyond int64, a number that no double holds exactly, a date of the
-    year 0, or a value that the schema allows and the type did not foresee) is null in the column, and counted.
-    Properties that the type does not name are left out uncounted: the schema did not name them either.
+    A value that does not fit its type is null in the column and counted: an integer beyond int64, a number that no
+    double holds exactly, a date in year 0, or a value that the schema allows but the type does not. Properties
+    missing from the type are dropped uncounted, because the schema does not declare them either.
 
     Args:
         values: parsed answers, None for rows without one; shape (num_rows,).
@@ -57,12 +56,12 @@ class _Misfits:
         self.count = 0
 
     def note(self) -> None:
-        """Count one; returns the null that takes its place."""
+        """Count one; returns None as its replacement."""
         self.count += 1
 
 
 def _fit(shape: Shape, misfits: _Misfits) -> _Fit:
-    """A function that turns a JSON value into what `pa.array` takes for the shape's type."""
+    """Build a function that converts a JSON value to what `pa.array` accepts for the shape's type."""
     match shape:
         case Struct(fields):
             return _fit_struct([(name, _fit(of, misfits)) for name, of in fields], misfits)
@@ -129,7 +128,7 @@ def _fit_scalar(convert: _Fit, misfits: _Misfits) -> _Fit:
 
 
 def _as_int64(value: Json) -> int | None:
-    """JSON Schema counts 3.0 among the integers."""
+    """Convert an integer; JSON Schema counts 3.0 as one."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return value if type(value) is int and value in INT64 else None
@@ -154,7 +153,7 @@ def _as_date(value: Json) -> date | None:
         found = date.fromisoformat(value)
     except ValueError:
         return None
-    # Python also reads 20261123 and 2026-W48-1, which would not come back as they were written.
+    # Python also parses 20261123 and 2026-W48-1, which would not round-trip.
     return found if found.isoformat() == value else None
 
 

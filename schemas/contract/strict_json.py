@@ -1,7 +1,7 @@
-"""JSON by the letter: text that a model or a person wrote becomes a value, or an error that says where it is wrong.
+"""Strict JSON parsing, with errors that say where the text is wrong.
 
-Python's `json` takes more than RFC 8259 allows, and what it takes depends on the caller's stack; an answer must not be
-valid on one runner and malformed on another.
+Python's `json` accepts more than RFC 8259 allows, and its depth limit depends on the caller's stack; an answer must not
+be valid on one runner and malformed on another.
 """
 
 import json
@@ -22,13 +22,13 @@ _NUMBER_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity|-?\d+(?:\.\d+)
 
 
 def parse_json(text: str) -> Json:
-    """Parse exactly one JSON value, by the letter of RFC 8259.
+    """Parse exactly one JSON value as RFC 8259 defines it.
 
-    Refused, although Python's `json` takes them: NaN and infinities, also as overflow of a double (`1e400`); lone
-    surrogates, which no UTF-8 file can hold; more than `MAX_DEPTH` levels.
+    Unlike Python's `json`, rejects NaN and infinities, including overflow of a double (`1e400`); lone surrogates,
+    which no UTF-8 file can hold; and more than `MAX_DEPTH` levels.
 
     Raises:
-        NotJson: with line, column and character where that is known.
+        NotJson: with line, column and character if known.
     """
     try:
         value = cast("Json", _DECODER.decode(text))
@@ -41,15 +41,15 @@ def parse_json(text: str) -> Json:
     except ValueError as error:
         # Python refuses to convert integers beyond sys.get_int_max_str_digits().
         raise NotJson(f"an integer is too long: {error}") from error
-    if text.count("[") + text.count("{") > MAX_DEPTH and depth_of(value) > MAX_DEPTH:
+    if text.count("[") + text.count("{") > MAX_DEPTH and measure_depth(value) > MAX_DEPTH:
         raise NotJson(_TOO_DEEP)
     if ("\\u" in text or not text.isascii()) and has_lone_surrogate(value):
         raise NotJson("a string holds a lone surrogate, which is no Unicode character")
     return value
 
 
-def depth_of(value: Json) -> int:
-    """How many arrays and objects are nested in a value; 0 for a scalar. Not recursive."""
+def measure_depth(value: Json) -> int:
+    """Nesting depth of arrays and objects; 0 for a scalar. Not recursive."""
     depth = 0
     level: list[Json] = [value]
     while containers := [parent for parent in level if isinstance(parent, dict | list)]:
@@ -59,7 +59,7 @@ def depth_of(value: Json) -> int:
 
 
 def has_lone_surrogate(value: Json) -> bool:
-    """Whether a string in a value cannot be written as UTF-8."""
+    """Whether any string in a value cannot be encoded as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -71,7 +71,7 @@ _TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 
 
 class _NotFinite(Exception):
-    """A number of the text has no finite double."""
+    """A number in the text has no finite double."""
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -89,7 +89,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite
 
 
 def _find_not_finite(text: str) -> int:
-    # The decoder stopped at the first such number, and all before it is well formed.
+    # The decoder stopped at the first such number; everything before it is well formed.
     for found in _NUMBER_OR_STRING.finditer(text):
         token = found.group()
         if token in ("NaN", "Infinity", "-Infinity") or (

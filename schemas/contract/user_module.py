@@ -1,12 +1,12 @@
 """Finds a user's Python module beside the job file and ships it to workers as source text.
 
-Used by `schemas/contract/answer_schema.py`, whose pydantic model may live in such a module. The launcher reads the
-sources once (`ModuleSources.collect`) before anything runs. They travel inside the pickled schema, and `restore` makes
-them importable from memory in any process; it writes no file and leaves `sys.path` alone. Installed modules (standard
+Used by `schemas/contract/answer_schema.py`, whose pydantic model may be defined in such a module. The launcher reads
+the sources once (`ModuleSources.collect`) before the run. They are part of the pickled schema, and `restore` makes them
+importable from memory in any process, without writing files or changing `sys.path`. Installed modules (standard
 library, site-packages, moebeam) are not shipped: workers have their own.
 
-Only source is shipped. A package that reads data files, or imports modules outside itself by computed names, must be
-installed on the workers. Why not cloudpickle: `docs/adr/0008-user-module-on-workers.md`.
+Only source is shipped. A package that reads data files, or imports other modules by computed names, must be installed
+on the workers. Why not cloudpickle: `docs/adr/0008-user-module-on-workers.md`.
 """
 
 import ast
@@ -33,7 +33,7 @@ from moebeam.schemas.contract.wording import describe_error
 from moebeam.schemas.errors import JobFileError
 
 MAX_SOURCE_BYTES = 1 << 20
-"""Most source text shipped for one module; it travels with every stage that validates."""
+"""Most source text shipped for one module; every validating stage carries it."""
 MAX_SOURCE_FILES = 1_000
 
 _OWN_PACKAGE = "moebeam"
@@ -42,13 +42,12 @@ _OWN_ROOT = Path(__file__).absolute().parents[3]
 
 
 def import_user_module(name: str, folder: str | Path | None = None) -> ModuleType:
-    """Import a module by its dotted name, from `folder` first if it is there, else as Python would.
+    """Import a module by its dotted name, from `folder` if it is there, else as Python would.
 
     Args:
-        folder: a local folder, such as that of the job file. A module found in it is read afresh when its source has
-            changed since it was imported from there.
+        folder: a local folder, such as the job file's. A module found in it is reloaded if its source has changed.
     Raises:
-        JobFileError: no such module, its code raised, or its name is taken by another module.
+        JobFileError: no such module, its code raised, or another module has its name.
     """
     root = None if folder is None else Path(folder).absolute()
     if root is not None and _locate(name, root) is not None:
@@ -69,7 +68,7 @@ def import_user_module(name: str, folder: str | Path | None = None) -> ModuleTyp
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One module's source; `path` is where it was read, and what its tracebacks name."""
+    """One module's source; `path` is where it was read, for tracebacks."""
 
     name: str
     is_package: bool
@@ -79,7 +78,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class ModuleSources:
-    """A module and the modules of its folder that it needs, as text."""
+    """Source text of a module and of the modules in its folder that it needs."""
 
     module: str
     files: tuple[SourceFile, ...]
@@ -88,14 +87,14 @@ class ModuleSources:
     def collect(cls, module: ModuleType) -> "ModuleSources | None":
         """Read the sources that a worker needs to import a module.
 
-        These are the file itself, or the whole top package that it belongs to, and what they import from the same
-        folder, found in the source text and so also where a function imports it.
+        These are its file, or its whole top-level package, plus everything imported from the same folder. Imports are
+        found in the source text, so those inside functions count.
 
         Returns:
-            None for what workers have themselves (installed modules), and for `__main__`, whose classes cloudpickle
-            ships by value.
+            None for installed modules, which workers have, and for `__main__`, whose classes cloudpickle ships by
+            value.
         Raises:
-            JobFileError: a source cannot be read, is no Python source, or all together are too large.
+            JobFileError: a source cannot be read or parsed, or all together are too large.
         """
         name = module.__name__
         loader: object = getattr(module, "__loader__", None)
@@ -122,17 +121,17 @@ class ModuleSources:
 
     @cached_property
     def digest(self) -> str:
-        """Names the text of the files; the paths where they were read do not count."""
+        """Digest of the source texts; independent of their paths."""
         return fingerprint([[file.name, file.is_package, file.text] for file in self.files])
 
     def restore(self) -> ModuleType:
-        """Import the module, from memory unless the very same sources are installed here.
+        """Import the module, from memory unless the same sources are installed here.
 
-        The same sources give the same module object, however often they are restored in a process. Sources of the
-        same name from an earlier job are replaced; their classes go on working.
+        Within a process, the same sources always give the same module object. Sources of the same name from an
+        earlier job are replaced; their classes keep working.
 
         Raises:
-            JobFileError: the module's code raised, or its name is taken by another module of this process.
+            JobFileError: the module's code raised, or another module of this process has its name.
         """
         with _LOCK:
             found = _FOUND.get((self.digest, self.module))
@@ -155,13 +154,13 @@ class ModuleSources:
 
 @dataclass(frozen=True, slots=True)
 class ShippedClass:
-    """A class of a shipped module, by its dotted path in it; this is what is pickled in the class's place."""
+    """A class of a shipped module, by its dotted path in it; pickled in place of the class."""
 
     sources: ModuleSources
     path: str
 
     def restore(self) -> type:
-        """The class; raises as `ModuleSources.restore` does, and where the module has no such class here."""
+        """Import the class; raises as `ModuleSources.restore` does, and if the module lacks the class here."""
         found: object = self.sources.restore()
         for name in self.path.split("."):
             found = getattr(found, name, None)
@@ -188,9 +187,9 @@ class _MemoryLoader(ExecutionLoader):
 
 
 class _MemoryFinder(MetaPathFinder):
-    """Finds shipped modules, and only those; there is one in a process.
+    """Finds shipped modules only; one per process.
 
-    Of several versions of a module the one restored last is in `sys.modules`; the others wait in `_modules`.
+    `sys.modules` has the version of a module that was restored last; `_modules` keeps the others.
     """
 
     def __init__(self) -> None:
@@ -207,7 +206,7 @@ class _MemoryFinder(MetaPathFinder):
             fullname,
             loader.file.path,
             loader=loader,
-            # Empty, so that a launcher misses what a worker would miss.
+            # Empty, so that an import that fails on a worker fails on the launcher too.
             submodule_search_locations=[] if loader.file.is_package else None,
         )
 
@@ -227,7 +226,7 @@ class _MemoryFinder(MetaPathFinder):
             sys.meta_path.insert(0, self)
         for file in sources.files:
             self._loaders[file.name] = _MemoryLoader(file, sources)
-            # Without a time of change the entry is kept, also where no such file exists.
+            # Without a modification time, linecache keeps the entry even if the file does not exist.
             linecache.cache[file.path] = (len(file.text), None, file.text.splitlines(keepends=True), file.path)
         sys.modules.update(self._modules[sources.digest])
         try:
@@ -248,7 +247,7 @@ class _MemoryFinder(MetaPathFinder):
 _LOCK: Final = RLock()
 _FINDER: Final = _MemoryFinder()
 _FOUND: Final[dict[tuple[str, str], ModuleType]] = {}
-"""Modules that Python itself found, by digest of their sources at that time and by name."""
+"""Modules that Python itself found, by name and the digest of their sources at that time."""
 
 
 def _read_sources(name: str, root: Path) -> ModuleSources:
@@ -256,7 +255,7 @@ def _read_sources(name: str, root: Path) -> ModuleSources:
     num_bytes = 0
     tops = [_top(name)]
     for top in tops:
-        for file in _files_of(top, root):
+        for file in _read_package(top, root):
             files[file.name] = file
             num_bytes += len(file.text.encode())
             if num_bytes > MAX_SOURCE_BYTES or len(files) > MAX_SOURCE_FILES:
@@ -269,13 +268,13 @@ def _read_sources(name: str, root: Path) -> ModuleSources:
     return ModuleSources(name, tuple(files[key] for key in sorted(files)))
 
 
-def _files_of(top: str, root: Path) -> Iterator[SourceFile]:
-    """The source of a top module, or all sources of a top package; a folder without `__init__.py` is one too."""
+def _read_package(top: str, root: Path) -> Iterator[SourceFile]:
+    """Read a top-level module, or all sources of a top-level package, with or without `__init__.py`."""
     binaries = [path for suffix in EXTENSION_SUFFIXES if (path := root / f"{top}{suffix}").exists()]
     module = root / f"{top}.py"
     if not (root / top / "__init__.py").is_file() and (module.is_file() or binaries):
         if binaries:
-            raise _unreadable(top, binaries[0], "an extension module")
+            raise _build_error(top, binaries[0], "an extension module")
         yield _read_source(top, module, is_package=False)
         return
     for folder, subfolders, names in os.walk(root / top):
@@ -292,20 +291,20 @@ def _files_of(top: str, root: Path) -> Iterator[SourceFile]:
                 yield _read_source(f"{package}.{stem}", Path(folder, name), is_package=False)
             binary = next((ending for ending in EXTENSION_SUFFIXES if name.endswith(ending)), None)
             if binary is not None and f"{package}.{name.removesuffix(binary)}" in sys.modules:
-                raise _unreadable(f"{package}.{name.removesuffix(binary)}", Path(folder, name), "an extension module")
+                raise _build_error(f"{package}.{name.removesuffix(binary)}", Path(folder, name), "an extension module")
 
 
 def _read_source(name: str, path: Path, *, is_package: bool) -> SourceFile:
     try:
         if path.stat().st_size > MAX_SOURCE_BYTES:
-            raise _unreadable(name, path, f"more than {MAX_SOURCE_BYTES:,} bytes")
+            raise _build_error(name, path, f"more than {MAX_SOURCE_BYTES:,} bytes")
         return SourceFile(name, is_package, str(path), importlib.util.decode_source(path.read_bytes()))
     except (OSError, UnicodeDecodeError, SyntaxError) as error:
-        # A SyntaxError tells of an unknown encoding declared in the first lines.
-        raise _unreadable(name, path, describe_error(error)) from error
+        # SyntaxError: an unknown encoding declared in the first lines.
+        raise _build_error(name, path, describe_error(error)) from error
 
 
-def _unreadable(name: str, path: Path, found: str) -> JobFileError:
+def _build_error(name: str, path: Path, found: str) -> JobFileError:
     return JobFileError(
         f"module {name!r} cannot be shipped to workers: expected Python source in {path}, found {found}; "
         "install it here and on the workers"
@@ -313,11 +312,11 @@ def _unreadable(name: str, path: Path, found: str) -> JobFileError:
 
 
 def _imports(text: str) -> set[str]:
-    """Top names of all modules that a source imports, wherever in it."""
+    """Top-level names of all modules that a source imports, anywhere in it."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):
-        return set()  # Whoever imports it gets the error.
+        return set()  # Importing it raises the error.
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -328,7 +327,7 @@ def _imports(text: str) -> set[str]:
 
 
 def _is_beside(top: str, root: Path) -> bool:
-    """Whether a module that the user's imports is the user's too: in the same folder, and not loaded from elsewhere."""
+    """Whether an imported module is also the user's: in the same folder and not loaded from elsewhere."""
     if _is_reserved(top):
         return False
     loaded = sys.modules.get(top)
@@ -345,11 +344,11 @@ def _is_beside(top: str, root: Path) -> bool:
 
 
 def _is_found_unchanged(sources: ModuleSources) -> bool:
-    """Whether Python itself would find every one of the modules here, with the same source."""
+    """Whether Python itself would find all of the modules here, with the same source."""
     try:
         spec = importlib.util.find_spec(_top(sources.module))
     except (ImportError, ValueError):
-        return False  # The module that is loaded under this name tells nothing of where it came from.
+        return False  # The module loaded under this name does not say where it came from.
     if spec is None or isinstance(spec.loader, _MemoryLoader):
         return False
     folders = spec.submodule_search_locations
@@ -378,7 +377,7 @@ def _locate(name: str, root: Path) -> Path | None:
 
 
 def _is_reserved(top: str) -> bool:
-    """Whether every worker has a module of this name, which a user's own could not replace."""
+    """Whether every worker has a module of this name, which a user's module cannot replace."""
     return top == _OWN_PACKAGE or top in sys.stdlib_module_names
 
 
@@ -387,7 +386,7 @@ def _is_shipped(module: ModuleType) -> bool:
 
 
 def _is_installed(path: Path) -> bool:
-    """Whether a file belongs to Python or to a package that was installed; an editable install does not count."""
+    """Whether a file belongs to Python or an installed package; editable installs do not count."""
     folders = {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
     return not {"site-packages", "dist-packages"}.isdisjoint(path.parts) or any(map(path.is_relative_to, folders))
 

@@ -1,40 +1,39 @@
-"""How answers and schemas are quoted in error messages: a pointer, a short excerpt, never the whole document.
-
-Used wherever a message of `schemas` shows a value of the user's or of the model's.
-"""
+"""Quotes answers and schemas in error messages: a pointer and a short excerpt, never the whole document."""
 
 import json
 from collections.abc import Sequence
 
 from jsonschema_rs import ValidationError, ValidationErrorKind
 
+from moebeam.schemas.contract.references import escape_step
+
 MAX_EXCERPT = 100
-"""Most characters that an error message quotes of a value."""
+"""Most characters of a value that an error message quotes."""
 
 
 def describe_violation(error: ValidationError) -> str:
-    """One violation as pointer, keyword, expected and found; never longer than a few excerpts."""
-    return f"at {pointer_of(error.instance_path)}: {_complaint(error)}, found {_found(error)}"
+    """Describe one violation by pointer, keyword, expected and found; at most a few excerpts long."""
+    return f"at {format_pointer(error.instance_path)}: {_format_complaint(error)}, found {_format_found(error)}"
 
 
-def _complaint(error: ValidationError) -> str:
-    return f"{error.kind.name}: expected {_expected(error.kind)}"
+def _format_complaint(error: ValidationError) -> str:
+    return f"{error.kind.name}: expected {_format_expected(error.kind)}"
 
 
-def _expected(kind: ValidationErrorKind) -> str:
+def _format_expected(kind: ValidationErrorKind) -> str:
     match kind:
         case ValidationErrorKind.Type(types=types):
             return " or ".join(types)
         case ValidationErrorKind.Required(property=name):
             return f"a property {excerpt(name)}"
         case ValidationErrorKind.AnyOf(context=context) | ValidationErrorKind.OneOfNotValid(context=context):
-            return shorten("one of: " + "; ".join(_complaint(branch[0]) for branch in context if branch))
+            return shorten("one of: " + "; ".join(_format_complaint(branch[0]) for branch in context if branch))
         case ValidationErrorKind.OneOfMultipleValid():
             return "exactly one alternative to match, not several"
         case ValidationErrorKind.AdditionalProperties() | ValidationErrorKind.UnevaluatedProperties():
             return "no properties beyond those of the schema"
         case ValidationErrorKind.PropertyNames(error=inner):
-            return f"names that keep {_complaint(inner)}"
+            return f"names that keep {_format_complaint(inner)}"
         case ValidationErrorKind.FalseSchema():
             return "nothing here"
         case ValidationErrorKind.UniqueItems():
@@ -47,7 +46,7 @@ def _expected(kind: ValidationErrorKind) -> str:
             return excerpt(kind.value)
 
 
-def _found(error: ValidationError) -> str:
+def _format_found(error: ValidationError) -> str:
     match error.kind:
         case ValidationErrorKind.AdditionalProperties(unexpected=names):
             return excerpt(names)
@@ -57,10 +56,9 @@ def _found(error: ValidationError) -> str:
             return excerpt(error.instance)
 
 
-def pointer_of(path: Sequence[str | int]) -> str:
-    """A JSON pointer (RFC 6901); `the root` for the empty one, which would not be seen."""
-    steps = (str(step).replace("~", "~0").replace("/", "~1") for step in path)
-    return shorten("".join(f"/{step}" for step in steps)) or "the root"
+def format_pointer(path: Sequence[str | int]) -> str:
+    """Format a JSON pointer (RFC 6901); `the root` for the empty one, which would be invisible."""
+    return shorten("".join(f"/{escape_step(step)}" for step in path)) or "the root"
 
 
 def excerpt(value: object) -> str:
@@ -79,7 +77,7 @@ def shorten(text: str) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """A foreign error in a few words; its own `__str__` may fail, or quote whatever it likes."""
+    """Describe a third-party error briefly; its own `__str__` may raise or quote anything."""
     try:
         text = str(error)
     except Exception:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
 
 
-def _checked_address(value: str) -> str:
+def _check_address(value: str) -> str:
     try:
         parts = urlsplit(value)
         has_port = parts.port is None or parts.port > 0
@@ -26,7 +26,7 @@ def _checked_address(value: str) -> str:
     return value.rstrip("/")
 
 
-def _checked_variable(value: str) -> str:
+def _check_variable(value: str) -> str:
     if not _VARIABLE.fullmatch(value):
         raise ValueError(
             "expected the NAME of an environment variable, in capitals such as DEEPSEEK_API_KEY, found something else; "
@@ -35,8 +35,8 @@ def _checked_variable(value: str) -> str:
     return value
 
 
-Address: TypeAlias = Annotated[str, AfterValidator(_checked_address)]
+Address: TypeAlias = Annotated[str, AfterValidator(_check_address)]
 """`http` or `https`, without credentials, up to where `/chat/completions` follows."""
 
-KeyVariable: TypeAlias = Annotated[str, AfterValidator(_checked_variable)]
+KeyVariable: TypeAlias = Annotated[str, AfterValidator(_check_variable)]
 """Name of the environment variable that holds a key."""

@@ -37,6 +37,8 @@ class ModelSection(Section):
     """Where the engine's loading function lives, as `module:function`."""
     has_weights: ClassVar[bool] = True
     """Whether the engine reads a checkpoint's weights on this machine."""
+    extra: ClassVar[str] = ""
+    """The extra of moebeam that brings the engine's packages; empty if every installation has them."""
     is_remote: ClassVar[bool] = False
     """Whether answers are paid to somebody else: no checkpoint is needed, and what arrives is kept at once."""
     is_constrained: ClassVar[bool] = False

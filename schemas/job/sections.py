@@ -28,7 +28,7 @@ class InputSection(Section):
     tenant_column: str | None = Field(
         default=None, description="Rows of different tenants never share or merge anything"
     )
-    cost_center_column: str | None = Field(default=None, description="Who is charged inside a tenant")
+    cost_center_column: str | None = Field(default=None, description="Who is charged within a tenant")
 
 
 class PromptSection(Section):
@@ -57,14 +57,15 @@ class OutputSection(Section):
         default="assert", description="Whether JSON Schema `format` is checked"
     )
     response_format: Literal["auto", "text", "json_object"] = Field(
-        default="auto", description="Form of the answer: `auto` is JSON by the schema where there is one, else text"
+        default="auto",
+        description="Form of the answer: `auto` is JSON that keeps the schema where there is one, else text",
     )
     schema_in_prompt: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="Whether the model reads the schema; `auto` where its own encoding has a place for it",
+        description="Whether the prompt contains the schema; `auto` where the model's encoding has a place for it",
     )
     constrain: Literal["auto", "never"] = Field(
-        default="auto", description="Whether engines in process can only write answers that keep the form asked for"
+        default="auto", description="Whether engines in process constrain decoding to answers of the requested form"
     )
     max_reject_share: float = Field(
         default=0.0, ge=0, le=1, description="Share of rejected rows that still exits with 0"
@@ -74,14 +75,14 @@ class OutputSection(Section):
 
 
 class SamplingSection(Section):
-    """`[sampling]`: how answers are drawn; a request's own values win."""
+    """`[sampling]`: how tokens are sampled; a request's own values win."""
 
-    max_tokens: int = Field(default=512, gt=0, description="Most tokens of an answer")
+    max_tokens: int = Field(default=512, gt=0, description="Maximum tokens of an answer")
     temperature: float = Field(default=0.0, ge=0, le=2, description="0 is greedy: same prompt, same answer")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="Share of probability that is sampled from")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="Share of the probability mass to sample from")
     stop: tuple[str, ...] = Field(default=(), max_length=16, description="Texts that end an answer")
     min_p: float = Field(
-        default=0.0, ge=0, le=1, description="Least probability that is sampled, as a share of the likeliest token's"
+        default=0.0, ge=0, le=1, description="Minimum probability of a token, as a share of the likeliest token's"
     )
     logprobs: bool = Field(default=False, description="Whether answers carry the log probability of each token")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Makes sampled answers repeatable")
@@ -94,10 +95,10 @@ class ThinkingSection(Section):
         default="auto", description="`auto` leaves it to the model's encoding"
     )
     reasoning_effort: str | None = Field(
-        default=None, description="Such as `low`, `high` or `max`; what a model knows depends on its date"
+        default=None, description="Such as `low`, `high` or `max`; which ones exist depends on the model"
     )
     max_reasoning_tokens: int | None = Field(
-        default=None, gt=0, description="Reasoning is closed after so many tokens; engines in process only"
+        default=None, gt=0, description="Ends reasoning after this many tokens; engines in process only"
     )
 
 
@@ -114,7 +115,7 @@ class RepairSection(Section):
     """`[repair]`: what happens to an answer that breaks its contract."""
 
     max_attempts: int = Field(
-        default=2, ge=1, le=10, description="Times that a row is asked, the first included; 1 never asks again"
+        default=2, ge=1, le=10, description="Maximum attempts per row, the first included; 1 never asks again"
     )
     temperature: float | None = Field(
         default=None, ge=0, le=2, description="Temperature of later attempts; default the row's own"
@@ -127,10 +128,10 @@ class PlanSection(Section):
     max_shard_tokens: int = Field(
         default=1_000_000,
         gt=0,
-        description="Most expected tokens a shard, uncached plus output, beside the prefix that it begins with",
+        description="Maximum expected tokens per shard, uncached input plus output, not counting its first prefix",
     )
     max_shard_rows: int = Field(
-        default=1024, gt=0, description="Most rows a shard; requests that are answered together are never cut apart"
+        default=1024, gt=0, description="Maximum rows per shard; requests that are answered together stay together"
     )
     merge: Literal["auto", "always", "never"] = Field(
         default="auto", description="Answer identical requests once: `auto` where sampling is greedy"
@@ -151,15 +152,15 @@ class AccountingSection(Section):
 
 
 class LimitsSection(Section):
-    """`[limits]`: where a run stops, to be resumed with a larger limit; earlier attempts of the run count."""
+    """`[limits]`: when a run stops; resume it with a larger limit. Earlier attempts of the run count."""
 
     max_cost: Annotated[Decimal, Field(gt=0)] | None = Field(
-        default=None, description="Most that is billed, in the price book's currency; a number, or text to be exact"
+        default=None, description="Maximum billed, in the price book's currency; a number, or a string to be exact"
     )
-    max_input_tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most prompt tokens")
-    max_output_tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Most tokens of answers")
+    max_input_tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Maximum prompt tokens")
+    max_output_tokens: Annotated[int, Field(gt=0)] | None = Field(default=None, description="Maximum tokens of answers")
     max_requests: Annotated[int, Field(gt=0)] | None = Field(
-        default=None, description="Most requests, those that ask again included"
+        default=None, description="Maximum requests, further attempts included"
     )
     deadline: Annotated[float, Field(gt=0)] | str | None = Field(
         default=None,
@@ -171,17 +172,17 @@ class LimitsSection(Section):
     @classmethod
     def _check_instant(cls, value: float | str | None) -> float | str | None:
         if isinstance(value, str):
-            _instant(value)
+            _parse_instant(value)
         return value
 
     def deadline_at(self, now: float) -> float | None:
         """The deadline of an attempt that starts `now`; both in seconds since the epoch."""
         if self.deadline is None:
             return None
-        return _instant(self.deadline) if isinstance(self.deadline, str) else now + 60 * self.deadline
+        return _parse_instant(self.deadline) if isinstance(self.deadline, str) else now + 60 * self.deadline
 
 
-def _instant(text: str) -> float:
+def _parse_instant(text: str) -> float:
     """An ISO time with a time zone, in seconds since the epoch."""
     try:
         instant = datetime.fromisoformat(text)
@@ -199,26 +200,26 @@ class FailuresSection(Section):
         default="reject", description="`reject` writes the row to rejects; `fail` stops the job at the first such row"
     )
     max_retries: int = Field(
-        default=2, ge=0, le=20, description="Times that a row is asked again whose engine was overloaded or timed out"
+        default=2, ge=0, le=20, description="Retries of a row whose engine was overloaded or timed out"
     )
     retry_wait_s: float = Field(
-        default=1.0, ge=0, le=60, description="Seconds before the first retry; each further one waits twice as long"
+        default=1.0, ge=0, le=60, description="Seconds before the first retry; doubles with each further one"
     )
     engine_process: Literal["auto", "own", "host", "shared"] = Field(
         default="auto",
-        description="`own` gives the engine of each worker a process of its own: a row that kills it is found and "
-        "rejected alone; `host` does the same with one engine, and one copy of the weights, for all workers of a host; "
-        "`shared` leaves it in the worker's process; `auto` is `own` where `max_silence_s` is set or an earlier "
+        description="`own` runs each worker's engine in a process of its own: a row that crashes it is isolated and "
+        "rejected; `host` does the same with one engine, and one copy of the weights, for all workers of a host; "
+        "`shared` runs it in the worker's process; `auto` is `own` where `max_silence_s` is set or an earlier "
         "attempt of the run was killed, else `shared`",
     )
     max_silence_s: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="An engine in process that neither answers nor counts any work for so long is started again",
+        description="Restarts an engine in process that has neither answered nor reported progress for this long",
     )
     journal: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="Whether each answer is kept as it arrives, so that nothing is asked twice after a crash; "
-        "`auto` where answers are paid to a provider",
+        description="Whether each answer is stored as it arrives, so that nothing is asked twice after a crash; "
+        "`auto` where a provider is paid for answers",
     )
 
     @model_validator(mode="after")
@@ -239,7 +240,7 @@ class PartySection(Section):
         default=None, description="What it adds to what it pays, in percent; a number, or text to be exact"
     )
     currency: Annotated[str, Field(pattern="^[A-Z]{3}$")] | None = Field(
-        default=None, description="Currency of its price book, held against it"
+        default=None, description="Expected currency of its price book"
     )
     recognition: Literal["gross", "net"] = Field(
         default="gross",
@@ -258,7 +259,7 @@ class PartySection(Section):
 
 
 class ValueChainSection(Section):
-    """`[value_chain]`: who charges whom for the run's tokens; for reports alone, it shapes no answer."""
+    """`[value_chain]`: who charges whom for the run's tokens; used by reports only."""
 
     parties: tuple[PartySection, ...] = Field(
         default=(), description="From the model provider to the customer, as `[[value_chain.parties]]`"
@@ -314,7 +315,7 @@ class Job(Section):
         """Where the job file lies, beside which a pydantic model's module may lie; None for a job made in Python."""
         return self._folder
 
-    def located(self, folder: str) -> "Job":
+    def in_folder(self, folder: str) -> "Job":
         """The same job, of a file in `folder`."""
         job = self.model_copy()
         job._folder = folder

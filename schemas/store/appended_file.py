@@ -1,7 +1,7 @@
-"""A file on disk that grows, for what must survive its writer: object stores have no such thing.
+"""A file on disk that grows by appending; object stores have no such thing.
 
-Beside `schemas/store/storage.py`, whose files are whole or not there. What was written survives the death of the
-process; what was synced survives that of the machine. A reader may find the last write cut off.
+Unlike the files of `schemas/store/storage.py` it can be partial: a reader may find the last write cut off. Written
+bytes survive the death of the process; synced bytes survive that of the machine.
 """
 
 import os

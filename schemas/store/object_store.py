@@ -1,6 +1,6 @@
-"""What object stores raise and how their files are read; the rest of the product sees `storage.py`.
+"""Errors of object stores and reading of their files; everything else uses `storage.py`.
 
-Every store's library brings errors of its own, most of which are no OSErrors. Here they become such, by type.
+Each store's library has its own errors, most of them no OSErrors. Here they are mapped to OSErrors, by type.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any, cast
 from moebeam.schemas.errors import CommitError
 
 READ_BYTES = 1024 * 1024
-"""Least that is asked of an object store at once: a request costs about as long as a megabyte takes."""
+"""Smallest read from an object store: a request takes about as long as a megabyte."""
 
 
 def is_local(path: str) -> bool:
@@ -22,25 +22,25 @@ def is_local(path: str) -> bool:
 
 
 class StoreError(OSError):
-    """An object store failed, could not be reached or refused; this tells nothing about the file itself."""
+    """An object store failed, could not be reached or refused; says nothing about the file itself."""
 
 
 class StoreAccessDenied(StoreError, PermissionError):
-    """An object store refused these credentials, or gave them no right to do this."""
+    """An object store refused these credentials, or they lack the right to do this."""
 
 
 @contextlib.contextmanager
-def named_errors(path: str) -> Generator[None]:
-    """Raise a store's errors as OSErrors with the path; those of a disk are such already."""
+def map_errors(path: str) -> Generator[None]:
+    """Raise a store's errors as OSErrors with the path; a disk's pass through unchanged."""
     try:
         yield
     except Exception as error:
         if is_local(path) or isinstance(error, (StoreError, CommitError)):
             raise
-        raise _named(error, path) from error
+        raise _map_error(error, path) from error
 
 
-def _named(error: Exception, path: str) -> OSError:
+def _map_error(error: Exception, path: str) -> OSError:
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     if isinstance(error, FileExistsError):
@@ -56,7 +56,7 @@ def _named(error: Exception, path: str) -> OSError:
 
 
 class StoredFile(io.RawIOBase):
-    """An object of a store, read by ranges; fewer bytes than asked for are the end of the file or an error."""
+    """An object of a store, read by ranges; a short read before the end of the file raises."""
 
     def __init__(self, path: str, source: Any) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class StoredFile(io.RawIOBase):
     def _read(self, num_bytes: int) -> bytes:
         start = self.tell()
         expected = max(0, min(num_bytes, self._num_bytes - start))
-        with named_errors(self._path):
+        with map_errors(self._path):
             content = cast("bytes", self._source.read(expected)) if expected else b""
         if len(content) != expected:
             reason = f"short read: expected {expected} bytes at byte {start}, found {len(content)}"
@@ -102,12 +102,12 @@ class StoredFile(io.RawIOBase):
 
 
 def store_code(error: OSError) -> str | None:
-    """The S3 code of an error; s3fs gives the commonest alone types of their own."""
+    """The S3 error code; s3fs maps only the most common ones to types of their own."""
     return _response(error).get("Code")
 
 
 def _response(error: BaseException) -> Mapping[str, Any]:
-    """What botocore keeps of a store's refusal: its `Code` and `HTTPStatusCode`, among others."""
+    """Botocore's record of a refusal: `Code` and `HTTPStatusCode`, among others."""
     response: object = getattr(error.__cause__, "response", None)
     if not isinstance(response, Mapping):
         return {}

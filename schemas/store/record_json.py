@@ -1,15 +1,17 @@
-"""Frozen records as canonical JSON: the form in which they are kept on the store and travel between stages.
+"""Frozen records as canonical JSON, as stored and as sent between stages.
 
-Knows nothing of Beam; `transforms/beam/coders.py` makes Beam coders of it.
+`read_record` reads a record that must be whole. `write_note` and `read_note` are for notes, which may be lost or torn.
+Free of Beam; `transforms/beam/coders.py` wraps it in Beam coders.
 """
 
+import json
 from functools import cache
 from typing import Any, Generic, TypeVar, cast
 
 from pydantic import TypeAdapter
 
 from moebeam.schemas.canonical import Json, canonical_json
-from moebeam.schemas.errors import CommitError, abbreviated
+from moebeam.schemas.errors import CommitError, abbreviate
 from moebeam.schemas.store import storage
 
 Record = TypeVar("Record")
@@ -19,10 +21,12 @@ class RecordJson(Generic[Record]):
     """A frozen dataclass as canonical JSON; fields may nest dataclasses, tuples and scalars."""
 
     def __init__(self, record_type: type[Record]) -> None:
-        self._adapter: TypeAdapter[Record] = _adapter_of(record_type)
+        self._adapter: TypeAdapter[Record] = _get_adapter(record_type)
 
     def encode(self, value: Record) -> bytes:
-        return canonical_json(cast("Json", self._adapter.dump_python(value, mode="json"))).encode()
+        text = canonical_json(cast("Json", self._adapter.dump_python(value, mode="json")))
+        # A message may quote a lone surrogate, which UTF-8 cannot encode: it becomes a JSON escape.
+        return text.encode(errors="backslashreplace")
 
     def decode(self, encoded: bytes) -> Record:
         """The record of `encode`.
@@ -30,11 +34,17 @@ class RecordJson(Generic[Record]):
         Raises:
             ValueError: the bytes are not such a record.
         """
-        return self._adapter.validate_json(encoded)
+        try:
+            return self._adapter.validate_json(encoded)
+        except ValueError:
+            if b"\\ud" not in encoded:
+                raise
+            # Only Python's own parser reads the escape of a lone surrogate.
+            return self._adapter.validate_python(json.loads(encoded))
 
 
 def read_record(path: str, record_type: type[Record], what: str) -> Record | None:
-    """The record that is kept at a path, or None where there is none.
+    """The record at a path, or None where there is none.
 
     Args:
         what: the record's name in messages, such as `a commit record`.
@@ -47,10 +57,30 @@ def read_record(path: str, record_type: type[Record], what: str) -> Record | Non
     try:
         return RecordJson(record_type).decode(storage.read_bytes(path))
     except ValueError as error:
-        raise CommitError(f"{path}: expected {what}, found {abbreviated(str(error))}") from error
+        raise CommitError(f"{path}: expected {what}, found {abbreviate(str(error))}") from error
+
+
+def write_note(path: str, note: object) -> None:
+    """Write a record that may be lost with the machine; replaces an earlier one at the path.
+
+    Raises:
+        OSError: the store failed.
+    """
+    storage.write_note(path, RecordJson(type(note)).encode(note))
+
+
+def read_note(path: str, record_type: type[Record]) -> Record | None:
+    """The note at a path; None where there is none or it cannot be read.
+
+    Fields that the record does not know are ignored.
+    """
+    try:
+        return RecordJson(record_type).decode(storage.read_bytes(path))
+    except (OSError, ValueError):
+        return None
 
 
 @cache
-def _adapter_of(record_type: type[Any]) -> TypeAdapter[Any]:
-    """Built once a type: that takes 5 ms, which a resume would pay for each committed shard."""
+def _get_adapter(record_type: type[Any]) -> TypeAdapter[Any]:
+    """Built once per type: it takes 5 ms, which a resume would pay for each committed shard."""
     return TypeAdapter(record_type)

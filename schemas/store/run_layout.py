@@ -1,15 +1,19 @@
-"""Where everything of a run lies below its output folder.
+"""Paths of a run below its output folder.
 
 results/ rejects/ ledger/   what analysts read: whole Parquet files, published after commit
 manifest.json               last of all: counts, sums, files
 _moebeam/job.json           whose output this is
-_moebeam/quote.json         what was expected of the run, where `moebeam estimate --save` was asked
+_moebeam/quote.json         the estimate that `moebeam estimate --save` wrote
+_moebeam/stop               the launcher was asked to stop; workers look for it
+_moebeam/failure.json       why the last launch failed
 _moebeam/plan/              runs/ (while planning), one Arrow file a shard, plan.json when complete
-_moebeam/progress/          heartbeats, for people only
+_moebeam/progress/          progress of each shard, for people and for budgets
 _moebeam/staging/           a shard's tables before commit, under names no `*.parquet` glob matches
-_moebeam/leases/            who answers which shard right now, see `transforms/durable/lease.py`
-_moebeam/journal/           answers that were paid, a folder a shard, as they arrived
-_moebeam/commits/           one record a committed shard; the first one wins
+_moebeam/leases/            which worker answers which shard, see `transforms/durable/lease.py`
+_moebeam/journal/           paid answers in order of arrival, one folder per shard
+_moebeam/commits/           one record per committed shard; the first one wins
+
+What is kept on a host and not in the output folder, such as cached checkpoints, is not listed here.
 """
 
 from dataclasses import dataclass
@@ -98,14 +102,14 @@ class RunLayout:
     def lease(self, shard: str, generation: int) -> str:
         return storage.join(self.leases, f"{shard}.{generation}.json")
 
-    def staged(self, shard: str, attempt: str, table: Table) -> str:
+    def staged_file(self, shard: str, attempt: str, table: Table) -> str:
         return storage.join(self.staging, f"{shard}.{attempt}.{table}.parquet-staged")
 
     def table(self, table: Table) -> str:
         return storage.join(self.output, table)
 
-    def published(self, table: Table, shard: str) -> str:
+    def published_file(self, table: Table, shard: str) -> str:
         return storage.join(self.table(table), f"part-{shard}.parquet")
 
-    def heartbeat(self, stage: str, name: str) -> str:
+    def progress_file(self, stage: str, name: str) -> str:
         return storage.join(self.progress, f"{stage}-{name}.json")

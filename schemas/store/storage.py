@@ -1,9 +1,9 @@
-"""A thin typed adapter over fsspec: the only place that touches a file system by path.
+"""A thin typed adapter over fsspec: inputs, outputs and the state of a run, on disk or in an object store.
 
-Local paths and object-store URLs are treated alike. Durable state is written whole or not at all. A store's errors are
-OSErrors that name the path, whatever its library raises; retries and time-outs are that library's own, set as it says
-(for S3 by `AWS_MAX_ATTEMPTS`, `AWS_ENDPOINT_URL`, `AWS_PROFILE` and the like). Credentials come from the environment
-alone and are never seen here.
+A path may be local or an object-store URL. Durable state is written whole or not at all. Errors of a store are OSErrors
+that name the path, whatever its library raises. Retries and time-outs are the library's own, set through its variables
+(S3: `AWS_MAX_ATTEMPTS`, `AWS_ENDPOINT_URL`, `AWS_PROFILE`); credentials come from the environment alone.
+Copies of checkpoints, logs of engine processes and a host's cache are local files that do not pass through here.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import fsspec
 import fsspec.core
 
 from moebeam.schemas.errors import CommitError
-from moebeam.schemas.store.object_store import READ_BYTES, StoredFile, StoreError, is_local, named_errors, store_code
+from moebeam.schemas.store.object_store import READ_BYTES, StoredFile, StoreError, is_local, map_errors, store_code
 
 _MAX_CONFLICTS = 5
 _MIN_BLOCK_BYTES = 5 * 1024 * 1024
@@ -34,9 +34,9 @@ def join(folder: str, *parts: str) -> str:
 
 
 def file_system(path: str) -> tuple[Any, str]:
-    """The fsspec file system of a path, and the path in that file system's own spelling.
+    """The fsspec file system of a path, and the path as that file system writes it.
 
-    Nothing is remembered of listings: other processes write to the same folders.
+    Listings are not cached: other processes write to the same folders.
 
     Raises:
         StoreError: nothing that is installed reads such paths.
@@ -44,7 +44,9 @@ def file_system(path: str) -> tuple[Any, str]:
     try:
         found: tuple[Any, str] = fsspec.core.url_to_fs(path, use_listings_cache=False)
     except (ImportError, ValueError) as error:
-        reason = f"no reader for such a path ({error}); for s3:// install moebeam[s3], for gs:// moebeam[gcp]"
+        extra = {"s3": "s3", "s3a": "s3", "gs": "gcp", "gcs": "gcp"}.get(path.partition("://")[0])
+        mend = f"; pip install 'moebeam[{extra}]'" if extra else ""
+        reason = f"no reader for such a path ({error}){mend}"
         raise StoreError(errno.EPROTONOSUPPORT, reason, path) from error
     return found
 
@@ -53,12 +55,11 @@ def open_input(path: str) -> BinaryIO:
     """Open a file for random-access reading.
 
     Raises:
-        OSError: as the store says it; FileNotFoundError where the file is missing, `StoreError` where a store failed,
-            here or while reading.
+        OSError: FileNotFoundError where the file is missing, `StoreError` where a store failed, here or while reading.
     """
     if is_local(path):
         return Path(_local(path)).open("rb")
-    with named_errors(path):
+    with map_errors(path):
         fs, inner = file_system(path)
         source = fs.open(inner, "rb", cache_type="none")
         if (getattr(source, "details", None) or {}).get("type") == "directory":
@@ -72,26 +73,26 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_range(path: str, start: int, end: int) -> bytes:
-    """Bytes of a store's file from `start` up to `end`, which may lie beyond its last; safe for several threads."""
-    with named_errors(path):
+    """Bytes `start` to `end` (exclusive, may lie beyond the last) of a store's file; thread-safe."""
+    with map_errors(path):
         fs, inner = file_system(path)
         return bytes(fs.cat_file(inner, start=start, end=end))
 
 
 def exists(path: str) -> bool:
-    with named_errors(path):
+    with map_errors(path):
         fs, inner = file_system(path)
         return bool(fs.exists(inner)) if is_local(path) else _kind(fs, inner) is not None
 
 
 def is_folder(path: str) -> bool:
-    with named_errors(path):
+    with map_errors(path):
         fs, inner = file_system(path)
         return bool(fs.isdir(inner)) if is_local(path) else _kind(fs, inner) == "directory"
 
 
 def _kind(fs: Any, inner: str) -> str | None:
-    """`file`, `directory` or None, in a store; fsspec's own `exists`, `isfile` and `isdir` take its failures for no."""
+    """`file`, `directory` or None, in a store; fsspec's `exists`, `isfile` and `isdir` report failures as False."""
     with contextlib.suppress(FileNotFoundError):
         return str(fs.info(inner)["type"])
     return None
@@ -103,7 +104,7 @@ def list_names(folder: str, suffix: str = "") -> list[str]:
     A link on disk is a file unless it leads to a folder, as for `list_files`.
     """
     found: list[Mapping[str, Any]] = []
-    with named_errors(folder), contextlib.suppress(FileNotFoundError):
+    with map_errors(folder), contextlib.suppress(FileNotFoundError):
         fs, inner = file_system(folder)
         found = fs.ls(inner, detail=True)
     paths = (str(entry["name"]) for entry in found if entry["type"] == "file" or _is_link_to_file(entry))
@@ -115,8 +116,8 @@ def _is_link_to_file(entry: Mapping[str, Any]) -> bool:
     return bool(entry.get("islink")) and not Path(entry["name"]).is_dir()
 
 
-def spelled(path: str) -> str:
-    """A path as `list_files` spells it: without a protocol on disk, with one elsewhere."""
+def normalize_path(path: str) -> str:
+    """A path as `list_files` returns it: without a protocol on disk, with one elsewhere."""
     fs, inner = file_system(path)
     return inner if is_local(path) else str(fs.unstrip_protocol(inner))
 
@@ -124,18 +125,18 @@ def spelled(path: str) -> str:
 def list_files(pattern: str) -> list[tuple[str, Mapping[str, Any]]]:
     """Files matching a glob, or all files below a folder, sorted: (path, fsspec's info).
 
-    Links on disk are followed; a broken one is listed, so that whoever opens it says so.
+    Links on disk are followed; a broken one is listed, so that opening it raises.
     """
-    with named_errors(pattern):
+    with map_errors(pattern):
         fs, inner = file_system(pattern)
         if is_local(pattern):
-            files = dict(_found(fs, inner, {os.path.realpath(inner)}))
+            files = dict(_find_on_disk(fs, inner, {os.path.realpath(inner)}))
         else:
-            files = dict(_found_in_store(fs, inner))
+            files = dict(_find_in_store(fs, inner))
     return [(name if is_local(pattern) else str(fs.unstrip_protocol(name)), files[name]) for name in sorted(files)]
 
 
-def _found(fs: Any, inner: str, folders: set[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _find_on_disk(fs: Any, inner: str, folders: set[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     entries: Mapping[str, Mapping[str, Any]] = {}
     if any(mark in inner for mark in "*?[") and not fs.isfile(inner):
         entries = fs.glob(inner, detail=True)
@@ -148,13 +149,13 @@ def _found(fs: Any, inner: str, folders: set[str]) -> Iterator[tuple[str, Mappin
             if info.get("type", "file") == "file":
                 yield name, info
         elif _is_link_to_file(info):
-            yield name, _followed(name, info)
+            yield name, _follow_link(name, info)
         elif (real := os.path.realpath(name)) not in folders:
             folders.add(real)
-            yield from _found(fs, name, folders)
+            yield from _find_on_disk(fs, name, folders)
 
 
-def _found_in_store(fs: Any, inner: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _find_in_store(fs: Any, inner: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     entries: Mapping[str, Mapping[str, Any]] = {}
     kind = _kind(fs, inner)
     if kind == "file":
@@ -169,8 +170,8 @@ def _found_in_store(fs: Any, inner: str) -> Iterator[tuple[str, Mapping[str, Any
             yield name, info
 
 
-def _followed(name: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is known of a link's file; of a broken link, the link itself."""
+def _follow_link(name: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The info of a link's target; of the link itself where it is broken."""
     with contextlib.suppress(OSError):
         found = Path(name).stat()
         return {**info, "size": found.st_size, "mtime": found.st_mtime}
@@ -188,7 +189,7 @@ def write_whole(path: str, content: bytes) -> None:
         OSError: nothing was written.
     """
     if not is_local(path):
-        with named_errors(path):
+        with map_errors(path):
             fs, inner = file_system(path)
             fs.pipe_file(inner, content)
         return
@@ -210,18 +211,18 @@ def write_whole(path: str, content: bytes) -> None:
 
 
 def is_passing(path: str) -> bool:
-    """Whether a file is one that a writer of this module makes for a moment, or leaves when it is killed in that."""
+    """Whether a file is a temporary one of this module, which a killed writer may leave behind."""
     name = path.rpartition("/")[2]
     return name.startswith(_PROBE) or (name.startswith(".") and name.endswith(_TEMPORARY))
 
 
-def temporary_of(target: Path) -> Path:
+def make_temporary_path(target: Path) -> Path:
     """Where a file on disk is written before it is renamed."""
     return target.with_name(f".{target.name}.{uuid.uuid4().hex}{_TEMPORARY}")
 
 
 def write_note(path: str, content: bytes) -> None:
-    """Write a file that may be lost when the machine fails: whole for its readers, but not made durable.
+    """Write a file without fsync: readers see it whole or not at all, but it may be lost when the machine fails.
 
     Raises:
         OSError: nothing was written.
@@ -231,7 +232,7 @@ def write_note(path: str, content: bytes) -> None:
         return
     target = Path(_local(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_of(target)
+    temporary = make_temporary_path(target)
     try:
         temporary.write_bytes(content)
         temporary.replace(target)
@@ -243,8 +244,8 @@ def write_note(path: str, content: bytes) -> None:
 def create_exclusive(path: str, content: bytes) -> bool:
     """Create a file whole, unless it exists: of any number of racing writers exactly one gets True.
 
-    Writers are told apart by their content, so it must not be empty: a request that a store carried out before its
-    answer was lost is sent again and finds its own file. Those that write the same content all get True.
+    The winner is recognized by its content, which must not be empty: a request whose response was lost is sent again
+    and finds its own file. Writers of equal content all get True.
 
     On local disk by a temporary file, fsync and `os.link` (mode `xb` there leaves an empty winner behind when the
     process is killed); elsewhere by fsspec's mode `xb`, which S3 and GCS map onto a precondition.
@@ -266,7 +267,7 @@ def create_exclusive(path: str, content: bytes) -> bool:
             temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
         return True
-    with named_errors(path):
+    with map_errors(path):
         return _create_in_store(path, content)
 
 
@@ -322,28 +323,28 @@ def check_exclusive(folder: str) -> None:
 
 
 def copy_whole(source: str, target: str) -> None:
-    """Copy within one store so that readers see the target whole or not at all; can be repeated.
+    """Copy within one store so that readers see the target whole or not at all; idempotent.
 
-    On disk the copy is a link to what is durable already; its name is after `sync_folder`.
+    On disk the copy is a hard link to content that is durable already; call `sync_folder` to make its name durable.
     """
     if is_local(target) and is_local(source):
         destination = Path(_local(target))
         destination.parent.mkdir(parents=True, exist_ok=True)
-        link = temporary_of(destination)
+        link = make_temporary_path(destination)
         try:
             os.link(_local(source), link)
             link.replace(destination)
         finally:
             link.unlink(missing_ok=True)
         return
-    with named_errors(source):
+    with map_errors(source):
         fs, inner = file_system(source)
         _, inner_target = file_system(target)
         fs.cp_file(inner, inner_target)
 
 
 def sync_folder(folder: str) -> None:
-    """Make the names in a folder on disk durable; other stores need no such thing."""
+    """Make the names in a folder on disk durable; a no-op for object stores."""
     if is_local(folder) and is_folder(folder):
         _sync_folder(Path(_local(folder)))
 
@@ -354,7 +355,7 @@ def remove_tree(path: str) -> None:
     Raises:
         OSError: something is left.
     """
-    with named_errors(path), contextlib.suppress(FileNotFoundError):
+    with map_errors(path), contextlib.suppress(FileNotFoundError):
         fs, inner = file_system(path)
         for _ in range(_MAX_REMOVALS):
             fs.rm(inner, recursive=True)
@@ -367,7 +368,7 @@ def remove_tree(path: str) -> None:
 def remove_files(paths: Sequence[str]) -> None:
     """Remove files; those already gone are no error."""
     for path in paths:
-        with named_errors(path), contextlib.suppress(FileNotFoundError):
+        with map_errors(path), contextlib.suppress(FileNotFoundError):
             fs, inner = file_system(path)
             fs.rm_file(inner)
 
@@ -377,7 +378,7 @@ def _local(path: str) -> str:
 
 
 def _write_temporary(target: Path, content: bytes) -> Path:
-    temporary = temporary_of(target)
+    temporary = make_temporary_path(target)
     try:
         with temporary.open("xb") as sink:
             sink.write(content)

@@ -1,6 +1,6 @@
-"""A file that is written piece by piece and seen whole or not at all, for what is too long to be held.
+"""A file written in pieces that readers see whole or not at all, for content too long for memory.
 
-Beside `schemas/store/storage.py`, whose whole files come from one value in memory.
+`schemas/store/storage.py` writes whole files from one value in memory.
 """
 
 import contextlib
@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from moebeam.schemas.store.object_store import is_local, named_errors
-from moebeam.schemas.store.storage import file_system, spelled, sync_folder, temporary_of
+from moebeam.schemas.store.object_store import is_local, map_errors
+from moebeam.schemas.store.storage import file_system, make_temporary_path, normalize_path, sync_folder
 
 _BUFFER_BYTES = 1024 * 1024
 _PART_BYTES = 16 * 1024 * 1024
@@ -22,19 +22,19 @@ Write: TypeAlias = Callable[[bytes], object]
 
 @contextmanager
 def streamed_file(path: str) -> Generator[Write]:
-    """Write a file that appears when the block ends; an older one is replaced, or stays if the block fails.
+    """Write a file that appears, durably, when the block ends; an older one is replaced, or stays if the block fails.
 
     Raises:
-        OSError: the store failed; the file is as it was. On disk it is durable otherwise.
+        OSError: the store failed; the file is as it was.
     """
-    with _on_disk(Path(spelled(path))) if is_local(path) else _in_store(path) as write:
+    with _on_disk(Path(normalize_path(path))) if is_local(path) else _in_store(path) as write:
         yield write
 
 
 @contextmanager
 def _on_disk(target: Path) -> Generator[Write]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_of(target)
+    temporary = make_temporary_path(target)
     try:
         with temporary.open("xb", buffering=_BUFFER_BYTES) as sink:
             yield sink.write
@@ -48,22 +48,22 @@ def _on_disk(target: Path) -> Generator[Write]:
 
 @contextmanager
 def _in_store(path: str) -> Generator[Write]:
-    with named_errors(path):
+    with map_errors(path):
         fs, inner = file_system(path)
-        # fsspec's files commit what they have when they are closed, after an error too, unless they are told not to.
+        # Without autocommit=False, fsspec commits a partial file when it is closed after an error.
         sink = fs.open(inner, "wb", autocommit=False, block_size=_PART_BYTES)
 
     def write(content: bytes) -> None:
-        with named_errors(path):
+        with map_errors(path):
             sink.write(content)
 
     try:
         yield write
-        with named_errors(path):
+        with map_errors(path):
             sink.close()
             sink.commit()
     except BaseException:
-        # A file that is still open would be closed later, when nobody could discard it any more.
+        # Left open, the file would be closed by the garbage collector, too late to discard it.
         with contextlib.suppress(Exception):
             sink.close()
         with contextlib.suppress(Exception):
