@@ -22,7 +22,7 @@ from moebeam.transforms.render.step import RenderPrompts
 
 @dataclass(frozen=True, slots=True)
 class MainJob:
-    """A checked job, as its stages need it.
+    """A checked job, cut into what each stage needs.
 
     Attributes:
         has_ids: whether rows bring ids of their own, which may then repeat.
@@ -43,20 +43,15 @@ class MainJob:
 
 def build(pipeline: beam.Pipeline, job: MainJob) -> "beam.PCollection[str]":
     """Wire the whole job; the one element that comes out is the manifest's text."""
-    shards = plan_input(pipeline, job) if job.planned is None else reuse_plan(pipeline, job.planned)
+    shards: Any
+    if job.planned is None:
+        rows = pipeline | "Read" >> ReadPrompts(job.scan, job.columns)
+        duplicates = rows | "FindDuplicates" >> FindDuplicates() if job.has_ids else None
+        requests = rows | "Render" >> RenderPrompts(job.render)
+        shards = requests | "Plan" >> PlanShards(job.plan, duplicates)
+    else:
+        planned = beam.Create(job.planned.shards, reshuffle=False)
+        shards = pipeline | "ReusePlan" >> planned.with_output_types(PlannedShard)
     commits = shards | "Answer" >> AnswerShards(job.answer, job.resources)
     manifest: Any = commits | "Publish" >> PublishRun(job.publish)
     return manifest
-
-
-def plan_input(pipeline: beam.Pipeline, job: MainJob) -> "beam.PCollection[PlannedShard]":
-    """Read, render and plan the whole input."""
-    rows = pipeline | "Read" >> ReadPrompts(job.scan, job.columns)
-    duplicates = rows | "FindDuplicates" >> FindDuplicates() if job.has_ids else None
-    requests = rows | "Render" >> RenderPrompts(job.render)
-    return requests | "Plan" >> PlanShards(job.plan, duplicates)
-
-
-def reuse_plan(pipeline: beam.Pipeline, plan: PlanRecord) -> "beam.PCollection[PlannedShard]":
-    """The shards that an earlier attempt planned."""
-    return pipeline | "ReusePlan" >> beam.Create(plan.shards, reshuffle=False).with_output_types(PlannedShard)

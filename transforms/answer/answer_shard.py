@@ -1,6 +1,6 @@
 """One shard from its plan to its commit: run -> validate (which may ask again) -> account -> tables -> commit.
 
-The heart of *answer*, composed of pure iterator functions; `step.py` wraps it for Beam.
+The core of *answer*, composed of pure iterator functions; `step.py` wraps it for Beam.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ from moebeam.model_runner.protocol import (
 from moebeam.schemas.answers import AccountedAnswer, ShardCommit
 from moebeam.schemas.contract.output_type import OutputType
 from moebeam.schemas.job.sections import FailuresSection, RepairSection
-from moebeam.schemas.records import Request, sampling_of
+from moebeam.schemas.records import Request, parse_sampling_json
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.ask_again import AttemptPolicy
 from moebeam.transforms.answer.budget import BudgetedRunner, BudgetEnded, ShardBudget, SpendingLimits
-from moebeam.transforms.answer.grammar_book import GrammarCache
+from moebeam.transforms.answer.grammar_cache import GrammarCache
 from moebeam.transforms.answer.journal import JournaledRunner, ShardJournal, keeping_runner
 from moebeam.transforms.answer.repair import Repair
 from moebeam.transforms.answer.reuse import EarlierAnswers, ReuseSource
@@ -44,7 +44,7 @@ from moebeam.transforms.answer.spending import Spent
 from moebeam.transforms.answer.validate import answer_and_validate
 from moebeam.transforms.answer.waste import record_waste
 from moebeam.transforms.durable.commit import commit_shard
-from moebeam.transforms.durable.heartbeat import Heartbeat, ShardProgress
+from moebeam.transforms.durable.progress import ProgressWriter, ShardProgress
 from moebeam.transforms.durable.stop import ON_ERROR, StopReason, request_stop
 from moebeam.transforms.money.account import Accounting, account
 from moebeam.transforms.render.answer_terms import TermsCache
@@ -54,14 +54,14 @@ from moebeam.transforms.render.render_rows import SchemaInPrompt
 
 @dataclass(frozen=True, slots=True)
 class AnswerSpec:
-    """How a job's shards are answered; picklable, without a loaded model.
+    """How a job's shards are answered; picklable, holds no loaded model.
 
     Attributes:
-        terms: what answers must keep.
-        is_constrained: whether engines in process are held to the terms while they decode.
-        output_type: of the typed column of answers, where the job has a schema.
+        terms: what answers must satisfy.
+        is_constrained: whether in-process engines decode under the terms' grammar.
+        output_type: of the typed answer column, if the job has a schema.
         failures: what happens to rows that the engine cannot answer, and to an engine that dies.
-        reuse: the earlier run whose answers are taken over, if any.
+        reuse: the earlier run to take answers from, if any.
     """
 
     layout: RunLayout
@@ -78,7 +78,7 @@ class AnswerSpec:
 
     @property
     def is_journaled(self) -> bool:
-        """Whether answers are kept as they arrive."""
+        """Whether answers are journaled as they arrive."""
         choice = self.failures.journal
         return choice == "always" or (choice == "auto" and self.engine.options.is_remote)
 
@@ -88,7 +88,7 @@ EngineProcess: TypeAlias = Literal["shared", "own", "host"]
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class LoadedEngine:
-    """What the threads of a worker process share: the engine, and the encoding of its prompts."""
+    """The engine and its prompt encoder, shared by the threads of a worker process."""
 
     runner: ModelRunner
     encoder: Encoder
@@ -97,7 +97,7 @@ class LoadedEngine:
     def load(
         cls, config: EngineConfig, process: EngineProcess = "shared", max_silence_s: float | None = None
     ) -> "LoadedEngine":
-        """Load both.
+        """Load the engine and the encoder.
 
         Args:
             process: where the engine lives: in this process, in one of its own, or in one that the host shares.
@@ -118,23 +118,23 @@ class LoadedEngine:
         return cls(runner, load_encoder(config.path, config.options.encoding, config.name))
 
 
-def planned_rows(table: pa.Table, spec: AnswerSpec) -> PlannedRows:
-    """A shard's plan, sorted out, with the answers that an earlier run already gave.
+def prepare_rows(table: pa.Table, spec: AnswerSpec) -> PlannedRows:
+    """Classify a shard's plan, with the answers that an earlier run already gave.
 
     Raises:
         OSError: the earlier run cannot be read.
     """
-    rows = PlannedRows.of(table)
+    rows = PlannedRows.from_table(table)
     if spec.reuse is None or not rows.asked:
         return rows
-    return rows.with_reused(EarlierAnswers.load(spec.reuse, spec.layout).of(table, rows.asked))
+    return rows.with_reused(EarlierAnswers.load(spec.reuse, spec.layout).find_answers(table, rows.asked))
 
 
 def answer_shard(
     shard: str, table: pa.Table, engine: LoadedEngine | None, spec: AnswerSpec, budget: ShardBudget | None = None
 ) -> ShardCommit | None:
-    """As `answer_rows`, from a shard's plan, rows of `moebeam.schemas.tables.plan_schema`."""
-    return answer_rows(shard, planned_rows(table, spec), engine, spec, budget)
+    """As `answer_rows`, from a shard's plan in `moebeam.schemas.tables.plan_schema`."""
+    return answer_rows(shard, prepare_rows(table, spec), engine, spec, budget)
 
 
 def answer_rows(
@@ -143,24 +143,24 @@ def answer_rows(
     """Run, validate and account one shard, and commit its tables.
 
     Args:
-        engine: may be None for a shard of which nothing is asked.
-        budget: ends the shard in the middle when it is spent; None is without limits.
+        engine: may be None if nothing in the shard is asked.
+        budget: ends the shard early when it is spent; None means no limits.
     Returns:
-        None where the run is to stop before the shard is whole; what it paid is then kept as waste, or in the journal
+        None if the run must stop before the shard is complete; what it paid is then kept as waste, or in the journal
         for the next attempt.
     """
     started = time.monotonic()
     budget = budget or ShardBudget(SpendingLimits(), Spent)
     runner = engine and engine.runner
-    before = counters_of(runner)
+    before = read_counters(runner)
     answers: dict[int, list[AccountedAnswer]] = {}
     replayed: Mapping[str, float] = {}
     if rows.asked:
         assert engine is not None, f"shard {shard} has requests but no engine"
         try:
-            with _journal_of(shard, spec) as journal:
+            with _open_journal(shard, spec) as journal:
                 with contextlib.suppress(BudgetEnded):
-                    for answer in _accounted(shard, rows, engine, spec, budget, journal):
+                    for answer in _account_answers(shard, rows, engine, spec, budget, journal):
                         answers.setdefault(int(answer.answer.completion.request_id), []).append(answer)
                 replayed = journal.counters if journal is not None else {}
         except Exception:
@@ -174,7 +174,7 @@ def answer_rows(
             record_waste(spec.layout, shard, rows, answers, spec.accounting)
         request_stop(spec.layout, budget.stop)
         return None
-    counted = counters_since(before, counters_of(runner))
+    counted = counters_since(before, read_counters(runner))
     tables = shard_tables(shard, rows, answers, spec.accounting, spec.output_type)
     commit = commit_shard(spec.layout, spec.accounting.run_id, shard, tables, {**counted, **replayed})
     ids, kinds = (tables["rejects"].column(name).to_pylist() for name in ("custom_id", "error_type"))
@@ -182,13 +182,13 @@ def answer_rows(
     return commit
 
 
-def _journal_of(shard: str, spec: AnswerSpec) -> contextlib.AbstractContextManager[ShardJournal | None]:
+def _open_journal(shard: str, spec: AnswerSpec) -> contextlib.AbstractContextManager[ShardJournal | None]:
     if not spec.is_journaled:
         return contextlib.nullcontext()
     return ShardJournal.open(spec.layout, shard, takes_failures=spec.failures.on_error != "fail")
 
 
-def _accounted(
+def _account_answers(
     shard: str,
     rows: PlannedRows,
     engine: LoadedEngine,
@@ -196,36 +196,36 @@ def _accounted(
     budget: ShardBudget,
     journal: ShardJournal | None,
 ) -> Iterator[AccountedAnswer]:
-    """The way of a shard's requests to answers that say what they cost, until the budget ends."""
+    """Stream a shard's requests to priced answers, until the budget ends."""
     options = rows.values("options")
     has_stops = spec.limits.has_any or spec.failures.on_error == "fail"
     runner = engine.runner if journal is None else keeping_runner(engine.runner, journal)
     if has_stops:
         runner = BudgetedRunner(runner, budget)
     if journal is not None:
-        # Counted at once, as spent before; what is taken from the journal is then not counted again.
+        # Counted now as already spent, so replayed answers are not counted again.
         kept = (entry.completion for entry in journal.kept.entries)
-        budget.own += Spent.of_completions(kept, spec.accounting)
+        budget.own += Spent.from_completions(kept, spec.accounting)
         runner = JournaledRunner(runner, journal)
     validated = answer_and_validate(
-        requests_of(shard, rows, spec, engine.encoder),
+        make_requests(shard, rows, spec, engine.encoder),
         runner,
-        lambda request_id: spec.terms.of(options[int(request_id)]),
+        lambda request_id: spec.terms.find(options[int(request_id)]),
         again := AttemptPolicy(spec.failures, Repair(spec.repair, engine.encoder, spec.schema_in_prompt)),
         again.pause,
     )
     accounted = account(validated, spec.accounting)
-    for answer in _with_heartbeat(shard, rows, accounted, spec.layout, is_last_told=journal is not None):
+    for answer in _report_progress(shard, rows, accounted, spec.layout, writes_last=journal is not None):
         if journal is not None:
             place = (answer.answer.completion.request_id, answer.answer.attempt)
             answer = replace(answer, journal=journal.references.get(place))
         budget.note_answer(answer)
         if spec.failures.on_error == "fail" and budget.stop is None:
-            budget.stop = _failed_row(rows, answer)
+            budget.stop = _find_failed_row(rows, answer)
         yield answer
 
 
-def _failed_row(rows: PlannedRows, answer: AccountedAnswer) -> StopReason | None:
+def _find_failed_row(rows: PlannedRows, answer: AccountedAnswer) -> StopReason | None:
     """Why a run whose rows must not fail stops here; None if the engine answered."""
     error = answer.answer.error
     if error is None or error.error_stage != "run" or not answer.answer.is_last:
@@ -235,22 +235,22 @@ def _failed_row(rows: PlannedRows, answer: AccountedAnswer) -> StopReason | None
     return StopReason(ON_ERROR, f"row {custom_id!r} ({file}, row {number}): {error.error_type}: {error}")
 
 
-def counters_of(runner: ModelRunner | None) -> Mapping[str, float]:
-    """What an engine has counted so far; nothing where it does not count."""
+def read_counters(runner: ModelRunner | None) -> Mapping[str, float]:
+    """An engine's counters so far; empty if it does not count."""
     return dict(runner.counters()) if isinstance(runner, CountingRunner) else {}
 
 
-def requests_of(shard: str, rows: PlannedRows, spec: AnswerSpec, encoder: Encoder) -> Iterator[Request]:
-    """The requests of a shard in token order, each made when it is pulled; `request_id` is the row's index."""
+def make_requests(shard: str, rows: PlannedRows, spec: AnswerSpec, encoder: Encoder) -> Iterator[Request]:
+    """Requests of a shard in token order, built lazily; `request_id` is the row's index."""
     columns = [rows.table.column(name) for name in ("prefix_key", "messages", "sampling", "options", "tenant")]
     is_constrained = spec.is_constrained and spec.engine.options.is_constrained
     grammars = GrammarCache(encoder) if is_constrained and isinstance(encoder, PromptEncoder) else None
-    # Engines with a tokenizer read the schema in their prompts, which were rendered with it.
+    # With a tokenizer, the rendered prompt already holds the schema.
     is_told = spec.schema_in_prompt == "always" and spec.engine.options.is_remote
     for row in rows.asked:
         key, messages, sampling, options, tenant = (column[row].as_py() for column in columns)
         token_ids = token_ids_of(key)
-        terms = spec.terms.of(options)
+        terms = spec.terms.find(options)
         chat = parse_messages(json.loads(messages))
         response_format = terms.options.response_format
         if is_told and response_format.type == "json_schema":
@@ -259,39 +259,39 @@ def requests_of(shard: str, rows: PlannedRows, spec: AnswerSpec, encoder: Encode
             request_id=str(row),
             prompt_token_ids=token_ids,
             messages=chat,
-            sampling=sampling_of(sampling),
+            sampling=parse_sampling_json(sampling),
             tenant=tenant,
-            grammar=grammars.grammar_of(options, terms, token_ids) if grammars is not None else None,
+            grammar=grammars.get(options, terms, token_ids) if grammars is not None else None,
             options=terms.options,
             scope=shard,
         )
 
 
-def _with_heartbeat(
-    shard: str, rows: PlannedRows, accounted: Iterable[AccountedAnswer], layout: RunLayout, *, is_last_told: bool
+def _report_progress(
+    shard: str, rows: PlannedRows, accounted: Iterable[AccountedAnswer], layout: RunLayout, *, writes_last: bool
 ) -> Iterator[AccountedAnswer]:
-    """Pass answers on and tell how many there were; `is_last_told` tells it once more at the end, however it comes."""
-    heartbeat = Heartbeat(layout, "answer")
-    beat, cost = ShardProgress(), Decimal(0)
+    """Pass answers on and write progress; `writes_last` also writes it at the end, even after an error."""
+    writer = ProgressWriter(layout, "answer")
+    progress, cost = ShardProgress(), Decimal(0)
     try:
         for answer in accounted:
             completion = answer.answer.completion
             # A row is done at its last attempt.
-            group = 1 + len(rows.followers.get(int(completion.request_id), ())) if answer.answer.is_last else 0
+            num_rows = 1 + len(rows.followers.get(int(completion.request_id), ())) if answer.answer.is_last else 0
             usage = completion.usage
             cost += answer.charge.cost if answer.charge else 0
-            beat = replace(
-                beat,
-                rows_done=beat.rows_done + group,
-                num_requests=beat.num_requests + 1,
-                num_rejects=beat.num_rejects + (group if answer.answer.error else 0),
-                prompt_tokens=beat.prompt_tokens + usage.prompt_tokens,
-                cached_tokens=beat.cached_tokens + (usage.cached_tokens or 0),
-                completion_tokens=beat.completion_tokens + usage.completion_tokens,
+            progress = replace(
+                progress,
+                rows_done=progress.rows_done + num_rows,
+                num_requests=progress.num_requests + 1,
+                num_rejects=progress.num_rejects + (num_rows if answer.answer.error else 0),
+                prompt_tokens=progress.prompt_tokens + usage.prompt_tokens,
+                cached_tokens=progress.cached_tokens + (usage.cached_tokens or 0),
+                completion_tokens=progress.completion_tokens + usage.completion_tokens,
             )
-            if heartbeat.is_due(shard):
-                heartbeat.beat(shard, replace(beat, cost=format(cost, "f")))
+            if writer.is_due(shard):
+                writer.write(shard, replace(progress, cost=format(cost, "f")))
             yield answer
     finally:
-        if is_last_told:
-            heartbeat.beat(shard, replace(beat, cost=format(cost, "f")))
+        if writes_last:
+            writer.write(shard, replace(progress, cost=format(cost, "f")))

@@ -1,8 +1,8 @@
-"""Retry: a request that the engine could not answer now is asked again as it was, after a while.
+"""Retry: resends a request that the engine could not answer, unchanged, after a backoff.
 
-Stands in the *answer* stage beside `transforms/answer/repair.py`, which asks again where the answer was wrong. Which
-failures may pass by themselves is said by their types (`MoebeamError.retryable`). Engines on the network retry by
-themselves first; what comes here is what they gave up.
+Part of *answer*, beside `transforms/answer/repair.py`, which asks again when the answer was wrong. Error types say
+which failures may be transient (`MoebeamError.retryable`). Remote engines retry by themselves first; only what they
+gave up comes here.
 """
 
 import random
@@ -21,7 +21,7 @@ MAX_WAIT_S = 60.0
 
 @dataclass(slots=True)
 class AttemptPolicy:
-    """Retries and repairs of one shard; see `answer_and_validate.NextAttempt`. Both count for themselves."""
+    """Retries and repairs of one shard, each with its own limit; see `validate.NextAttempt`."""
 
     section: FailuresSection
     repair: Repair
@@ -42,7 +42,7 @@ class AttemptPolicy:
         return replace(request, attempt=request.attempt + 1)
 
     def pause(self) -> None:
-        """Wait before the next round if it holds a retry: twice as long each time, less a random part of it."""
+        """Wait before the next round if it holds a retry: exponential backoff with jitter, at most `MAX_WAIT_S`."""
         if self._is_pause_due:
             most = min(MAX_WAIT_S, self.section.retry_wait_s * 2**self._num_pauses)
             self.sleep(random.uniform(most / 2, most))

@@ -1,11 +1,11 @@
 """Budgets: how much a run may spend, held against what it has spent and what is on its way.
 
-Part of *answer*. Looked at before each shard, and inside a shard before each request is sent: as long as what is spent
-and what requests on their way are expected to take (`transforms/answer/expectation.py`) reaches a limit, nothing more
-is sent; what arrives then decides. Requests are counted exactly. Tokens and money pass a limit by what the requests on
+Part of *answer*. Checked before each shard, and inside a shard before each request is sent: once what is spent and
+what requests in flight are expected to take (`transforms/answer/expectation.py`) reaches a limit, nothing more
+is sent until answers arrive. Requests are counted exactly. Tokens and money pass a limit by what the requests on
 their way take beyond what was expected of them, so at most by all of these at their maximal price, and with several
-workers by what the others spend between two heartbeats and two looks at them (`heartbeat.INTERVAL_S`,
-`spending.REFRESH_S`).
+workers by what the others spend between two writes of their progress and two looks at it
+(`progress.INTERVAL_S`, `spending.REFRESH_S`).
 """
 
 import time
@@ -40,7 +40,7 @@ class SpendingLimits:
     deadline_at: float | None = None
 
     @classmethod
-    def of(cls, section: LimitsSection, now: float) -> "SpendingLimits":
+    def from_section(cls, section: LimitsSection, now: float) -> "SpendingLimits":
         """The limits of an attempt that starts `now`, in seconds since the epoch."""
         return cls(
             section.max_cost,
@@ -54,19 +54,21 @@ class SpendingLimits:
     def has_any(self) -> bool:
         return self != SpendingLimits()
 
-    def reached(self, spent: Spent, now: float) -> StopReason | None:
+    def find_reached(self, spent: Spent, now: float) -> StopReason | None:
         """The first limit that leaves nothing more to spend, if any."""
         if self.deadline_at is not None and now >= self.deadline_at:
             at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.deadline_at))
             return StopReason("deadline", f"[limits] deadline: {at} is past")
         for kind, limit, found in self._amounts(spent):
             if found >= limit:
-                return StopReason(kind, f"[limits] {kind}: {_spelled(limit)} allowed, {_spelled(found)} spent")
+                return StopReason(
+                    kind, f"[limits] {kind}: {_format_amount(limit)} allowed, {_format_amount(found)} spent"
+                )
         return None
 
-    def refused(self, spent: Spent, planned: PlannedShard) -> StopReason | None:
+    def find_refusal(self, spent: Spent, planned: PlannedShard) -> StopReason | None:
         """The limit that a shard would certainly pass, if any: it asks each of its requests at least once."""
-        if (reason := self.reached(spent, time.time())) is not None:
+        if (reason := self.find_reached(spent, time.time())) is not None:
             return reason
         least = spent + Spent(planned.num_requests, planned.num_prompt_tokens)
         for kind, limit, needed in self._amounts(least):
@@ -91,7 +93,7 @@ class SpendingLimits:
             yield "max_requests", self.max_requests, spent.num_requests
 
 
-def _spelled(amount: Decimal | int) -> str:
+def _format_amount(amount: Decimal | int) -> str:
     return f"{amount.normalize():,f}" if isinstance(amount, Decimal) else f"{amount:,}"
 
 
@@ -107,11 +109,10 @@ class InFlight:
 class ShardBudget:
     """The budget as one attempt of a shard sees it; says once, and then for good, that it must stop.
 
-    An `Admission` for engines, which ask from other threads; what is outside is looked up by `look` alone, since the
-    store may take its time.
+    An `Admission` for engines, which ask from other threads; only `refresh` reads the store, which may be slow.
 
     Attributes:
-        outside: what is spent beside this attempt.
+        spent_by_others: reads from the store what was spent beside this attempt.
         own: what this attempt has spent; requests and their prompts count from when they are sent.
         stop: why no more requests may be sent; None while they may.
     """
@@ -128,12 +129,12 @@ class ShardBudget:
     _lock: Lock = field(default_factory=Lock)
 
     def refresh(self) -> None:
-        """Look up what is spent outside, unless that was done a moment ago."""
+        """Look up what others have spent, unless that was done a moment ago."""
         if self.stop is None and self.limits.has_any:
             self._spent_by_others = self.spent_by_others()
 
     def may_ask(self) -> bool:
-        """Look up what is spent outside, and say whether anything is left."""
+        """Look up what others have spent, and say whether anything is left."""
         self.refresh()
         with self._lock:
             return self._is_open()
@@ -148,11 +149,11 @@ class ShardBudget:
             if self.limits.has_any:
                 if (
                     self._in_flight
-                    and self.limits.reached(self._spent_by_others + self.own + self._expected, 0.0) is not None
+                    and self.limits.find_reached(self._spent_by_others + self.own + self._expected, 0.0) is not None
                 ):
                     return "wait"
                 most = self.ceiling.most(request)
-                expected = self._expectation.of(most)
+                expected = self._expectation.expect(most)
                 counted = Spent(num_requests=1, input_tokens=expected.input_tokens)
                 self.own += counted
                 self._expected += expected - counted
@@ -170,7 +171,7 @@ class ShardBudget:
                 return
             counted = Spent(num_requests=1, input_tokens=away.expected.input_tokens)
             self._expected -= away.expected - counted
-            taken = Spent.of_completions([completion], self.ceiling.accounting)
+            taken = Spent.from_completions([completion], self.ceiling.accounting)
             if taken.input_tokens:
                 self._expectation.learn(away.most, taken)
                 self.own += taken - counted
@@ -188,7 +189,7 @@ class ShardBudget:
 
     def _is_open(self) -> bool:
         if self.stop is None and self.limits.has_any:
-            self.stop = self.limits.reached(self._spent_by_others + self.own, time.time())
+            self.stop = self.limits.find_reached(self._spent_by_others + self.own, time.time())
         return self.stop is None
 
 
@@ -211,13 +212,13 @@ class BudgetedRunner:
         """
         waiting = _Waiting(iter(requests), self.budget)
         if isinstance(self.runner, AdmittingRunner):
-            for completion in self.runner.generate_admitted(waiting.pulled(), self.budget):
+            for completion in self.runner.generate_admitted(waiting.pull(), self.budget):
                 waiting.unanswered.pop(completion.request_id, None)
                 yield completion
                 self.budget.refresh()
         else:
             while not waiting.is_over:
-                for completion in self.runner.generate(waiting.admitted()):
+                for completion in self.runner.generate(waiting.pull_admitted()):
                     waiting.unanswered.pop(completion.request_id, None)
                     self.budget.settle(completion)
                     yield completion
@@ -241,12 +242,12 @@ class _Waiting:
     is_over: bool = False
     _held: Request | None = None
 
-    def pulled(self) -> Iterator[Request]:
+    def pull(self) -> Iterator[Request]:
         """All of them, while anything is left of the budget."""
         while (request := self._next()) is not None:
             yield request
 
-    def admitted(self) -> Iterator[Request]:
+    def pull_admitted(self) -> Iterator[Request]:
         """Those that may be sent now; the one after them is held for the next round."""
         while (request := self._held or self._next()) is not None:
             verdict = self.budget.admit(request)

@@ -1,4 +1,4 @@
-"""Expectation: what a request on its way is likely to take, learnt from those that have arrived.
+"""Expectation: what a request in flight is likely to take, learnt from those already answered.
 
 Part of *answer*, below the budget (`transforms/answer/budget.py`). A request may take its prompt at the miss price and
 all of its `max_tokens`; how much of that answers really take is the same from request to request of one job, more or
@@ -33,7 +33,7 @@ class Ceiling:
     mode: PriceMode = "online"
 
     @classmethod
-    def of(cls, accounting: Accounting, engine: EngineConfig) -> "Ceiling":
+    def from_engine(cls, accounting: Accounting, engine: EngineConfig) -> "Ceiling":
         """The ceiling of a job's requests."""
         mode: PriceMode = "batch" if engine.options.is_batch else "online"
         return cls(accounting, tuple(dict.fromkeys(_candidates(accounting, engine))), mode)
@@ -68,7 +68,7 @@ class Expectation:
     _most: Spent = field(default_factory=Spent)
     _taken: Spent = field(default_factory=Spent)
 
-    def of(self, most: Spent) -> Spent:
+    def expect(self, most: Spent) -> Spent:
         """What a request is expected to take that may take `most`.
 
         Prompts are counted or estimated before, so their share may be above 1.

@@ -1,12 +1,12 @@
-"""Journal: answers that are paid to a provider are kept as they arrive, and used again when a shard is answered anew.
+"""Journal: stores paid answers as they arrive and replays them when a shard is answered again.
 
-Part of *answer*, around the engine: `JournaledRunner` takes kept answers out before anything is asked, and
-`keeping_runner`, next to the engine, puts new ones in. A shard whose process was killed is answered again by another
-attempt; what the first one had received it finds here (`journal_file.py`), and asks only for the rest. An engine that
-asks before it sends (`AdmittingRunner`) has an answer kept before it gives the answer's place to another request, so
-that no more is paid again than was in flight. Replayed completions are what they were, with their usage, provider and
-start, so they cost what they cost. What was kept and never used, because two attempts were at work at once, becomes
-waste when the shard is published (`transforms/answer/waste.py`); so each answer is priced exactly once.
+Part of *answer*, around the engine. `keeping_runner`, next to the engine, journals each answer; `JournaledRunner`,
+outermost, replays journaled answers before anything is sent. If a process is killed, the shard's next attempt finds
+what it had received (`transforms/durable/journal_file.py`) and sends only the rest. With an engine that asks for
+admission before each send (`AdmittingRunner`), an answer is journaled before its slot goes to another request, so at
+most the requests in flight are paid twice. Replayed completions keep their usage, provider and start time, so they cost
+the same. Answers that were journaled but never used, because two attempts ran at once, become waste when the shard is
+published (`transforms/answer/waste.py`): each answer is priced exactly once.
 """
 
 import logging
@@ -29,10 +29,9 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def request_key(request: Request) -> str:
-    """What a journaled answer must have been asked for to be an answer to this request: SHA-256, hexadecimal.
+    """SHA-256 (hex) of what a journaled answer must have been asked to fit a request: row, tenant and everything sent.
 
-    The row, its tenant, and all that is sent of it. Not the number of the attempt: a request that is sent again as it
-    was may take the answer that came to an earlier or a later sending of it.
+    The attempt number is left out, so a request that is resent unchanged may take the answer to any of its sendings.
     """
     sampling = request.sampling
     return fingerprint(
@@ -55,25 +54,22 @@ def request_key(request: Request) -> str:
 
 
 def is_paid(completion: Completion) -> bool:
-    """Whether a completion is worth keeping: an answer, or a failure that used tokens.
-
-    A failure that cost nothing is better asked again.
-    """
+    """Whether a completion is journaled: an answer, or a failure that used tokens. A free failure is better retried."""
     usage = completion.usage
     return completion.error is None or usage.prompt_tokens > 0 or usage.completion_tokens > 0
 
 
 @dataclass(slots=True)
 class ShardJournal:
-    """The journal as one attempt of a shard sees it: what others have kept, and what it keeps itself.
+    """One attempt's view of a shard's journal: what others have journaled, and what it journals itself.
 
     Attributes:
-        kept: by earlier attempts.
-        takes_failures: whether a failure that was paid is taken again; where a failed row stops the run it is not, or
-            the run could never go on.
-        references: (request id, attempt) -> where its answer is kept, of all answers of this attempt.
-        replayed: those of them that earlier attempts had kept.
-        asked: request id -> attempt and key of what is on its way.
+        kept: journaled by earlier attempts.
+        takes_failures: whether paid failures are replayed; False where a failed row stops the run, which could
+            otherwise never resume.
+        references: (request id, attempt) -> where its answer is journaled, for every answer of this attempt.
+        replayed: the keys of `references` that earlier attempts had journaled.
+        asked: request id -> attempt and key of a request in flight.
     """
 
     kept: JournalContent
@@ -86,7 +82,7 @@ class ShardJournal:
 
     @classmethod
     def open(cls, layout: RunLayout, shard: str, *, takes_failures: bool = True) -> Self:
-        """Read what is kept of a shard, and be ready to keep more.
+        """Read a shard's journal and open it for writing.
 
         Raises:
             OSError: the store failed.
@@ -111,12 +107,12 @@ class ShardJournal:
         if error is None:
             self.writer.close()
             return
-        # The error on its way says more than one of the store, which has the same cause or comes after it.
+        # The error in flight says more than one from the store, which shares its cause or follows it.
         with suppress(OSError):
             self.writer.close()
 
     def replay(self, request: Request) -> Completion | None:
-        """The next kept answer to a request, each once; None where none is left, and it is to be asked."""
+        """The next unused answer to a request; None if there is none, and the request counts as sent."""
         key = request_key(request)
         waiting = self._by_key.get(key)
         if not waiting:
@@ -129,7 +125,7 @@ class ShardJournal:
         return entry.completion
 
     def keep(self, completion: Completion) -> None:
-        """Keep an answer that has just arrived, if it was asked for and paid; from any thread.
+        """Journal an answer that just arrived, if it was sent and paid; safe from any thread.
 
         Raises:
             OSError: the store failed.
@@ -141,7 +137,7 @@ class ShardJournal:
 
     @property
     def counters(self) -> Mapping[str, float]:
-        """What became of kept answers, for the shard's commit; nothing where none was kept before."""
+        """Replayed answers and damaged lines, for the shard's commit; empty if earlier attempts left no journal."""
         if not self.kept.entries and not self.kept.num_damaged:
             return {}
         return {"num_replayed_answers": len(self.replayed), "num_damaged_journal_lines": self.kept.num_damaged}
@@ -149,13 +145,13 @@ class ShardJournal:
 
 @dataclass(frozen=True, slots=True)
 class JournaledRunner:
-    """A runner that is asked only for what the journal does not hold."""
+    """Replays journaled answers and sends only the other requests."""
 
     runner: ModelRunner
     journal: ShardJournal
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """As `ModelRunner.generate`; kept answers come as soon as their requests are pulled."""
+        """As `ModelRunner.generate`; replayed answers come before the engine's next one."""
         replayed: deque[Completion] = deque()
 
         def unanswered() -> Iterator[Request]:
@@ -174,7 +170,7 @@ class JournaledRunner:
 
 
 def keeping_runner(runner: ModelRunner, journal: ShardJournal) -> ModelRunner:
-    """The same runner, whose answers are kept before anybody sees them; its calls raise OSError where that fails."""
+    """Wrap a runner so that answers are journaled before anyone sees them; its calls raise OSError if that fails."""
     return _KeepingAdmitting(runner, journal) if isinstance(runner, AdmittingRunner) else _Keeping(runner, journal)
 
 

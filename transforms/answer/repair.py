@@ -1,7 +1,7 @@
-"""Repair: a failed answer becomes another request, which says what was wrong.
+"""Repair: turns a failed answer into another request, which says what was wrong.
 
-Stands in the *answer* stage, between *validate*, which found the error, and *run*, which is asked again within the
-shard's own step. Each attempt is paid and accounted like the first.
+Part of *answer*, between *validate*, which found the error, and *run*, which is called again within the shard's step.
+Each attempt is paid and accounted like the first.
 """
 
 from dataclasses import dataclass, replace
@@ -12,27 +12,27 @@ from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import EmptyAnswer, RowError, TruncatedAnswer
 from moebeam.schemas.job.sections import RepairSection
 from moebeam.schemas.records import Completion, Message, Request
-from moebeam.transforms.render.render_rows import SchemaInPrompt, prompt_of
+from moebeam.transforms.render.render_rows import SchemaInPrompt, render_prompt
 
 _WITHOUT_ANSWER = (EmptyAnswer, TruncatedAnswer)
-"""Errors of answers that are not shown again: there is nothing in them, or too much."""
+"""Errors whose answers are not shown to the model again: empty, or too long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """Makes the next attempt of a request; see `validate.NextAttempt`."""
+    """Builds the next attempt of a request; see `validate.NextAttempt`."""
 
     section: RepairSection
     encoder: Encoder
     schema_in_prompt: SchemaInPrompt = "auto"
 
     def __call__(self, request: Request, answer: ValidatedAnswer, num_asked: int | None = None) -> Request | None:
-        """The request that asks again, or None: attempts are used up, asking cannot help, or it would not fit.
+        """The request that asks again; None if attempts are used up, asking cannot help, or it would not fit.
 
-        Only answers that break their contract are asked again; what an engine failed over is not the model's mistake.
+        Only answers that break their contract are repaired; an engine failure is not the model's mistake.
 
         Args:
-            num_asked: how often the model was asked, where not every attempt reached it.
+            num_asked: attempts that reached the model, if not all of them did.
         """
         error = answer.error
         if error is None or not error.retryable or error.error_stage != "validate":
@@ -40,12 +40,12 @@ class Repair:
         num_asked = request.attempt if num_asked is None else num_asked
         if num_asked >= self.section.max_attempts or request.messages[-1].role == "assistant":
             return None
-        messages = (*request.messages, *_told(answer.completion, error))
+        messages = (*request.messages, *_complain(answer.completion, error))
         try:
-            text = prompt_of(self.encoder, messages, request.options, self.schema_in_prompt)
+            text = render_prompt(self.encoder, messages, request.options, self.schema_in_prompt)
             token_ids = self.encoder.encode_batch([text])[0]
         except RowError:
-            # The chat template has no place for such a turn.
+            # The chat template does not accept such a turn.
             return None
         if not self.encoder.fits(int(token_ids.shape[0]), request.sampling.max_tokens):
             return None
@@ -56,8 +56,8 @@ class Repair:
         )
 
 
-def _told(completion: Completion, error: RowError) -> tuple[Message, ...]:
-    """The turns that show the model its answer, as far as it helps, and the error."""
+def _complain(completion: Completion, error: RowError) -> tuple[Message, ...]:
+    """Turns that show the model its answer, where that helps, and the error."""
     complaint = f"This answer was not accepted: {error}. Answer the request again, with this put right."
     if isinstance(error, _WITHOUT_ANSWER):
         return (Message("user", f"Your last answer was not accepted: {error}. Answer the request again, briefly."),)

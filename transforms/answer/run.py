@@ -1,7 +1,7 @@
-"""Run: requests through the engine, one completion each.
+"""Run: sends requests through the engine and yields one completion each.
 
-Stands in the *answer* stage (**run** -> validate -> account -> commit): requests come from a shard's plan. Engines are
-held to their contract here, once for all of them.
+Part of *answer* (**run** -> validate -> account -> commit); requests come from a shard's plan. Enforces the engine
+contract here, once for all engines.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,12 +13,12 @@ from moebeam.schemas.records import NOTHING_USED, Completion, Request
 
 
 def run(requests: Iterable[Request], runner: ModelRunner) -> Iterator[Completion]:
-    """Answer requests in whatever order the engine finishes them.
+    """Answer requests, in whatever order the engine finishes them.
 
-    A request that the engine never answers comes out as a failed completion; nothing is lost.
+    A request that the engine never answers becomes a failed completion; nothing is lost.
 
     Raises:
-        EngineContractError: the engine answered a request twice, or one that it did not get.
+        EngineContractError: the engine answered a request twice, or one that it was not given.
     """
     pending: dict[str, None] = {}
 
@@ -37,11 +37,11 @@ def run(requests: Iterable[Request], runner: ModelRunner) -> Iterator[Completion
         yield _with_sound_usage(completion)
     for request_id in pending:
         error = EngineFailed(f"{type(runner).__name__} ended without an answer to this request")
-        yield Completion.failed(request_id, error)
+        yield Completion.from_error(request_id, error)
 
 
 def _with_sound_usage(completion: Completion) -> Completion:
-    """A completion whose token counts contradict each other is a failure: nobody could say what it cost."""
+    """Turn a completion whose token counts contradict each other into a failure: its cost cannot be known."""
     usage = completion.usage
     is_sound = 0 <= (usage.cached_tokens or 0) <= usage.prompt_tokens and (
         0 <= usage.reasoning_tokens <= usage.completion_tokens

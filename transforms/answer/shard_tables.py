@@ -1,7 +1,7 @@
-"""A shard's answers as its three tables: results, rejects, ledger.
+"""Builds a shard's three tables from its answers: results, rejects, ledger.
 
-Stands in the *answer* stage, between account and commit, once every request of the shard is answered: only then is
-it known how a shared prefix's cost spreads over its users.
+Part of *answer*, between account and commit, once every request of the shard is answered: only then is it known how a
+shared prefix's cost spreads over its users.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,27 +15,27 @@ import pyarrow.compute as pc
 
 from moebeam.model_runner.prefix_tree import common_prefix_lengths
 from moebeam.schemas.answers import AccountedAnswer, ValidatedAnswer
-from moebeam.schemas.arrow import rows_at, struct_columns, values_of
+from moebeam.schemas.arrow import list_values, struct_columns, take_rows
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.output_column import output_column
 from moebeam.schemas.contract.output_type import OutputType
 from moebeam.schemas.prices import EXACT
 from moebeam.schemas.tables import LEDGER_SCHEMA, PASSTHROUGH, RESULT_SCHEMA, Table, result_schema
-from moebeam.transforms.answer.reuse import EarlierAnswer, parsed_output
+from moebeam.transforms.answer.reuse import EarlierAnswer, parse_output
 from moebeam.transforms.money.account import Accounting, class_amounts
-from moebeam.transforms.money.allocate import Allocation, Bill, allocate, bill_of, to_units
+from moebeam.transforms.money.allocate import Allocation, Bill, allocate, bill_charge, to_units
 
 _ZERO = Decimal(0)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedRows:
-    """A shard's plan, and which of its rows are asked, merged or rejected.
+    """A shard's plan, and which of its rows are asked, merged, reused or rejected.
 
     Attributes:
         table: rows of `moebeam.schemas.tables.plan_schema`.
-        asked: rows that are sent to the engine, in token order.
-        followers: asked or reused row -> rows that were merged into it, in input order.
+        asked: rows sent to the engine, in token order.
+        followers: asked or reused row -> rows merged into it, in input order.
         reused: rows that an earlier run answered.
     """
 
@@ -45,13 +45,13 @@ class PlannedRows:
     reused: Mapping[int, EarlierAnswer] = field(default_factory=dict[int, EarlierAnswer])
 
     def with_reused(self, reused: Mapping[int, EarlierAnswer]) -> "PlannedRows":
-        """The same plan, where some of `asked` are not asked but taken over."""
+        """The same plan, with `reused` rows no longer asked."""
         return replace(self, asked=tuple(row for row in self.asked if row not in reused), reused=reused)
 
     @classmethod
-    def of(cls, table: pa.Table) -> "PlannedRows":
-        """Sort out a shard's plan."""
-        errors, merged_into, custom_ids = (values_of(table, n) for n in ("error_type", "merged_into", "custom_id"))
+    def from_table(cls, table: pa.Table) -> "PlannedRows":
+        """Classify the rows of a shard's plan."""
+        errors, merged_into, custom_ids = (list_values(table, n) for n in ("error_type", "merged_into", "custom_id"))
         asked = tuple(row for row, error in enumerate(errors) if error is None and merged_into[row] is None)
         row_of = {custom_ids[row]: row for row in asked}
         followers: dict[int, list[int]] = {}
@@ -62,11 +62,11 @@ class PlannedRows:
 
     def values(self, name: str) -> list[Any]:
         """A column as Python values."""
-        return values_of(self.table, name)
+        return list_values(self.table, name)
 
 
 Attempts: TypeAlias = Sequence[AccountedAnswer]
-"""What became of one request, attempt by attempt; the last decides."""
+"""All attempts of one request, in order; the last decides."""
 
 
 def shard_tables(
@@ -76,11 +76,11 @@ def shard_tables(
     accounting: Accounting,
     output_type: OutputType | None = None,
 ) -> dict[Table, pa.Table]:
-    """Build the tables of a shard; results and rejects in input order, the ledger in token order.
+    """Build a shard's tables: results and rejects in input order, the ledger in token order.
 
     Args:
         answers: the attempts of each of `rows.asked`, at least one.
-        output_type: of the typed column of answers; None where the job has no schema.
+        output_type: of the typed answer column; None if the job has no schema.
     """
     allocations = _allocate(rows, answers)
     columns = _result_columns(rows, answers, allocations, accounting)
@@ -91,7 +91,7 @@ def shard_tables(
         schema=result_schema(fields, output_type and output_type.arrow),
     )
     input_order = np.lexsort([rows.table.column("source_row").to_numpy(), rows.table.column("unit").to_numpy()])
-    table = rows_at(table, input_order)
+    table = take_rows(table, input_order)
     is_ok = pc.equal(table.column("status"), pa.scalar("ok"))
     return {
         "results": table.filter(is_ok),
@@ -101,19 +101,19 @@ def shard_tables(
 
 
 def _values(rows: PlannedRows, answers: Mapping[int, Attempts]) -> list[Json]:
-    """The parsed answer of each row of the plan; None where there is none."""
+    """The parsed answer of each planned row; None without one."""
     values: list[Json] = [None] * rows.table.num_rows
     for row in rows.asked:
         for member in (row, *rows.followers.get(row, ())):
             values[member] = answers[row][-1].answer.value
     for row, answer in rows.reused.items():
         for member in (row, *rows.followers.get(row, ())):
-            values[member] = parsed_output(answer)
+            values[member] = parse_output(answer)
     return values
 
 
 def _allocate(rows: PlannedRows, answers: Mapping[int, Attempts]) -> dict[int, Allocation | None]:
-    """Shares of what first attempts cost; a later attempt's prompt is its row's own affair, see `_later_cost`."""
+    """Spread the cost of first attempts; later attempts' prompts are charged to their own row, see `_later_cost`."""
     keys = rows.values("prefix_key")
     lengths = rows.values("num_prompt_tokens")
     bills = [_bill(answers[row], num_rows=1 + len(rows.followers.get(row, ()))) for row in rows.asked]
@@ -122,29 +122,29 @@ def _allocate(rows: PlannedRows, answers: Mapping[int, Attempts]) -> dict[int, A
 
 
 def _bill(attempts: Attempts, num_rows: int) -> Bill | None:
-    """What a request was billed in its first currency: its first attempt by the tree, later ones as its own."""
+    """A request's bill in its first currency: the first attempt by the prefix tree, later ones as its own cost."""
     currency = _currency(attempts)
     if currency is None:
         return None
     first, later_units = attempts[0].charge, to_units(_later_cost(attempts))
     if first is None:
         return Bill(currency, 0, 0, 0, 0, later_units, num_rows)
-    bill = bill_of(first, num_rows)
+    bill = bill_charge(first, num_rows)
     return replace(bill, own_units=bill.own_units + later_units)
 
 
 def _currency(attempts: Attempts) -> str | None:
-    """The currency of the first attempt that has a price."""
+    """Currency of the first attempt that has a price."""
     return next((attempt.charge.line.currency for attempt in attempts if attempt.charge is not None), None)
 
 
 def _later_cost(attempts: Attempts) -> Decimal:
-    """What the attempts after the first cost, in the request's first currency."""
+    """Cost of the attempts after the first, in the request's first currency."""
     return _costs(attempts[1:]).get(_currency(attempts) or "", _ZERO)
 
 
 def _costs(attempts: Attempts) -> dict[str, Decimal]:
-    """What attempts cost, by currency, in the order of their prices; empty where none has one."""
+    """Cost of attempts by currency, in order of first price; empty if none has one."""
     costs: dict[str, Decimal] = {}
     for attempt in attempts:
         if attempt.charge is not None:
@@ -154,9 +154,9 @@ def _costs(attempts: Attempts) -> dict[str, Decimal]:
 
 
 def _basis(attempts: Attempts) -> str | None:
-    """How sure the cost is: `partial` where some attempt has no price, and one upper bound makes the sum one.
+    """How certain the cost is: `partial` if some attempt has no price, `upper_bound` if some attempt's cost is one.
 
-    `mixed_currency` where there is no sum.
+    `mixed_currency` if there is no sum.
     """
     bases = [attempt.charge and attempt.charge.basis for attempt in attempts]
     known = [basis for basis in bases if basis is not None]
@@ -171,7 +171,7 @@ def _result_columns(
     allocations: Mapping[int, Allocation | None],
     accounting: Accounting,
 ) -> dict[str, list[Any]]:
-    """Every column of `RESULT_SCHEMA`, in the order of the plan."""
+    """All columns of `RESULT_SCHEMA`, in plan order."""
     num_rows = rows.table.num_rows
     columns: dict[str, list[Any]] = {field.name: [None] * num_rows for field in RESULT_SCHEMA}
     repeated = ("custom_id", "source_file", "source_row", "scope", "num_rows", "merged_into")
@@ -205,7 +205,7 @@ def _result_columns(
         if len(costs) == 1:
             (columns["cost"][row],) = costs.values()
         elif costs:
-            for member, amounts in zip(group, _mixed_costs(costs, shares), strict=True):
+            for member, amounts in zip(group, _split_mixed_costs(costs, shares), strict=True):
                 columns["costs_by_currency"][member] = amounts
         _fill_usage(columns, row, attempts)
     for row, answer in rows.reused.items():
@@ -216,11 +216,11 @@ def _result_columns(
     return columns
 
 
-def _mixed_costs(costs: Mapping[str, Decimal], shares: Sequence[Decimal | None]) -> list[list[dict[str, Any]]]:
-    """What each row of a group carries where attempts were priced in several currencies, the one that was asked first.
+def _split_mixed_costs(costs: Mapping[str, Decimal], shares: Sequence[Decimal | None]) -> list[list[dict[str, Any]]]:
+    """Costs of each row of a group whose attempts were priced in several currencies; the asked row comes first.
 
     Args:
-        shares: of each row, in the first currency, which alone takes part in the prefix tree.
+        shares: each row's share in the first currency, the only one in the prefix tree.
     """
     first, *others = costs
     by_row = [[{"currency": first, "cost": _ZERO, "cost_allocated": share}] for share in shares]
@@ -235,7 +235,7 @@ def _mixed_costs(costs: Mapping[str, Decimal], shares: Sequence[Decimal | None])
 
 
 def _fill_answer(columns: dict[str, list[Any]], row: int, attempts: Attempts) -> None:
-    """What a merged row shares with the one that was asked for it."""
+    """Fill the columns that a merged row shares with the asked one."""
     answer = attempts[-1].answer
     completion, error = answer.completion, answer.error
     values: dict[str, Any] = {
@@ -253,7 +253,9 @@ def _fill_answer(columns: dict[str, list[Any]], row: int, attempts: Attempts) ->
         "model_revision": completion.model_revision,
         "currency": _currency(attempts) if len(_costs(attempts)) == 1 else None,
         "cost_basis": _basis(attempts),
-        "failed_attempts": [_failed(attempt.answer) for attempt in attempts if attempt.answer.error is not None]
+        "failed_attempts": [
+            _describe_failure(attempt.answer) for attempt in attempts if attempt.answer.error is not None
+        ]
         or None,
         "logprobs": completion.logprobs,
     }
@@ -264,7 +266,7 @@ def _fill_answer(columns: dict[str, list[Any]], row: int, attempts: Attempts) ->
         columns[name][row] = value
 
 
-def _failed(answer: ValidatedAnswer) -> dict[str, Any]:
+def _describe_failure(answer: ValidatedAnswer) -> dict[str, Any]:
     completion, error = answer.completion, answer.error
     assert error is not None
     return {
@@ -278,7 +280,7 @@ def _failed(answer: ValidatedAnswer) -> dict[str, Any]:
 
 
 def _fill_usage(columns: dict[str, list[Any]], row: int, attempts: Attempts) -> None:
-    """What was paid for, the sum of all attempts: only the row that was asked carries it."""
+    """Fill the columns of usage, summed over all attempts; only the asked row carries them."""
     completions = [attempt.answer.completion for attempt in attempts]
     usages = [completion.usage for completion in completions]
     columns["attempts"][row] = len(attempts)
@@ -296,7 +298,7 @@ def _ledger(
     allocations: Mapping[int, Allocation | None],
     accounting: Accounting,
 ) -> pa.Table:
-    """One line for each attempt that was made."""
+    """One line per attempt."""
     repeated = {name: rows.values(name) for name in ("custom_id", "source_file", "source_row", "tenant", "cost_center")}
     tags = _tags(rows, accounting.tag_columns)
     lines: list[dict[str, Any]] = []
@@ -323,7 +325,7 @@ def _ledger(
                     "journal": accounted.journal,
                     "num_lost_calls": len(completion.lost_calls),
                     "lost_cost_at_most": accounted.lost_cost_at_most,
-                    **_charged(accounted),
+                    **_cost_columns(accounted),
                 }
             )
     arrays: Sequence[pa.Array[Any]] = [
@@ -333,7 +335,7 @@ def _ledger(
 
 
 def _tags(rows: PlannedRows, names: Sequence[str]) -> list[dict[str, str]]:
-    """The tags of each row of the plan; a column that is null is no tag."""
+    """Tags of each planned row; a null column is no tag."""
     fields, columns = struct_columns(rows.table, PASSTHROUGH)
     values = {field.name: column.to_pylist() for field, column in zip(fields, columns, strict=True)}
     return [
@@ -343,9 +345,9 @@ def _tags(rows: PlannedRows, names: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _shares(attempts: Attempts, allocation: Allocation | None) -> list[Decimal | None]:
-    """The allocated cost of each attempt: the first with a price carries what is left of the request's share.
+    """Allocated cost of each attempt: the first with a price carries what is left of the request's share.
 
-    The others carry their own, as do those in another currency, which take no part in the allocation.
+    The others carry their own cost, as do those in another currency, which take no part in the allocation.
     """
     shares = [attempt.charge and attempt.charge.cost for attempt in attempts]
     if allocation is None:
@@ -356,7 +358,7 @@ def _shares(attempts: Attempts, allocation: Allocation | None) -> list[Decimal |
     return shares
 
 
-def _charged(accounted: AccountedAnswer) -> dict[str, Any]:
+def _cost_columns(accounted: AccountedAnswer) -> dict[str, Any]:
     usage, charge = accounted.answer.completion.usage, accounted.charge
     tokens = {
         "cache_hit_tokens": usage.cached_tokens,

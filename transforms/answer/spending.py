@@ -1,8 +1,9 @@
 """Spending: what a run has asked and paid, added up from all that tells of it.
 
-Part of *answer*, below the budget (`transforms/answer/budget.py`). What is committed or wasted says it exactly; what
-other workers are at, their heartbeats say. Where answers are journaled, the journals of shards that an earlier attempt
-began say what it paid: a shard counts by its journal or its heartbeat, whichever says more, never by both.
+Part of *answer*, below the budget (`transforms/answer/budget.py`). Commits and waste say exactly what was paid; for
+shards that other workers are at, their progress files say it. Where answers are journaled, the journals of shards that
+an earlier attempt began say what that attempt paid. Such a shard counts by its journal or by its progress, whichever is
+more, never by both.
 """
 
 import time
@@ -16,8 +17,8 @@ from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import read_waste, waste_names
 from moebeam.transforms.durable.commit import read_commit
-from moebeam.transforms.durable.heartbeat import ShardProgress, read_progress
 from moebeam.transforms.durable.journal_file import read_journal
+from moebeam.transforms.durable.progress import ShardProgress, read_progress
 from moebeam.transforms.money.account import Accounting
 
 REFRESH_S = 1.0
@@ -53,18 +54,18 @@ class Spent:
         )
 
     @classmethod
-    def of_totals(cls, totals: Totals) -> "Spent":
+    def from_totals(cls, totals: Totals) -> "Spent":
         """What committed or wasted work took."""
         cost = sum((Decimal(amount) for amount in (totals.costs or {}).values()), Decimal(0))
         return cls(totals.num_attempts, totals.prompt_tokens, totals.completion_tokens, cost)
 
     @classmethod
-    def of_beat(cls, beat: ShardProgress) -> "Spent":
-        """What a shard at work took until its last heartbeat."""
-        return cls(beat.num_requests, beat.prompt_tokens, beat.completion_tokens, Decimal(beat.cost))
+    def from_progress(cls, progress: ShardProgress) -> "Spent":
+        """What a shard at work took until it last wrote its progress."""
+        return cls(progress.num_requests, progress.prompt_tokens, progress.completion_tokens, Decimal(progress.cost))
 
     @classmethod
-    def of_completions(cls, completions: Iterable[Completion], accounting: Accounting) -> "Spent":
+    def from_completions(cls, completions: Iterable[Completion], accounting: Accounting) -> "Spent":
         """What completions took."""
         spent = cls()
         for completion in completions:
@@ -90,26 +91,26 @@ class JournaledSpending:
     layout: RunLayout
     accounting: Accounting
 
-    def of(self, is_done: Collection[str]) -> Mapping[str, Spent]:
+    def read(self, committed: Collection[str]) -> Mapping[str, Spent]:
         """By shard, but for those that are committed.
 
         Raises:
             OSError: the store failed.
         """
         paths = (path for path, _ in storage.list_files(self.layout.journal))
-        shards = {path.rpartition("/")[0].rpartition("/")[2] for path in paths} - {*is_done}
-        return {shard: self.of_shard(shard) for shard in sorted(shards)}
+        shards = {path.rpartition("/")[0].rpartition("/")[2] for path in paths} - {*committed}
+        return {shard: self.read_shard(shard) for shard in sorted(shards)}
 
-    def of_shard(self, shard: str) -> Spent:
+    def read_shard(self, shard: str) -> Spent:
         """What was paid for one shard."""
         kept = (entry.completion for entry in read_journal(self.layout, shard).entries)
-        return Spent.of_completions(kept, self.accounting)
+        return Spent.from_completions(kept, self.accounting)
 
 
 class RunSpending:
     """What a run has spent, read from its store; each commit and record of waste is read once.
 
-    Journals are read at the first look: of shards that are begun later, heartbeats tell.
+    Journals are read at the first look: shards that are begun later count by their progress.
     """
 
     def __init__(self, layout: RunLayout, journaled: JournaledSpending | None = None) -> None:
@@ -118,45 +119,45 @@ class RunSpending:
         self._paid_before: Mapping[str, Spent] | None = None
         self._committed: dict[str, Spent] = {}
         self._wasted: dict[str, Spent] = {}
-        self._beats: dict[str, Spent] = {}
+        self._at_work: dict[str, Spent] = {}
         self._spent_by_others: dict[str, Spent] = {}
-        self._next_look = 0.0
+        self._next_refresh = 0.0
 
     def spent_by_others(self, shard: str) -> Spent:
         """What was spent, but for what the shard's present attempt spends; looked up at most every `REFRESH_S`."""
-        if time.monotonic() >= self._next_look:
+        if time.monotonic() >= self._next_refresh:
             started = time.monotonic()
-            self._look()
+            self._read_all()
             self._spent_by_others.clear()
             ended = time.monotonic()
-            self._next_look = ended + max(REFRESH_S, _REFRESH_SHARE * (ended - started))
+            self._next_refresh = ended + max(REFRESH_S, _REFRESH_SHARE * (ended - started))
         if shard not in self._spent_by_others:
             self._spent_by_others[shard] = self._sum_others(shard)
         return self._spent_by_others[shard]
 
     def invalidate(self) -> None:
         """Look again at the next question."""
-        self._next_look = 0.0
+        self._next_refresh = 0.0
 
     def _sum_others(self, shard: str) -> Spent:
         paid_before = self._paid_before or {}
         at_work = [
-            self._beats.get(name, Spent()).or_more(paid_before.get(name, Spent()))
-            for name in {*self._beats, *paid_before}
+            self._at_work.get(name, Spent()).or_more(paid_before.get(name, Spent()))
+            for name in {*self._at_work, *paid_before}
             if name not in self._committed and name != shard
         ]
         return sum((*self._committed.values(), *self._wasted.values(), *at_work), Spent())
 
-    def _look(self) -> None:
+    def _read_all(self) -> None:
         layout = self._layout
-        # Beats before commits: a shard that commits in between is then counted as committed, never not at all.
-        self._beats = {shard: Spent.of_beat(beat) for shard, beat in read_progress(layout, "answer").items()}
+        # Progress before commits: a shard that commits in between is then counted as committed, never not at all.
+        self._at_work = {shard: Spent.from_progress(found) for shard, found in read_progress(layout, "answer").items()}
         for name in storage.list_names(layout.commits, ".json"):
             shard = name.removesuffix(".json")
             if shard not in self._committed and (commit := read_commit(layout, shard)) is not None:
-                self._committed[shard] = Spent.of_totals(commit.totals)
+                self._committed[shard] = Spent.from_totals(commit.totals)
         if self._paid_before is None and self._journaled is not None:
-            self._paid_before = self._journaled.of(self._committed)
+            self._paid_before = self._journaled.read(self._committed)
         for name in waste_names(layout):
             if name not in self._wasted:
-                self._wasted[name] = Spent.of_totals(read_waste(layout, name).totals)
+                self._wasted[name] = Spent.from_totals(read_waste(layout, name).totals)

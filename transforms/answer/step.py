@@ -18,7 +18,7 @@ from apache_beam.utils.shared import Shared
 
 from moebeam.schemas.answers import ShardCommit
 from moebeam.schemas.store import storage
-from moebeam.transforms.answer.answer_shard import AnswerSpec, EngineProcess, LoadedEngine, answer_rows, planned_rows
+from moebeam.transforms.answer.answer_shard import AnswerSpec, EngineProcess, LoadedEngine, answer_rows, prepare_rows
 from moebeam.transforms.answer.budget import ShardBudget
 from moebeam.transforms.answer.expectation import Ceiling
 from moebeam.transforms.answer.shard_events import shard_counters
@@ -26,7 +26,7 @@ from moebeam.transforms.answer.spending import JournaledSpending, RunSpending
 from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.beam.counters import add_to_counters
 from moebeam.transforms.durable.commit import read_commit
-from moebeam.transforms.durable.failure import recorded_failure
+from moebeam.transforms.durable.failure import record_failure
 from moebeam.transforms.durable.lease import POLL_S, ShardLease, has_lost_a_holder
 from moebeam.transforms.durable.stop import request_stop
 from moebeam.transforms.log_events import log_event
@@ -72,54 +72,49 @@ class _AnswerShard(beam.DoFn):
                 os.setpgid(0, 0)
 
     def process(self, element: PlannedShard) -> Iterator[ShardCommit]:
-        with recorded_failure(self._spec.layout, "answer"):
-            commit = self._commit_of(element)
+        with record_failure(self._spec.layout, "answer"):
+            commit = self._find_commit(element)
         if commit is not None:
             yield commit
 
-    def _commit_of(self, planned: PlannedShard) -> ShardCommit | None:
+    def _find_commit(self, planned: PlannedShard) -> ShardCommit | None:
         """The shard's commit, made now, before or by a copy at work; None if the run was asked to stop."""
         layout, shard = self._spec.layout, planned.shard
         commit = read_commit(layout, shard)
         lease = ShardLease(layout, shard)
         while commit is None and not storage.exists(layout.stop):
-            with lease.claimed() as is_ours:
+            with lease.hold() as is_ours:
                 # Looked at again under the lease: its last holder may have committed just before it let go.
                 commit = read_commit(layout, shard)
                 if commit is None and is_ours:
-                    return self._answered(planned)
+                    return self._answer(planned)
             if commit is None:
                 time.sleep(POLL_S)
         return commit
 
-    def _answered(self, planned: PlannedShard) -> ShardCommit | None:
+    def _answer(self, planned: PlannedShard) -> ShardCommit | None:
         """The shard's commit; None if the run has to stop before or within it."""
         spec = self._spec
-        ceiling = Ceiling.of(spec.accounting, spec.engine)
+        ceiling = Ceiling.from_engine(spec.accounting, spec.engine)
         budget = ShardBudget(spec.limits, lambda: self._spending.spent_by_others(planned.shard), ceiling)
         if spec.limits.has_any and planned.num_requests and spec.reuse is None:
             self._spending.invalidate()
-            budget.stop = spec.limits.refused(budget.spent_by_others(), planned)
+            budget.stop = spec.limits.find_refusal(budget.spent_by_others(), planned)
             if budget.stop is not None:
                 request_stop(spec.layout, budget.stop)
                 return None
-        rows = planned_rows(read_rows(spec.layout.shard_plan(planned.shard)), spec)
+        rows = prepare_rows(read_rows(spec.layout.shard_plan(planned.shard)), spec)
         # Loaded only once there is something to answer: a finished or empty run needs no model.
         engine = self._shared.acquire(self._load) if rows.asked else None
         add_to_counters("answer", {"num_rows": planned.num_rows})
-        log_event(
-            "shard_begun",
-            run=spec.accounting.run_id,
-            shard=planned.shard,
-            num_rows=planned.num_rows,
-            num_asked=len(rows.asked),
-        )
+        where = {"run": spec.accounting.run_id, "shard": planned.shard}
+        log_event("shard_begun", **where, num_rows=planned.num_rows, num_asked=len(rows.asked))
         started = time.monotonic()
         commit = answer_rows(planned.shard, rows, engine, spec, budget)
         if commit is not None:
             add_to_counters("answer", shard_counters(commit, time.monotonic() - started))
         elif budget.stop is not None:
-            log_event("shard_stopped", run=spec.accounting.run_id, shard=planned.shard, reason=str(budget.stop.kind))
+            log_event("shard_stopped", **where, reason=str(budget.stop.kind))
         return commit
 
     def _load(self) -> LoadedEngine:

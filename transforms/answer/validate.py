@@ -39,8 +39,8 @@ def answer_and_validate(
 ) -> Iterator[ValidatedAnswer]:
     """Answer requests and validate what comes, each attempt as soon as it is done.
 
-    Without a schema any text is an answer, also an empty or a truncated one; `finish_reason` tells. What is to be asked
-    again waits until the others are through, so at most a shard's failures are held.
+    Without a schema any text is an answer, even an empty or truncated one (see `finish_reason`). Failed requests are
+    asked again once all others are done, so at most a shard's failures are held in memory.
 
     Args:
         terms_of: what a request, by its id, is to be answered with.
@@ -51,7 +51,7 @@ def answer_and_validate(
     while True:
         asked: dict[str, Request] = {}
         again: list[Request] = []
-        for completion in run(_noted(waiting, asked), runner):
+        for completion in run(_record_asked(waiting, asked), runner):
             request = asked.pop(completion.request_id)
             answer = validate_completion(completion, terms_of(request.request_id))
             following = ask_again(request, answer) if ask_again is not None and answer.error is not None else None
@@ -64,7 +64,7 @@ def answer_and_validate(
         waiting = again
 
 
-def _noted(requests: Iterable[Request], asked: dict[str, Request]) -> Iterator[Request]:
+def _record_asked(requests: Iterable[Request], asked: dict[str, Request]) -> Iterator[Request]:
     for request in requests:
         asked[request.request_id] = request
         yield request
@@ -83,7 +83,7 @@ def validate_completion(completion: Completion, terms: AnswerTerms) -> Validated
             return ValidatedAnswer(completion, None, None)
         value = terms.schema.check(completion.text)
     except RowError as found:
-        return ValidatedAnswer(completion, None, _truncated(completion, found))
+        return ValidatedAnswer(completion, None, _explain_truncation(completion, found))
     return ValidatedAnswer(completion, completion.text.strip(), None, value)
 
 
@@ -103,7 +103,7 @@ _CUT_SHORT = (NotJson, EmptyAnswer, MalformedToolCall, ToolArgumentsInvalid)
 """What an answer looks like whose end is missing."""
 
 
-def _truncated(completion: Completion, error: RowError) -> RowError:
+def _explain_truncation(completion: Completion, error: RowError) -> RowError:
     if completion.finish_reason != "length" or not isinstance(error, _CUT_SHORT):
         return error
     return TruncatedAnswer(

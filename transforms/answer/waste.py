@@ -1,11 +1,11 @@
-"""Waste: what was paid for answers that were not used, kept so that no money is hidden.
+"""Waste: ledger lines of paid answers that were not used, so that no money is hidden.
 
-Part of *answer*, where an attempt of a shard is given up: a limit was reached, a row must not fail, a step broke. Its
-ledger lines, with outcome `wasted`, become one file under `_moebeam/wasted/`; *publish* copies them to `ledger/` and
-adds up what they cost. What a process had paid when it was killed is not here: it could tell nobody.
+Part of *answer*. An attempt at a shard is given up when a limit is reached, a row fails that must not, or a step
+breaks. Its ledger lines, with outcome `wasted`, become one file under `_moebeam/wasted/`; *publish* copies them to
+`ledger/` and adds up their cost. What a killed process had paid is not here: it could not report it.
 
-Where answers are journaled none of this happens: the next attempt uses them. What of a shard's journal its committed
-ledger does not name was paid for nothing, and becomes waste when the shard is published, each time anew.
+With a journal nothing is recorded at that point, since the next attempt uses the answers. Journaled answers that the
+committed ledger does not name become waste when the shard is published, computed anew each time.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import pyarrow.parquet as pq
 
 from moebeam.schemas.answers import AccountedAnswer, Totals, ValidatedAnswer
-from moebeam.schemas.arrow import parquet_bytes, values_of, with_column
+from moebeam.schemas.arrow import encode_parquet_file, list_values, replace_column
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.shard_tables import PlannedRows, shard_tables
@@ -28,17 +28,17 @@ from moebeam.transforms.money.account import Accounting, account
 from moebeam.transforms.plan.sorted_runs import read_rows
 
 WASTED = "wasted"
-"""Outcome of these lines in the ledger."""
+"""Outcome of these ledger lines."""
 
 _SUFFIX = ".parquet-staged"
 
 
 @dataclass(frozen=True, slots=True)
 class Waste:
-    """The lines of one attempt that was given up, as a file of the ledger.
+    """Ledger lines of one attempt that was given up, as a published file.
 
     Attributes:
-        path: of the published file, relative to the output folder.
+        path: relative to the output folder.
     """
 
     path: str
@@ -49,12 +49,12 @@ class Waste:
 
 
 def waste_folder(layout: RunLayout) -> str:
-    """Where waste is kept until the run is cleaned, also after its lines are in the ledger."""
+    """Where waste stays until the run is cleaned up, even once its lines are in the ledger."""
     return storage.join(layout.state, "wasted")
 
 
 def waste_names(layout: RunLayout) -> list[str]:
-    """One name for each attempt that was given up."""
+    """File names of waste, one for each attempt that was given up."""
     return storage.list_names(waste_folder(layout), _SUFFIX)
 
 
@@ -65,22 +65,22 @@ def record_waste(
     answers: Mapping[int, Sequence[AccountedAnswer]],
     accounting: Accounting,
 ) -> None:
-    """Keep the ledger lines of an attempt that will not be committed; nothing where nothing was answered.
+    """Write the ledger lines of an attempt that will not be committed; without answers, write nothing.
 
     Args:
-        answers: the attempts of those of `rows.asked` that have any.
+        answers: row -> its attempts, for those of `rows.asked` that have any.
     Raises:
         OSError: the store failed.
     """
     if not answers:
         return
     _write_waste(layout, shard, rows, answers, accounting, uuid.uuid4().hex)
-    # From here on the shard's last heartbeat would count the same money again.
-    storage.remove_files([layout.heartbeat("answer", shard)])
+    # The shard's progress would count the same money again.
+    storage.remove_files([layout.progress_file("answer", shard)])
 
 
 def record_unused(layout: RunLayout, shard: str, accounting: Accounting) -> None:
-    """Keep the ledger lines of journaled answers that a published shard did not use; can be repeated.
+    """Write the ledger lines of journaled answers that a published shard did not use; idempotent.
 
     Raises:
         OSError: the store failed.
@@ -89,8 +89,8 @@ def record_unused(layout: RunLayout, shard: str, accounting: Accounting) -> None
     if not entries:
         return
     used: set[str] = set()
-    with contextlib.suppress(FileNotFoundError), storage.open_input(layout.published("ledger", shard)) as file:
-        used = {*values_of(pq.read_table(file, columns=["journal"]), "journal")}
+    with contextlib.suppress(FileNotFoundError), storage.open_input(layout.published_file("ledger", shard)) as file:
+        used = {*list_values(pq.read_table(file, columns=["journal"]), "journal")}
     unused = [entry for entry in entries if entry.reference not in used]
     if not unused:
         return
@@ -101,7 +101,7 @@ def record_unused(layout: RunLayout, shard: str, accounting: Accounting) -> None
     for entry, answer in zip(unused, account(validated, accounting), strict=True):
         row = int(entry.completion.request_id)
         answers.setdefault(row, []).append(replace(answer, journal=entry.reference))
-    rows = PlannedRows.of(read_rows(layout.shard_plan(shard)))
+    rows = PlannedRows.from_table(read_rows(layout.shard_plan(shard)))
     _write_waste(layout, shard, rows, answers, accounting, "journal")
 
 
@@ -115,13 +115,13 @@ def _write_waste(
 ) -> None:
     answered = replace(rows, asked=tuple(row for row in rows.asked if row in answers))
     ledger = shard_tables(shard, answered, answers, accounting)["ledger"]
-    ledger = with_column(ledger, "outcome", [WASTED] * ledger.num_rows)
+    ledger = replace_column(ledger, "outcome", [WASTED] * ledger.num_rows)
     path = storage.join(waste_folder(layout), f"{shard}.{attempt}{_SUFFIX}")
-    storage.write_whole(path, parquet_bytes(ledger))
+    storage.write_whole(path, encode_parquet_file(ledger))
 
 
 def read_waste(layout: RunLayout, name: str) -> Waste:
-    """One attempt's lines, added up.
+    """Read and add up one attempt's lines.
 
     Raises:
         OSError: the store failed.
@@ -129,7 +129,7 @@ def read_waste(layout: RunLayout, name: str) -> Waste:
     content = storage.read_bytes(storage.join(waste_folder(layout), name))
     ledger = pq.read_table(io.BytesIO(content))
     return Waste(
-        path=_published(layout, name).removeprefix(layout.output.rstrip("/") + "/"),
+        path=_published_path(layout, name).removeprefix(layout.output.rstrip("/") + "/"),
         num_rows=ledger.num_rows,
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
@@ -138,14 +138,14 @@ def read_waste(layout: RunLayout, name: str) -> Waste:
 
 
 def publish_waste(layout: RunLayout) -> list[Waste]:
-    """Make all waste visible in the ledger, under names that follow from the attempts; can be repeated."""
+    """Copy all waste to the ledger, under names derived from the attempts; idempotent."""
     wastes: list[Waste] = []
     for name in waste_names(layout):
-        storage.copy_whole(storage.join(waste_folder(layout), name), _published(layout, name))
+        storage.copy_whole(storage.join(waste_folder(layout), name), _published_path(layout, name))
         wastes.append(read_waste(layout, name))
     return wastes
 
 
-def _published(layout: RunLayout, name: str) -> str:
+def _published_path(layout: RunLayout, name: str) -> str:
     shard, _, attempt = name.removesuffix(_SUFFIX).rpartition(".")
-    return layout.published("ledger", f"{shard}-{WASTED}-{attempt}")
+    return layout.published_file("ledger", f"{shard}-{WASTED}-{attempt}")

@@ -1,7 +1,7 @@
-"""Commit: a shard's tables become durable, once, whatever is killed or repeated.
+"""Commit: makes a shard's tables durable exactly once, whatever is killed or repeated.
 
-Ends the *answer* stage. The tables are staged under names of this attempt alone; then one commit record is created
-exclusively, and whoever creates it has won. It names the staged files, so a loser's files are never seen.
+Ends *answer*. Tables are staged under names unique to this attempt; then one commit record is created exclusively, and
+whoever creates it wins. It names the staged files, so a loser's files are never seen.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moebeam.schemas.answers import ShardCommit, StagedFile, Totals
-from moebeam.schemas.arrow import parquet_bytes, values_of
+from moebeam.schemas.arrow import encode_parquet_file, list_values
 from moebeam.schemas.errors import CommitError
 from moebeam.schemas.prices import EXACT
 from moebeam.schemas.store import storage
@@ -28,10 +28,10 @@ from moebeam.transforms.money.accelerator_time import with_accelerator_seconds
 
 
 def read_commit(layout: RunLayout, shard: str) -> ShardCommit | None:
-    """The commit record of a shard, or None if it is not committed.
+    """A shard's commit record; None if it is not committed.
 
     Raises:
-        CommitError: the record is there but cannot be read.
+        CommitError: the record exists but cannot be read.
     """
     return read_record(layout.shard_commit(shard), ShardCommit, "a commit record")
 
@@ -43,16 +43,16 @@ def commit_shard(
     tables: Mapping[Table, pa.Table],
     engine: Mapping[str, float] | None = None,
 ) -> ShardCommit:
-    """Stage the tables of a shard and commit them; if another copy was first, its record is returned.
+    """Stage a shard's tables and commit them; returns the winner's record if another copy was first.
 
     Args:
-        engine: what the engine counted for this shard; its seconds are spread over the ledger's lines.
+        engine: what the engine counted for this shard; its seconds are spread over the ledger lines.
     Raises:
         CommitError: the tables contradict each other, or the store cannot create exclusively.
         OSError: the store failed; nothing is committed.
     """
     attempt = uuid.uuid4().hex
-    totals = totals_of(tables)
+    totals = sum_tables(tables)
     tables = {**tables, "ledger": with_accelerator_seconds(tables["ledger"], engine)}
     files = tuple(_stage(layout, shard, attempt, table, tables[table]) for table in TABLES if tables[table].num_rows)
     commit = ShardCommit(shard, run_id, attempt, datetime.now(UTC).isoformat(timespec="seconds"), files, totals, engine)
@@ -65,11 +65,11 @@ def commit_shard(
     return winner
 
 
-def totals_of(tables: Mapping[Table, pa.Table]) -> Totals:
-    """The sums of a shard's tables, after checking that rows and ledger agree.
+def sum_tables(tables: Mapping[Table, pa.Table]) -> Totals:
+    """Totals of a shard's tables, after checking that rows and ledger agree.
 
     Raises:
-        CommitError: tokens or costs of the rows are not those of the ledger.
+        CommitError: tokens or costs of the rows differ from the ledger's.
     """
     rows = pa.concat_tables([tables["results"], tables["rejects"]])
     results, rejects, ledger = tables["results"], tables["rejects"], tables["ledger"]
@@ -95,7 +95,7 @@ def totals_of(tables: Mapping[Table, pa.Table]) -> Totals:
 
 
 def ledger_totals(ledger: pa.Table) -> Totals:
-    """What a ledger alone can say: its attempts, their tokens and their cost, and nothing of rows."""
+    """Totals of a ledger alone: attempts, their tokens and their cost, nothing about rows."""
     hits, reasoning = _sum(ledger, "cache_hit_tokens"), _sum(ledger, "reasoning_tokens")
     lost = costs_by_currency(ledger, "lost_cost_at_most")
     return Totals(
@@ -114,8 +114,8 @@ def ledger_totals(ledger: pa.Table) -> Totals:
 
 
 def _stage(layout: RunLayout, shard: str, attempt: str, table: Table, rows: pa.Table) -> StagedFile:
-    content = parquet_bytes(rows)
-    path = layout.staged(shard, attempt, table)
+    content = encode_parquet_file(rows)
+    path = layout.staged_file(shard, attempt, table)
     storage.write_whole(path, content)
     relative = path.removeprefix(layout.output.rstrip("/") + "/")
     return StagedFile(table, relative, rows.num_rows, len(content), hashlib.sha256(content).hexdigest())
@@ -137,14 +137,14 @@ def _counts(column: "pa.ChunkedArray[Any]") -> dict[str, int]:
 
 
 def costs_by_currency(table: pa.Table, column: str) -> dict[str, Decimal]:
-    """Sums of a column of amounts, such as `cost`, of a table of rows or of ledger lines, in order of currency.
+    """Sum a column of amounts, such as `cost`, of rows or ledger lines by currency, in order of currency.
 
-    Rows whose attempts were priced in several currencies add to each of them.
+    A row whose attempts were priced in several currencies adds to each.
     """
     sums: dict[str, Decimal] = {}
-    amounts = list(zip(values_of(table, "currency"), values_of(table, column), strict=True))
+    amounts = list(zip(list_values(table, "currency"), list_values(table, column), strict=True))
     if "costs_by_currency" in table.schema.names:
-        mixed = values_of(table, "costs_by_currency")
+        mixed = list_values(table, "costs_by_currency")
         amounts += [(entry["currency"], entry[column]) for entries in mixed for entry in entries or ()]
     for currency, amount in amounts:
         if currency is not None and amount is not None:

@@ -1,19 +1,18 @@
 """The reason why a worker failed, kept where the launcher can read it.
 
-Runners hand a worker's exception to the launcher as text, if at all. A failing step therefore leaves a small record
-on the store before it raises on; the launcher shows it in place of a traceback. A worker process that dies leaves
-nothing, and Beam's local runner may then wait for it for ever: `WorkerWatch` notices.
+Runners pass a worker's exception to the launcher as text, if at all. A failing step therefore writes a small record to
+the store before it re-raises; the launcher shows it instead of a traceback. A worker process that dies leaves no
+record, and Beam's local runner may wait for it forever: `WorkerWatch` notices.
 """
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
-from moebeam.schemas.store import storage
+from moebeam.schemas.store.record_json import read_note, write_note
 from moebeam.schemas.store.run_layout import RunLayout
 
 
@@ -27,23 +26,19 @@ class Failure:
 
 
 @contextlib.contextmanager
-def recorded_failure(layout: RunLayout, step: str) -> Generator[None]:
+def record_failure(layout: RunLayout, step: str) -> Generator[None]:
     """Leave a record of any exception that passes, then let it pass."""
     try:
         yield
     except Exception as error:
-        failure = {"step": step, "error": type(error).__name__, "message": str(error)}
         with contextlib.suppress(OSError):
-            storage.write_note(layout.failure, json.dumps(failure).encode())
+            write_note(layout.failure, Failure(step, type(error).__name__, str(error)))
         raise
 
 
 def read_failure(layout: RunLayout) -> Failure | None:
     """The record that a failing step left, if any."""
-    try:
-        return Failure(**json.loads(storage.read_bytes(layout.failure)))
-    except (OSError, ValueError, TypeError):
-        return None
+    return read_note(layout.failure, Failure)
 
 
 _WORKER_THREAD = "run_worker"

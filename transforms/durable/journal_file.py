@@ -1,10 +1,10 @@
-"""The journal's files: completions as lines, on disk at once and durable in groups, in object stores as small objects.
+"""The journal's files: completions as lines, appended on disk, batched into small objects in object stores.
 
 Part of *answer*, below `transforms/answer/journal.py`. A line is a checksum and a JSON object; it holds an answer and
-what it cost, and of the request no more than a digest. On disk one file a writer grows: what was appended outlives the
-process, and after at most `DISK_DELAY_S` or `DISK_GROUP` answers the machine too. Object stores cannot append: what
-arrives within `STORE_DELAY_S`, or `STORE_GROUP` answers, becomes one numbered object, and until then a killed process
-loses it.
+its usage, and only a digest of the request. On disk each writer appends to one file: a line survives its process at
+once, and the machine after at most `DISK_DELAY_S` or `DISK_GROUP` answers. Object stores cannot append: answers that
+arrive within `STORE_DELAY_S`, or `STORE_GROUP` of them, become one numbered object, and until then a killed process
+loses them.
 """
 
 import json
@@ -37,7 +37,7 @@ class Entry:
     Attributes:
         reference: its file and line, below the folder of the shard's journal.
         key: digest of the request, see `journal.request_key`.
-        attempt: of the request, as it was counted then.
+        attempt: the request's attempt number at the time.
     """
 
     reference: str
@@ -48,10 +48,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class JournalContent:
-    """All that the writers of a shard have kept.
+    """Everything the writers of a shard have journaled.
 
     Attributes:
-        num_damaged: lines that cannot be read; not counted is a last line that its writer could not finish.
+        num_damaged: lines that cannot be read, except a last line that its writer left unfinished.
     """
 
     entries: tuple[Entry, ...]
@@ -59,7 +59,7 @@ class JournalContent:
 
 
 def read_journal(layout: RunLayout, shard: str) -> JournalContent:
-    """What all writers have kept for a shard, in the order of attempts and of their start.
+    """Read what all writers journaled for a shard, in order of attempt and start time.
 
     Raises:
         OSError: the store failed.
@@ -81,19 +81,19 @@ def _read_lines(name: str, content: bytes) -> tuple[list[Entry], int]:
     *lines, rest = content.split(b"\n")
     for number, line in enumerate(lines, start=1):
         try:
-            entries.append(_entry_of(line, f"{name}:{number}"))
+            entries.append(_parse_line(line, f"{name}:{number}"))
         except (ValueError, KeyError, TypeError):
             num_damaged += 1
-    # Without its end a line was never promised to anybody.
+    # A line without its end was never acknowledged.
     del rest
     return entries, num_damaged
 
 
 class JournalWriter:
-    """Keeps the answers of one attempt of a shard, from any thread; its own thread makes them durable.
+    """Journals the answers of one attempt at a shard, from any thread; its own thread makes them durable.
 
     Raises:
-        OSError: `append` and `close`, once the store has failed; answers before that may be lost.
+        OSError: from `append` and `close`, once the store has failed; earlier answers may be lost.
     """
 
     def __init__(self, layout: RunLayout, shard: str) -> None:
@@ -110,13 +110,13 @@ class JournalWriter:
         self._keeper: threading.Thread | None = None
 
     def append(self, key: str, attempt: int, completion: Completion) -> str:
-        """Keep a completion; returns its reference.
+        """Journal a completion; returns its reference.
 
         Raises:
             OSError: the store failed, now or since the last answer.
-            ValueError: it was closed.
+            ValueError: the writer is closed.
         """
-        line = _line_of(key, attempt, completion)
+        line = _format_line(key, attempt, completion)
         with self._state:
             self._raise_error()
             if self._is_closing:
@@ -135,7 +135,7 @@ class JournalWriter:
             return reference
 
     def close(self) -> None:
-        """Make durable what waits.
+        """Make waiting answers durable and close the file.
 
         Raises:
             OSError: the store failed.
@@ -150,7 +150,7 @@ class JournalWriter:
         self._raise_error()
 
     def _keep(self) -> None:
-        """Make groups durable, until told to end or the store fails."""
+        """Make groups of lines durable until closed or the store fails."""
         delay_s, most = (DISK_DELAY_S, DISK_GROUP) if self._is_disk else (STORE_DELAY_S, STORE_GROUP)
         while True:
             with self._state:
@@ -180,7 +180,7 @@ class JournalWriter:
             raise self._error
 
 
-def _line_of(key: str, attempt: int, completion: Completion) -> bytes:
+def _format_line(key: str, attempt: int, completion: Completion) -> bytes:
     error = completion.error
     values: dict[str, Any] = {
         "key": key,
@@ -201,13 +201,14 @@ def _line_of(key: str, attempt: int, completion: Completion) -> bytes:
         "error": error and {"type": error.error_type, "message": str(error)},
         "lost_calls": [{**asdict(call), "started_at": call.started_at.isoformat()} for call in completion.lost_calls],
     }
-    # A provider's JSON may spell half a surrogate pair, and two halves are not the whole: each is kept as it is.
+    # A provider's JSON may hold lone surrogates. Each is kept as it is: as escapes, two adjacent ones would be read
+    # back as one character.
     content = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
     return b"%08x %s\n" % (zlib.crc32(content), content)
 
 
-def _entry_of(line: bytes, reference: str) -> Entry:
-    """A line's entry.
+def _parse_line(line: bytes, reference: str) -> Entry:
+    """Parse one line.
 
     Raises:
         ValueError, KeyError, TypeError: the line is damaged.
@@ -219,7 +220,7 @@ def _entry_of(line: bytes, reference: str) -> Entry:
     key, attempt, error, logprobs = (values.pop(name) for name in ("key", "attempt", "error", "logprobs"))
     usage, calls = Usage(**values.pop("usage")), tuple(ToolCall(**call) for call in values.pop("tool_calls"))
     started_at = datetime.fromisoformat(values.pop("started_at"))
-    lost_calls = tuple(_lost_call(**call) for call in values.pop("lost_calls", ()))
+    lost_calls = tuple(_parse_lost_call(**call) for call in values.pop("lost_calls", ()))
     completion = Completion(
         **values,
         usage=usage,
@@ -232,7 +233,7 @@ def _entry_of(line: bytes, reference: str) -> Entry:
     return Entry(reference, key, attempt, completion)
 
 
-def _lost_call(*, started_at: str, **values: Any) -> LostCall:
+def _parse_lost_call(*, started_at: str, **values: Any) -> LostCall:
     return LostCall(**values, started_at=datetime.fromisoformat(started_at))
 
 

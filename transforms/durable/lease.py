@@ -1,58 +1,57 @@
-"""Leases: one copy of a shard answers, others wait for its commit, so that nothing is paid twice while it lives.
+"""Leases: one worker answers a shard while others wait for its commit, so that nothing is paid twice while it lives.
 
-Part of *answer*, around *commit*. A lease only saves money; that rows are right rests on the exclusive commit record.
-So a race here may cost a shard's work twice, and never more than that.
+Part of *answer*, around *commit*. A lease only saves money; correctness rests on the exclusive commit record. The worst
+that a race here costs is doing a shard's work twice.
 
-A shard's leases form a chain, `<shard>.0.json`, `<shard>.1.json`, ...: the last one counts. Whoever finds the last one
-dead creates the next one exclusively, so that of any number of successors one wins, on every store that can hold a
-commit. Its holder renews it by overwriting it; nobody else ever writes it.
+A shard's leases form a chain, `<shard>.0.json`, `<shard>.1.json`, ...: the last one counts. A worker that finds it dead
+creates the next one exclusively, so that of any number of successors one wins, on every store that can hold a commit.
+The holder renews its lease by overwriting it; nobody else writes it.
 """
 
 import contextlib
-import json
 import os
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Generator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import psutil
 
 from moebeam.schemas.store import storage
-from moebeam.schemas.store.record_json import RecordJson
+from moebeam.schemas.store.record_json import RecordJson, write_note
 from moebeam.schemas.store.run_layout import RunLayout
 
 LEASE_S = 60.0
-"""How long a lease holds after its last renewal."""
+"""Seconds that a lease holds after its last renewal."""
 
 RENEWAL_S = 15.0
 POLL_S = 0.5
-"""How often those that wait look for a commit."""
+"""Seconds between two looks for a commit while waiting."""
 
 MAX_CLOCK_SKEW_S = 30.0
-"""How far the clocks of two hosts may be apart before one may take over from the other too early."""
+"""Most that two hosts' clocks may differ before one takes over from the other too early."""
 
 _START_TOLERANCE_S = 2.0
-"""A process's start is known against the boot time, which moves with the clock."""
+"""A process's start time is relative to the boot time, which moves with the clock."""
 
 _held: set[str] = set()
-"""The attempts whose leases threads of this process hold."""
+"""Attempts whose leases threads of this process hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Who answers a shard.
+    """The holder of a shard.
 
     Attributes:
         attempt: unique to this claim.
-        host: the machine and the processes it can see, see `host_identity`; `pid` and `process_started` (seconds since
-            the epoch) hold there.
-        num_renewals: makes every renewal another content.
-        expires_at: seconds since the epoch by the holder's clock; 0 once it was given back.
+        host: machine and process namespace, see `host_identity`; `pid` and `process_started` (seconds since the epoch)
+            are valid there.
+        num_renewals: makes the content of every renewal differ.
+        expires_at: seconds since the epoch by the holder's clock; 0 once released.
     """
 
     attempt: str
@@ -64,7 +63,7 @@ class Lease:
 
     @property
     def is_held_by_a_dead_process(self) -> bool:
-        """Whether the holder was on this host and is no more; False of holders elsewhere."""
+        """Whether the holder ran on this host and is gone; False for holders elsewhere."""
         if self.host != host_identity():
             return False
         if self.pid == os.getpid():
@@ -81,7 +80,7 @@ class Lease:
 
 @cache
 def _boot_identity() -> str:
-    """This boot of this machine and the process namespace, as far as the system tells."""
+    """Identity of this boot of the machine and of the process namespace, as far as the system tells."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + "/" + os.readlink("/proc/self/ns/pid")
     return f"{psutil.boot_time():.0f}"
@@ -93,7 +92,7 @@ def host_identity() -> str:
 
 
 class ShardLease:
-    """One worker's look at the leases of one shard: it claims, waits, and takes over."""
+    """One worker's view of a shard's leases: claims, waits, takes over."""
 
     def __init__(self, layout: RunLayout, shard: str) -> None:
         self._layout = layout
@@ -103,10 +102,10 @@ class ShardLease:
         self._seen_since = time.monotonic()
 
     @contextlib.contextmanager
-    def claimed(self) -> Generator[bool]:
-        """Whether the shard is ours to answer inside the block; its lease is then renewed until the block ends.
+    def hold(self) -> Generator[bool]:
+        """Yield whether the shard is ours to answer; if so, renew its lease until the block ends.
 
-        On the way out by an error the lease is given back; else it is removed, since a commit stands in its place.
+        An error in the block releases the lease; otherwise it is removed, since a commit stands in its place.
 
         Raises:
             OSError: the store failed.
@@ -130,11 +129,11 @@ class ShardLease:
                 if is_done:
                     storage.remove_files([path])
                 else:
-                    storage.write_note(path, _encoded(replace(lease, num_renewals=-1, expires_at=0.0)))
+                    write_note(path, replace(lease, num_renewals=-1, expires_at=0.0))
             _held.discard(lease.attempt)
 
     def _claim(self) -> Lease | None:
-        """Our lease, or None while another holder lives."""
+        """Claim the shard; None while another holder lives."""
         while (content := _read(self._layout.lease(self._shard, self._generation))) is not None:
             following = _read(self._layout.lease(self._shard, self._generation + 1))
             if following is None and self._is_living(content):
@@ -150,7 +149,9 @@ class ShardLease:
         )
         _held.add(lease.attempt)
         try:
-            if storage.create_exclusive(self._layout.lease(self._shard, self._generation), _encoded(lease)):
+            if storage.create_exclusive(
+                self._layout.lease(self._shard, self._generation), RecordJson(Lease).encode(lease)
+            ):
                 return lease
         except BaseException:
             _held.discard(lease.attempt)
@@ -159,7 +160,7 @@ class ShardLease:
         return None
 
     def _is_living(self, content: bytes) -> bool:
-        """Whether the holder may still be at work, by its process, its clock, or how long it has been silent."""
+        """Whether the holder may still be at work, judged by its process, its clock and how long it has been silent."""
         if content != self._seen:
             self._seen, self._seen_since = content, time.monotonic()
         if time.monotonic() - self._seen_since > LEASE_S:
@@ -167,13 +168,13 @@ class ShardLease:
         try:
             lease = RecordJson(Lease).decode(content)
         except ValueError:
-            # Not ours to understand: a later version's, or damaged. Silence alone tells.
+            # Written by a later version, or damaged: only silence tells.
             return True
         return time.time() <= lease.expires_at + MAX_CLOCK_SKEW_S and not lease.is_held_by_a_dead_process
 
 
 def has_lost_a_holder(layout: RunLayout) -> bool:
-    """Whether a process died while it answered a shard, in this attempt of the run or an earlier one.
+    """Whether a process died while answering a shard, in this attempt of the run or an earlier one.
 
     Raises:
         OSError: the store failed.
@@ -182,12 +183,12 @@ def has_lost_a_holder(layout: RunLayout) -> bool:
     return any(
         lease.is_held_by_a_dead_process or lease.expires_at < now - MAX_CLOCK_SKEW_S
         for lease in _read_all(layout).values()
-        if lease.expires_at  # else it was given back
+        if lease.expires_at  # else it was released
     )
 
 
 def read_leases(layout: RunLayout) -> dict[str, Lease]:
-    """The last lease of every shard that has any, whether its holder lives or not."""
+    """The last lease of every shard that has one, whether or not its holder lives."""
     leases: dict[str, Lease] = {}
     for (shard, _), lease in sorted(_read_all(layout).items()):
         leases[shard] = lease
@@ -195,7 +196,7 @@ def read_leases(layout: RunLayout) -> dict[str, Lease]:
 
 
 def _read_all(layout: RunLayout) -> dict[tuple[str, int], Lease]:
-    """All leases by shard and place in its chain, but for those that cannot be understood."""
+    """All readable leases, by shard and place in its chain."""
     leases: dict[tuple[str, int], Lease] = {}
     for name in storage.list_names(layout.leases, ".json"):
         shard, _, generation = name.removesuffix(".json").rpartition(".")
@@ -207,21 +208,17 @@ def _read_all(layout: RunLayout) -> dict[tuple[str, int], Lease]:
 
 
 def _keep(path: str, lease: Lease, stop: threading.Event) -> None:
-    """Renew a lease until told to stop; a renewal that fails is tried again at the next."""
+    """Renew a lease until told to stop; a failed renewal is retried at the next interval."""
     while not stop.wait(RENEWAL_S):
         lease = replace(lease, num_renewals=lease.num_renewals + 1, expires_at=time.time() + LEASE_S)
         with contextlib.suppress(OSError):
-            storage.write_note(path, _encoded(lease))
+            write_note(path, lease)
 
 
 @cache
 def process_started(pid: int) -> float:
-    """When a process started, in seconds since the epoch: with its id it names the process for good."""
+    """Start time of a process, in seconds since the epoch; with the process id it identifies the process."""
     return psutil.Process(pid).create_time()
-
-
-def _encoded(lease: Lease) -> bytes:
-    return json.dumps(asdict(lease)).encode()
 
 
 def _read(path: str) -> bytes | None:

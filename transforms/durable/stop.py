@@ -1,15 +1,15 @@
-"""Why a run is to stop before its end: a note on the store that every worker looks for before each shard.
+"""Stop: a note on the store that ends a run early; every worker looks for it before each shard.
 
-Left by the launcher (a signal) or by a worker (a limit, a row that must not fail). Shards at work end; no other one
-starts; *publish* then writes an incomplete manifest with this reason.
+Left by the launcher (a signal) or by a worker (a limit, a row that must not fail). Shards at work end and no other one
+starts; *publish* then writes an incomplete manifest with the reason.
 """
 
 import contextlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from moebeam.schemas.store import storage
+from moebeam.schemas.store.record_json import RecordJson, write_note
 from moebeam.schemas.store.run_layout import RunLayout
 
 StopKind: TypeAlias = Literal[
@@ -22,7 +22,7 @@ ON_ERROR = "on_error"
 
 @dataclass(frozen=True, slots=True)
 class StopReason:
-    """Which key or event stops the run, and the sentence that a person reads."""
+    """The key or event that stops the run, and a sentence for people."""
 
     kind: StopKind
     message: str
@@ -32,13 +32,13 @@ BY_SIGNAL = StopReason(SIGNAL, "stopped by a signal")
 
 
 def request_stop(layout: RunLayout, reason: StopReason) -> None:
-    """Ask all workers to stop; the first reason stays.
+    """Ask all workers to stop; the first reason wins.
 
     Raises:
         OSError: the store failed.
     """
     if not storage.exists(layout.stop):
-        storage.write_note(layout.stop, json.dumps(asdict(reason)).encode())
+        write_note(layout.stop, reason)
 
 
 def read_stop(layout: RunLayout) -> StopReason | None:
@@ -50,8 +50,8 @@ def read_stop(layout: RunLayout) -> StopReason | None:
     with contextlib.suppress(FileNotFoundError):
         content = storage.read_bytes(layout.stop)
         try:
-            return StopReason(**json.loads(content))
-        except (ValueError, TypeError):
-            # Left by another version, or torn with the machine: that it is there is what counts.
+            return RecordJson(StopReason).decode(content)
+        except ValueError:
+            # From another version, or torn by a machine failure: its presence is what counts.
             return BY_SIGNAL
     return None

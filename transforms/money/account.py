@@ -1,8 +1,7 @@
-"""Account: what each attempt's tokens cost, by the dated price book.
+"""Account: prices each attempt's tokens by the dated price book.
 
-Stands in the *answer* stage (run -> validate -> **account** -> commit): validated answers come from
-`transforms/answer/validate.py`, accounted ones are committed. Failed answers are accounted like good ones: they were
-paid.
+Part of *answer* (run -> validate -> **account** -> commit), after `transforms/answer/validate.py`. Failed answers are
+accounted like good ones: they were paid.
 
 Amounts are never rounded. A price has at most 6 decimal places per 1,000,000 tokens (the price book refuses more), so
 tokens x price / 10^6 has at most 12, which is what decimal128(38, 12) holds.
@@ -21,7 +20,7 @@ from moebeam.transforms.money.price_book import PriceBook
 
 @dataclass(frozen=True, slots=True)
 class Accounting:
-    """Whose prices a run's attempts are charged at, and what every line of its ledger repeats.
+    """Prices that a run's attempts are charged at, and what every line of its ledger repeats.
 
     Attributes:
         book: None leaves every charge None.
@@ -42,14 +41,14 @@ class Accounting:
     def find_price(
         self, provider: str, model: str, started_at: datetime, *, prompt_tokens: int, mode: PriceMode = "online"
     ) -> PriceLine | None:
-        """The price line of an attempt by a provider's model; None if there is none."""
+        """The price line of an attempt; None if there is none."""
         if self.book is None:
             return None
         provider, model = self.provider or provider, self.model or model
         return self.book.find(provider, model, started_at, prompt_tokens=prompt_tokens, mode=mode)
 
     def charge_completion(self, completion: Completion) -> Charge | None:
-        """What a completion cost; None where it has no price."""
+        """What a completion cost; None without a price."""
         line = self.find_price(
             completion.provider,
             completion.model,
@@ -61,7 +60,7 @@ class Accounting:
 
 
 def account(answers: Iterable[ValidatedAnswer], accounting: Accounting) -> Iterator[AccountedAnswer]:
-    """Price answers one by one, lazily and in the order in which they come."""
+    """Price answers lazily and in order."""
     for answer in answers:
         charged = accounting.charge_completion(answer.completion)
         lost = charged and _lost_cost(answer.completion, accounting, charged.line.currency)
@@ -69,10 +68,10 @@ def account(answers: Iterable[ValidatedAnswer], accounting: Accounting) -> Itera
 
 
 def _lost_cost(completion: Completion, accounting: Accounting, currency: str) -> Decimal | None:
-    """What the calls before an answer may be billed at most: their prompts as misses, and all of `max_tokens`."""
+    """Most that the lost calls before an answer may be billed: prompts as misses, and all of `max_tokens`."""
     total: Decimal | None = None
     for call in completion.lost_calls:
-        # The provider's own count of the prompt, where an answer brought one.
+        # The provider's own count of the prompt, if an answer reported one.
         num_input = max(call.prompt_tokens, completion.usage.prompt_tokens)
         line = accounting.find_price(call.provider, call.model, call.started_at, prompt_tokens=num_input)
         if line is None or line.currency != currency:
@@ -82,11 +81,11 @@ def _lost_cost(completion: Completion, accounting: Accounting, currency: str) ->
 
 
 def charge(usage: Usage, line: PriceLine) -> Charge:
-    """The price of one attempt, by disjoint token classes.
+    """Price one attempt by disjoint token classes.
 
-    Where the number of cached tokens is unknown, or cached tokens have no price of their own, all input is charged at
-    the miss price, and the basis says that this is an upper bound. Token counts stay as they were reported: the
-    cached ones remain `cache_hit_tokens` even where they are charged like the others.
+    If the number of cached tokens is unknown, or cached tokens have no price of their own, all input is charged at the
+    miss price and the basis is `upper_bound`. Token counts stay as reported: cached tokens remain `cache_hit_tokens`
+    even if charged like the others.
 
     Raises:
         ValueError: token counts are negative, or a part exceeds its whole.
@@ -103,18 +102,18 @@ def charge(usage: Usage, line: PriceLine) -> Charge:
         visible_output_tokens=usage.completion_tokens - usage.reasoning_tokens,
         reasoning_tokens=usage.reasoning_tokens,
         line=line,
-        input_cost=EXACT.add(_amount(cached or 0, hit_price), _amount(num_misses, line.cache_miss)),
-        output_cost=_amount(usage.completion_tokens, line.output),
+        input_cost=EXACT.add(price_tokens(cached or 0, hit_price), price_tokens(num_misses, line.cache_miss)),
+        output_cost=price_tokens(usage.completion_tokens, line.output),
         basis=basis,
     )
 
 
 def class_amounts(charge: Charge) -> ClassAmounts:
-    """What each token class of an attempt cost; the hits of a book without a hit price cost as much as misses."""
+    """Cost of each token class of an attempt; without a hit price, hits cost as much as misses."""
     line = charge.line
-    visible_output = _amount(charge.visible_output_tokens, line.output)
+    visible_output = price_tokens(charge.visible_output_tokens, line.output)
     hit_price = line.cache_miss if line.cache_hit is None else line.cache_hit
-    cache_hit = _amount(charge.cache_hit_tokens or 0, hit_price)
+    cache_hit = price_tokens(charge.cache_hit_tokens or 0, hit_price)
     return ClassAmounts(
         cache_hit=cache_hit,
         cache_miss=EXACT.subtract(charge.input_cost, cache_hit),
@@ -123,5 +122,6 @@ def class_amounts(charge: Charge) -> ClassAmounts:
     )
 
 
-def _amount(num_tokens: int, price: Decimal) -> Decimal:
+def price_tokens(num_tokens: int, price: Decimal) -> Decimal:
+    """Exact cost of tokens; `price` is per 1,000,000."""
     return EXACT.scaleb(EXACT.multiply(Decimal(num_tokens), price), -6)

@@ -1,9 +1,9 @@
-"""Allocate: spread what a shard was billed evenly over those who used it.
+"""Allocate: spreads a shard's bill evenly over those who used it.
 
-Stands in the *answer* stage, between account and commit, once a shard is complete. `cost` is what was billed in the
-order run: the first request of a shared prefix pays its misses, the others its hits. `cost_allocated` is the same
-money without the accident of order: what the users of a stretch of tokens were billed for it together, divided by
-their number; a request that answers for several merged rows counts as many users as it has rows.
+Part of *answer*, between account and commit, once a shard is complete. `cost` is what was billed in execution order:
+the first request of a shared prefix pays its misses, the others its hits. `cost_allocated` is the same money
+independent of that order: what the users of a span of tokens were billed for it together, divided by their number; a
+request that answers for several merged rows counts as that many users.
 
 Money is counted in integer units of 10^-12, so the parts add up to the bill to the last unit.
 """
@@ -24,15 +24,15 @@ Lcps: TypeAlias = npt.NDArray[np.int64]
 
 _EXACT = Context(prec=76, traps=[Inexact])
 _FRACTION_BITS = 128
-"""Shares are kept in 2^-128 of a unit until the end: rounding down in every span loses less than one unit in all."""
+"""Shares are kept in 2^-128 of a unit until the end: rounding down in every span loses less than one unit in total."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bill:
     """What one request was billed, in units of 10^-12 of its currency.
 
-    The first `cached_tokens` of `prompt_tokens` cost `hit_units` each, the others `miss_units`. `own_units` is what
-    the request shares with nobody: its output. `num_rows` is how many merged rows stand behind it, itself included.
+    The first `cached_tokens` of `prompt_tokens` cost `hit_units` each, the others `miss_units`. `own_units` is what the
+    request shares with nobody: its output. `num_rows` counts its merged rows, itself included.
     """
 
     currency: str
@@ -48,19 +48,19 @@ class Bill:
             raise ValueError(f"expected 0 <= cached <= prompt tokens and at least one row, found {self}")
 
     def input_units(self, num_tokens: int) -> int:
-        """What the first `num_tokens` tokens of the prompt cost."""
+        """Cost of the first `num_tokens` tokens of the prompt."""
         num_hits = min(num_tokens, self.cached_tokens)
         return num_hits * self.hit_units + (min(num_tokens, self.prompt_tokens) - num_hits) * self.miss_units
 
     def rate(self, position: int) -> int:
-        """What the token at a position costs."""
+        """Cost of the token at a position."""
         if position < self.cached_tokens:
             return self.hit_units
         return self.miss_units if position < self.prompt_tokens else 0
 
     @property
     def steps(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Positions from which on a token costs more or less than before, and by how much."""
+        """Positions where the cost of a token changes, and by how much."""
         return (self.cached_tokens, self.miss_units - self.hit_units), (self.prompt_tokens, -self.miss_units)
 
     @property
@@ -90,12 +90,12 @@ class Allocation:
 
     @property
     def rows(self) -> list[Decimal]:
-        """The share of each merged row, the primary first."""
+        """Share of each merged row, the primary first."""
         return [from_units(self.row_units + (row < self.num_extra)) for row in range(self.num_rows)]
 
 
 def to_units(amount: Decimal) -> int:
-    """An amount of money in units of 10^-12.
+    """Convert an amount of money to units of 10^-12.
 
     Raises:
         ValueError: the amount has more than 12 decimal places.
@@ -107,12 +107,12 @@ def to_units(amount: Decimal) -> int:
 
 
 def from_units(units: int) -> Decimal:
-    """An amount of money from units of 10^-12, exactly."""
+    """Convert units of 10^-12 to an exact amount of money."""
     return _EXACT.scaleb(Decimal(units), -12)
 
 
-def bill_of(charge: Charge, num_rows: int) -> Bill:
-    """The bill of one request, from its charge; all costs have the places that the price book allows."""
+def bill_charge(charge: Charge, num_rows: int) -> Bill:
+    """Build a request's bill from its charge; all costs have the places that the price book allows."""
     cached = charge.cache_hit_tokens or 0
     line = charge.line
     made = Bill(
@@ -129,7 +129,7 @@ def bill_of(charge: Charge, num_rows: int) -> Bill:
 
 
 def _units_a_token(price: Decimal) -> int:
-    # Prices are per 10^6 tokens: in units of 10^-12 a token costs price x 10^6.
+    # Prices are per 10^6 tokens, so a token costs price x 10^6 units of 10^-12.
     return to_units(_EXACT.scaleb(price, -6))
 
 
@@ -141,7 +141,7 @@ def allocate(lengths: Sequence[int], lcps: Lcps, bills: Sequence[Bill | None]) -
         lcps: `moebeam.model_runner.prefix_tree.common_prefix_lengths` of the same requests.
         bills: what each request was billed; None takes no part. Billed tokens beyond the length are its own.
     Returns:
-        One allocation a bill, None for None. For each currency the totals add up to the bills exactly.
+        One allocation per bill, None for None. For each currency the totals add up to the bills exactly.
     Raises:
         ValueError: the arrays differ in length, or the prefix lengths contradict each other.
     """
@@ -160,16 +160,16 @@ def allocate(lengths: Sequence[int], lcps: Lcps, bills: Sequence[Bill | None]) -
 def _quotas(spans: Sequence[Span], lengths: Sequence[int], bills: Sequence[Bill | None]) -> list[int]:
     """What each user of a request owes, in 2^-128 of a unit, rounded down; shape (num_requests,).
 
-    A prompt's price a token is a step function of the position, so on the path from a leaf to the top it changes in
-    two spans at most. Each request therefore adds its price at its leaf and corrects it in those two; summing up the
-    tree then gives every span's bill without visiting each request on each of its spans.
+    A prompt's price per token is a step function of the position, so on the path from leaf to root it changes in at
+    most two spans. Each request adds its price at its leaf and corrects it in those two; summing up the tree then gives
+    every span's bill without visiting each request on each of its spans.
 
     Args:
         spans: the prefix tree's nodes, parents before children.
     """
     parents: list[int] = []
     leaves: list[int] = []
-    rates = [0] * len(spans)  # units a token, of all requests below; until summed up, only what is added here
+    rates = [0] * len(spans)  # units per token of all requests below; until summed up, this node's part only
     corrections = [0] * len(spans)  # units
     num_users = [0] * len(spans)
     path: list[int] = []
@@ -202,7 +202,7 @@ def _quotas(spans: Sequence[Span], lengths: Sequence[int], bills: Sequence[Bill 
         if parents[node] >= 0:
             rates[parents[node]] += rates[node]
             num_users[parents[node]] += num_users[node]
-    owed = [0] * len(spans)  # by each user of a node, for all tokens from the top to the node's end
+    owed = [0] * len(spans)  # per user of a node, for all tokens from the root to the node's end
     for node, span in enumerate(spans):
         if num_users[node]:
             billed = span.num_tokens * rates[node] + corrections[node]
@@ -220,7 +220,7 @@ def _own_quota(bill: Bill, num_tokens: int) -> int:
 
 
 def _round(quotas: Sequence[int], bills: Sequence[Bill | None]) -> dict[int, Allocation]:
-    """Whole units for every row: rounded down, then what is missing goes to the largest remainders, ties in order."""
+    """Whole units for every row: rounded down, then the largest remainders get what is missing, ties in order."""
     fraction = (1 << _FRACTION_BITS) - 1
     members = [(row, bill) for row, bill in enumerate(bills) if bill is not None]
     missing = sum(bill.total_units - (quotas[row] >> _FRACTION_BITS) * bill.num_rows for row, bill in members)

@@ -1,6 +1,6 @@
-"""Dated exchange rates, for reports that compare or add up prices of several currencies.
+"""Dated exchange rates, for reports that compare or add up prices in several currencies.
 
-Stands beside the price book. A ledger is never converted: it holds what was billed, in the currency of the bill.
+A ledger is never converted: it holds what was billed, in the currency of the bill.
 """
 
 import csv
@@ -16,10 +16,10 @@ from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.store.storage import read_bytes
 
 RATE_COLUMNS = ("date", "base", "quote", "rate", "source")
-"""Columns of a file of rates: on `date` one unit of `base` was worth `rate` units of `quote`."""
+"""Columns of a file of rates: on `date`, one unit of `base` was worth `rate` units of `quote`."""
 
 PLACES = Decimal("0.000000000001")
-"""Converted amounts are rounded half to even to 12 places, once, at the end of a conversion."""
+"""Converted amounts are rounded half to even to 12 places, once, at the end."""
 
 _RATE = re.compile(r"[0-9]{1,12}(?:\.[0-9]{1,12})?")
 _CURRENCY = re.compile(r"[A-Z]{3}")
@@ -27,7 +27,7 @@ _CURRENCY = re.compile(r"[A-Z]{3}")
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """An amount in another currency, and the day of the rate that was used; None where none was needed."""
+    """A converted amount, and the day of the rate; None if no rate was needed."""
 
     amount: Decimal
     rate_date: date | None
@@ -35,7 +35,7 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class ExchangeRates:
-    """Rates by pair of currencies, sorted by day; a rate holds until the next day that has one."""
+    """Rates by currency pair, sorted by day; a rate holds until the next day that has one."""
 
     rates: Mapping[tuple[str, str], tuple[tuple[date, Decimal], ...]]
 
@@ -44,7 +44,7 @@ class ExchangeRates:
         """Read a file of rates.
 
         Raises:
-            JobFileError: it cannot be read, or a line is wrong; names file, line, column, expected and found.
+            JobFileError: the file cannot be read, or a line is wrong; names file, line, column, expected and found.
         """
         try:
             return cls.parse(read_bytes(path), path)
@@ -53,7 +53,7 @@ class ExchangeRates:
 
     @classmethod
     def parse(cls, content: bytes, source: str) -> "ExchangeRates":
-        """Read rates from the bytes of a CSV file; `source` is its path, as errors name it.
+        """Parse the bytes of a CSV file of rates; errors name `source` as its path.
 
         Raises:
             JobFileError: as `load`.
@@ -80,7 +80,7 @@ class ExchangeRates:
         return cls({pair: tuple(sorted(days.items())) for pair, days in found.items()})
 
     def convert(self, amount: Decimal, currency: str, into: str, at: datetime) -> Converted | None:
-        """An amount in another currency at the last rate known at an instant; None if there is none.
+        """Convert an amount at the last rate known at an instant; None if there is none.
 
         A rate serves both directions; two rates are never chained.
         """
@@ -88,7 +88,7 @@ class ExchangeRates:
             return Converted(amount, None)
         day = at.astimezone(UTC).date()
         forward, backward = self._rate(currency, into, day), self._rate(into, currency, day)
-        # Of two that were published apart, the younger one.
+        # If both directions have a rate, the newer one.
         is_forward = forward is not None and (backward is None or forward[0] >= backward[0])
         chosen = forward if is_forward else backward
         if chosen is None:

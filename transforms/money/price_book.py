@@ -1,7 +1,7 @@
-"""The price book: dated prices of providers and models, read once and asked for every attempt.
+"""The price book: dated prices of providers and models, read once and looked up for every attempt.
 
-Stands beside the way of a row: `transforms/money/account.py` looks up the price of each completion's start. The same
-file serves quotes and value chains. How a file becomes lines is `transforms/money/price_file.py`.
+`transforms/money/account.py` looks up the price at each completion's start; quotes and value chains read the same file.
+`transforms/money/price_file.py` parses it into lines.
 """
 
 import hashlib
@@ -15,16 +15,16 @@ from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.prices import PriceLine, PriceMode
 from moebeam.schemas.store.storage import read_bytes
 from moebeam.transforms.money.price_calendar import HOLIDAY_FILE, Holidays, is_on_days, parse_holidays
-from moebeam.transforms.money.price_file import COLUMNS, MINUTES_A_DAY, parse_price_file, spell_instant
+from moebeam.transforms.money.price_file import COLUMNS, MINUTES_A_DAY, format_instant, parse_price_file
 
 __all__ = ["COLUMNS", "PriceBook"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Timeline:
-    """The lines of one provider's model, cut where any of them begins or ends.
+    """Price lines of one provider's model, split wherever one of them begins or ends.
 
-    `candidates[i]` hold from `starts[i]` (inclusive) to `starts[i + 1]`, restricted lines first.
+    `candidates[i]` are valid from `starts[i]` (inclusive) to `starts[i + 1]`, restricted lines first.
     """
 
     starts: tuple[datetime, ...]
@@ -36,9 +36,9 @@ class PriceBook:
     """Dated prices; immutable and picklable.
 
     Attributes:
-        version: file name and the first 12 digits of the content's SHA-256, such as `prices.csv@0123456789ab`; where a
-            line names a calendar, the file of holidays is part of the content.
-        lines: in the file's order; a line's id is its line number in a CSV file.
+        version: file name and the first 12 digits of the content's SHA-256, such as `prices.csv@0123456789ab`; if a
+            line names a calendar, the content includes the file of holidays.
+        lines: in file order; a line's id is its line number in a CSV file.
         holidays: days off by calendar.
     """
 
@@ -49,7 +49,7 @@ class PriceBook:
 
     @classmethod
     def load(cls, path: str) -> "PriceBook":
-        """Read a price book, and the file of holidays beside it where a line needs one.
+        """Read a price book, and the file of holidays beside it if a line needs one.
 
         Raises:
             JobFileError: a file cannot be read, or a line is wrong; names file, line, column, expected and found.
@@ -62,7 +62,7 @@ class PriceBook:
 
     @classmethod
     def parse(cls, content: bytes, source: str, holidays: bytes | None = None) -> "PriceBook":
-        """Read a price book from the bytes of its files; `source` is its path, as errors name it.
+        """Parse the bytes of a price book; errors name `source` as its path.
 
         Args:
             holidays: content of the file of holidays.
@@ -94,11 +94,11 @@ class PriceBook:
     def find(
         self, provider: str, model: str, at: datetime, *, prompt_tokens: int = 0, mode: PriceMode = "online"
     ) -> PriceLine | None:
-        """The price that holds at an instant; None if the book has none.
+        """The price in force at an instant; None if the book has none.
 
         Args:
             at: any time zone; intervals and windows are half-open, in UTC.
-            prompt_tokens: decides between tiers, where the book has some.
+            prompt_tokens: selects the tier, if the book has tiers.
         Raises:
             ValueError: `at` has no time zone.
         """
@@ -117,13 +117,13 @@ class PriceBook:
         return None
 
     def edges(self, provider: str, model: str) -> tuple[datetime, ...]:
-        """The instants at which an interval of the model's lines begins or ends, in order."""
+        """Instants at which an interval of the model's lines begins or ends, in order."""
         timeline = self.timelines.get((provider, model))
         return timeline.starts if timeline is not None else ()
 
 
 def is_at_time(line: PriceLine, in_utc: datetime, holidays: Holidays) -> bool:
-    """Whether an instant of a line's interval falls into its windows and on its days."""
+    """Whether an instant within a line's interval is in its windows and on its days."""
     if line.windows and not _is_in_window(line, in_utc.hour * 60 + in_utc.minute):
         return False
     return line.days is None or is_on_days(line.days, in_utc, holidays)
@@ -170,12 +170,12 @@ def _refuse_overlaps(lines: Iterable[PriceLine], source: str) -> None:
             raise JobFileError(
                 f"{source}: line {other.line_id}, column effective_from_utc: expected one price of {other.provider} "
                 f"{other.model} at any instant, found another on line {one.line_id} that also holds at "
-                f"{spell_instant(at)}"
+                f"{format_instant(at)}"
             )
 
 
 def _are_alike(one: PriceLine, other: PriceLine) -> bool:
-    """Whether neither of two lines beats the other, and both can be meant for one request."""
+    """Whether two lines can apply to one request with neither taking precedence."""
     lowest = max(one.min_prompt_tokens, other.min_prompt_tokens)
     highest = [line.max_prompt_tokens for line in (one, other) if line.max_prompt_tokens is not None]
     return (
@@ -184,9 +184,9 @@ def _are_alike(one: PriceLine, other: PriceLine) -> bool:
 
 
 def _common_instants(one: PriceLine, other: PriceLine) -> Iterator[datetime]:
-    """Instants at which two lines both hold, the first ahead; holidays are left out of account, they may change.
+    """Instants at which both lines are in force, earliest first; holidays are ignored, since they may change.
 
-    Where both begin to hold is the start of an interval, a window or a day, so only those are looked at.
+    An overlap begins at the start of an interval, a window or a day, so only those instants are tried.
     """
     start = max(one.effective_from, other.effective_from)
     ends = [line.effective_to for line in (one, other) if line.effective_to is not None]

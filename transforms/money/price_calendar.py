@@ -1,7 +1,7 @@
-"""Days on which a price holds: weekdays at a place, without the public holidays of a calendar.
+"""Days on which a price holds: weekdays at a UTC offset, without the public holidays of a calendar.
 
-Part of the price book. The dates of holidays come from a file of the user, beside the book, because no rule foretells
-them: a government announces them year by year.
+Part of the price book. Dates of holidays come from the user's file beside the book: governments announce them year by
+year, so no rule predicts them.
 """
 
 import csv
@@ -30,7 +30,7 @@ DAY_RULE_FORM = "days such as `mon-fri +08:00 except CN` (weekdays, their offset
 
 
 def parse_day_rule(text: str) -> DayRule | None:
-    """The rule that a cell of the column `days` spells; None if it spells none."""
+    """Parse a cell of the column `days`; None if it is not a rule."""
     found = _RULE.fullmatch(text)
     if found is None or found["first"] not in _DAYS or (found["last"] or "mon") not in _DAYS:
         return None
@@ -46,8 +46,8 @@ def parse_day_rule(text: str) -> DayRule | None:
     )
 
 
-def spell_day_rule(rule: DayRule) -> str:
-    """A rule for people, in the form of a price book."""
+def format_day_rule(rule: DayRule) -> str:
+    """Format a rule as price books write it."""
     starts = [day for day in range(7) if day in rule.weekdays and (day - 1) % 7 not in rule.weekdays]
     first = starts[0] if starts else 0
     last = (first + len(rule.weekdays) - 1) % 7
@@ -58,13 +58,13 @@ def spell_day_rule(rule: DayRule) -> str:
 
 
 def is_on_days(rule: DayRule, in_utc: datetime, holidays: Holidays) -> bool:
-    """Whether an instant, given in UTC, falls on a day of the rule."""
+    """Whether a UTC instant falls on a day of the rule."""
     day = (in_utc + timedelta(minutes=rule.utc_offset_minutes)).date()
     return day.weekday() in rule.weekdays and day not in holidays.get(rule.calendar, ())
 
 
 def parse_holidays(content: bytes, source: str) -> Holidays:
-    """Read a file of holidays: CSV with the columns `calendar`, `date` and `source`, and others for people.
+    """Parse a file of holidays: CSV with the columns `calendar`, `date` and `source`; others are ignored.
 
     Raises:
         JobFileError: names file, line, column, expected and found.

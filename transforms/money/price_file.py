@@ -1,6 +1,6 @@
-"""A price file read line by line: CSV or TOML into price lines, each able to say where it is wrong.
+"""Parses a price file, CSV or TOML, into price lines; errors name the line and column.
 
-Part of the price book (`transforms/money/price_book.py`), which gives the lines their order in time.
+Part of the price book (`transforms/money/price_book.py`), which orders the lines in time.
 """
 
 import csv
@@ -31,11 +31,11 @@ COLUMNS = (
 """Columns that a price book must have, in any order."""
 
 OPTIONAL_COLUMNS = ("days", "mode", "prompt_tokens", "batch_percent", "evidence")
-"""Columns that a price book may have; any others are for people.
+"""Columns that a price book may have; any others are ignored.
 
-`days` see `price_calendar`. `mode` is `online` or `batch`; empty is online. `prompt_tokens` is the tier of prompt
-lengths that the line is for, `0-128000` or `128001-`, both ends included. `batch_percent` is what the same tokens cost
-in batch mode, in percent of the line's prices; it stands for another line of mode `batch`.
+`days`: see `price_calendar`. `mode`: `online` or `batch`; empty means online. `prompt_tokens`: the tier of prompt
+lengths that the line is for, `0-128000` or `128001-`, both ends included. `batch_percent`: what the same tokens cost in
+batch mode, in percent of the line's prices; it stands for another line of mode `batch`.
 """
 
 MAX_PRICE_PLACES = 6
@@ -51,7 +51,7 @@ _TIER = re.compile(r"([0-9]{1,12})-([0-9]{1,12})?")
 
 
 def parse_price_file(content: bytes, source: str) -> Iterator[PriceLine]:
-    """The lines of a price file, in order; what is named `*.toml` is TOML, anything else CSV.
+    """Parse the lines of a price file, in order; a file named `*.toml` is TOML, any other CSV.
 
     A line's id is its line number in a CSV file, and its place among the `[[price]]` tables of a TOML file.
 
@@ -66,14 +66,14 @@ def parse_price_file(content: bytes, source: str) -> Iterator[PriceLine]:
             yield _batch_line(row, line)
 
 
-def spell_instant(at: datetime) -> str:
-    """An instant in UTC as price files write it."""
+def format_instant(at: datetime) -> str:
+    """A UTC instant as price files write it."""
     return at.isoformat().replace("+00:00", "Z")
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One line of the file, able to say where it is wrong."""
+    """One line of the file; `refuse` raises an error that names its place."""
 
     source: str
     number: int
@@ -120,7 +120,7 @@ def _csv_rows(content: bytes, source: str) -> Iterator[_Row]:
 
 
 def _toml_rows(content: bytes, source: str) -> Iterator[_Row]:
-    """The `[[price]]` tables; numbers keep the digits with which they are written."""
+    """The `[[price]]` tables; numbers keep their digits as written."""
     try:
         document = tomllib.loads(content.decode("utf-8-sig"), parse_float=str)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -139,7 +139,7 @@ def _toml_rows(content: bytes, source: str) -> Iterator[_Row]:
                 raise JobFileError(
                     f"{source}: price {number}, key {key}: expected text, a number or a time, found {value!r}"
                 )
-            cells[key] = spell_instant(value) if isinstance(value, datetime) else str(value).strip()
+            cells[key] = format_instant(value) if isinstance(value, datetime) else str(value).strip()
         yield _Row(source, number, cells, kind="price")
 
 
@@ -159,7 +159,7 @@ def _parse_line(row: _Row) -> PriceLine:
     start = _parse_instant(row, "effective_from_utc")
     end = _parse_instant(row, "effective_to_utc") if row.get("effective_to_utc") else None
     if end is not None and end <= start:
-        row.refuse("effective_to_utc", f"an instant after {spell_instant(start)}")
+        row.refuse("effective_to_utc", f"an instant after {format_instant(start)}")
     for column in ("provider", "model"):
         if not row.get(column):
             row.refuse(column, "a name")
@@ -187,7 +187,7 @@ def _parse_line(row: _Row) -> PriceLine:
 
 
 def _batch_line(row: _Row, line: PriceLine) -> PriceLine:
-    """The line that `batch_percent` stands for."""
+    """The line that `batch_percent` implies."""
     if line.mode == "batch":
         row.refuse("batch_percent", "nothing on a line that is itself of mode batch")
     percent = _parse_price(row, "batch_percent")

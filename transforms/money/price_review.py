@@ -1,4 +1,4 @@
-"""What is worth knowing about a price book beside its prices: gaps, lines that ended, calendars that run out, changes.
+"""Reviews a price book: gaps, lines that ended, calendars that run out, and changes between two books.
 
 Pure functions over `PriceBook`; `moebeam prices` prints what they find.
 """
@@ -10,8 +10,8 @@ from typing import Literal, TypeAlias
 
 from moebeam.schemas.prices import PriceLine
 from moebeam.transforms.money.price_book import PriceBook, is_at_time
-from moebeam.transforms.money.price_calendar import spell_day_rule
-from moebeam.transforms.money.price_file import MINUTES_A_DAY, spell_instant
+from moebeam.transforms.money.price_calendar import format_day_rule
+from moebeam.transforms.money.price_file import MINUTES_A_DAY, format_instant
 
 FindingKind: TypeAlias = Literal["gap", "ended", "not_yet", "calendar_ends"]
 ChangeKind: TypeAlias = Literal["added", "removed", "changed"]
@@ -21,7 +21,7 @@ _DAYS_LOOKED_AT = 9
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing about a model's prices that a person should look at; no error."""
+    """Something about a model's prices that a person should look at; not an error."""
 
     kind: FindingKind
     provider: str
@@ -31,7 +31,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One line that differs between two books; `before` or `after` is None where it is only in the other."""
+    """A line that differs between two books; `before` or `after` is None if only one book has it."""
 
     kind: ChangeKind
     before: PriceLine | None
@@ -45,7 +45,7 @@ class Change:
 
 
 def prices_at(book: PriceBook, at: datetime) -> list[PriceLine]:
-    """The lines that decide at an instant, of every provider, model, mode and tier, in the book's order."""
+    """Lines in force at an instant, for every provider, model, mode and tier, in the book's order."""
     in_utc = at.astimezone(UTC)
     decided: list[PriceLine] = []
     for line in book.lines:
@@ -56,23 +56,23 @@ def prices_at(book: PriceBook, at: datetime) -> list[PriceLine]:
 
 
 def review(book: PriceBook, at: datetime) -> Iterator[Finding]:
-    """Gaps between a model's lines, prices that ended or have not begun, calendars that end before the lines do."""
+    """Find gaps between lines, prices that ended or have not begun, and calendars that end before their lines do."""
     for provider, model in book.timelines:
         lines = [line for line in book.lines if (line.provider, line.model) == (provider, model)]
         yield from _gaps(book, provider, model, lines)
         if all(line.effective_to is not None and line.effective_to <= at for line in lines):
             last = max(line.effective_to for line in lines if line.effective_to is not None)
-            yield Finding("ended", provider, model, f"its last price ended at {spell_instant(last)}")
+            yield Finding("ended", provider, model, f"its last price ended at {format_instant(last)}")
         elif all(line.effective_from > at for line in lines):
             first = min(line.effective_from for line in lines)
-            yield Finding("not_yet", provider, model, f"its first price begins at {spell_instant(first)}")
+            yield Finding("not_yet", provider, model, f"its first price begins at {format_instant(first)}")
         for line in lines:
             if (finding := _calendar_end(book, line, at)) is not None:
                 yield finding
 
 
 def _gaps(book: PriceBook, provider: str, model: str, lines: Sequence[PriceLine]) -> Iterator[Finding]:
-    """Intervals without a price, between the model's first line and its last."""
+    """Intervals without a price between the model's first line and its last."""
     starts = book.edges(provider, model)
     modes = sorted({line.mode for line in lines})
     for mode in modes:
@@ -85,11 +85,14 @@ def _gaps(book: PriceBook, provider: str, model: str, lines: Sequence[PriceLine]
                     line.effective_to is None or line.effective_to > start for line in tiered
                 )
                 if not held and is_inside:
-                    until = spell_instant(end) if end is not None else "any later time"
-                    yield Finding("gap", provider, model, f"no {mode} price from {spell_instant(start)} to {until}")
-                elif held and (at := _uncovered(held, start, end)) is not None:
+                    until = format_instant(end) if end is not None else "any later time"
+                    yield Finding("gap", provider, model, f"no {mode} price from {format_instant(start)} to {until}")
+                elif held and (at := _find_gap(held, start, end)) is not None:
                     yield Finding(
-                        "gap", provider, model, f"no {mode} price outside windows and days, such as {spell_instant(at)}"
+                        "gap",
+                        provider,
+                        model,
+                        f"no {mode} price outside windows and days, such as {format_instant(at)}",
                     )
 
 
@@ -103,8 +106,8 @@ def _holds(line: PriceLine, at: datetime) -> bool:
     return line.effective_from <= at and (line.effective_to is None or at < line.effective_to)
 
 
-def _uncovered(lines: Sequence[PriceLine], start: datetime, end: datetime | None) -> datetime | None:
-    """The first instant at which none of some restricted lines holds; such a time begins where a window or day ends."""
+def _find_gap(lines: Sequence[PriceLine], start: datetime, end: datetime | None) -> datetime | None:
+    """First instant at which none of some restricted lines is in force; gaps begin where a window or a day ends."""
     if any(not line.is_restricted for line in lines):
         return None
     minutes = {0} | {stop % MINUTES_A_DAY for line in lines for _, stop in line.windows}
@@ -118,7 +121,7 @@ def _uncovered(lines: Sequence[PriceLine], start: datetime, end: datetime | None
 
 
 def _calendar_end(book: PriceBook, line: PriceLine, at: datetime) -> Finding | None:
-    """A line that goes on after the last year of which its calendar has days."""
+    """The finding for a line that goes on after its calendar's last year, if it does."""
     if line.days is None or not line.days.calendar:
         return None
     last_year = max(day.year for day in book.holidays[line.days.calendar])
@@ -135,20 +138,20 @@ def _calendar_end(book: PriceBook, line: PriceLine, at: datetime) -> Finding | N
 
 
 def diff(before: PriceBook, after: PriceBook) -> list[Change]:
-    """What changed from one book to another, line by line; the place of a line in its file does not matter."""
+    """Lines that changed from one book to another; a line's place in its file does not matter."""
     old = {_key(line): line for line in before.lines}
     new = {_key(line): line for line in after.lines}
     changes = [Change("removed", line, None) for key, line in old.items() if key not in new]
     for key, line in new.items():
         if key not in old:
             changes.append(Change("added", None, line))
-        elif _terms(old[key]) != _terms(line):
+        elif _read_terms(old[key]) != _read_terms(line):
             changes.append(Change("changed", old[key], line))
     return changes
 
 
-def changed_fields(change: Change) -> list[str]:
-    """Names of the fields in which a changed line differs."""
+def list_changed_fields(change: Change) -> list[str]:
+    """Names of the fields that differ."""
     if change.before is None or change.after is None:
         return []
     names = [field.name for field in fields(PriceLine) if field.name not in ("line_id", "evidence")]
@@ -167,7 +170,7 @@ def _key(line: PriceLine) -> tuple[object, ...]:
     )
 
 
-def _terms(line: PriceLine) -> tuple[object, ...]:
+def _read_terms(line: PriceLine) -> tuple[object, ...]:
     return (
         line.effective_to,
         line.max_prompt_tokens,
@@ -178,9 +181,9 @@ def _terms(line: PriceLine) -> tuple[object, ...]:
     )
 
 
-def spell_when(line: PriceLine) -> str:
-    """When a line holds within its interval, for people; empty where always."""
+def format_hours(line: PriceLine) -> str:
+    """A line's windows and days, for people; empty if it always holds."""
     words = [f"{start // 60:02d}:{start % 60:02d}-{end // 60:02d}:{end % 60:02d}" for start, end in line.windows]
     if line.days is not None:
-        words.append(spell_day_rule(line.days))
+        words.append(format_day_rule(line.days))
     return " ".join(words)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from moebeam.schemas.arrow import values_of
+from moebeam.schemas.arrow import list_values
 from moebeam.schemas.errors import InvalidId
 
 NUM_BUCKETS = 64
@@ -25,12 +25,12 @@ def digest_ids(batch: pa.RecordBatch) -> Iterator[tuple[int, bytes]]:
     rows = np.empty(batch.num_rows, dtype=_ROW)
     rows["unit"] = batch.column("unit").to_numpy()
     rows["source_row"] = batch.column("source_row").to_numpy()
-    ids = values_of(batch, "custom_id")
+    ids = list_values(batch, "custom_id")
     digests = b"".join(blake2b(custom_id.encode(), digest_size=16).digest() for custom_id in ids)
     rows["high"], rows["low"] = np.frombuffer(digests, dtype="<u8").reshape(-1, 2).T
     has_id = [
         scope == "row" and error != InvalidId.error_type
-        for scope, error in zip(values_of(batch, "scope"), values_of(batch, "error_type"), strict=True)
+        for scope, error in zip(list_values(batch, "scope"), list_values(batch, "error_type"), strict=True)
     ]
     rows = rows[np.array(has_id, dtype=bool)]
     buckets = rows["high"] % NUM_BUCKETS

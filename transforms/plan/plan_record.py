@@ -1,6 +1,6 @@
-"""The plan's record: which shards a run has, and how large they are.
+"""The plan's record: a run's shards and their sizes.
 
-Written by *plan* when the plan is complete. Free of Beam, because status, quote and resume read it too.
+Written by *plan* once the plan is complete. Free of Beam, because status, quote and resume read it too.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from moebeam.schemas.store.run_layout import RunLayout
 
 @dataclass(frozen=True, slots=True)
 class PlannedShard:
-    """A shard on the store. Requests that are merged into another count as rows, not as requests."""
+    """A shard on the store. Requests merged into another count as rows, not as requests."""
 
     shard: str
     num_rows: int
@@ -23,7 +23,7 @@ class PlannedShard:
 
 @dataclass(frozen=True, slots=True)
 class PlanRecord:
-    """`plan.json`: the plan is complete, and these are its shards, in order."""
+    """`plan.json`: says that the plan is complete, and lists its shards in order."""
 
     shards: tuple[PlannedShard, ...]
 
@@ -33,15 +33,15 @@ class PlanRecord:
 
     @property
     def max_hit_rate(self) -> float:
-        """h*: the largest share of prompt tokens that a cache could serve, with these shards."""
+        """h*: the largest share of prompt tokens that a cache could serve with these shards."""
         num_tokens = sum(shard.num_prompt_tokens for shard in self.shards)
         return 1 - sum(shard.num_tree_tokens for shard in self.shards) / num_tokens if num_tokens else 0.0
 
 
 def read_plan(layout: RunLayout) -> PlanRecord | None:
-    """The complete plan of a run, or None if planning did not end.
+    """A run's complete plan; None if planning has not finished.
 
     Raises:
-        CommitError: the record is there but cannot be read.
+        CommitError: the record exists but cannot be read.
     """
     return read_record(layout.plan_record, PlanRecord, "the record of a plan")

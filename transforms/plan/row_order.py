@@ -1,7 +1,7 @@
-"""The order of planned rows, and points in it: where one range of rows ends and the next begins.
+"""The order of planned rows, and points in it where one range of rows ends and the next begins.
 
-Part of *plan*. Token order comes first. Among equal prompts the rest of the request decides, and then the order of the
-input, so that a range may begin inside of a million equal prompts.
+Part of *plan*. Token order comes first. Equal prompts are ordered by the rest of the request, then by input order, so
+that a range may begin within a million equal prompts.
 """
 
 import json
@@ -13,18 +13,18 @@ import pyarrow as pa
 
 from moebeam.schemas.canonical import canonical_json
 from moebeam.schemas.job.sections import PlanSection
-from moebeam.schemas.records import sampling_of
+from moebeam.schemas.records import parse_sampling_json
 
 RUN_ORDER = ("prefix_key", "sampling", "options", "cost_center", "unit", "source_row")
-"""Token order first; equal requests of one cost centre stand together, the first of the input ahead."""
+"""Token order first; equal requests of one cost centre are adjacent, in input order."""
 
 RequestRest: TypeAlias = tuple[str, bool, str, str]
-"""What tells requests of one prompt apart, in order: sampling, whether there are no options, options, cost centre."""
+"""Distinguishes requests of one prompt, in order: sampling, whether there are no options, options, cost centre."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class RowKey:
-    """A point in `RUN_ORDER`; with parts left out it stands before every row that agrees with what is there."""
+    """A point in `RUN_ORDER`; with parts left out, it stands before every row that matches the given ones."""
 
     key: bytes = b""
     request: RequestRest | tuple[()] = ()
@@ -32,12 +32,12 @@ class RowKey:
 
     @property
     def text(self) -> str:
-        """Canonical JSON, for travel and for samples."""
+        """Canonical JSON, for samples and for transfer between workers."""
         return canonical_json([self.key.hex(), list(self.request), list(self.row)])
 
     @classmethod
-    def of_text(cls, text: str) -> "RowKey":
-        """The inverse of `text`; an empty text is the beginning."""
+    def from_text(cls, text: str) -> "RowKey":
+        """Inverse of `text`; an empty text is the beginning."""
         if not text:
             return cls()
         key, request, row = json.loads(text)
@@ -45,7 +45,7 @@ class RowKey:
 
 
 class Places:
-    """The places of rows that stand in `RUN_ORDER`."""
+    """`RowKey`s of rows in `RUN_ORDER`, built on access."""
 
     def __init__(self, rows: pa.Table | pa.RecordBatch) -> None:
         self._num_rows = rows.num_rows
@@ -67,15 +67,15 @@ class Places:
         return sampling, options is None, options or "", cost_center
 
     def first_from(self, place: RowKey) -> int:
-        """The first row that does not stand before a place; the number of rows if all do."""
+        """The first row not before a place; the number of rows if there is none."""
         return bisect_left(self, place)
 
 
 def sort_rows(table: pa.Table) -> pa.Table:
-    """Rows in `RUN_ORDER`."""
+    """Sort rows in `RUN_ORDER`."""
     return table.sort_by([(name, "ascending") for name in RUN_ORDER])
 
 
 def can_merge(sampling: str, section: PlanSection) -> bool:
-    """Whether equal requests with this sampling are answered once; such rows are never cut apart."""
-    return section.merge == "always" or (section.merge == "auto" and sampling_of(sampling).is_greedy)
+    """Whether equal requests with this sampling are answered once; a cut never separates such rows."""
+    return section.merge == "always" or (section.merge == "auto" and parse_sampling_json(sampling).is_greedy)

@@ -1,7 +1,7 @@
-"""Where rows in token order are cut into shards: what a row is expected to cost, and the evenest cut under the limits.
+"""Cuts rows in token order into shards: estimates each row's cost and finds the most even cut within the limits.
 
-Part of *plan*, once rows of all runs stand in one order, so that a prefix counts once whoever else has it; the survey
-of a quote cuts in the same way. Knows nothing of Beam or of files.
+Part of *plan*, after the rows of all runs are in one order, so that a prefix counts once whoever shares it; a quote's
+survey cuts the same way. Free of Beam and of files.
 """
 
 from bisect import bisect_right
@@ -15,36 +15,36 @@ import numpy.typing as npt
 from moebeam.schemas.job.sections import PlanSection
 
 MAX_SHARD_BYTES = 256 << 20
-"""Most bytes of planned rows a shard: *answer* holds them, whatever the job allows in tokens and rows."""
+"""Most bytes of planned rows in a shard, whatever the job allows in tokens and rows: *answer* holds them in memory."""
 
 USUAL_OUTPUT_TOKENS = 256
-"""Up to here a request is expected to use the whole of its `max_tokens`."""
+"""Up to here a request is expected to use all of its `max_tokens`."""
 
 _SCALE = 1000
-"""Shards are made even to this part of the limits."""
+"""Steps into which the limits are divided to even out shards."""
 
 Ints = npt.NDArray[np.int64]
 
 
-def expected_output_tokens(max_tokens: int) -> int:
-    """How many output tokens, reasoning included, a request is expected to take of those it may.
+def estimate_output_tokens(max_tokens: int) -> int:
+    """Expected output tokens of a request, reasoning included, given its `max_tokens`.
 
-    Up to `USUAL_OUTPUT_TOKENS` all of them. Above, nothing is known of an answer but that it ends somewhere between
-    there and `max_tokens`; the geometric mean of both is the guess whose largest possible ratio to the truth is least.
+    All of them up to `USUAL_OUTPUT_TOKENS`. Above, an answer may end anywhere between there and `max_tokens`; the
+    geometric mean of both is the guess with the smallest worst-case ratio to the truth.
     """
     return min(max_tokens, isqrt(USUAL_OUTPUT_TOKENS * max_tokens))
 
 
 @dataclass(frozen=True, slots=True)
 class RowCosts:
-    """What each row in token order adds to the shard that it is in; each array has shape (num_rows,).
+    """What each row in token order adds to its shard; arrays of shape (num_rows,).
 
     Attributes:
-        tokens: prompt tokens not shared with the request before it, and expected output; 0 if nothing is asked.
-        shared_tokens: what it shares with the request before it, and costs too where a shard begins with it.
+        tokens: prompt tokens not shared with the previous request, plus expected output; 0 if nothing is asked.
+        shared_tokens: tokens shared with the previous request, which a shard that begins here pays too.
         num_rows: rows that it stands for.
-        num_bytes: what these take in the plan.
-        can_begin: whether a shard may begin with it; a row that another answers stays with that one.
+        num_bytes: their bytes in the plan.
+        can_begin: whether a shard may begin here; a row that another answers stays with that one.
     """
 
     tokens: Ints
@@ -56,7 +56,7 @@ class RowCosts:
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """Most that a shard may add up to, without the path that it begins with and, where that is asked, with it."""
+    """Most that a shard may add up to, without the path that it begins with; `tokens_and_path` includes that path."""
 
     tokens: int
     num_rows: int
@@ -65,7 +65,7 @@ class _Limits:
 
 
 class _Cutter:
-    """Cuts groups of rows that stay together; sums are kept as lists, which bisect searches fastest."""
+    """Cuts groups of rows that stay together; prefix sums are lists, which bisect searches fastest."""
 
     def __init__(self, costs: RowCosts) -> None:
         can_begin = costs.can_begin.copy()
@@ -82,9 +82,9 @@ class _Cutter:
         return max(self._shared, default=0)
 
     def cut(self, limits: _Limits, most_shards: int | None = None) -> list[int] | None:
-        """Groups that shards begin with if each takes all it may; None if that makes more than `most_shards`.
+        """The groups that shards begin with if each takes all it may; None if that makes more than `most_shards`.
 
-        What a shard may take does not end earlier where it begins later, so no cut under the limits has fewer shards.
+        A shard that begins later never has to end earlier, so no cut within the limits has fewer shards.
         """
         begins: list[int] = []
         first = 0
@@ -100,26 +100,26 @@ class _Cutter:
                 bisect_right(self._rows, self._rows[first] + limits.num_rows, first),
                 bisect_right(self._bytes, self._bytes[first] + limits.num_bytes, first),
             )
-            # The sums at `end - 1` are still within the limits; a group alone may go beyond them.
+            # The sums at `end - 1` are still within the limits; a single group may exceed them.
             first = max(first + 1, end - 1)
         return begins
 
 
 def cut_rows(costs: RowCosts, section: PlanSection) -> list[int]:
-    """Cut rows in token order into contiguous shards within the job's limits, as few and then as even as can be.
+    """Cut rows in token order into contiguous shards within the job's limits, as few and then as even as possible.
 
-    Up to `max_shard_tokens` a shard may cost, and in addition the path that it begins with, which a cut repeats: were
-    that to count, limits near the length of a prompt would give each request a shard, and repeat the path as often.
-    How even shards are is told with that path. Only rows that cannot be cut apart may exceed a limit, as a shard alone.
+    `max_shard_tokens` excludes the path that a shard begins with, which every cut repeats: if it counted, limits near
+    the length of a prompt would give each request its own shard and repeat the path as often. Evenness is measured with
+    that path. Only rows that cannot be cut apart may exceed a limit, in a shard of their own.
 
     Returns:
-        The first row of each shard, in order; 0 is the first of all, and there is none without rows.
+        The first row of each shard, in order, beginning with 0; empty without rows.
     """
     cutter = _Cutter(costs)
     limits = _Limits(section.max_shard_tokens, section.max_shard_rows, MAX_SHARD_BYTES)
     best = cutter.cut(limits) or []
     num_shards = len(best)
-    # Of the limits with a path this many parts are enough for the cut that is found already.
+    # With the path counted, limits scaled by `high` still allow the cut already found.
     low, high = 0, _SCALE + -(-_SCALE * cutter.longest_path // limits.tokens)
     while high - low > 1:
         share = (low + high) // 2

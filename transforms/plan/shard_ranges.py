@@ -1,7 +1,7 @@
 """Ranges of all rows in token order, each small enough to be sorted at once: what one worker of *plan* makes shards of.
 
-Part of *plan*, between the runs and the shards. The ranges depend on the samples of the runs, and so on the input and
-the job alone.
+Part of *plan*, between the runs and the shards; `sorted_runs.py` draws runs by ranges. Borders are quantiles of the
+bytes of all runs, as their samples tell them, so they depend on the input and the job alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,10 +10,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from moebeam.schemas.arrow import values_of
+from moebeam.schemas.arrow import list_values
 from moebeam.schemas.errors import CommitError
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.durable.failure import recorded_failure
+from moebeam.transforms.durable.failure import record_failure
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.plan.row_order import RowKey
 from moebeam.transforms.plan.shard_cut import MAX_SHARD_BYTES
@@ -52,7 +52,7 @@ def cut_ranges(runs: Sequence[RunFile], layout: RunLayout) -> Iterator[ShardRang
     Rows that may be merged are never cut apart. The result does not depend on the order of `runs`. If another launcher
     has finished the same plan meanwhile, and dropped the runs that both wrote, its shards come out, without runs.
     """
-    with recorded_failure(layout, "plan"):
+    with record_failure(layout, "plan"):
         try:
             ranges = list(_ranges(runs, layout))
         except FileNotFoundError:
@@ -103,8 +103,8 @@ def _borders(runs: Sequence[RunFile], layout: RunLayout) -> list[RowKey]:
     steps: list[tuple[RowKey, int]] = []
     for run in runs:
         samples = read_samples(layout, run.run_id)
-        places = [RowKey.of_text(text) for text in values_of(samples, "place")]
-        before = [0, *values_of(samples, "bytes_before"), run.num_bytes]
+        places = [RowKey.from_text(text) for text in list_values(samples, "place")]
+        before = [0, *list_values(samples, "bytes_before"), run.num_bytes]
         # Twice what is added at a sample: half of what stands between the one before it and the one after.
         steps += [(place, before[i + 2] - before[i]) for i, place in enumerate(places)]
     steps.sort()

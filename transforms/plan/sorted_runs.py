@@ -1,7 +1,22 @@
 """Sorted runs: rendered rows on the store, in token order, for the plan to merge.
 
-Part of *plan*. Rows do not pass through a Beam shuffle: a run is written once, and only its small `RunFile` travels
-(ADR 0002 has the measurement). Beside each run lie samples of the places of its rows, with the bytes before each.
+Part of *plan*. A worker writes its rows as a run, an Arrow file; `shard_ranges.py` divides the token order of all runs
+into ranges; one worker reads its range of every run, merges the parts and cuts shards of them:
+
+                  token order ->
+                  range s000000     range s000001        range s000002
+                                 |                    |
+    run A   [ aa ab ab ac ad     |  ba bb bb          |  ca cc          ]
+    run B   [ aa ac              |  ba bc bd be be    |  cb cb cd       ]
+    run C   [ ab                 |  bd                |  ca ca ca ce cf ]
+    samples   ^         ^        |        ^           |  ^        ^
+                                 |                    |
+    merged    aa aa ab ab ab ..     ba ba bb bb bc ..    ca ca ca ca cb ..
+    shards    s000000  s000000-00001   s000001             s000002 ..
+
+A run's samples say how many of its bytes stand before a key and in which batch of the file it is, so that ranges are of
+even size and `read_range` reads only the batches that it needs. Only the small `RunFile` passes through Beam, never the
+rows (ADR 0002 has the measurement).
 """
 
 from bisect import bisect_left, bisect_right
@@ -17,13 +32,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moebeam.model_runner.prefix_tree import NUM_TENANT_BYTES, common_prefix_length
-from moebeam.schemas.arrow import arrow_file_bytes, open_arrow_file, values_of
+from moebeam.schemas.arrow import encode_arrow_file, list_values, open_arrow_file
 from moebeam.schemas.job.sections import PlanSection
-from moebeam.schemas.records import sampling_of
+from moebeam.schemas.records import parse_sampling_json
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.plan.row_order import Places, RowKey, can_merge, sort_rows
-from moebeam.transforms.plan.shard_cut import expected_output_tokens
+from moebeam.transforms.plan.shard_cut import estimate_output_tokens
 
 MAX_SORTED_RUN_BYTES = 48 << 20
 SAMPLE_BYTES = MAX_SORTED_RUN_BYTES // 128
@@ -75,7 +90,7 @@ def write_runs(batches: Sequence[pa.RecordBatch], layout: RunLayout, section: Pl
     rejects = table.filter(is_reject)
     if rejects.num_rows:
         run_id = f"{first}-rejects"
-        storage.write_note(layout.sorted_run_file(run_id), arrow_file_bytes(rejects, max_batch_rows=_BATCH_ROWS))
+        storage.write_note(layout.sorted_run_file(run_id), encode_arrow_file(rejects, max_batch_rows=_BATCH_ROWS))
         yield RunFile(run_id, "rejects", rejects.num_rows, rejects.nbytes, 0)
     requests = table if not rejects.num_rows else table.filter(pc.invert(is_reject))
     if requests.num_rows:
@@ -85,11 +100,11 @@ def write_runs(batches: Sequence[pa.RecordBatch], layout: RunLayout, section: Pl
         num_bytes = int(bytes_before[-1])
         batch_rows = max(1, min(_BATCH_ROWS, requests.num_rows * _BATCH_BYTES // num_bytes))
         # A run lives only until the plan is complete, so it need not survive the machine.
-        storage.write_note(layout.sorted_run_file(run_id), arrow_file_bytes(requests, max_batch_rows=batch_rows))
-        picked = sampled_rows(bytes_before, offset_share=share_of(run_id))
+        storage.write_note(layout.sorted_run_file(run_id), encode_arrow_file(requests, max_batch_rows=batch_rows))
+        picked = pick_sample_rows(bytes_before, offset_share=hash_share(run_id))
         samples = samples_table(sample_places(requests, picked, section), bytes_before, batch_rows=batch_rows)
         storage.write_note(
-            layout.sorted_run_samples(run_id), arrow_file_bytes(samples, max_batch_rows=samples.num_rows)
+            layout.sorted_run_samples(run_id), encode_arrow_file(samples, max_batch_rows=samples.num_rows)
         )
         yield RunFile(run_id, "requests", requests.num_rows, num_bytes, _weight(requests, picked, section))
 
@@ -110,7 +125,7 @@ def row_bytes(rows: pa.Table) -> npt.NDArray[np.int64]:
     return own + max(0, rows.nbytes - large) // max(1, rows.num_rows) + ROW_BYTES
 
 
-def sampled_rows(bytes_before: npt.NDArray[np.int64], *, offset_share: float) -> list[int]:
+def pick_sample_rows(bytes_before: npt.NDArray[np.int64], *, offset_share: float) -> list[int]:
     """Rows of a run, the first of all and then one in `SAMPLE_BYTES`.
 
     Args:
@@ -172,14 +187,14 @@ def _weight(rows: pa.Table, picked: Sequence[int], section: PlanSection) -> int:
         for row in (picked[1:] or picked)
     ]
     num_tokens = sum(num_uncached) * rows.num_rows // len(num_uncached)
-    for sampling, num_rows in Counter(values_of(rows, "sampling")).items():
-        num_tokens += expected_output_tokens(sampling_of(sampling).max_tokens) * num_rows
+    for sampling, num_rows in Counter(list_values(rows, "sampling")).items():
+        num_tokens += estimate_output_tokens(parse_sampling_json(sampling).max_tokens) * num_rows
     return max(
         num_tokens * SHARD_WEIGHT // section.max_shard_tokens, rows.num_rows * SHARD_WEIGHT // section.max_shard_rows
     )
 
 
-def share_of(run_id: str) -> float:
+def hash_share(run_id: str) -> float:
     """A number in [0, 1) that depends on a run's name alone."""
     return int.from_bytes(sha256(run_id.encode()).digest()[:4]) / (1 << 32)
 
@@ -202,7 +217,7 @@ def read_rows(path: str, columns: Sequence[str] | None = None) -> pa.Table:
 def read_range(layout: RunLayout, run_id: str, lower: RowKey, upper: RowKey | None) -> pa.Table:
     """The rows of a run of requests that stand in `[lower, upper)`; reads only the batches that hold them."""
     samples = read_samples(layout, run_id)
-    places = [RowKey.of_text(text) for text in values_of(samples, "place")]
+    places = [RowKey.from_text(text) for text in list_values(samples, "place")]
     position = bisect_right(places, lower)
     first = samples.column("batch")[position - 1].as_py() if position else 0
     position = len(places) if upper is None else bisect_left(places, upper)
@@ -221,4 +236,4 @@ def read_range(layout: RunLayout, run_id: str, lower: RowKey, upper: RowKey | No
 
 def write_rows(path: str, table: pa.Table) -> None:
     """Write rows as one Arrow file, whole or not at all."""
-    storage.write_whole(path, arrow_file_bytes(table, max_batch_rows=_BATCH_ROWS))
+    storage.write_whole(path, encode_arrow_file(table, max_batch_rows=_BATCH_ROWS))

@@ -18,8 +18,8 @@ from apache_beam.utils.windowed_value import WindowedValue
 
 from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.beam.counters import add_to_counters
-from moebeam.transforms.durable.failure import recorded_failure
-from moebeam.transforms.durable.heartbeat import Heartbeat, ShardProgress
+from moebeam.transforms.durable.failure import record_failure
+from moebeam.transforms.durable.progress import ProgressWriter, ShardProgress
 from moebeam.transforms.plan.build_shards import PlanSpec, build_shards, write_plan
 from moebeam.transforms.plan.duplicate_ids import digest_ids, find_duplicates
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_plan
@@ -85,15 +85,15 @@ class _WriteRuns(beam.DoFn):
     def start_bundle(self) -> None:
         self._batches: list[pa.RecordBatch] = []
         self._num_bytes = 0
-        self._heartbeat = Heartbeat(self._spec.layout, "plan")
+        self._progress = ProgressWriter(self._spec.layout, "plan")
 
     def process(self, element: pa.RecordBatch) -> Iterator[RunFile]:
-        if self._batches and self._group_of(element) != self._group_of(self._batches[0]):
+        if self._batches and self._find_group(element) != self._find_group(self._batches[0]):
             yield from self._flush()
         self._batches.append(element)
         self._num_bytes += element.nbytes
-        if self._heartbeat.is_due(self._run_name()):
-            self._beat()
+        if self._progress.is_due(self._run_name()):
+            self._write_progress()
         if self._num_bytes >= MAX_SORTED_RUN_BYTES:
             yield from self._flush()
 
@@ -104,7 +104,7 @@ class _WriteRuns(beam.DoFn):
 
     def _flush(self) -> list[RunFile]:
         layout = self._spec.layout
-        with recorded_failure(layout, "plan"):
+        with record_failure(layout, "plan"):
             try:
                 runs = list(write_runs(self._batches, layout, self._spec.section))
             except FileNotFoundError:
@@ -112,15 +112,15 @@ class _WriteRuns(beam.DoFn):
                 if read_plan(layout) is None:
                     raise
                 runs = []
-        self._beat()
+        self._write_progress()
         self._batches, self._num_bytes = [], 0
         return runs
 
-    def _group_of(self, batch: pa.RecordBatch) -> int:
+    def _find_group(self, batch: pa.RecordBatch) -> int:
         return bisect_right(self._spec.group_starts, int(batch.column("unit")[0].as_py()))
 
-    def _beat(self) -> None:
-        self._heartbeat.beat(self._run_name(), ShardProgress(rows_done=sum(batch.num_rows for batch in self._batches)))
+    def _write_progress(self) -> None:
+        self._progress.write(self._run_name(), ShardProgress(rows_done=sum(batch.num_rows for batch in self._batches)))
 
     def _run_name(self) -> str:
         return run_name(self._batches[0])
@@ -134,15 +134,15 @@ class _BuildShards(beam.DoFn):
         by_unit: dict[int, set[int]] = {}
         for unit, rows in duplicates:
             by_unit.setdefault(unit, set()).update(rows)
-        with recorded_failure(self._spec.layout, "plan"):
-            shards = self._built(element, by_unit)
+        with record_failure(self._spec.layout, "plan"):
+            shards = self._build(element, by_unit)
         num_rows, num_requests = (
             sum(getattr(shard, name) for shard in shards) for name in ("num_rows", "num_requests")
         )
         add_to_counters("plan", {"num_shards": len(shards), "num_rows": num_rows, "num_requests": num_requests})
         yield from shards
 
-    def _built(self, element: ShardRange, duplicates: Mapping[int, set[int]]) -> list[PlannedShard]:
+    def _build(self, element: ShardRange, duplicates: Mapping[int, set[int]]) -> list[PlannedShard]:
         try:
             if element.runs:
                 return build_shards(element, self._spec, duplicates)

@@ -1,8 +1,8 @@
-"""Invariants: what must agree when a run ends, or its manifest is not written.
+"""Invariants: what must agree at the end of a run before its manifest is written.
 
-Part of *publish*, after the shards are visible and before the manifest. Four accounts of the same work are held against
-each other: the ledger's files, the rows' files, the sums of the commits (which hold the usage that providers reported),
-and what the engine itself counted.
+Part of *publish*, after the shards are visible and before the manifest. Compares four accounts of the same work: the
+ledger's files, the rows' files, the totals of the commits (with the usage that providers reported), and the engine's
+own counters.
 """
 
 import io
@@ -37,7 +37,7 @@ _ROW_COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class RowSums:
-    """What the files of results and rejects add up to; costs by currency."""
+    """Sums over the files of results and rejects; costs by currency."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -61,7 +61,7 @@ def _add_costs(one: Mapping[str, Decimal], other: Mapping[str, Decimal]) -> dict
 
 
 def sum_rows(table: pa.Table) -> RowSums:
-    """The sums of a table of results or rejects."""
+    """Sum a table of results or rejects."""
     tokens = {name: int(pc.sum(table.column(name)).as_py() or 0) for name in _ROW_COLUMNS[:3]}
     return RowSums(
         **tokens,
@@ -71,29 +71,29 @@ def sum_rows(table: pa.Table) -> RowSums:
 
 
 def sum_shard(commit: ShardCommit, layout: RunLayout) -> Iterator[RowSums]:
-    """The sums of each published file of results or rejects of a shard."""
+    """Sum each published file of results or rejects of a shard."""
     for file in commit.files:
         if file.table != "ledger":
-            content = storage.read_bytes(layout.published(file.table, commit.shard))
+            content = storage.read_bytes(layout.published_file(file.table, commit.shard))
             present = set(pq.read_schema(io.BytesIO(content)).names)
             columns = [name for name in _ROW_COLUMNS if name in present]
             yield sum_rows(pq.read_table(io.BytesIO(content), columns=columns))
 
 
 def check_invariants(ledger: Rollup, rows: RowSums, totals: Totals, engine: Mapping[str, float]) -> dict[str, Json]:
-    """Hold the four accounts of a run against each other.
+    """Check the four accounts of a run against each other.
 
     Args:
-        ledger: of the committed shards, without what was wasted.
-        totals: of the commits; their tokens are the usage that was reported with each completion.
-        engine: counters of the committed shards; empty where the engine does not count.
+        ledger: of the committed shards, without waste.
+        totals: of the commits; their tokens are the usage reported with each completion.
+        engine: counters of the committed shards; empty if the engine does not count.
     Returns:
-        What was compared, for the manifest: each `equal`, or why it could not be.
+        The comparisons, for the manifest: each `equal`, or why it could not be made.
     Raises:
-        CommitError: two accounts differ; names both, and what each says.
+        CommitError: two accounts differ; names both, and their values.
     """
     whole = sum(ledger.by_currency.values(), GroupSums())
-    costs = _costs_of(ledger, "cost")
+    costs = _sum_costs(ledger, "cost")
     for name in ("prompt_tokens", "completion_tokens", "reasoning_tokens"):
         _check(name, "the ledger", getattr(whole, name), "the rows", getattr(rows, name))
         _check(name, "the ledger", getattr(whole, name), "the usage in the commits", getattr(totals, name))
@@ -102,9 +102,9 @@ def check_invariants(ledger: Rollup, rows: RowSums, totals: Totals, engine: Mapp
     _check("cost", "the ledger", costs, "the rows", _plain(rows.costs))
     _check("cost", "the ledger", costs, "the commits", committed)
     _check(
-        "cost_allocated", "the ledger", _costs_of(ledger, "cost_allocated"), "the rows", _plain(rows.costs_allocated)
+        "cost_allocated", "the ledger", _sum_costs(ledger, "cost_allocated"), "the rows", _plain(rows.costs_allocated)
     )
-    _check("cost", "the ledger", costs, "its token classes", _class_costs(ledger))
+    _check("cost", "the ledger", costs, "its token classes", _sum_class_costs(ledger))
     return {
         "ledger_and_rows": "equal",
         "ledger_and_usage": "equal",
@@ -114,10 +114,10 @@ def check_invariants(ledger: Rollup, rows: RowSums, totals: Totals, engine: Mapp
 
 
 def _check_engine(whole: GroupSums, engine: Mapping[str, float]) -> str:
-    """Compare with what the engine counted, where its counts are of this run's lines and of nothing else.
+    """Compare with the engine's counters, if they cover exactly this run's lines.
 
-    Prompts whose work was given up and done again are counted twice by the engine and paid once, and of those that it
-    refused it counts nothing.
+    The engine counts a prompt twice whose work was given up and redone, though it is paid once, and does not count
+    prompts that it refused.
     """
     if NUM_PROMPTS not in engine:
         return "the engine does not count"
@@ -138,17 +138,17 @@ def _check_engine(whole: GroupSums, engine: Mapping[str, float]) -> str:
         return f"prompt tokens equal; {computed - whole.cache_miss_tokens} shared tokens were computed again"
     _check("computed prompt tokens", "the ledger", whole.cache_miss_tokens, "the engine", computed)
     _check("cached tokens", "the ledger", whole.cache_hit_tokens, "the engine", whole.prompt_tokens - computed)
-    # The last token of an answer goes through no step. Commits of older versions did not count how many end an answer.
+    # An answer's last token goes through no step. Older commits lack that count; one per attempt stands in.
     output = int(engine["num_decode_tokens"] + engine.get("num_uncomputed_answer_tokens", whole.num_attempts))
     _check("output tokens", "the ledger", whole.completion_tokens, "the engine", output)
     return "equal"
 
 
-def _costs_of(ledger: Rollup, name: str) -> dict[str, Decimal]:
+def _sum_costs(ledger: Rollup, name: str) -> dict[str, Decimal]:
     return {currency: getattr(sums, name) for currency, sums in ledger.by_currency.items() if currency is not None}
 
 
-def _class_costs(ledger: Rollup) -> dict[str, Decimal]:
+def _sum_class_costs(ledger: Rollup) -> dict[str, Decimal]:
     costs: dict[str, Decimal] = {}
     for currency, sums in ledger.by_currency.items():
         if currency is not None:
@@ -167,11 +167,11 @@ def _check(what: str, one: str, found: object, other: str, expected: object) -> 
     if found != expected:
         raise CommitError(
             f"{what}: expected {one} and {other} to agree, "
-            f"found {_spell(found)} in {one}, {_spell(expected)} in {other}"
+            f"found {_format_costs(found)} in {one}, {_format_costs(expected)} in {other}"
         )
 
 
-def _spell(value: object) -> str:
+def _format_costs(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{amount:f} {currency}" for currency, amount in value.items()) or "nothing"
     return str(value)

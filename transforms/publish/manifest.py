@@ -1,6 +1,6 @@
-"""Tables that appear whole, and the manifest that comes last.
+"""Publishes tables that appear whole, and the manifest last.
 
-The heart of *publish*; `step.py` wraps it for Beam. Everything here can be repeated: names follow from shards.
+The core of *publish*; `step.py` wraps it for Beam. Everything here is idempotent: names derive from shards.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from moebeam.model_runner.protocol import add_counters
 from moebeam.schemas.answers import ShardCommit, StagedFile, Totals
-from moebeam.schemas.arrow import parquet_bytes
+from moebeam.schemas.arrow import encode_parquet_file
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.output_type import OutputType
 from moebeam.schemas.errors import CommitError
@@ -38,14 +38,14 @@ MANIFEST_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class PublishSpec:
-    """What *publish* needs to know of the job.
+    """What *publish* needs from the job.
 
     Attributes:
-        num_input_rows: rows that the input's footers promise; unreadable files do not tell theirs.
-        output_type: of the typed column of answers, where the job has a schema.
-        described: what the manifest says of the job, its model and its input, as it was checked before the run.
+        num_input_rows: rows according to the input's footers; unreadable files have none.
+        output_type: of the typed answer column, if the job has a schema.
+        described: what the manifest says about job, model and input, as checked before the run.
         views: DuckDB views over the tables, written beside them as `views.sql`; None writes none.
-        waste: how journaled answers that no shard used are accounted; None looks for none.
+        waste: accounting of journaled answers that no shard used; None looks for none.
     """
 
     run_id: str
@@ -60,26 +60,26 @@ class PublishSpec:
 
 @dataclass(frozen=True, slots=True)
 class RunAccounts:
-    """A run added up from its published files, apart from what its commits say."""
+    """A run's sums from its published files, independent of its commits."""
 
     ledger: Rollup
     rows: RowSums
 
 
 def publish_shard(commit: ShardCommit, layout: RunLayout) -> None:
-    """Copy a shard's committed files to their visible names; files already there are left as they are.
+    """Copy a shard's committed files to their visible names; existing files are left as they are.
 
     Raises:
-        CommitError: a file that was committed is gone or damaged.
+        CommitError: a committed file is missing or damaged.
     """
     for file in commit.files:
-        target = layout.published(file.table, commit.shard)
+        target = layout.published_file(file.table, commit.shard)
         staged = storage.join(layout.output, file.path)
         try:
             _check_file(staged, file)
             storage.copy_whole(staged, target)
         except FileNotFoundError:
-            # An earlier attempt, or another launcher beside this one, has published it and dropped what was staged.
+            # An earlier attempt or another launcher has published it and dropped the staged file.
             if not storage.exists(target):
                 raise CommitError(
                     f"{staged}: expected the {file.table} of shard {commit.shard}, found no file"
@@ -97,13 +97,13 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec, accounts: 
     """Check the run as a whole and write `manifest.json`; returns its text.
 
     A run with shards left to answer gets `status = "incomplete"`, unless another launcher has completed it meanwhile.
-    What a complete run needs no more is removed before the manifest appears: whoever sees it finds nothing left over,
-    and a launcher that is killed on the way is followed by one that begins here again.
+    What a complete run no longer needs is removed before the manifest appears, so that no leftovers coexist with it; if
+    the launcher is killed in between, the next one repeats this.
 
     Args:
         accounts: of the same commits; None leaves the roll-up and the checks out of the manifest.
     Raises:
-        CommitError: rows were lost or doubled, or the accounts of the run contradict each other.
+        CommitError: rows were lost or duplicated, or the accounts of the run contradict each other.
     """
     layout = spec.layout
     ordered = sorted(commits, key=lambda commit: commit.shard)
@@ -120,7 +120,7 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec, accounts: 
     checks = accounts and check_invariants(accounts.ledger, accounts.rows, totals, engine)
     wasted = publish_waste(layout)
     stop = None if is_complete else read_stop(layout)
-    files = {table: _published_files(table, ordered, wasted, spec) for table in TABLES}
+    files = {table: _list_files(table, ordered, wasted, spec) for table in TABLES}
     manifest: dict[str, Json] = {
         "manifest_version": MANIFEST_VERSION,
         "tables_version": TABLES_VERSION,
@@ -152,7 +152,7 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec, accounts: 
 
 
 def views_path(layout: RunLayout) -> str:
-    """Where the DuckDB views over a run's tables lie."""
+    """Path of the DuckDB views over a run's tables."""
     return storage.join(layout.output, "views.sql")
 
 
@@ -161,7 +161,7 @@ def _sum(totals: Iterable[Totals]) -> Totals:
 
 
 def _complete_manifest(layout: RunLayout) -> str | None:
-    """The manifest of a run that is complete, or None."""
+    """The manifest of a complete run; None if there is none."""
     with contextlib.suppress(FileNotFoundError):
         text = storage.read_bytes(layout.manifest).decode()
         return text if json.loads(text)["status"] == "complete" else None
@@ -169,14 +169,14 @@ def _complete_manifest(layout: RunLayout) -> str | None:
 
 
 def _remove_leftovers(layout: RunLayout) -> None:
-    """Remove what only an unfinished run needs, and the temporary files of writers that were killed."""
+    """Remove what only an unfinished run needs, and the temporary files of killed writers."""
     for folder in (layout.staging, layout.sorted_runs, layout.progress, layout.leases):
         storage.remove_tree(folder)
     storage.remove_files(passing_files(layout))
 
 
 def passing_files(layout: RunLayout) -> list[str]:
-    """Files that writers who were killed left beside those they wrote."""
+    """Temporary files that killed writers left beside their targets."""
     folders = (*map(layout.table, TABLES), layout.plan, layout.commits, layout.state, layout.output)
     return [
         storage.join(folder, name)
@@ -196,15 +196,13 @@ def _check_rows(totals: Totals, spec: PublishSpec) -> None:
         )
 
 
-def _published_files(
-    table: Table, commits: Sequence[ShardCommit], wasted: Sequence[Waste], spec: PublishSpec
-) -> list[Json]:
-    """The files of a table; one that holds no row at all gets a typed file without rows."""
+def _list_files(table: Table, commits: Sequence[ShardCommit], wasted: Sequence[Waste], spec: PublishSpec) -> list[Json]:
+    """Manifest entries of a table's files; a table without any row gets a typed, empty file."""
     layout = spec.layout
-    empty = layout.published(table, EMPTY_SHARD)
+    empty = layout.published_file(table, EMPTY_SHARD)
     files: list[Json] = [
         {
-            "path": layout.published(table, commit.shard).removeprefix(layout.output.rstrip("/") + "/"),
+            "path": layout.published_file(table, commit.shard).removeprefix(layout.output.rstrip("/") + "/"),
             "num_rows": file.num_rows,
             "num_bytes": file.num_bytes,
             "sha256": file.sha256,
@@ -226,17 +224,17 @@ def _published_files(
         if table == "ledger"
         else result_schema(spec.passthrough, spec.output_type and spec.output_type.arrow)
     )
-    storage.write_whole(empty, parquet_bytes(schema.empty_table()))
+    storage.write_whole(empty, encode_parquet_file(schema.empty_table()))
     return []
 
 
-def cost_of(totals: Totals) -> tuple[Decimal | None, str | None]:
-    """A run's cost and its currency; None where nothing was priced, or in more than one currency."""
-    return sole_amount(totals.costs)
+def find_cost(totals: Totals) -> tuple[Decimal | None, str | None]:
+    """A run's cost and currency; None if nothing was priced, or in several currencies."""
+    return find_sole_amount(totals.costs)
 
 
-def sole_amount(amounts: Mapping[str, str] | None) -> tuple[Decimal | None, str | None]:
-    """The amount of the only currency, and that currency; None for none or several."""
+def find_sole_amount(amounts: Mapping[str, str] | None) -> tuple[Decimal | None, str | None]:
+    """The amount and its currency if there is only one; None for none or several."""
     if amounts is None or len(amounts) != 1:
         return None, None
     ((currency, amount),) = amounts.items()

@@ -1,8 +1,8 @@
-"""Roll-ups: the ledger added up by any of its columns.
+"""Roll-ups: sums of the ledger by any of its columns.
 
 Part of *publish*, which puts the sums by tenant, cost centre and day into the manifest; `moebeam report` asks for other
 columns. Amounts of different currencies are never added: the currency is always part of a group. Sums are exact, so
-they depend neither on the order of the lines nor on how they were cut.
+they depend on neither the order nor the split of the lines.
 """
 
 import heapq
@@ -24,7 +24,7 @@ from moebeam.schemas.tables import LEDGER_SCHEMA
 
 DEFAULT_BY = ("tenant", "cost_center", "day")
 MAX_GROUPS = 1000
-"""Most groups that a manifest lists; the smaller ones are added up as `others`."""
+"""Most groups that a manifest lists; smaller ones are summed as `others`."""
 
 _PERIODS = {"day": "%Y-%m-%d", "month": "%Y-%m", "hour": "%Y-%m-%dT%H:00Z"}
 _TAG = "tags."
@@ -49,16 +49,16 @@ _COLUMNS = tuple(
 )
 
 GroupKey: TypeAlias = tuple[str | None, ...]
-"""Values of the columns of a roll-up, then the currency; null is a value of its own."""
+"""Values of a roll-up's columns, then the currency; null is a value of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupSums:
-    """What the ledger lines of a group add up to; the amounts are in the group's currency.
+    """Sums of a group's ledger lines; amounts are in the group's currency.
 
     Attributes:
         num_unpriced: lines without a price, which are in no amount.
-        num_unknown_hits: lines whose cached tokens are not known; their prompts are whole in `cache_miss_tokens`.
+        num_unknown_hits: lines whose cached tokens are unknown; `cache_miss_tokens` has their whole prompts.
         num_failed: lines that the engine ended with an error.
         num_untimed: lines without accelerator seconds.
     """
@@ -94,13 +94,13 @@ class GroupSums:
 
     @property
     def hit_rate(self) -> float | None:
-        """Share of the prompt tokens that a cache held; None where that is unknown of any line."""
+        """Share of the prompt tokens that were cached; None if any line's share is unknown."""
         if self.num_unknown_hits or not self.prompt_tokens:
             return None
         return self.cache_hit_tokens / self.prompt_tokens
 
     def to_json(self) -> dict[str, Json]:
-        """The sums as JSON values: decimals as plain strings."""
+        """Sums as JSON values; decimals as plain strings."""
         values = {name: getattr(self, name) for name in _FIELDS}
         return {name: format(value, "f") if isinstance(value, Decimal) else value for name, value in values.items()}
 
@@ -114,11 +114,11 @@ def _add(one: Any, other: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Rollup:
-    """A ledger added up.
+    """A summed ledger.
 
     Attributes:
-        by: the columns, as they were asked for.
-        groups: the largest, by cost and then by key; the key ends with the currency.
+        by: the columns, as requested.
+        groups: the largest, by cost and then by key; a key ends with the currency.
         others: all further groups together, by currency.
     """
 
@@ -129,33 +129,33 @@ class Rollup:
 
     @property
     def by_currency(self) -> dict[str | None, GroupSums]:
-        """The whole ledger; lines without a price stand under None."""
+        """Sums of the whole ledger; lines without a price are under None."""
         sums = dict(self.others)
         for key, group in self.groups:
             sums[key[-1]] = sums.get(key[-1], GroupSums()) + group
         return dict(sorted(sums.items(), key=lambda entry: (entry[0] is None, entry[0] or "")))
 
     def to_json(self) -> dict[str, Json]:
-        """The roll-up as a manifest holds it."""
+        """The roll-up as stored in a manifest."""
         names = (*self.by, "currency")
         return {
             "by": list(self.by),
             "groups": [{**dict(zip(names, key, strict=True)), **sums.to_json()} for key, sums in self.groups],
             "num_other_groups": self.num_others,
-            "others": [{"currency": currency, **sums.to_json()} for currency, sums in sorted_others(self.others)],
+            "others": [{"currency": currency, **sums.to_json()} for currency, sums in sort_others(self.others)],
         }
 
 
-def sorted_others(others: Mapping[str | None, GroupSums]) -> list[tuple[str | None, GroupSums]]:
-    """In order of currency, lines without a price last."""
+def sort_others(others: Mapping[str | None, GroupSums]) -> list[tuple[str | None, GroupSums]]:
+    """Sort by currency, lines without a price last."""
     return sorted(others.items(), key=lambda entry: (entry[0] is None, entry[0] or ""))
 
 
 def parse_by(text: str, tags: Iterable[str] = ()) -> tuple[str, ...]:
-    """The columns that a command names, separated by commas; `tags.team` is a tag, and so is `team` where it is one.
+    """Parse column names separated by commas; a tag is `tags.team`, or `team` if `tags` has it and no column does.
 
     Raises:
-        JobFileError: a column is none of the ledger's.
+        JobFileError: the ledger has no such column.
     """
     known_tags = set(tags)
     by: list[str] = []
@@ -173,10 +173,10 @@ def parse_by(text: str, tags: Iterable[str] = ()) -> tuple[str, ...]:
 
 
 def read_ledger(path: str) -> pa.Table:
-    """A file of the ledger in today's columns; those that an older version did not write are null.
+    """Read a ledger file in the current columns; those that an older version did not write are null.
 
     Raises:
-        CommitError: the file is missing or no ledger.
+        CommitError: the file is missing or is no ledger.
         OSError: the store failed.
     """
     try:
@@ -191,11 +191,11 @@ def read_ledger(path: str) -> pa.Table:
 
 
 def roll_up(ledger: pa.Table, by: Sequence[str]) -> dict[GroupKey, GroupSums]:
-    """Add up ledger lines by columns and currency.
+    """Sum ledger lines by columns and currency.
 
     Args:
         ledger: rows of `moebeam.schemas.tables.LEDGER_SCHEMA`.
-        by: as of `parse_by`.
+        by: as `parse_by` returns it.
     """
     keys = [_key_column(ledger, name) for name in (*by, "currency")]
     measures: dict[str, Any] = {
@@ -211,7 +211,7 @@ def roll_up(ledger: pa.Table, by: Sequence[str]) -> dict[GroupKey, GroupSums]:
     summed: Any = table.group_by(names).aggregate([([], "count_all"), *((name, "sum") for name in measures)])
     groups: dict[GroupKey, GroupSums] = {}
     for row in summed.to_pylist():
-        # A sum over nothing but nulls is null; how many lines are null is counted apart.
+        # A sum over only nulls is null; null lines are counted separately.
         sums = {name: row[f"{name}_sum"] for name in measures if row[f"{name}_sum"] is not None}
         groups[tuple(row[name] for name in names)] = GroupSums(num_attempts=row["count_all"], **sums)
     return groups
@@ -231,7 +231,7 @@ def _ones(mask: Any) -> Any:
 
 
 def merge_groups(parts: Iterable[Mapping[GroupKey, GroupSums]]) -> dict[GroupKey, GroupSums]:
-    """Roll-ups of parts of a ledger as the roll-up of the whole."""
+    """Merge roll-ups of a ledger's parts into that of the whole."""
     merged: dict[GroupKey, GroupSums] = {}
     for part in parts:
         for key, sums in part.items():
@@ -242,7 +242,7 @@ def merge_groups(parts: Iterable[Mapping[GroupKey, GroupSums]]) -> dict[GroupKey
 def largest_groups(
     groups: Iterable[tuple[GroupKey, GroupSums]], by: Sequence[str], max_groups: int | None = None
 ) -> Rollup:
-    """A roll-up that lists the dearest groups, each key given once, and adds up the rest; nothing is left out."""
+    """List the most expensive groups and sum the rest as `others`; each key must come once."""
     ordered = sorted(groups, key=_by_cost)
     kept = ordered if max_groups is None else ordered[:max_groups]
     others: dict[str | None, GroupSums] = {}
@@ -259,7 +259,7 @@ def _by_cost(group: tuple[GroupKey, GroupSums]) -> tuple[Decimal, tuple[tuple[bo
 def merge_largest(rollups: Iterable[Rollup], by: Sequence[str], max_groups: int) -> Rollup:
     """Merge partial results of `largest_groups` in bounded memory.
 
-    Each group is in one part alone, so a group that is too small for one merge stays too small.
+    Each group is in one part only, so a group too small for one merge stays too small.
     """
     merged = Rollup(tuple(by))
     for part in rollups:

@@ -1,6 +1,6 @@
-"""*publish*: committed shards become the visible tables; the manifest comes last.
+"""*publish*: turns committed shards into visible tables, and writes the manifest last.
 
-Before it: *answer*. Everything here can be repeated: names follow from shards, and a file appears whole or not at all.
+Before it: *answer*. Everything here is idempotent: names derive from shards, and a file appears whole or not at all.
 """
 
 import json
@@ -16,7 +16,7 @@ from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import record_unused
 from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.beam.counters import add_to_counters
-from moebeam.transforms.durable.failure import recorded_failure
+from moebeam.transforms.durable.failure import record_failure
 from moebeam.transforms.publish.invariants import RowSums, sum_shard
 from moebeam.transforms.publish.manifest import PublishSpec, RunAccounts, publish_shard, write_manifest
 from moebeam.transforms.publish.rollup import (
@@ -34,7 +34,7 @@ for record_type in (ShardCommit, GroupSums, RowSums):
 
 
 class PublishRun(beam.PTransform[Any, Any]):
-    """Commit records -> visible tables, and the manifest as the only output."""
+    """Commit records -> visible tables, with the manifest as the only output."""
 
     def __init__(self, spec: PublishSpec) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class PublishRun(beam.PTransform[Any, Any]):
 
 
 def _publish(commit: ShardCommit, spec: PublishSpec) -> Iterator[ShardCommit]:
-    with recorded_failure(spec.layout, "publish"):
+    with record_failure(spec.layout, "publish"):
         publish_shard(commit, spec.layout)
         if spec.waste is not None:
             record_unused(spec.layout, commit.shard, spec.waste)
@@ -69,7 +69,7 @@ def _publish(commit: ShardCommit, spec: PublishSpec) -> Iterator[ShardCommit]:
 
 
 def _finish(commits: Sequence[ShardCommit], spec: PublishSpec, ledger: Rollup, rows: RowSums) -> str:
-    with recorded_failure(spec.layout, "publish"):
+    with record_failure(spec.layout, "publish"):
         return write_manifest(commits, spec, RunAccounts(ledger, rows))
 
 
@@ -94,9 +94,9 @@ class RollUpLedger(beam.PTransform[Any, Any]):
 
 
 def _roll_up_shard(commit: ShardCommit, layout: RunLayout, by: Sequence[str]) -> Iterator[tuple[str, GroupSums]]:
-    """The groups of one shard; a key travels as canonical JSON, which is the same bytes everywhere."""
+    """Groups of one shard; keys travel as canonical JSON, which has the same bytes everywhere."""
     if any(file.table == "ledger" for file in commit.files):
-        for key, sums in roll_up(read_ledger(layout.published("ledger", commit.shard)), by).items():
+        for key, sums in roll_up(read_ledger(layout.published_file("ledger", commit.shard)), by).items():
             yield canonical_json(key), sums
 
 
@@ -105,7 +105,7 @@ def _add_groups(groups: Iterable[GroupSums]) -> GroupSums:
 
 
 class _LargestGroups(beam.CombineFn):
-    """`largest_groups` over groups of which each comes once."""
+    """`largest_groups` over groups that each come once."""
 
     def __init__(self, by: Sequence[str], max_groups: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""How many prompt tokens a provider's cache is expected to serve, by the rule that its documents state.
+"""How many prompt tokens a provider's cache is expected to serve, by its documented rule.
 
-Part of the quote. Requests are taken in the order of the plan, one after another: what runs at once cannot hit what
-has not been stored yet, so a rule gives an expectation, never a promise. The bounds of a quote do not rest on it: they
-go from no hit at all to every token that is shared in the prefix tree.
+Part of the quote. Requests are taken in plan order, one after another; concurrent requests cannot hit what is not
+stored yet, so a rule gives an expectation, never a promise. A quote's bounds do not rest on it: they run from no hit at
+all to every token shared in the prefix tree.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class CacheRule:
     """How a provider caches prompts.
 
     Attributes:
-        meaning: the rule in words, with where it comes from.
+        meaning: the rule in words, with its source.
     """
 
     name: RuleName
@@ -46,12 +46,12 @@ RULES: Mapping[str, CacheRule] = {
 """Rules by provider, or by engine for what runs here."""
 
 
-def rule_of(provider: str, engine: str) -> CacheRule:
-    """The rule of a provider; `local` stands for the engine in process."""
+def find_rule(provider: str, engine: str) -> CacheRule:
+    """A provider's rule; for `local`, the rule of the in-process engine."""
     return RULES.get(engine if provider == "local" else provider, UNKNOWN)
 
 
-def expected_hits(survey: PromptSurvey, rule: CacheRule) -> Counts:
+def estimate_hits(survey: PromptSurvey, rule: CacheRule) -> Counts:
     """Tokens of each request that the cache is expected to serve: int64, shape (num_requests,)."""
     match rule.name:
         case "prefix_tree":
@@ -63,12 +63,12 @@ def expected_hits(survey: PromptSurvey, rule: CacheRule) -> Counts:
 
 
 def _unit_hits(survey: PromptSurvey) -> Counts:
-    """Hits where a prefix has to be stored as a unit before it can be found.
+    """Hits if only prefixes stored as a unit can be found.
 
-    In token order every unit that a request can hit lies on the path that it shares with the request before it.
+    In token order, every unit that a request can hit lies on the path that it shares with the previous request.
     """
     hits = np.zeros(survey.num_requests, dtype=np.int64)
-    units: list[int] = []  # lengths of the stored units on the path of the request before, shortest first
+    units: list[int] = []  # lengths of stored units on the previous request's path, ascending
     pairs = zip(survey.num_prompt_tokens.tolist(), survey.num_shared_tokens.tolist(), strict=True)
     for index, (num_tokens, num_shared) in enumerate(pairs):
         while units and units[-1] > num_shared:

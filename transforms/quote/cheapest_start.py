@@ -1,7 +1,7 @@
-"""When and where a job is cheapest: its cost by provider and hour, and the cheapest start that meets a deadline.
+"""When and where a job is cheapest: cost by provider and hour, and the cheapest start that meets a deadline.
 
-Part of the quote. The price of a request is that of its start, so a job that takes hours meets the prices of its hours;
-it is taken to spread its requests evenly over its time.
+Part of the quote. A request costs the price at its start, so a job that takes hours pays the prices of those hours; its
+requests are assumed to spread evenly over its duration.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ class Offer:
     """A provider's prices for the job's tokens.
 
     Attributes:
-        duration_s: how long the job is expected to take there; None where nobody knows.
+        duration_s: expected duration of the job there; None if unknown.
     """
 
     provider: str
@@ -37,7 +37,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A start of the job at an offer, and what it is expected to cost there, in the offer's currency."""
+    """A start of the job at an offer, with its expected cost in the offer's currency."""
 
     offer: Offer
     at: datetime
@@ -46,7 +46,7 @@ class Start:
 
 
 def tier_starts(book: PriceBook, provider: str, model: str) -> tuple[int, ...]:
-    """Where the tiers of a model's prices begin, from 0."""
+    """Prompt lengths at which the tiers of a model's prices begin, from 0."""
     own = (line for line in book.lines if (line.provider, line.model) == (provider, model))
     ends = {0}
     for line in own:
@@ -57,7 +57,7 @@ def tier_starts(book: PriceBook, provider: str, model: str) -> tuple[int, ...]:
 
 
 def lines_at(book: PriceBook, offer: Offer, at: datetime) -> list[PriceLine] | None:
-    """The line of each tier at an instant; None if a tier that has requests has none, or currencies differ."""
+    """The line of each tier at an instant; None if a tier with requests has none, or currencies differ."""
     found: list[PriceLine] = []
     for tier in offer.tiers:
         line = book.find(offer.provider, offer.model, at, prompt_tokens=tier.min_prompt_tokens, mode=offer.mode)
@@ -70,7 +70,7 @@ def lines_at(book: PriceBook, offer: Offer, at: datetime) -> list[PriceLine] | N
 
 
 def cost_at(book: PriceBook, offer: Offer, at: datetime) -> tuple[CostRange, str] | None:
-    """What the job costs if all of it starts at one instant, and the currency; None without a price."""
+    """Cost and currency if the whole job starts at one instant; None without a price."""
     lines = lines_at(book, offer, at)
     return None if lines is None else (cost_range(offer.tiers, lines), lines[0].currency)
 
@@ -78,7 +78,7 @@ def cost_at(book: PriceBook, offer: Offer, at: datetime) -> tuple[CostRange, str
 def hourly_costs(
     book: PriceBook, offer: Offer, at: datetime, num_hours: int = 24
 ) -> list[tuple[datetime, Decimal | None]]:
-    """The expected cost of a start at each full hour, from the hour of an instant on."""
+    """Expected cost of a start at each full hour, beginning with the hour of `at`."""
     first = at.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
     hours = [first + timedelta(hours=hour) for hour in range(num_hours)]
     costs = [cost_at(book, offer, hour) for hour in hours]
@@ -86,9 +86,9 @@ def hourly_costs(
 
 
 def starts(book: PriceBook, offer: Offer, at: datetime, deadline: datetime) -> Iterator[Start]:
-    """The starts that meet a deadline: now, and whenever a price of the offer begins, until it is too late.
+    """Starts that meet a deadline: now, and whenever a price of the offer may change.
 
-    Where the job's duration is not known, every start before the deadline counts.
+    If the job's duration is unknown, every start before the deadline counts.
     """
     last = deadline - timedelta(seconds=offer.duration_s or 0)
     for start in (at, *price_changes(book, offer, at, last)):
@@ -100,7 +100,7 @@ def starts(book: PriceBook, offer: Offer, at: datetime, deadline: datetime) -> I
 
 
 def spread_cost(book: PriceBook, offer: Offer, start: datetime) -> tuple[Decimal, str] | None:
-    """The expected cost of a job that spreads evenly over its duration, and the currency."""
+    """Expected cost and currency of a job that spreads evenly over its duration; None without a price."""
     first = cost_at(book, offer, start)
     if first is None or not offer.duration_s:
         return first and (first[0].expected, first[1])
@@ -126,7 +126,7 @@ def _share(amount: Decimal, part: int, whole: int) -> Decimal:
 
 
 def price_changes(book: PriceBook, offer: Offer, start: datetime, end: datetime) -> list[datetime]:
-    """The instants between two others at which the offer's price may change, in order."""
+    """Instants between `start` and `end` at which the offer's price may change, in order."""
     own = [line for line in book.lines if (line.provider, line.model) == (offer.provider, offer.model)]
     minutes: set[int] = set()
     for line in own:

@@ -1,7 +1,7 @@
-"""A survey of a job's prompts: read and rendered as a run would, counted, and nothing else; no model is asked.
+"""Surveys a job's prompts: reads and renders them as a run would, and counts them; no model is asked.
 
-Stands beside the way of a row, before it: a quote is made of it. The rows go through `input_rows` and `renderer`,
-the same functions as in a run, and are put into the order of the plan. Free of Beam and torch.
+The basis of a quote. Rows go through `input_rows.read_unit` and `render_rows.Renderer`, as in a run, and are sorted
+into plan order. Free of Beam and torch.
 """
 
 import random
@@ -16,37 +16,37 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from moebeam.model_runner.prefix_tree import common_prefix_lengths
-from moebeam.schemas.arrow import values_of
+from moebeam.schemas.arrow import list_values
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import PlanSection
-from moebeam.schemas.records import sampling_of
+from moebeam.schemas.records import parse_sampling_json
 from moebeam.transforms.plan.row_order import can_merge
-from moebeam.transforms.plan.shard_cut import RowCosts, cut_rows, expected_output_tokens
+from moebeam.transforms.plan.shard_cut import RowCosts, cut_rows, estimate_output_tokens
 from moebeam.transforms.read.input_rows import ReadColumns, read_unit
 from moebeam.transforms.read.input_scan import InputScan, InputUnit
 from moebeam.transforms.render.render_rows import Renderer
 
 MAX_SURVEY_BYTES = 1 << 30
-"""Most memory for the keys of a survey, four bytes a prompt token; a larger input is sampled instead."""
+"""Most memory for a survey's keys, four bytes a prompt token; a larger input must be sampled."""
 
 Counts: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSurvey:
-    """The requests of an input, or of a sample of its rows, in the order of the plan.
+    """Requests of an input, or of a sample of its rows, in plan order.
 
     Attributes:
-        num_rows: rows of the input, with those that are in no sample.
-        num_surveyed_rows: rows that were read and rendered; those of rejects and merged requests are among them.
-        rejects: how many surveyed rows would be rejected before the model is asked, by error type.
+        num_rows: rows of the input, sampled or not.
+        num_surveyed_rows: rows read and rendered, including those of rejects and merged requests.
+        rejects: surveyed rows that would be rejected before the model is asked, by error type.
         num_prompt_tokens: of each request; int64, shape (num_requests,).
-        num_shared_tokens: how many of them each request shares with the one before it; same shape.
-        num_nearest_tokens: how many it shares with whichever other request shares most; same shape.
+        num_shared_tokens: tokens that each request shares with the previous one; same shape.
+        num_nearest_tokens: tokens that it shares with whichever request shares most; same shape.
         max_output_tokens: `max_tokens` of each request; same shape.
-        num_group_rows: rows that each request answers: itself and those that are merged into it; same shape.
-        starts_shard: about where the plan would cut; bool, same shape.
-        own_terms: whether a request brings sampling or options of its own; bool, same shape.
+        num_group_rows: rows that each request answers: itself and those merged into it; same shape.
+        starts_shard: approximately where the plan would cut; bool, same shape.
+        own_terms: whether a request brings options of its own; bool, same shape.
     """
 
     num_rows: int
@@ -70,13 +70,13 @@ class PromptSurvey:
 
     @property
     def num_tree_tokens(self) -> int:
-        """T: tokens of the prefix tree of the surveyed requests."""
+        """T: tokens in the prefix tree of the surveyed requests."""
         return int(self.num_prompt_tokens.sum() - self.num_shared_tokens.sum())
 
 
 @dataclass(slots=True)
 class _Collected:
-    """The requests of a survey as they come in; one entry each."""
+    """Requests of a survey as they arrive; one entry each."""
 
     keys: list[bytes] = field(default_factory=list[bytes])
     kinds: list[int] = field(default_factory=list[int])
@@ -86,7 +86,7 @@ class _Collected:
 
 
 class _Kinds:
-    """Numbers for what requests must have in common, beside their prompts, to be merged."""
+    """Numbers whatever requests must have in common, beside their prompts, to be merged."""
 
     def __init__(self) -> None:
         self.of: dict[tuple[str, str | None, str], int] = {}
@@ -104,14 +104,13 @@ def survey_prompts(
     has_ids: bool,
     num_sample_rows: int | None = None,
 ) -> PromptSurvey:
-    """Read and render an input, or some of its rows, and count.
+    """Read, render and count an input, or a sample of its rows.
 
     Args:
-        has_ids: whether rows bring ids, of which a repeated one is a reject; in a sample none is looked for.
-        num_sample_rows: how many rows are drawn, each as likely as any other; None reads all of them. The draw depends
-            on the input alone.
+        has_ids: whether rows bring ids, so that a repeated one is a reject; not checked in a sample.
+        num_sample_rows: rows to draw, each equally likely; None reads all. The draw depends on the input alone.
     Raises:
-        JobFileError: the input is too large to be surveyed whole.
+        JobFileError: the input is too large to survey whole.
     """
     collected, kinds = _Collected(), _Kinds()
     wanted = _draw(scan, num_sample_rows)
@@ -121,17 +120,17 @@ def survey_prompts(
         if wanted is not None and rows is None:
             continue
         for batch in read_unit(unit, columns):
-            picked = batch if rows is None else _picked(batch, unit, rows)
+            picked = batch if rows is None else _take_sample(batch, unit, rows)
             if picked.num_rows:
                 _collect(collected, renderer.render_batch(picked), kinds, seen)
-    return _counted(collected, kinds, plan, scan.num_rows)
+    return _count(collected, kinds, plan, scan.num_rows)
 
 
 def _draw(scan: InputScan, num_sample_rows: int | None) -> dict[int, list[int]] | None:
-    """Which rows of which unit are in the sample, by their place in the unit; None for all rows."""
+    """Sampled rows of each unit, by their place in the unit; None for all rows."""
     if num_sample_rows is None or num_sample_rows >= scan.num_rows:
         return None
-    # A fixed draw for a fixed input, so that a quote can be repeated.
+    # Seeded by the input, so that a quote can be repeated.
     drawn = sorted(random.Random(scan.fingerprint).sample(range(scan.num_rows), num_sample_rows))
     picked: dict[int, list[int]] = {}
     first = 0
@@ -144,11 +143,11 @@ def _draw(scan: InputScan, num_sample_rows: int | None) -> dict[int, list[int]] 
     return picked
 
 
-def _picked(batch: pa.RecordBatch, unit: InputUnit, rows: Sequence[int]) -> pa.RecordBatch:
-    """The rows of a batch that are in the sample; a reject that stands for several rows stays where one of them is."""
-    if batch.num_rows and values_of(batch, "scope")[0] != "row":
+def _take_sample(batch: pa.RecordBatch, unit: InputUnit, rows: Sequence[int]) -> pa.RecordBatch:
+    """Sampled rows of a batch; a reject that stands for several rows is kept whole."""
+    if batch.num_rows and list_values(batch, "scope")[0] != "row":
         return batch
-    first = values_of(batch, "source_row")[0] - unit.first_row
+    first = list_values(batch, "source_row")[0] - unit.first_row
     low, high = bisect_left(rows, first), bisect_left(rows, first + batch.num_rows)
     return batch.take(pa.array([row - first for row in rows[low:high]], pa.int64()))
 
@@ -156,7 +155,7 @@ def _picked(batch: pa.RecordBatch, unit: InputUnit, rows: Sequence[int]) -> pa.R
 def _collect(collected: _Collected, batch: pa.RecordBatch, kinds: _Kinds, seen: set[str] | None) -> None:
     names = ("prefix_key", "sampling", "options", "cost_center", "error_type", "custom_id", "num_rows")
     for key, sampling, options, cost_center, error, custom_id, num_rows in zip(
-        *(values_of(batch, name) for name in names), strict=True
+        *(list_values(batch, name) for name in names), strict=True
     ):
         collected.num_rows += num_rows or 0
         if error is None and seen is not None:
@@ -175,8 +174,8 @@ def _collect(collected: _Collected, batch: pa.RecordBatch, kinds: _Kinds, seen: 
         )
 
 
-def _counted(collected: _Collected, kinds: _Kinds, plan: PlanSection, num_rows: int) -> PromptSurvey:
-    """Put the requests into token order and merge equal ones, as *plan* does."""
+def _count(collected: _Collected, kinds: _Kinds, plan: PlanSection, num_rows: int) -> PromptSurvey:
+    """Sort requests into token order and merge equal ones, as *plan* does."""
     order = sorted(range(len(collected.keys)), key=lambda index: (collected.keys[index], collected.kinds[index]))
     sampling_texts = [sampling for sampling, _, _ in kinds.of]
     is_mergeable = [can_merge(text, plan) for text in sampling_texts]
@@ -192,7 +191,7 @@ def _counted(collected: _Collected, kinds: _Kinds, plan: PlanSection, num_rows: 
         kept.append(kind)
         group_rows.append(1)
     kind_of = np.array(kept, dtype=np.int64)
-    max_tokens = np.array([sampling_of(text).max_tokens for text in sampling_texts], dtype=np.int64)
+    max_tokens = np.array([parse_sampling_json(text).max_tokens for text in sampling_texts], dtype=np.int64)
     has_options = np.array([options is not None for _, options, _ in kinds.of], dtype=np.bool_)
     lengths = np.array([(len(key) - 8) // 4 for key in keys], dtype=np.int64)
     shared = common_prefix_lengths(keys)
@@ -215,9 +214,9 @@ def _counted(collected: _Collected, kinds: _Kinds, plan: PlanSection, num_rows: 
 def _shard_starts(
     uncached: Counts, shared: Counts, max_outputs: Counts, group_rows: Counts, plan: PlanSection
 ) -> npt.NDArray[np.bool_]:
-    """About where the plan cuts: a large input it divides into ranges first, and it weighs bytes and rejects too."""
+    """Approximate cuts of the plan, which also divides a large input into ranges and weighs bytes and rejects."""
     limits, places = np.unique(max_outputs, return_inverse=True)
-    outputs = np.array([expected_output_tokens(limit) for limit in limits.tolist()], dtype=np.int64)
+    outputs = np.array([estimate_output_tokens(limit) for limit in limits.tolist()], dtype=np.int64)
     costs = RowCosts(
         tokens=uncached + outputs[places],
         shared_tokens=shared,
@@ -231,7 +230,7 @@ def _shard_starts(
 
 
 def survey_columns(columns: ReadColumns) -> ReadColumns:
-    """Only the columns that a quote needs: what prompts are made of, ids, tenants and cost centres."""
+    """Only the columns that a quote needs: the prompts', ids, tenants and cost centres."""
     return ReadColumns(
         input_fields=columns.input_fields,
         passthrough=(),

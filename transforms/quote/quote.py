@@ -1,11 +1,11 @@
-"""The quote: what a job will take and cost, with bounds, worked out from a survey of its prompts.
+"""The quote: what a job will take and cost, with bounds, computed from a survey of its prompts.
 
-Pure arithmetic over `PromptSurvey` and price lines; Decimal for money, and nothing is rounded.
+Pure arithmetic over `PromptSurvey` and price lines; money is Decimal and never rounded.
 
-What the bounds mean. They hold for a run that asks the model for every request and loses no attempt to a crash. *Low*:
-every token that a cache can serve is a hit and answers are empty. *High*: nothing is a hit, every answer takes all of
-its `max_tokens`, and where answers can be asked again, all are, each time with as long a prompt as the context
-allows; `high_without_repair` leaves the last part out. With a sample they hold with a probability of `CONFIDENCE`.
+The bounds hold for a run that asks the model for every request and loses no attempt to a crash. *Low*: every token that
+a cache can serve is a hit and answers are empty. *High*: nothing is a hit, every answer takes all of its `max_tokens`,
+and every answer that can be asked again is, each time with as long a prompt as the context allows;
+`high_without_repair` leaves these repairs out. With a sample, the bounds hold with probability `CONFIDENCE`.
 """
 
 import math
@@ -15,18 +15,19 @@ from decimal import Decimal
 
 import numpy as np
 
-from moebeam.schemas.prices import EXACT, PriceLine
-from moebeam.transforms.quote.cache_rules import CacheRule, expected_hits
+from moebeam.schemas.prices import PriceLine
+from moebeam.transforms.money.account import price_tokens
+from moebeam.transforms.quote.cache_rules import CacheRule, estimate_hits
 from moebeam.transforms.quote.prompt_survey import Counts, PromptSurvey
 
 CONFIDENCE = 0.999
 _Z = 3.2905
-"""How many standard errors a bound from a sample lies from its mean, for `CONFIDENCE`, both sides together."""
+"""Standard errors between a sample's mean and its bound, for `CONFIDENCE`, two-sided."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A count of tokens or requests: a value and its bounds, which are equal where everything was counted."""
+    """A count of tokens or requests with its bounds, which are equal if everything was counted."""
 
     low: int
     expected: int
@@ -35,14 +36,14 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class TokenForecast:
-    """What a job's requests amount to.
+    """Totals of a job's requests.
 
     Attributes:
-        requests: rows that the model is asked; merged and rejected ones are not among them.
+        requests: rows that the model is asked, without merged and rejected ones.
         prompt_tokens: N, of these requests, each asked once.
         tree_tokens: T, of their prefix tree.
         max_output_tokens: the sum of their `max_tokens`.
-        merged_rows: rows that take another one's answer.
+        merged_rows: rows that take another row's answer.
     """
 
     requests: Forecast
@@ -63,10 +64,10 @@ class OutputForecast:
     """What answers are expected to take, an attempt and its repairs together.
 
     Attributes:
-        tokens_a_request: mean of output tokens; None where nobody knows, and `max_tokens` stands in.
-        extra_prompt_tokens_a_request: mean of prompt tokens of later attempts.
+        tokens_a_request: mean output tokens; None if unknown, and `max_tokens` stands in.
+        extra_prompt_tokens_a_request: mean prompt tokens of later attempts.
         extra_hit_rate: share of those that is expected from cache.
-        basis: where the figures come from, in words.
+        basis: source of the figures, in words.
     """
 
     tokens_a_request: float | None = None
@@ -80,7 +81,7 @@ class RepairTerms:
     """Whether and how often answers may be asked again.
 
     Attributes:
-        context_length: most tokens of prompt and answer together; None where nobody knows.
+        context_length: most tokens of prompt and answer together; None if unknown.
     """
 
     max_attempts: int
@@ -90,9 +91,9 @@ class RepairTerms:
 
 @dataclass(frozen=True, slots=True)
 class TierDemand:
-    """Tokens of the requests that one tier of prices is for.
+    """Tokens of the requests in one price tier.
 
-    `longest_prompts` and `repeat_outputs` are what all later attempts can take at most, together.
+    `longest_prompts` and `repeat_outputs` bound what all later attempts take together.
     """
 
     min_prompt_tokens: int
@@ -110,7 +111,7 @@ class CostRange:
     """What the job costs at one provider if every request starts at one instant.
 
     Attributes:
-        high: None where nobody knows, because later attempts have no bound.
+        high: None if later attempts have no bound.
     """
 
     low: Decimal
@@ -120,11 +121,11 @@ class CostRange:
 
 
 def forecast_tokens(survey: PromptSurvey) -> TokenForecast:
-    """Totals of the whole input from what was surveyed.
+    """Extrapolate the surveyed totals to the whole input.
 
-    With a sample, what a further row adds is taken from what each sampled row adds to the others. Requests, prompt and
-    tree tokens are covering functions, to which a further row adds ever less, so this mean leans to the high side, and
-    the sample's own totals are the low bounds.
+    With a sample, a further row is taken to add what each sampled row adds to the others. Requests, prompt and tree
+    tokens are covering functions, to which each further row adds less, so this mean errs on the high side, and the
+    sample's own totals are the low bounds.
     """
     is_single = survey.num_group_rows == 1
     requests = np.ones(survey.num_requests, dtype=np.int64)
@@ -143,7 +144,7 @@ def forecast_tokens(survey: PromptSurvey) -> TokenForecast:
 
 
 def _extrapolate(survey: PromptSurvey, counted: Counts, added: Counts) -> Forecast:
-    """The total over all rows from the sample's and from what each of its rows adds; exact without a sample."""
+    """Total over all rows, from the sample's total and what each of its rows adds; exact without a sample."""
     total = int(counted.sum())
     if not survey.is_sample:
         return Forecast(total, total, total)
@@ -151,7 +152,7 @@ def _extrapolate(survey: PromptSurvey, counted: Counts, added: Counts) -> Foreca
     num_others = survey.num_rows - num_rows
     if num_rows == 0:
         return Forecast(0, 0, 0)
-    # Rows that are no request of their own add nothing; they are the zeros of the mean.
+    # Rows without a request of their own add nothing; they are the zeros of the mean.
     mean = float(added.sum()) / num_rows
     squares = float((added.astype(np.float64) ** 2).sum())
     variance = max(0.0, squares / num_rows - mean * mean) * num_rows / max(1, num_rows - 1)
@@ -169,9 +170,9 @@ def demand(
     *,
     tier_starts: Sequence[int] = (0,),
 ) -> list[TierDemand]:
-    """Tokens by tier of prices, each tier from one of `tier_starts` to the next."""
-    hits = expected_hits(survey, rule)
-    outputs = _expected_outputs(survey, output)
+    """Tokens by price tier, each tier from one of `tier_starts` to the next."""
+    hits = estimate_hits(survey, rule)
+    outputs = _estimate_outputs(survey, output)
     found: list[TierDemand] = []
     for start, end in zip(tier_starts, (*tier_starts[1:], None), strict=True):
         is_in = survey.num_prompt_tokens >= start
@@ -209,7 +210,7 @@ def demand(
     return found
 
 
-def _expected_outputs(survey: PromptSurvey, output: OutputForecast) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
+def _estimate_outputs(survey: PromptSurvey, output: OutputForecast) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
     """Output tokens of each request."""
     if output.tokens_a_request is None:
         return survey.max_output_tokens.astype(np.float64)
@@ -217,7 +218,7 @@ def _expected_outputs(survey: PromptSurvey, output: OutputForecast) -> "np.ndarr
 
 
 def _share(total: Forecast, values: Counts, is_in: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> Forecast:
-    """The part of a total that some requests make up; with a sample in the proportion of the sampled ones."""
+    """The part of a total that falls to some requests; with a sample, in proportion to the sampled ones."""
     own, whole = int(values[is_in].sum()), int(values.sum())
     if own == whole:
         return total
@@ -225,7 +226,7 @@ def _share(total: Forecast, values: Counts, is_in: "np.ndarray[tuple[int], np.dt
 
 
 def _shared(survey: PromptSurvey, tokens: TokenForecast, is_in: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> int:
-    """Tokens that are expected to be shared with another request."""
+    """Tokens expected to be shared with another request."""
     whole = int(survey.num_shared_tokens.sum())
     own = int(survey.num_shared_tokens[is_in].sum())
     return max(0, tokens.prompt_tokens.expected - tokens.tree_tokens.expected) * own // whole if whole else 0
@@ -236,7 +237,7 @@ def _own_tree(survey: PromptSurvey, is_in: "np.ndarray[tuple[int], np.dtype[np.b
 
 
 def cost_range(tiers: Sequence[TierDemand], lines: Sequence[PriceLine]) -> CostRange:
-    """What the demand costs, each tier at its own line."""
+    """Cost of the demand, each tier at its own line."""
     low = expected = high_once = Decimal(0)
     repairs: Decimal | None = Decimal(0)
     dearest_input = max((_dearest(line) for line in lines), default=Decimal(0))
@@ -244,22 +245,19 @@ def cost_range(tiers: Sequence[TierDemand], lines: Sequence[PriceLine]) -> CostR
     for tier, line in zip(tiers, lines, strict=True):
         hit = line.cache_miss if line.cache_hit is None else line.cache_hit
         num_misses = tier.prompt_tokens.low - tier.max_hits
-        low += _amount(num_misses, line.cache_miss)
-        low += _amount(tier.max_hits, min(hit, line.cache_miss))
-        expected += _amount(tier.prompt_tokens.expected - tier.expected_hits, line.cache_miss)
-        expected += _amount(tier.expected_hits, hit) + _amount(tier.expected_output, line.output)
-        high_once += _amount(tier.prompt_tokens.high, _dearest(line)) + _amount(tier.max_output, line.output)
-        # A later attempt is longer, and may fall into another tier.
+        low += price_tokens(num_misses, line.cache_miss)
+        low += price_tokens(tier.max_hits, min(hit, line.cache_miss))
+        expected += price_tokens(tier.prompt_tokens.expected - tier.expected_hits, line.cache_miss)
+        expected += price_tokens(tier.expected_hits, hit) + price_tokens(tier.expected_output, line.output)
+        high_once += price_tokens(tier.prompt_tokens.high, _dearest(line)) + price_tokens(tier.max_output, line.output)
+        # A later attempt is longer and may fall into another tier.
         if tier.longest_prompts is None:
             repairs = None
         elif repairs is not None:
-            repairs += _amount(tier.longest_prompts, dearest_input) + _amount(tier.repeat_outputs, dearest_output)
+            repairs += price_tokens(tier.longest_prompts, dearest_input)
+            repairs += price_tokens(tier.repeat_outputs, dearest_output)
     return CostRange(low, expected, None if repairs is None else high_once + repairs, high_once)
 
 
 def _dearest(line: PriceLine) -> Decimal:
     return line.cache_miss if line.cache_hit is None else max(line.cache_hit, line.cache_miss)
-
-
-def _amount(num_tokens: int, price: Decimal) -> Decimal:
-    return EXACT.scaleb(EXACT.multiply(Decimal(num_tokens), price), -6)

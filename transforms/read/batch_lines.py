@@ -1,7 +1,7 @@
-"""One line of a JSONL input in the OpenAI batch shape.
+"""Parses one line of a JSONL input in the OpenAI batch shape.
 
-Part of *read*. Specification: OpenAI's Batch API input object (`custom_id`, `method`, `url`, `body`), with the body
-of a chat completion. What moebeam does not do is a typed reject, never ignored.
+Part of *read*. Specification: OpenAI's Batch API input object (`custom_id`, `method`, `url`, `body`), with the body of
+a chat completion. What moebeam does not support is a typed reject, never ignored.
 """
 
 import json
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moebeam.schemas.canonical import Json, canonical_json
 from moebeam.schemas.chat_options import OPTION_NAMES
-from moebeam.schemas.errors import InvalidId, InvalidLine, UnsupportedRequest, abbreviated
+from moebeam.schemas.errors import InvalidId, InvalidLine, UnsupportedRequest, abbreviate
 
 CHAT_URLS = ("/v1/chat/completions", "/chat/completions")
 
@@ -23,7 +23,7 @@ _NEUTRAL: dict[str, tuple[Json, ...]] = {
     "top_logprobs": (0,),
     "logit_bias": ({},),
 }
-"""Fields that are accepted only with a value that changes nothing; null does so for every field."""
+"""Fields accepted only with a value that changes nothing; null changes nothing in any field."""
 
 _IGNORED = ("model", "user", "metadata", "store", "service_tier")
 """Fields that never change an answer here: the job file names the model, and the results say which one answered."""
@@ -51,10 +51,9 @@ class _Line(BaseModel):
 
 
 class BatchRequest(BaseModel):
-    """What a line asks: the chat and the row's own sampling values, both as canonical JSON.
+    """A line's request: the chat and the row's own sampling values, both as canonical JSON.
 
-    `options` is a JSON object of the other things it asks (`moebeam.schemas.chat_options.OPTION_NAMES`), keys as
-    written.
+    `options` is a JSON object of its further options (`moebeam.schemas.chat_options.OPTION_NAMES`), keys as written.
     """
 
     custom_id: str
@@ -66,8 +65,8 @@ class BatchRequest(BaseModel):
 SamplingValues: TypeAlias = dict[str, Json]
 
 
-def custom_id_of(line: bytes) -> str | None:
-    """The id of a line, as far as it can be told even when the rest is wrong."""
+def read_custom_id(line: bytes) -> str | None:
+    """The id of a line, if it can be read even when the rest is wrong."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -86,7 +85,7 @@ def parse_batch_line(line: bytes) -> BatchRequest:
     Raises:
         InvalidLine: not UTF-8, not a JSON object, or a field of the wrong shape.
         InvalidId: `custom_id` is missing, empty or not a string.
-        UnsupportedRequest: another URL, or a body field that moebeam does not do.
+        UnsupportedRequest: another URL, or a body field that moebeam does not support.
     """
     try:
         parsed = _Line.model_validate(json.loads(line))
@@ -103,7 +102,7 @@ def parse_batch_line(line: bytes) -> BatchRequest:
     if parsed.url not in CHAT_URLS:
         raise UnsupportedRequest(f"url: expected one of {', '.join(CHAT_URLS)}, found {parsed.url!r}")
     try:
-        messages = canonical_json(_messages_of(parsed.body))
+        messages = canonical_json(_read_messages(parsed.body))
     except ValueError as error:
         raise InvalidLine(f"body.messages: expected JSON numbers, found: {error}") from error
     for name, text in (("custom_id", parsed.custom_id), ("body.messages", messages)):
@@ -112,12 +111,12 @@ def parse_batch_line(line: bytes) -> BatchRequest:
     return BatchRequest(
         custom_id=parsed.custom_id,
         messages=messages,
-        sampling=canonical_json(_sampling_of(parsed.body)),
-        options=_options_of(parsed.body),
+        sampling=canonical_json(_read_sampling(parsed.body)),
+        options=_read_options(parsed.body),
     )
 
 
-def _options_of(body: dict[str, Any]) -> str:
+def _read_options(body: dict[str, Any]) -> str:
     own = {name: body[name] for name in OPTION_NAMES if body.get(name) is not None}
     try:
         text = json.dumps(own, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -128,20 +127,20 @@ def _options_of(body: dict[str, Any]) -> str:
     return text
 
 
-def _messages_of(body: dict[str, Any]) -> Json:
+def _read_messages(body: dict[str, Any]) -> Json:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise InvalidLine(f"body.messages: expected a list of messages, found {abbreviated(messages)}")
+        raise InvalidLine(f"body.messages: expected a list of messages, found {abbreviate(messages)}")
     return messages
 
 
-def _sampling_of(body: dict[str, Any]) -> SamplingValues:
+def _read_sampling(body: dict[str, Any]) -> SamplingValues:
     known = set(_Sampling.model_fields)
     for name, value in body.items():
         if name in known or name in _IGNORED or name in OPTION_NAMES or name == "messages" or value is None:
             continue
         if name not in _NEUTRAL or value not in _NEUTRAL[name]:
-            raise UnsupportedRequest(f"body.{name}: {abbreviated(value)} is not supported")
+            raise UnsupportedRequest(f"body.{name}: {abbreviate(value)} is not supported")
     try:
         own = _Sampling.model_validate({name: body[name] for name in known if name in body})
     except ValidationError as error:
@@ -159,4 +158,4 @@ def _explain(error: ValidationError | RecursionError) -> str:
         return "expected a JSON object, found one nested too deeply"
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "line"
-    return f"{where}: {first['msg']}, found {abbreviated(first['input'])}"
+    return f"{where}: {first['msg']}, found {abbreviate(first['input'])}"

@@ -1,7 +1,7 @@
-"""The rows of an input unit as record batches of `moebeam.schemas.tables.read_schema`.
+"""Reads the rows of an input unit as record batches of `moebeam.schemas.tables.read_schema`.
 
-The pure part of *read*: nothing here knows Beam, so that a quote reads rows exactly as a run does. Every row that a
-footer promised comes out, as a row or inside a reject; a unit that cannot be read is one reject with its `scope` and
+The pure part of *read*, free of Beam, so that a quote reads rows exactly as a run does. Every row that a footer
+promised comes out, as a row or inside a reject; a unit that cannot be read is one reject with its `scope` and
 `num_rows`.
 """
 
@@ -25,7 +25,7 @@ from moebeam.schemas.errors import (
 )
 from moebeam.schemas.store import storage
 from moebeam.schemas.tables import read_schema
-from moebeam.transforms.read.batch_lines import BatchRequest, custom_id_of, parse_batch_line
+from moebeam.transforms.read.batch_lines import BatchRequest, parse_batch_line, read_custom_id
 from moebeam.transforms.read.input_scan import InputUnit
 from moebeam.transforms.read.transient_errors import RETRY_DELAYS_S, is_permanent, is_transient
 
@@ -34,11 +34,11 @@ MAX_BATCH_BYTES = 8 << 20
 _PROBE_ROWS = 16
 
 MAX_COLUMN_BYTES = 4 << 30
-"""Most that one column of a row group may unpack to: Arrow holds its pages in memory while it is read."""
+"""Most bytes to which one column of a row group may unpack: Arrow holds its pages in memory while reading."""
 
 SUSPECT_COLUMN_BYTES = 256 << 20
 MAX_COMPRESSION = 1000
-"""A column beyond that size is no data but a bomb if it is packed tighter than this."""
+"""A column above `SUSPECT_COLUMN_BYTES` that is compressed more than this is a decompression bomb."""
 
 JSONL_INPUT_FIELDS = (
     pa.field("messages", pa.large_string()),
@@ -49,11 +49,11 @@ JSONL_INPUT_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class ReadColumns:
-    """Which columns of the input are read, and as what.
+    """Which input columns are read, and for what.
 
     Attributes:
-        input_fields: what the prompt is made of.
-        passthrough: what is repeated in the output.
+        input_fields: columns that the prompt is made of.
+        passthrough: columns repeated in the output.
     """
 
     input_fields: tuple["pa.Field[Any]", ...]
@@ -64,21 +64,21 @@ class ReadColumns:
 
     @property
     def names(self) -> list[str]:
-        """Names of all columns that are read, each once."""
+        """Names of all columns to read, each once."""
         single = (self.id_column, self.tenant_column, self.cost_center_column)
         names = [field.name for field in (*self.input_fields, *self.passthrough)]
         return list(dict.fromkeys([*names, *(name for name in single if name is not None)]))
 
     @property
     def schema(self) -> pa.Schema:
-        """The schema of the batches that *read* gives."""
+        """Schema of the batches that *read* yields."""
         return read_schema(self.input_fields, self.passthrough)
 
 
 def read_unit(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
-    """Read one unit, in row order, in batches of bounded rows and bytes.
+    """Read one unit in row order, in batches of bounded rows and bytes.
 
-    The rows that come out, and the `num_rows` of the rejects among them, add up to `unit.num_rows`.
+    The rows, and the `num_rows` of the rejects among them, add up to `unit.num_rows`.
     """
     if unit.error is not None or unit.num_rows is None:
         yield _unit_reject(unit, columns, "file", UnreadableFile(f"{unit.path}: {unit.error}"), 0, None)
@@ -110,7 +110,7 @@ def read_unit(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]
 
 
 def _rows_from(num_read: int, unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
-    """A unit's batches without its first rows, which an earlier look has read."""
+    """A unit's batches without its first `num_read` rows, which an earlier try has read."""
     read = _read_row_group if unit.format == "parquet" else _read_lines
     for batch in read(unit, columns):
         num_skipped = min(num_read, batch.num_rows)
@@ -124,7 +124,7 @@ def _read_row_group(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.Record
     with storage.open_input(unit.path) as source, pq.ParquetFile(source, pre_buffer=False) as parquet:
         present = [name for name in columns.names if name in parquet.schema_arrow.names]
         _refuse_bomb(parquet.metadata.row_group(unit.row_group), present)
-        # Footers tell encoded sizes: repeated values may grow a thousandfold, so the first rows are tried.
+        # Footers tell encoded sizes; repeated values may grow a thousandfold, so the first rows are probed.
         probed = 0
         for num_probed in (1, _PROBE_ROWS):
             if probed * num_probed <= MAX_BATCH_BYTES:
@@ -138,10 +138,10 @@ def _read_row_group(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.Record
 
 
 def _refuse_bomb(group: "pq.RowGroupMetaData", names: Collection[str]) -> None:
-    """Refuse a column that would fill the memory of a worker, by what its footer says.
+    """Refuse a column that would exhaust a worker's memory, judged by its footer.
 
     Raises:
-        pa.ArrowInvalid: it names the column, its size, and what is allowed.
+        pa.ArrowInvalid: names the column, its size, and the limit.
     """
     for index in range(group.num_columns):
         column = group.column(index)
@@ -158,7 +158,7 @@ def _refuse_bomb(group: "pq.RowGroupMetaData", names: Collection[str]) -> None:
 
 
 def _identify(batch: pa.RecordBatch, first_row: int, unit: InputUnit, columns: ReadColumns) -> pa.RecordBatch:
-    """Bring columns to their unified types and give every row its identity."""
+    """Cast columns to their unified types and give every row its identity."""
     errors: dict[int, RowError] = {}
     fields = {field.name: field for field in (*columns.input_fields, *columns.passthrough)}
     values: dict[str, pa.Array[Any]] = {}
@@ -182,7 +182,7 @@ def _identify(batch: pa.RecordBatch, first_row: int, unit: InputUnit, columns: R
 def _column(
     batch: pa.RecordBatch, name: str, field: "pa.Field[Any] | None", errors: dict[int, RowError]
 ) -> "pa.Array[Any]":
-    """A column decoded from its dictionary, in its unified type, values that are not UTF-8 set to null."""
+    """A column decoded from its dictionary, in its unified type; values that are not UTF-8 become null."""
     if name not in batch.schema.names:
         return pa.nulls(batch.num_rows, field.type if field is not None else pa.string())
     column: pa.Array[Any] = batch.column(name)
@@ -190,12 +190,12 @@ def _column(
         column = column.dictionary_decode()
     if isinstance(column, pa.ExtensionArray):
         column = column.storage
-    column = _without_invalid_text(column, name, errors)
+    column = _reject_invalid_text(column, name, errors)
     return column if field is None or column.type == field.type else _cast(column, field, errors)
 
 
 def _cast(column: "pa.Array[Any]", field: "pa.Field[Any]", errors: dict[int, RowError]) -> "pa.Array[Any]":
-    """A column in its unified type; a value that does not fit it becomes null and rejects its row alone."""
+    """Cast a column to its unified type; a value that does not fit becomes null and rejects only its row."""
     try:
         return column.cast(field.type)
     except pa.ArrowInvalid:
@@ -211,7 +211,7 @@ def _cast(column: "pa.Array[Any]", field: "pa.Field[Any]", errors: dict[int, Row
     return pa.concat_arrays(cast)
 
 
-def _without_invalid_text(column: "pa.Array[Any]", name: str, errors: dict[int, RowError]) -> "pa.Array[Any]":
+def _reject_invalid_text(column: "pa.Array[Any]", name: str, errors: dict[int, RowError]) -> "pa.Array[Any]":
     try:
         column.validate(full=True)
         return column
@@ -243,7 +243,7 @@ def _ids(
 
 
 def _labels(values: "dict[str, pa.Array[Any]]", name: str | None, num_rows: int) -> "pa.Array[Any]":
-    """Tenant or cost centre of each row; a null is the same as none named."""
+    """Tenant or cost centre of each row; empty for a null, as if no column were named."""
     if name is None:
         return pa.array([""] * num_rows, pa.string())
     labels = values[name].cast(pa.string())
@@ -269,7 +269,7 @@ def _parse_lines(lines: list[bytes], first_row: int, unit: InputUnit, columns: R
         try:
             request = parse_batch_line(line)
         except RowError as error:
-            found_id = custom_id_of(line)
+            found_id = read_custom_id(line)
             errors[row] = error if found_id is not None else InvalidId(f"custom_id: expected a string, found {error}")
             custom_ids.append(found_id or derived)
             requests.append(None)
@@ -342,15 +342,15 @@ def _assemble(
             pa.array([error and error.error_stage for error in found], pa.string()),
             pa.array([error and error.error_type for error in found], pa.string()),
             pa.array([error and str(error) for error in found], pa.string()),
-            struct_of(pa.struct(list(columns.input_fields)), inputs, size),
-            struct_of(pa.struct(list(columns.passthrough)), passthrough, size),
+            make_struct(pa.struct(list(columns.input_fields)), inputs, size),
+            make_struct(pa.struct(list(columns.passthrough)), passthrough, size),
         ],
         schema=columns.schema,
     )
 
 
-def struct_of(struct: "pa.StructType", arrays: "list[pa.Array[Any]]", size: int) -> "pa.Array[Any]":
-    """A struct array of given child arrays; Arrow's own constructor loses the length when there are none."""
+def make_struct(struct: "pa.StructType", arrays: "list[pa.Array[Any]]", size: int) -> "pa.Array[Any]":
+    """Build a struct array from child arrays; Arrow's own constructor loses the length if there are none."""
     if not arrays:
         return pa.array([{}] * size, struct)
     return pa.StructArray.from_arrays(arrays, fields=[struct.field(index) for index in range(struct.num_fields)])

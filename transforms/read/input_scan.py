@@ -1,7 +1,7 @@
-"""What the input is, before any row is read: files, row counts, one schema for all, and the units to read.
+"""Scans the input before any row is read: files, row counts, one schema for all, and the units to read.
 
-Stands before *read*, in the launcher: it reads footers (Parquet) or counts lines (JSONL), never rows' contents.
-The result fingerprints the input, gives every unit its place in the input order, and fixes the output's types.
+Runs before *read*, in the launcher: reads footers (Parquet) or counts lines (JSONL), never the contents of rows. The
+result fingerprints the input, gives every unit its place in the input order, and fixes the output's types.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -25,11 +25,11 @@ InputFormat: TypeAlias = Literal["parquet", "jsonl"]
 JSONL_UNIT_BYTES = 8 << 20
 GROUP_BYTES = 32 << 20
 MAX_COLUMNS = 10_000
-"""Most columns of a Parquet file, fields of structs counted: wider footers take minutes and gigabytes to read."""
+"""Most columns of a Parquet file, struct fields included: wider footers take minutes and gigabytes to read."""
 
 GROUP_ROWS = 20_000
 JSONL_SCHEMA = pa.schema([pa.field("custom_id", pa.string()), pa.field("line", pa.large_binary())])
-"""What a JSONL file's rows look like to later stages: the raw line, parsed in *read*."""
+"""Schema of a JSONL file's rows for later stages: the raw line, parsed in *read*."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,11 @@ class InputUnit:
         label: the file's path below the folder that all input files share; derived ids begin with it.
         ordinal: place in the input order, from 0; files sorted by name, pieces in file order.
         group: units of one group are read together, so that small files and row groups share a sorted run.
-        row_group: index in its Parquet file; for JSONL the number of the piece.
-        first_row: index in its file of the unit's first row.
+        row_group: index in its Parquet file; for JSONL, the piece's number.
+        first_row: index of the unit's first row in its file.
         num_rows: rows to read; fewer than the file holds under `--limit`; None for an unreadable file.
         num_bytes: uncompressed size; decides how many rows make a record batch.
-        offset: where the piece starts in a JSONL file, in bytes.
+        offset: byte offset of the piece in a JSONL file.
         error: why the file could not be opened, if so; the unit then stands for the whole file.
     """
 
@@ -73,7 +73,7 @@ class InputScan:
     """The whole input.
 
     Attributes:
-        schema: the columns that are needed, each in one type for all files, dictionaries decoded.
+        schema: the needed columns, each in one type for all files, dictionaries decoded.
         names: every column of every readable file, in order of appearance.
     """
 
@@ -86,7 +86,7 @@ class InputScan:
 
     @property
     def num_rows(self) -> int:
-        """Rows that readable files hold, by their footers."""
+        """Rows in readable files, by their footers."""
         return sum(unit.num_rows or 0 for unit in self.units)
 
     @property
@@ -107,24 +107,24 @@ class _FileScan:
 
 
 def scan_input(section: InputSection, *, limit: int | None = None, needed: Collection[str] | None = None) -> InputScan:
-    """List the input's files and look at their footers.
+    """List the input's files and read their footers.
 
     Args:
         section: the job's `[input]`.
-        limit: read only the first so many rows, in input order.
+        limit: read only the first `limit` rows, in input order.
         needed: columns that the job reads; files may disagree about others. None means all.
     Raises:
         InputPatternError: nothing matches, formats are mixed, or two files' schemas contradict each other.
     """
     files = _list_input_files(section.path)
-    input_format = _format_of(section, [path for path, _ in files])
+    input_format = _detect_format(section, [path for path, _ in files])
     with ThreadPoolExecutor(max_workers=16) as pool:
         scans = list(pool.map(partial(_scan_file, input_format), (path for path, _ in files)))
     root = _shared_folder([path for path, _ in files])
     units = (unit for scan in scans for unit in scan.units)
     numbered = tuple(
         replace(unit, ordinal=ordinal, label=unit.path[len(root) :], group=group)
-        for ordinal, (group, unit) in enumerate(_grouped(units))
+        for ordinal, (group, unit) in enumerate(_number_groups(units))
     )
     schemas = [(path, scan.schema) for (path, _), scan in zip(files, scans, strict=True) if scan.schema is not None]
     return InputScan(
@@ -137,8 +137,8 @@ def scan_input(section: InputSection, *, limit: int | None = None, needed: Colle
     )
 
 
-def input_files(section: InputSection) -> dict[str, Json]:
-    """What changes when a file changes, for each of the input's files: a listing, nothing is opened.
+def identify_files(section: InputSection) -> dict[str, Json]:
+    """Identity of each input file, which changes when the file does; only lists, opens nothing.
 
     Raises:
         InputPatternError: nothing matches, or the store cannot be listed.
@@ -147,12 +147,12 @@ def input_files(section: InputSection) -> dict[str, Json]:
 
 
 def files_fingerprint(files: Mapping[str, Json]) -> str:
-    """The input's fingerprint, `InputScan.fingerprint`, from what `input_files` tells."""
+    """The input's fingerprint, `InputScan.fingerprint`, from the result of `identify_files`."""
     return fingerprint(list(files.values()))
 
 
-def _grouped(units: Iterable[InputUnit]) -> Iterator[tuple[int, InputUnit]]:
-    """Number the groups of neighbouring units: by size alone, so that the plan depends on the input alone."""
+def _number_groups(units: Iterable[InputUnit]) -> Iterator[tuple[int, InputUnit]]:
+    """Number groups of neighbouring units, by size only, so that the plan depends on the input alone."""
     group = num_bytes = num_rows = 0
     for unit in units:
         num_bytes += unit.num_bytes
@@ -169,7 +169,7 @@ def _list_input_files(pattern: str) -> list[tuple[str, Mapping[str, Any]]]:
         raise InputPatternError(f"[input] path {pattern!r}: cannot be listed: {error}") from error
     hidden = ("_", ".")
     if storage.is_folder(pattern):
-        root = storage.spelled(pattern).rstrip("/") + "/"
+        root = storage.normalize_path(pattern).rstrip("/") + "/"
         files = [f for f in files if not any(part.startswith(hidden) for part in f[0][len(root) :].split("/"))]
     if not files:
         raise InputPatternError(f"[input] path {pattern!r}: expected at least one file, found none")
@@ -180,13 +180,13 @@ def _list_input_files(pattern: str) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _shared_folder(paths: list[str]) -> str:
-    """The longest folder, with its slash, that all paths lie in."""
+    """The longest folder that contains all paths, with its slash."""
     folders = [path.split("/")[:-1] for path in paths]
     shared = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))]
     return "".join(f"{name}/" for name in shared)
 
 
-def _format_of(section: InputSection, paths: list[str]) -> InputFormat:
+def _detect_format(section: InputSection, paths: list[str]) -> InputFormat:
     if section.format != "auto":
         return section.format
     formats = {("jsonl" if path.lower().endswith((".jsonl", ".ndjson")) else "parquet") for path in paths}
@@ -198,7 +198,7 @@ def _format_of(section: InputSection, paths: list[str]) -> InputFormat:
 
 
 def _file_identity(path: str, info: Mapping[str, Any]) -> Json:
-    """What changes when a file changes: its size and the store's own version mark or time."""
+    """What changes when a file changes: its size, and the store's version mark or time."""
     marks = {key: str(info[key]) for key in ("ETag", "etag", "mtime", "generation", "LastModified") if info.get(key)}
     return {"path": path, "size": int(info.get("size") or 0), **marks}
 
@@ -215,7 +215,7 @@ def _scan_file(input_format: InputFormat, path: str) -> _FileScan:
 
 def _scan_parquet_file(path: str) -> _FileScan:
     with storage.open_input(path) as source, pq.ParquetFile(source) as parquet:
-        schema = pa.schema([_decoded(field) for field in parquet.schema_arrow])
+        schema = pa.schema([_plain_field(field) for field in parquet.schema_arrow])
         metadata = parquet.metadata
         if metadata.num_columns > MAX_COLUMNS:
             message = f"expected at most {MAX_COLUMNS:,} columns, found {metadata.num_columns:,}"
@@ -256,13 +256,13 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _decoded(field: "pa.Field[Any]") -> "pa.Field[Any]":
+def _plain_field(field: "pa.Field[Any]") -> "pa.Field[Any]":
     """A nullable field in a plain type: files differ in encodings without differing in values."""
     return pa.field(field.name, _plain_type(field.type), nullable=True)
 
 
 def _plain_type(value_type: Any) -> Any:
-    """A type without dictionaries, views and extensions, on any level."""
+    """A type without dictionaries, views and extensions, at any level."""
     types = pa.types
     if isinstance(value_type, pa.BaseExtensionType):
         return _plain_type(value_type.storage_type)
@@ -273,7 +273,7 @@ def _plain_type(value_type: Any) -> Any:
     if types.is_binary_view(value_type):
         return pa.large_binary()
     if types.is_struct(value_type):
-        return pa.struct([_decoded(value_type.field(index)) for index in range(value_type.num_fields)])
+        return pa.struct([_plain_field(value_type.field(index)) for index in range(value_type.num_fields)])
     if types.is_map(value_type):
         return pa.map_(_plain_type(value_type.key_type), _plain_type(value_type.item_type))
     if types.is_fixed_size_list(value_type):

@@ -1,6 +1,6 @@
-"""*read*: the input's units become record batches of `moebeam.schemas.tables.read_schema`.
+"""*read*: turns the input's units into record batches of `moebeam.schemas.tables.read_schema`.
 
-Before it: units from `input_scan`. After it: *render*. How a unit becomes rows is `transforms/read/input_rows.py`.
+Before it: units from `input_scan`. After it: *render*. `transforms/read/input_rows.py` reads the rows of a unit.
 """
 
 from collections.abc import Iterator

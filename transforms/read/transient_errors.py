@@ -1,7 +1,7 @@
-"""Whether a failed read of input tells something of the file, or only that the way to it failed for a moment.
+"""Tells damaged or missing input files from transient failures of a store or disk, and retries the latter.
 
-Part of *read* and of the scan before the run. What is wrong with a file becomes rejects, and only that: a time-out must
-never cost a row.
+Part of *read* and of the scan before the run. Only a file's permanent error becomes rejects: a time-out must never cost
+a row.
 """
 
 import errno
@@ -12,7 +12,7 @@ from typing import TypeVar
 from moebeam.schemas.store.object_store import StoreError
 
 RETRY_DELAYS_S = (0.2, 1.0)
-"""Waits before another look at a file that could not be read."""
+"""Seconds to wait before each retry of a failed read."""
 
 _OF_THE_FILE = {
     errno.EACCES,
@@ -30,9 +30,9 @@ Read = TypeVar("Read")
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether an error that stays says that the file itself cannot be read: damaged, missing or not allowed.
+    """Whether an error that persists means that the file itself is damaged, missing or forbidden.
 
-    pyarrow tells damage by OSErrors without a number.
+    pyarrow reports damage as an OSError without errno.
     """
     if isinstance(error, (StoreError, TimeoutError, ConnectionError)):
         return False
@@ -40,8 +40,9 @@ def is_permanent(error: Exception) -> bool:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether another look may help: anything the system or the network reported but that a file is not there or not
-    ours to read. Object stores have been tried again by their own libraries already.
+    """Whether a retry may help: any error of system or network, except that the file is missing or forbidden.
+
+    Not for object stores, whose own libraries have already retried.
     """
     if isinstance(error, (StoreError, FileNotFoundError, PermissionError)):
         return False
@@ -51,7 +52,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def retry_transient(read: Callable[[], Read]) -> Read:
-    """What `read` returns; it is called again after an error that may pass.
+    """Call `read` again after each transient error.
 
     Raises:
         Exception: the last error of `read`.

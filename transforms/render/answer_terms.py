@@ -1,13 +1,13 @@
-"""What an answer must keep: the JSON Schema of its text, the tools that it may call and their arguments.
+"""An answer's terms: the JSON Schema of its text, the tools that it may call, and their arguments.
 
-Part of *render*, which refuses a row whose own terms cannot be compiled, and of *answer*, which validates by them and
-has them enforced while engines in process decode.
+Part of *render*, which rejects rows whose own terms do not compile, and of *answer*, which validates against them and
+has in-process engines decode under them.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moebeam.schemas.chat_options import ChatOptions, options_of
+from moebeam.schemas.chat_options import ChatOptions, parse_options_json
 from moebeam.schemas.contract.answer_schema import AnswerSchema, Formats
 from moebeam.schemas.errors import (
     InvalidResponseFormat,
@@ -16,21 +16,21 @@ from moebeam.schemas.errors import (
     MissingToolCall,
     RowError,
     ToolArgumentsInvalid,
-    abbreviated,
+    abbreviate,
 )
 from moebeam.schemas.records import ToolCall
 
 MAX_COMPILED = 1024
-"""Rows' own terms that are kept compiled; rows mostly repeat a few."""
+"""Most rows' own terms that are kept compiled; rows mostly repeat a few."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerTerms:
-    """What one kind of request may be answered with, compiled.
+    """Compiled terms of one kind of request.
 
     Attributes:
-        schema: of the answer's text; None where any text will do.
-        arguments: the schema of each tool's arguments, of those that may be called.
+        schema: of the answer's text; None if any text is allowed.
+        arguments: tool name -> schema of its arguments, for tools that may be called.
     """
 
     options: ChatOptions
@@ -42,10 +42,10 @@ class AnswerTerms:
         return bool(self.arguments)
 
     def check_calls(self, calls: tuple[ToolCall, ...]) -> None:
-        """Hold an answer's calls against the tools that were offered.
+        """Check an answer's calls against the offered tools.
 
         Raises:
-            MissingToolCall: none where one is demanded, or several where one is allowed.
+            MissingToolCall: no call where one is required, or several where one is allowed.
             ToolArgumentsInvalid: a tool that was not offered, or arguments that break its schema.
         """
         choice = self.options.tool_choice
@@ -61,7 +61,7 @@ class AnswerTerms:
         schema = self.arguments.get(call.name)
         if schema is None:
             known = ", ".join(self.arguments) or "no tool"
-            raise ToolArgumentsInvalid(f"tool_calls[{index}]: expected {known}, found {abbreviated(call.name)}")
+            raise ToolArgumentsInvalid(f"tool_calls[{index}]: expected {known}, found {abbreviate(call.name)}")
         try:
             schema.check(call.arguments)
         except RowError as error:
@@ -70,11 +70,11 @@ class AnswerTerms:
 
 @dataclass(slots=True)
 class TermsCache:
-    """The terms of a job, and of the rows that bring their own.
+    """Terms of a job, and of rows that bring their own.
 
     Attributes:
         options: the job's own.
-        schema: compiled of the job's own response format; holds the user's pydantic model where there is one.
+        schema: compiled from the job's response format; holds the user's pydantic model, if any.
     """
 
     options: ChatOptions
@@ -82,19 +82,21 @@ class TermsCache:
     formats: Formats = "assert"
     _compiled: dict[str | None, AnswerTerms] = field(default_factory=dict[str | None, AnswerTerms])
 
-    def of(self, options: str | None) -> AnswerTerms:
-        """The terms of a planned row.
+    def find(self, options: str | None) -> AnswerTerms:
+        """Terms of a planned row.
 
         Args:
-            options: its `options` column; None is the job's own.
+            options: its `options` column; None means the job's own.
         Raises:
-            InvalidTools, InvalidResponseFormat: a schema in it cannot be compiled.
+            InvalidTools, InvalidResponseFormat: a schema in it does not compile.
         """
         found = self._compiled.get(options)
         if found is None:
             if len(self._compiled) >= MAX_COMPILED:
                 self._compiled.clear()
-            found = self._compiled[options] = self._compile(self.options if options is None else options_of(options))
+            found = self._compiled[options] = self._compile(
+                self.options if options is None else parse_options_json(options)
+            )
         return found
 
     def _compile(self, options: ChatOptions) -> AnswerTerms:
@@ -106,9 +108,9 @@ class TermsCache:
                 )
             except JobFileError as error:
                 raise InvalidTools(f"parameters: {error}") from error
-        return AnswerTerms(options, self._schema_of(options), arguments)
+        return AnswerTerms(options, self._compile_schema(options), arguments)
 
-    def _schema_of(self, options: ChatOptions) -> AnswerSchema | None:
+    def _compile_schema(self, options: ChatOptions) -> AnswerSchema | None:
         response_format = options.response_format
         if response_format == self.options.response_format and self.schema is not None:
             return self.schema

@@ -1,7 +1,7 @@
-"""A job's prompt templates: a row's columns into chat messages, sandboxed and with a budget.
+"""A job's prompt templates: turn a row's columns into chat messages, sandboxed and with a budget.
 
-Part of *render*. Jinja2's immutable sandbox keeps templates from touching the process; the budget keeps one row's
-templates from looping or growing without end.
+Part of *render*. Jinja2's immutable sandbox keeps templates away from the process; the budget keeps one row's templates
+from looping or growing without end.
 """
 
 import inspect
@@ -29,21 +29,21 @@ from moebeam.schemas.records import Message
 
 MAX_PROMPT_CHARACTERS = 32 << 20
 MAX_ARGUMENT = 1_000_000
-"""Largest number that a filter or a text method which grows by it may be given."""
+"""Largest number accepted by filters and text methods whose output grows with it."""
 
 GROWING_FILTERS = frozenset({"center", "slice", "batch", "indent", "wordwrap"})
 
 NULL_FILTERS = frozenset({"default", "d", "tojson", "list", "map", "select", "reject", "selectattr", "rejectattr"})
-"""Filters that may be given a null; any other would turn it into the text None."""
+"""Filters that accept a null; any other would turn it into the text None."""
 
 _BUDGET = "_moebeam_budget"
 
 
 class PromptTemplate:
-    """The compiled `[prompt]` of a job; pickles as its section."""
+    """A job's compiled `[prompt]`; pickles as its section."""
 
     def __init__(self, section: PromptSection) -> None:
-        """Compile.
+        """Compile the templates.
 
         Raises:
             JobFileError: a template has a syntax error; names the key and the line.
@@ -61,14 +61,14 @@ class PromptTemplate:
         return PromptTemplate, (self.section,)
 
     def render(self, row: Mapping[str, Any]) -> tuple[Message, ...]:
-        """The messages of one row.
+        """Render the messages of one row.
 
         Args:
             row: the columns named in `variables`, as Python values.
         Raises:
             NullValue: a template prints a column that is null.
             TemplateBudgetExceeded: a template takes more than `max_template_steps`, or prints too much.
-            TemplateFailed: a template raises in any other way.
+            TemplateFailed: a template raises anything else.
         """
         budget = _Budget(self.section.max_template_steps)
         return tuple(Message(role, self._render_part(template, row, budget)) for role, template in self._parts)
@@ -98,7 +98,7 @@ class PromptTemplate:
             raise
         except RecursionError as error:
             raise TemplateBudgetExceeded("the template calls itself without end") from error
-        except Exception as error:  # a template may raise anything that its expressions can
+        except Exception as error:  # a template may raise whatever its expressions can
             raise TemplateFailed(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
         return "".join(pieces)
 
@@ -108,7 +108,7 @@ class _PrintedNullError(Exception):
 
 
 class _Budget:
-    """What one row's templates may still do."""
+    """Counts the steps and characters of one row's templates."""
 
     def __init__(self, max_steps: int) -> None:
         self._max_steps = max_steps
@@ -135,7 +135,7 @@ def _check_size(num_characters: int) -> None:
 class _Environment(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, with every loop, call and growing operator metered.
 
-    Of Jinja's globals only `range` and `namespace` are left, so that a column may have any other name.
+    Keeps only `range` and `namespace` of Jinja's globals, so that a column may have any other name.
     """
 
     intercepted_binops = frozenset({"*", "**", "+", "%"})
@@ -143,12 +143,12 @@ class _Environment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(undefined=jinja2.StrictUndefined, finalize=_printable, keep_trailing_newline=True)
         self.globals = {name: self.globals[name] for name in ("range", "namespace")}
-        metering = {"step": _step, "bounded": _bounded, "present": _present, "argument": _argument}
+        metering = {"step": _step, "bounded": _check_length, "present": _refuse_null, "argument": _check_argument}
         own = {f"moebeam_{name}": function for name, function in metering.items()}
         cast("dict[str, Any]", self.filters).update({**own, "tojson": _to_json})
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """`order.items` of a struct is its field, never the method of the dict that holds it."""
+        """Resolve `order.items` on a struct to its field, never to the method of the dict that holds it."""
         if isinstance(obj, dict):
             return cast("dict[str, Any]", obj).get(attribute, self.undefined(obj=obj, name=attribute))
         return super().getattr(obj, attribute)
@@ -162,8 +162,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             if is_format:
                 _check_format(text)
             for argument in (*args, *kwargs.values()):
-                _present(argument) if is_format else _argument(argument)
-        return _bounded(super().call(context, obj, *args, **kwargs))
+                _refuse_null(argument) if is_format else _check_argument(argument)
+        return _check_length(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and abs(right) > 64:
@@ -175,7 +175,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str):
             _check_format(left)
             for value in right if isinstance(right, tuple) else (right,):
-                _present(value)
+                _refuse_null(value)
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, str | list):
             _check_size(len(result))
@@ -183,7 +183,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Metered(NodeTransformer):
-    """Puts a step into every loop's body, and checks what filters and `~` are given and make."""
+    """Adds a step to every loop body, and checks the inputs and outputs of filters and `~`."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -214,19 +214,19 @@ def _step(context: Context, nothing: None) -> None:
     context[_BUDGET].step()
 
 
-def _present(value: Any) -> Any:
+def _refuse_null(value: Any) -> Any:
     if value is None:
         raise _PrintedNullError
     return value
 
 
-def _argument(value: Any) -> Any:
+def _check_argument(value: Any) -> Any:
     if isinstance(value, int) and abs(value) > MAX_ARGUMENT:
         raise TemplateBudgetExceeded(f"expected numbers up to {MAX_ARGUMENT} as arguments, found {value}")
     return value
 
 
-def _bounded(value: Any) -> Any:
+def _check_length(value: Any) -> Any:
     if isinstance(value, str | bytes | list | tuple):
         _check_size(len(cast("str", value)))
     return value
@@ -238,7 +238,7 @@ def _check_format(text: str) -> None:
 
 
 def _printable(value: Any) -> Any:
-    """How a column's value is printed: nested values as JSON, bytes as UTF-8, times in ISO form."""
+    """A column's value as printed: nested values as JSON, bytes as UTF-8, times in ISO form."""
     if value is None:
         raise _PrintedNullError
     if isinstance(value, bytes):
@@ -255,7 +255,7 @@ def _printable(value: Any) -> Any:
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
-    """JSON as a prompt wants it: nothing escaped for HTML or ASCII."""
+    """JSON for prompts: nothing escaped for HTML or ASCII."""
     return json.dumps(value, ensure_ascii=False, indent=indent, default=_json_scalar)
 
 

@@ -1,7 +1,7 @@
-"""Rows as read into planned rows: chat messages, the model's own prompt, token ids.
+"""Turns rows as read into planned rows: chat messages, the model's own prompt, token ids.
 
-The pure part of *render*: nothing here knows Beam, so that a quote renders rows exactly as a run does. A row that
-cannot be rendered, or does not fit the model's context, leaves as a reject with the numbers.
+The pure part of *render*, free of Beam, so that a quote renders rows exactly as a run does. A row that cannot be
+rendered, or does not fit the model's context, becomes a reject that states the numbers.
 """
 
 import json
@@ -16,7 +16,7 @@ from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.model_runner.encoding.remote_prompts import Encoder, load_encoder
 from moebeam.model_runner.encoding.schema_in_prompt import with_schema_in_prompt
 from moebeam.model_runner.prefix_tree import prefix_key
-from moebeam.schemas.arrow import values_of
+from moebeam.schemas.arrow import list_values
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions, ResponseFormat, options_json, with_own_values
 from moebeam.schemas.errors import ContextOverflow, InvalidSampling, InvalidTools, InvalidValue, RowError
@@ -32,12 +32,12 @@ SchemaInPrompt: TypeAlias = Literal["auto", "always", "never"]
 
 @dataclass(frozen=True, slots=True)
 class RenderSpec:
-    """How rows are rendered; small and picklable, the tokenizer is loaded in `setup`.
+    """How rows are rendered; small and picklable, since the tokenizer is loaded in `setup`.
 
     Attributes:
-        checkpoint: folder of the tokenizer; empty for a model behind an endpoint whose tokenizer is not at hand.
-        terms: the job's own; `options_column` holds what rows say in place of them, `tools_column` their tools.
-        model: its name, by which limits are looked up where there is no checkpoint.
+        checkpoint: folder of the tokenizer; empty for a remote model whose tokenizer is not available.
+        terms: the job's own; `options_column` holds what rows say instead, `tools_column` their tools.
+        model: name for looking up limits where there is no checkpoint.
     """
 
     prompt: PromptSection
@@ -56,7 +56,7 @@ class RenderSpec:
 
 @dataclass(slots=True)
 class _Rendered:
-    """Columns of a batch as they fill up; one entry a row."""
+    """Columns of a batch under construction; one entry per row."""
 
     keys: list[bytes | None] = field(default_factory=list[bytes | None])
     num_tokens: list[int | None] = field(default_factory=list[int | None])
@@ -86,21 +86,21 @@ class Renderer:
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens of prompt and answer together; None where nobody knows."""
+        """Most tokens of prompt and answer together; None if unknown."""
         return self._encoder.context_length
 
     @property
     def is_estimated(self) -> bool:
-        """Whether token counts are only guesses, for want of the model's tokenizer."""
+        """Whether token counts are estimates, for lack of the model's tokenizer."""
         return self._encoder.is_estimated
 
     def render_batch(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Render every row of a batch; rejects of *read* pass through as they are."""
-        tenants = values_of(batch, "tenant")
-        is_rejected = [error is not None for error in values_of(batch, "error_type")]
+        """Render every row of a batch; rejects of *read* pass through unchanged."""
+        tenants = list_values(batch, "tenant")
+        is_rejected = [error is not None for error in list_values(batch, "error_type")]
         prompts = [
-            None if rejected else row if isinstance(row, RowError) else self._prompt_of(row)
-            for row, rejected in zip(_input_rows(batch), is_rejected, strict=True)
+            None if rejected else row if isinstance(row, RowError) else self._render_row(row)
+            for row, rejected in zip(_read_input_rows(batch), is_rejected, strict=True)
         ]
         token_ids = iter(self._encoder.encode_batch([p.text for p in prompts if isinstance(p, _Prompt)]))
         rendered = _Rendered()
@@ -108,25 +108,25 @@ class Renderer:
             self._append(rendered, prompt, tenant, token_ids)
         return self._with_columns(batch, rendered)
 
-    def _prompt_of(self, row: Mapping[str, Any]) -> "_Prompt | RowError":
+    def _render_row(self, row: Mapping[str, Any]) -> "_Prompt | RowError":
         try:
             column = self._spec.messages_column
             messages = self._template.render(row) if column is None else parse_messages(row[column])
-            sampling = self._sampling_of(row)
-            options = self._options_of(row)
+            sampling = self._merge_sampling(row)
+            options = self._merge_options(row)
             spec = self._spec
-            text = prompt_of(self._encoder, messages, spec.terms.of(options).options, spec.schema_in_prompt)
+            text = render_prompt(self._encoder, messages, spec.terms.find(options).options, spec.schema_in_prompt)
             return _Prompt(text, messages_json(messages), sampling, options)
         except RowError as error:
             return error
 
-    def _options_of(self, row: Mapping[str, Any]) -> str | None:
-        """What a row asks in place of the job's own options; None where it says nothing of its own."""
+    def _merge_options(self, row: Mapping[str, Any]) -> str | None:
+        """A row's own options merged over the job's; None if it has none of its own."""
         spec = self._spec
         own: dict[str, Any] = {}
         if spec.options_column is not None and (text := row[spec.options_column]):
             own = json.loads(text)
-        if spec.tools_column is not None and (tools := tools_value(row[spec.tools_column], spec.tools_column)):
+        if spec.tools_column is not None and (tools := parse_tools(row[spec.tools_column], spec.tools_column)):
             own["tools"] = tools
         options = with_own_values(spec.terms.options, own)
         if options.tool_choice.mode in ("required", "named") and not options.callable_tools:
@@ -135,7 +135,7 @@ class Renderer:
             )
         return options_json(options) if own else None
 
-    def _sampling_of(self, row: Mapping[str, Any]) -> Sampling:
+    def _merge_sampling(self, row: Mapping[str, Any]) -> Sampling:
         own = row[self._spec.sampling_column] if self._spec.sampling_column is not None else None
         if not own or own == "{}":
             return self._job_sampling
@@ -194,13 +194,13 @@ class Renderer:
         return pa.RecordBatch.from_arrays([columns[name] for name in self._schema.names], schema=self._schema)
 
 
-def prompt_of(
+def render_prompt(
     encoder: Encoder, messages: Sequence[Message], options: ChatOptions, schema_in_prompt: SchemaInPrompt
 ) -> str:
-    """The model's own prompt of a chat, with or without the schema of its answer.
+    """Render a chat as the model's own prompt, with or without the schema of its answer.
 
     Raises:
-        InvalidMessages: the encoding has no place for such a chat.
+        InvalidMessages: the encoding cannot express the chat.
     """
     if options.response_format.type == "json_schema":
         if schema_in_prompt == "never":
@@ -211,41 +211,41 @@ def prompt_of(
 
 
 def has_no_place_for_schemas(encoder: Encoder) -> bool:
-    """Whether a schema that the model is to read has to be put into a message."""
+    """Whether a schema for the model to read must go into a message."""
     return isinstance(encoder, PromptEncoder) and encoder.encoding.name == "chat_template"
 
 
-def tools_value(value: object, column: str) -> Json:
-    """A row's tools as a list of JSON objects; a column holds them as JSON text, or as structs.
+def parse_tools(value: object, column: str) -> Json:
+    """A row's tools as a list of JSON objects, from JSON text or structs.
 
     Raises:
         InvalidTools: text that is not JSON.
     """
     if not isinstance(value, str):
-        return cast("Json", _without_nulls(value))
+        return cast("Json", _drop_nulls(value))
     try:
         return cast("Json", json.loads(value))
     except (ValueError, RecursionError) as error:
         raise InvalidTools(f"{column}: expected a JSON list of tools, found text that is not JSON: {error}") from error
 
 
-def _without_nulls(value: object) -> object:
-    """Structs of a column have every field that any of its rows has; what a row does not say is null there."""
+def _drop_nulls(value: object) -> object:
+    """Drop null fields: a column's structs have every field of any row, null where a row does not set it."""
     if isinstance(value, Mapping):
         items = cast("Mapping[str, object]", value).items()
-        return {key: _without_nulls(item) for key, item in items if item is not None}
-    return [_without_nulls(item) for item in cast("list[object]", value)] if isinstance(value, list) else value
+        return {key: _drop_nulls(item) for key, item in items if item is not None}
+    return [_drop_nulls(item) for item in cast("list[object]", value)] if isinstance(value, list) else value
 
 
-def _input_rows(batch: pa.RecordBatch) -> list[Any]:
-    """The input columns of each row, or why Python cannot hold them, such as a date after the year 9999."""
+def _read_input_rows(batch: pa.RecordBatch) -> list[Any]:
+    """Input columns of each row, or an error where Python cannot hold a value, such as a date after the year 9999."""
     try:
-        return values_of(batch, INPUT)
-    except Exception:  # each type has errors of its own
-        return [_input_row(batch, row) for row in range(batch.num_rows)]
+        return list_values(batch, INPUT)
+    except Exception:  # each Arrow type raises its own errors
+        return [_read_input_row(batch, row) for row in range(batch.num_rows)]
 
 
-def _input_row(batch: pa.RecordBatch, row: int) -> Any:
+def _read_input_row(batch: pa.RecordBatch, row: int) -> Any:
     try:
         return batch.column(INPUT)[row].as_py()
     except Exception as error:

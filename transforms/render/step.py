@@ -1,7 +1,7 @@
-"""*render*: rows become chat messages, the model's own prompt, and token ids.
+"""*render*: turns rows into chat messages, the model's own prompt, and token ids.
 
-Before it: *read*. After it: *plan*. Batches of `moebeam.schemas.tables.plan_schema` leave; how a row is rendered is
-`transforms/render/render_rows.py`.
+Before it: *read*. After it: *plan*. Yields batches of `moebeam.schemas.tables.plan_schema`;
+`transforms/render/render_rows.py` renders the rows.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from moebeam.transforms.render.render_rows import Renderer, RenderSpec
 
 
 class RenderPrompts(beam.PTransform[Any, Any]):
-    """Batches of rows as read -> batches of planned rows, not yet in order."""
+    """Batches of rows as read -> batches of planned rows, unordered."""
 
     def __init__(self, spec: RenderSpec) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The grammars that a job's answers are decoded under, made once for each kind of request.
+"""Caches the grammars that a job's answers are decoded under, one for each kind of request.
 
-Part of *answer*: engines in process get them with their requests (`Request.grammar`).
+Part of *answer*: in-process engines get them with their requests (`Request.grammar`).
 """
 
 from dataclasses import dataclass, field
@@ -19,11 +19,11 @@ class GrammarCache:
     encoder: PromptEncoder
     _texts: dict[tuple[str | None, bool], str | None] = field(default_factory=dict[tuple[str | None, bool], str | None])
 
-    def grammar_of(self, options: str | None, terms: AnswerTerms, prompt_token_ids: TokenIds) -> str | None:
-        """The grammar of a planned row's answer, or None where any text is one.
+    def get(self, options: str | None, terms: AnswerTerms, prompt_token_ids: TokenIds) -> str | None:
+        """The grammar of a planned row's answer; None if any text is allowed.
 
         Args:
-            options: the row's `options` column, which `terms` are compiled of.
+            options: the row's `options` column, from which `terms` were compiled.
         """
         key = (options, self.encoder.starts_in_reasoning(prompt_token_ids))
         if key not in self._texts:
@@ -32,13 +32,13 @@ class GrammarCache:
             try:
                 built = self.build(terms, starts_in_reasoning=key[1])
             except InvalidGrammar:
-                # No value keeps the schema; validation says so, row by row.
+                # No value satisfies the schema; validation says so, row by row.
                 built = None
             self._texts[key] = built and built.text
         return self._texts[key]
 
     def build(self, terms: AnswerTerms, *, starts_in_reasoning: bool) -> BuiltGrammar | None:
-        """Build a grammar; it says what of the terms it cannot enforce."""
+        """Build a grammar; the result names the terms that it cannot enforce."""
         call_format = self.encoder.encoding.call_format
         return build_answer_grammar(
             terms.options,
