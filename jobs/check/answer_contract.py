@@ -1,14 +1,15 @@
-"""The contract that a job's answers must keep, read from its job file before the run: schema, tools and thinking.
+"""The contract of a job's answers, compiled from its job file before the run: schema, tools and thinking.
 
-Part of `jobs/check/preflight.py`. The terms are what *answer* holds the engine and each answer to; what cannot be
-enforced while answers are decoded, or what a model will not do, is said here as a warning.
+Part of `jobs/check/preflight.py`. *answer* applies the terms to the engine and to each answer. Terms that decoding
+cannot enforce, or that the model does not support, become warnings here.
 """
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from moebeam.jobs.check.engine_config import CheckedEngine, thinks
-from moebeam.model_runner.checkpoint.model_limits import parameter_warnings, strict_tool_problems
+from moebeam.model_runner.checkpoint.parameter_warnings import parameter_warnings
+from moebeam.model_runner.checkpoint.strict_tools import strict_tool_problems
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.schemas.chat_options import ChatOptions, ResponseFormat, Tool, ToolChoice, parse_tool_choice, parse_tools
 from moebeam.schemas.contract.answer_schema import AnswerSchema
@@ -18,15 +19,15 @@ from moebeam.schemas.errors import JobFileError, RowError
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.records import Sampling
 from moebeam.schemas.store import storage
-from moebeam.transforms.answer.grammar_book import GrammarCache
+from moebeam.transforms.answer.grammar_cache import GrammarCache
 from moebeam.transforms.render.answer_terms import TermsCache
 
 
 def answer_schema(job: Job) -> AnswerSchema | None:
-    """The compiled schema of answers, or None where the job has none.
+    """Compile the answer schema; None if the job has none.
 
     Raises:
-        JobError: it cannot be read or compiled, or `response_format` contradicts it.
+        JobError: the schema cannot be read or compiled, or `response_format` contradicts it.
     """
     section = job.output
     if section.schema_ is None:
@@ -39,10 +40,10 @@ def answer_schema(job: Job) -> AnswerSchema | None:
 
 
 def answer_options(job: Job, schema: AnswerSchema | None) -> ChatOptions:
-    """What the job asks of every row that does not say otherwise.
+    """The options of every row that brings none of its own.
 
     Raises:
-        JobFileError: the tools cannot be read, or do not have the one that must be called.
+        JobFileError: the tools cannot be read, or lack the one that must be called.
     """
     section = job.tools
     tools: tuple[Tool, ...] = ()
@@ -56,7 +57,7 @@ def answer_options(job: Job, schema: AnswerSchema | None) -> ChatOptions:
     elif job.output.response_format == "json_object":
         response_format = ResponseFormat("json_object")
     try:
-        # A column's tools are not known yet: a name is held against them row by row.
+        # A column's tools are not known yet: the name is checked per row.
         choice = (
             ToolChoice("named", section.choice)
             if section.column is not None and section.choice not in ("auto", "none", "required")
@@ -78,26 +79,26 @@ def answer_options(job: Job, schema: AnswerSchema | None) -> ChatOptions:
 
 
 def answer_terms(job: Job, options: ChatOptions, schema: AnswerSchema | None) -> TermsCache:
-    """What answers must keep, held against itself.
+    """Compile the terms of answers.
 
     Raises:
         JobFileError: a tool's parameters cannot be compiled.
     """
     terms = TermsCache(options, schema, job.output.formats)
     try:
-        terms.of(None)
+        terms.find(None)
     except RowError as error:
         raise JobFileError(f"[tools]: {error}") from error
     return terms
 
 
 def answer_type(schema: AnswerSchema | None) -> OutputType | None:
-    """The type of the column `output`, where the job has a schema."""
+    """The type of the column `output`; None if there is no such column."""
     return output_type(schema.document, schema.formats) if schema is not None else None
 
 
 def terms_warnings(job: Job, checked: CheckedEngine, terms: TermsCache) -> Iterable[str]:
-    """What a person should know of the answers' terms before the run."""
+    """Warn about terms that will not be enforced or that the model does not support."""
     engine, encoder = checked.config, checked.encoder
     thinking = thinks(encoder, terms.options)
     sampling = Sampling(**job.sampling.model_dump())
@@ -108,7 +109,7 @@ def terms_warnings(job: Job, checked: CheckedEngine, terms: TermsCache) -> Itera
             yield f"tool {tool.name!r} is strict, and DeepSeek's API would refuse it: {'; '.join(problems)}"
     is_constrained = engine.options.is_constrained and job.output.constrain == "auto"
     if is_constrained and isinstance(encoder, PromptEncoder):
-        built = GrammarCache(encoder).build(terms.of(None), starts_in_reasoning=thinking)
+        built = GrammarCache(encoder).build(terms.find(None), starts_in_reasoning=thinking)
         for relaxed in built.relaxed if built is not None else ():
             yield (
                 f"{job.output.schema_ or '[tools]'}: {relaxed.keyword} at {relaxed.pointer or '/'} is not enforced "

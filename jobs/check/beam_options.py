@@ -1,8 +1,7 @@
-"""Beam's pipeline options on moebeam's command line: checked before Beam may ignore, store or guess anything.
+"""Beam's pipeline options on moebeam's command line, checked before Beam sees them.
 
-Beam only warns about an option it does not know, writes all options into the job in plain text, and on the default
-runner tries to fetch a Go binary first. Here unknown options are refused, so are those that carry secrets, and the
-local runner is named exactly.
+Beam only warns about unknown options, stores all options in the job as plain text, and by default first tries to
+download a Go binary. Here unknown options and options that carry secrets are refused, and the local runner is explicit.
 """
 
 import argparse
@@ -34,22 +33,22 @@ _REFUSED = {
     "-h": "use moebeam run --help",
 }
 
-_logger = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 
 
-def beam_options(args: Sequence[str]) -> PipelineOptions:
+def parse_beam_options(args: Sequence[str]) -> PipelineOptions:
     """Parse Beam options strictly.
 
     Args:
-        args: what the command line holds besides moebeam's own options, in Beam's snake_case.
+        args: the command line without moebeam's own options, in Beam's snake_case.
     Returns:
-        Options whose runner is set: `LOCAL_RUNNER` unless another one is asked for.
+        Options with the runner set, `LOCAL_RUNNER` by default.
     Raises:
-        JobFileError: an option is unknown, ill-formed or not allowed; values of secret options are never shown.
+        JobFileError: an option is unknown, ill-formed or not allowed; never shows values of secret options.
     """
-    parser = _known_parser()
-    problems = [problem for arg in args if (problem := _secret_problem(arg)) is not None]
-    problems += _unknown_problems(args, _flags(parser))
+    parser = _build_parser()
+    problems = [problem for arg in args if (problem := _find_secret(arg)) is not None]
+    problems += _find_unknown_options(args, _flags(parser))
     problems += [f"{flag}: {reason}" for flag, reason in _REFUSED.items() if flag in {_name(arg) for arg in args}]
     if problems:
         raise JobFileError("\n".join(problems))
@@ -62,30 +61,36 @@ def beam_options(args: Sequence[str]) -> PipelineOptions:
         ValueError,
         TypeError,
         AttributeError,
-    ) as error:  # some of Beam's types and actions raise what json.loads does
+    ) as error:  # some of Beam's types and actions raise the errors of json.loads
         raise JobFileError(f"a Beam option has an ill-formed value: {error}") from error
     if leftover:
         raise JobFileError(f"unexpected argument '{leftover[0]}'; a job file comes first, then options")
-    return _with_runner(PipelineOptions(list(args)))
+    return _set_runner(PipelineOptions(list(args)))
 
 
-def _with_runner(options: PipelineOptions) -> PipelineOptions:
+def runs_here(options: PipelineOptions) -> bool:
+    """Whether workers are threads or processes on this machine, with its packages."""
+    runner: str | None = options.view_as(StandardOptions).runner
+    return runner == LOCAL_RUNNER
+
+
+def _set_runner(options: PipelineOptions) -> PipelineOptions:
     standard = options.view_as(StandardOptions)
     runner: str | None = standard.runner
-    standard.runner = _runner_path(runner)
+    standard.runner = _resolve_runner(runner)
     options.view_as(SetupOptions).save_main_session = False
     direct = options.view_as(DirectOptions)
     is_alone = direct.direct_running_mode in (None, "in_memory")
     if standard.runner == LOCAL_RUNNER and is_alone and direct.direct_num_workers != 1:
-        _logger.warning(
+        _LOGGER.warning(
             "--direct_num_workers has no effect while --direct_running_mode is in_memory; "
             "add --direct_running_mode=multi_processing"
         )
     return options
 
 
-def _runner_path(runner: str | None) -> str:
-    """The runner as Beam can create it. Beam's DirectRunner would first download and start Prism, a Go binary."""
+def _resolve_runner(runner: str | None) -> str:
+    """Resolve the runner to a name that Beam can create. Beam's DirectRunner would download Prism, a Go binary."""
     if runner is None or runner.lower() in _LOCAL_NAMES:
         return LOCAL_RUNNER
     if "." in runner:
@@ -99,8 +104,8 @@ def _runner_path(runner: str | None) -> str:
     return runner
 
 
-def _known_parser() -> argparse.ArgumentParser:
-    """A parser of every option that any loaded Beam module defines."""
+def _build_parser() -> argparse.ArgumentParser:
+    """Build a parser of all options defined by loaded Beam modules."""
     parsers: list[argparse.ArgumentParser] = []
     PipelineOptions([]).get_all_options(add_extra_args_fn=parsers.append)
     return parsers[0]
@@ -115,7 +120,7 @@ def _name(arg: str) -> str:
     return arg.partition("=")[0]
 
 
-def _secret_problem(arg: str) -> str | None:
+def _find_secret(arg: str) -> str | None:
     name, _, value = arg.partition("=") if arg.startswith("--") else ("a value", "", arg)
     plain = name.lstrip("-").replace("-", "_")
     is_option = arg.startswith("--")
@@ -131,7 +136,7 @@ def _secret_problem(arg: str) -> str | None:
     )
 
 
-def _unknown_problems(args: Sequence[str], known: Sequence[str]) -> Iterator[str]:
+def _find_unknown_options(args: Sequence[str], known: Sequence[str]) -> Iterator[str]:
     for arg in args:
         name = _name(arg)
         is_flag = name.startswith("--") and name not in known and name not in _REFUSED

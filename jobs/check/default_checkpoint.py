@@ -1,5 +1,5 @@
-"""Where the embedded default checkpoint lies; free of torch, so that a command line can name it cheaply."""
+"""Path of the embedded default checkpoint; free of torch, to keep the command line fast."""
 
 from pathlib import Path
 
-CHECKPOINT_PATH = Path(__file__).with_name("checkpoint")
+CHECKPOINT_PATH = Path(__file__).parents[1] / "demo" / "checkpoint"

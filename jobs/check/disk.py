@@ -1,7 +1,7 @@
-"""Whether a run's files will fit on the disk of its output: an estimate before the first row, in bytes.
+"""Estimates before the run, in bytes, whether its files fit on the output's disk.
 
-Part of the checks before the run. The plan is written once as sorted runs and once as shards; answers once as staged
-files, which are published by links. What is not known before the run is how long answers get.
+The plan is written once as sorted runs and once as shards; answers are written once as staged files, which are
+published by links. Only the length of answers is unknown before the run.
 """
 
 import shutil
@@ -22,23 +22,23 @@ from moebeam.transforms.read.input_rows import ReadColumns
 from moebeam.transforms.read.input_scan import InputScan
 
 _PLAN_ROW_BYTES = 64
-"""A planned row's identity, sampling and options, compressed."""
+"""Compressed identity, sampling and options of a planned row."""
 
 _TABLES_ROW_BYTES = 256
-"""A result's and a ledger line's numbers and names, compressed."""
+"""Compressed numbers and names of a result and its ledger line."""
 
 _TOKEN_BYTES = 4
 _LEAST_SHARE = 0.3
-"""What is left of that when everything compresses well; with less free space the run would certainly fail."""
+"""Share of the estimate that remains if everything compresses well; with less space the run is certain to fail."""
 
 _PLAN_COPIES = 2
 _PROMPT_FORMS = 2
-"""A prompt is planned as messages and as token ids; ids take about as many bytes as the text."""
+"""The plan holds a prompt as messages and as token ids; ids take about as many bytes as the text."""
 
 
 @dataclass(frozen=True, slots=True)
 class DiskEstimate:
-    """What a run is expected to write, in bytes."""
+    """Bytes that a run is expected to write."""
 
     plan_bytes: int
     tables_bytes: int
@@ -51,13 +51,13 @@ class DiskEstimate:
 def estimate_disk(
     *, num_rows: int, input_bytes: int, template_chars: int, max_tokens: int, is_planned: bool
 ) -> DiskEstimate:
-    """The bytes of a run's plan and tables.
+    """Estimate the bytes of a run's plan and tables.
 
     Args:
-        num_rows: rows that are still to be answered.
-        input_bytes: of the columns that are read, as they are stored; passthrough is among them.
-        template_chars: text that every prompt repeats; equal beginnings compress away, so a tenth of it is counted.
-        is_planned: the plan is there already.
+        num_rows: rows still to be answered.
+        input_bytes: stored bytes of the columns read, passthrough included.
+        template_chars: text that every prompt repeats; counted at a tenth, because equal prefixes compress well.
+        is_planned: the plan exists already.
     """
     prompt_bytes = input_bytes + num_rows * template_chars // 10
     plan_bytes = _PLAN_COPIES * (_PROMPT_FORMS * prompt_bytes + num_rows * _PLAN_ROW_BYTES)
@@ -67,10 +67,10 @@ def estimate_disk(
 
 
 def check_disk(job: Job, scan: InputScan, columns: ReadColumns) -> str | None:
-    """Hold a local output's free space against the estimate; a warning if it is close.
+    """Compare a local output's free space with the estimate; returns a warning if it is close.
 
     Raises:
-        OutputError: less is free than the run is certain to write.
+        OutputError: the free space is less than the run is certain to write.
     """
     output = job.output.path
     if not storage.is_local(output):
@@ -78,7 +78,7 @@ def check_disk(job: Job, scan: InputScan, columns: ReadColumns) -> str | None:
     path = Path(output.removeprefix("file://"))
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     disk = shutil.disk_usage(existing)
-    if not disk.total:  # no disk: such as /proc, which refuses files by itself
+    if not disk.total:  # not a disk, for example /proc, which refuses files by itself
         return None
     free = disk.free
     layout = RunLayout(output)
@@ -90,23 +90,23 @@ def check_disk(job: Job, scan: InputScan, columns: ReadColumns) -> str | None:
         num_rows = sum(shard.num_rows for shard in plan.shards if shard.shard not in committed)
     estimate = estimate_disk(
         num_rows=num_rows,
-        input_bytes=0 if is_planned else _needed_bytes(scan, columns),
+        input_bytes=0 if is_planned else _count_needed_bytes(scan, columns),
         template_chars=len(job.prompt.template or "") + len(job.prompt.system or ""),
         max_tokens=job.sampling.max_tokens,
         is_planned=is_planned,
     )
-    told = (
+    message = (
         f"[output] path {output!r}: about {format_bytes(estimate.num_bytes)} for {num_rows:,} rows "
         f"(plan {format_bytes(estimate.plan_bytes)}, tables {format_bytes(estimate.tables_bytes)}), "
         f"{format_bytes(free)} free on its disk"
     )
     if free < _LEAST_SHARE * estimate.num_bytes:
-        raise OutputError(f"{told}; free some, or choose another output path")
-    return f"{told}: that may get close" if free < estimate.num_bytes else None
+        raise OutputError(f"{message}; free some, or choose another output path")
+    return f"{message}: that may get close" if free < estimate.num_bytes else None
 
 
-def _needed_bytes(scan: InputScan, columns: ReadColumns) -> int:
-    """Bytes of the columns that are read: their share in the first readable file, of all files."""
+def _count_needed_bytes(scan: InputScan, columns: ReadColumns) -> int:
+    """Estimate the bytes of the columns read, from their share in the first readable file."""
     num_bytes = sum(unit.num_bytes for unit in scan.units if unit.num_rows)
     first = next((unit for unit in scan.units if unit.num_rows and unit.path), None)
     if scan.format == "jsonl" or first is None:
@@ -116,7 +116,7 @@ def _needed_bytes(scan: InputScan, columns: ReadColumns) -> int:
             group = parquet.metadata.row_group(first.row_group)
             chunks = [group.column(index) for index in range(group.num_columns)]
     except (pa.ArrowException, OSError):
-        # Found out for good by whoever reads it.
+        # *read* reports the file.
         return num_bytes
     sizes = {chunk.path_in_schema: chunk.total_uncompressed_size for chunk in chunks}
     needed = sum(size for name, size in sizes.items() if name.partition(".")[0] in columns.names)

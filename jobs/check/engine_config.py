@@ -1,7 +1,6 @@
-"""The engine that a job names, checked without loading a model or asking a provider.
+"""Checks a job's engine without loading a model or calling a provider, and finds the prices of its answers.
 
-Part of `jobs/check/preflight.py`. Whose prices an engine's answers have is said here too, because providers are named
-here.
+Part of `jobs/check/preflight.py`.
 """
 
 import os
@@ -10,12 +9,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
-from moebeam.model_runner.checkpoint.files import checkpoint_revision
-from moebeam.model_runner.checkpoint.model_limits import limits_of
+from moebeam.model_runner.checkpoint.files import compute_checkpoint_revision
+from moebeam.model_runner.checkpoint.model_limits import find_limits
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.model_runner.encoding.remote_prompts import Encoder, RemotePrompts, load_encoder
 from moebeam.model_runner.openai_engine.options import OpenAIOptions
-from moebeam.model_runner.openai_engine.profiles import Profile, profile_of
+from moebeam.model_runner.openai_engine.profiles import Profile, find_profile
 from moebeam.model_runner.protocol import ENGINES, EngineConfig, load_runner
 from moebeam.schemas.chat_options import ChatOptions
 from moebeam.schemas.errors import EngineLoadError, JobFileError
@@ -29,19 +28,19 @@ EMBEDDED_NAME = "moebeam-tickets-v4"
 
 @dataclass(frozen=True, slots=True)
 class CheckedEngine:
-    """An engine that can be loaded, and what encodes its prompts: a tokenizer, read once, or estimates."""
+    """An engine that can be loaded, and its prompt encoder: a tokenizer, read once, or estimates."""
 
     config: EngineConfig
     encoder: Encoder
 
 
 def check_engine(job: Job, *, needs_key: bool = True) -> CheckedEngine:
-    """The engine with its checkpoint looked at: tokenizer, context and revision, but no weights loaded.
+    """Check the engine and its checkpoint's tokenizer, context and revision; loads no weights.
 
     Args:
-        needs_key: whether providers will be asked, so that their keys must be at hand.
+        needs_key: whether providers will be called, so that their keys are required.
     Raises:
-        JobFileError: a key of `[model]` is wrong, missing, or means nothing to this engine.
+        JobFileError: a key of `[model]` is wrong, missing, or not an option of this engine.
         EngineLoadError: the checkpoint cannot be read.
     """
     section = job.model
@@ -60,7 +59,7 @@ def _local_engine(section: ModelSection) -> CheckedEngine:
     default_name = EMBEDDED_NAME if section.path is None else path.rstrip("/").rpartition("/")[2]
     # Read first: its errors name the file and the field.
     encoder = PromptEncoder.load(path, section.encoding)
-    config = EngineConfig(section, path, section.name or default_name, checkpoint_revision(path))
+    config = EngineConfig(section, path, section.name or default_name, compute_checkpoint_revision(path))
     return CheckedEngine(config, encoder)
 
 
@@ -78,7 +77,7 @@ def _remote_engine(section: OpenAIOptions, *, needs_key: bool) -> CheckedEngine:
         if named.base_url is None and profile.base_url is None:
             raise JobFileError(f"{where} base_url: missing; provider {profile.name!r} has no address of its own")
         variable = named.api_key_variable or profile.api_key_variable
-        # An address without a named provider is not OpenAI's: it is asked without a key unless one is named.
+        # A base URL without a named provider is not OpenAI's; it gets no key unless one is named.
         is_free = profile.is_key_optional or (named.provider is None and named.base_url is not None)
         if section.mode == "batch" and not profile.has_batches:
             raise JobFileError(f"{where} mode: expected a provider with batches, found {profile.name!r}")
@@ -90,14 +89,14 @@ def _remote_engine(section: OpenAIOptions, *, needs_key: bool) -> CheckedEngine:
             )
     if section.mode == "batch" and section.fallbacks:
         raise JobFileError("[model] fallbacks: expected none in mode 'batch', whose batches lie at one provider")
-    revision = checkpoint_revision(section.path) if section.path is not None else ""
+    revision = compute_checkpoint_revision(section.path) if section.path is not None else ""
     config = EngineConfig(section, section.path or "", section.name, revision)
     return CheckedEngine(config, load_encoder(config.path, section.encoding, config.name))
 
 
 def _profile(name: str | None, where: str) -> Profile:
     try:
-        return profile_of(name)
+        return find_profile(name)
     except EngineLoadError as error:
         raise JobFileError(f"{where} {error}") from error
 
@@ -113,16 +112,16 @@ def _check_max_tokens(job: Job, encoder: Encoder) -> None:
 
 def thinks(encoder: Encoder, options: ChatOptions) -> bool:
     """Whether the model will think, defaults resolved."""
-    return encoder.thinks(options) if isinstance(encoder, RemotePrompts) else encoder.encoding.thinking_of(options)
+    return encoder.thinks(options) if isinstance(encoder, RemotePrompts) else encoder.encoding.is_thinking(options)
 
 
 def price_line(job: Job, engine: EngineConfig, prices: PriceBook) -> PriceLine:
-    """The price that holds now for the engine's answers.
+    """Look up the current price of the engine's answers.
 
     Raises:
         JobFileError: the book has none.
     """
-    provider = job.accounting.provider or provider_of(engine)
+    provider = job.accounting.provider or find_provider(engine)
     model = job.accounting.model or engine.name
     mode = "batch" if engine.options.is_batch else "online"
     line = prices.find(provider, model, datetime.now(UTC), mode=mode)
@@ -134,20 +133,20 @@ def price_line(job: Job, engine: EngineConfig, prices: PriceBook) -> PriceLine:
     return line
 
 
-def provider_of(engine: EngineConfig) -> str:
-    """What the engine's completions name as their provider."""
+def find_provider(engine: EngineConfig) -> str:
+    """The provider named in the engine's completions."""
     if isinstance(engine.options, OpenAIOptions):
-        return profile_of(engine.options.provider).name
+        return find_profile(engine.options.provider).name
     return "fake" if engine.engine == "fake" else "local"
 
 
 def engine_warnings(job: Job, engine: EngineConfig, prices: PriceBook | None) -> Iterator[str]:
-    """What a person should know of a remote engine before the run; nothing of others."""
+    """Warnings about a remote engine before the run; none for others."""
     options = engine.options
     if not isinstance(options, OpenAIOptions):
         return
     if not engine.path:
-        known = limits_of(engine.name, datetime.now(UTC)) is not None
+        known = find_limits(engine.name, datetime.now(UTC)) is not None
         yield (
             "[model] has no `path`: prompt tokens are estimated until the provider reports them"
             + ("" if known else f", and nobody here knows the context of {engine.name}: the provider refuses long rows")
@@ -156,14 +155,14 @@ def engine_warnings(job: Job, engine: EngineConfig, prices: PriceBook | None) ->
         yield "[failures] journal is `never`: after a crash the answers of unfinished shards are paid again"
     is_fixed = job.accounting.provider is not None and job.accounting.model is not None
     for fallback in options.fallbacks if prices is not None and not is_fixed else ():
-        provider = job.accounting.provider or profile_of(fallback.provider).name
+        provider = job.accounting.provider or find_profile(fallback.provider).name
         model = job.accounting.model or fallback.name or engine.name
         if prices is not None and prices.find(provider, model, datetime.now(UTC)) is None:
             book = job.accounting.price_book
             yield f"{book}: no price of provider {provider!r}, model {model!r}: such costs stay null"
     if job.output.schema_in_prompt == "never":
         for name in (options.provider, *(fallback.provider for fallback in options.fallbacks)):
-            if "json_schema" not in (profile := profile_of(name)).response_types:
+            if "json_schema" not in (profile := find_profile(name)).response_types:
                 yield (
                     f"[output] schema_in_prompt is `never`, but provider {profile.name!r} takes no schema elsewhere: "
                     "its answers are asked for with the schema in the prompt all the same"

@@ -1,28 +1,29 @@
-"""What makes two runs the same job: everything that shapes answers or their cost, and nothing else.
+"""The identity of a job: everything that affects answers or their cost, and nothing else.
 
-Kept in `_moebeam/job.json`. An output folder belongs to one job; running the same job again continues or ends at once.
+Stored in `_moebeam/job.json`. An output folder belongs to one job; running that job again resumes it, or returns at
+once if it is complete.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from moebeam.jobs.output.run_record import RunRequest
 from moebeam.model_runner.openai_engine.options import OpenAIOptions
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.canonical import Json, fingerprint
-from moebeam.schemas.chat_options import ChatOptions, options_json
-from moebeam.schemas.contract.answer_schema import AnswerSchema
+from moebeam.schemas.chat_options import options_json
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.job.model import CheckpointSection, ModelSection
-from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import TABLES_VERSION
 from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.read.input_scan import InputScan
+from moebeam.transforms.render.answer_terms import TermsCache
 
 INPUT_FILES = "input files"
-"""The part that names the input's files and what changes when they do."""
+"""The part that covers the input files and their change markers."""
 
 _FREE_SECTIONS = ("limits", "failures")
 _FREE_KEYS = (
@@ -40,12 +41,12 @@ _FREE_KEYS = (
     ("model", "accelerator"),
     ("model", "min_ram"),
 )
-"""Keys of a job that are no part of its identity."""
+"""Keys of a job that are not part of its identity."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobIdentity:
-    """Digests of the parts of a job, by name; two runs are one job if all are equal."""
+    """Digests of the parts of a job, by name; equal digests mean the same job."""
 
     parts: Mapping[str, str]
 
@@ -55,22 +56,22 @@ class JobIdentity:
 
     @property
     def run_id(self) -> str:
-        """The run's name in every table: the same for every attempt, runner and output folder."""
+        """The run's id in every table; the same for every attempt, runner and output folder."""
         return self.fingerprint[:16]
 
     def check_output(self, layout: RunLayout, changed_files: Callable[[], str] = str) -> None:
-        """Make sure that the output folder is free, or this job's.
+        """Check that the output folder is free or belongs to this job.
 
         Args:
-            changed_files: says which input files changed, where they did.
+            changed_files: describes the input files that changed.
         Raises:
-            OutputError: another job's, with what differs; or a folder that holds something else.
+            OutputError: the folder belongs to another job (says what differs) or has other content.
         """
         try:
             if not storage.exists(layout.job):
                 if not storage.is_folder(layout.output) or _is_free(layout):
                     return
-                # Another launcher of this job may have claimed the folder since.
+                # Another launcher of this job may have claimed the folder meanwhile.
                 if not storage.exists(layout.job):
                     raise OutputError(
                         f"[output] path {layout.output!r}: expected an empty folder or one of this job, "
@@ -92,10 +93,10 @@ class JobIdentity:
             )
 
     def claim_output(self, layout: RunLayout, kept: Mapping[str, Json]) -> None:
-        """Write the identity into the output folder; of two jobs that start at once only one can.
+        """Write the identity into the output folder; of two jobs that start at once, only one succeeds.
 
         Args:
-            kept: what else the folder keeps of the job; the last attempt's stays.
+            kept: further contents of `job.json`; the last attempt's stay.
         Raises:
             OutputError: the folder cannot be written, or another job has just claimed it.
         """
@@ -105,14 +106,14 @@ class JobIdentity:
             is_ours = storage.create_exclusive(layout.job, content)
             if not is_ours:
                 self.check_output(layout)
-                # Ours by its identity, so nobody but attempts of this job writes it.
+                # The identity is ours, so only attempts of this job write the file.
                 storage.write_whole(layout.job, content)
         except OSError as error:
             raise OutputError(f"[output] path {layout.output!r}: cannot be written: {error}") from error
 
 
 def why_not_resumable(place: Sequence[str]) -> str | None:
-    """Why a run that has begun cannot go on with another value of a key; None if it can."""
+    """Why a started run cannot continue with another value of a key; None if it can."""
     if place[0] in _FREE_SECTIONS or tuple(place) in _FREE_KEYS:
         return None
     free = ", ".join([*(f"{name}.*" for name in _FREE_SECTIONS), *(".".join(key) for key in _FREE_KEYS)])
@@ -120,9 +121,9 @@ def why_not_resumable(place: Sequence[str]) -> str | None:
 
 
 def _is_free(layout: RunLayout) -> bool:
-    """Whether a folder holds no more than the quote of the run to come and what claims of it have begun to write."""
-    begun = storage.spelled(layout.quote), storage.spelled(layout.job)
-    state = storage.spelled(layout.state)
+    """Whether a folder holds at most a saved quote and unfinished claims."""
+    begun = storage.normalize_path(layout.quote), storage.normalize_path(layout.job)
+    state = storage.normalize_path(layout.state)
     return all(
         path in begun or (path.rpartition("/")[0] == state and storage.is_passing(path))
         for path, _ in storage.list_files(layout.output)
@@ -130,23 +131,10 @@ def _is_free(layout: RunLayout) -> bool:
 
 
 def identify(
-    job: Job,
-    *,
-    scan: InputScan,
-    limit: int | None,
-    schema: AnswerSchema | None,
-    engine: EngineConfig,
-    prices: PriceBook | None,
-    options: ChatOptions,
-    retry_of: Json = None,
-    reuse: Json = None,
+    request: RunRequest, *, scan: InputScan, engine: EngineConfig, terms: TermsCache, prices: PriceBook | None
 ) -> JobIdentity:
-    """The identity of a checked job.
-
-    Args:
-        retry_of: which rejects of which run it answers again, if so.
-        reuse: the run whose answers it takes over, if so.
-    """
+    """Compute the identity of a checked job."""
+    job, schema = request.job, terms.schema
     columns = {**job.input.model_dump(mode="json", exclude={"path"}), "format": scan.format}
     script = engine.options.extra_files.get("script")
     model: dict[str, Json] = {
@@ -158,7 +146,7 @@ def identify(
         "script": script and fingerprint(storage.read_bytes(script).hex()),
     }
     if isinstance(engine.options, OpenAIOptions):
-        # Its endpoint may change, and so may who stands in for it: each row says who answered.
+        # Its endpoint and fallbacks may change: each row says who answered.
         model["provider"] = engine.options.provider
     accounting: dict[str, Json] = {
         "price_book": prices.version if prices else None,
@@ -169,7 +157,7 @@ def identify(
     parts: dict[str, Json] = {
         INPUT_FILES: scan.fingerprint,
         "[input]": columns,
-        "--limit": limit,
+        "--limit": request.limit,
         "[prompt]": job.prompt.model_dump(mode="json"),
         "[output] schema": {
             "document": schema.document,
@@ -183,22 +171,22 @@ def identify(
         "[output] form": job.output.model_dump(
             mode="json", include={"response_format", "schema_in_prompt", "constrain"}
         ),
-        "[thinking] and [tools]": {"options": options_json(options), "column": job.tools.column},
+        "[thinking] and [tools]": {"options": options_json(terms.options), "column": job.tools.column},
         "[repair]": job.repair.model_dump(mode="json"),
         "[sampling]": job.sampling.model_dump(mode="json"),
         "[plan]": job.plan.model_dump(mode="json"),
         "[accounting]": accounting,
         "tables version": TABLES_VERSION,
     }
-    if retry_of is not None:
-        parts["retry of"] = retry_of
-    if reuse is not None:
-        parts["--reuse"] = reuse
+    if request.retry_of is not None:
+        parts["retry of"] = request.retry_of.identity
+    if request.reuse is not None:
+        parts["--reuse"] = request.reuse.run_id
     return JobIdentity({name: fingerprint(part) for name, part in parts.items()})
 
 
 def _dtype(options: ModelSection) -> str:
-    """What identities of all versions say of the type of weights; engines without weights have one here too."""
+    """The weight dtype as identities of all versions record it; engines without weights have one too."""
     if isinstance(options, CheckpointSection):
         return options.dtype
     return "auto" if options.is_remote else "float32"

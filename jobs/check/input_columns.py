@@ -1,6 +1,6 @@
-"""The columns of the input that a job names: whether they are there, and what is read of them and passed through.
+"""Checks the input columns that a job names, and chooses those to read and to pass through.
 
-Part of `jobs/check/preflight.py`; *read* then takes the columns as they stand here.
+Part of `jobs/check/preflight.py`; *read* uses the chosen columns.
 """
 
 import difflib
@@ -19,8 +19,8 @@ from moebeam.transforms.read.input_scan import InputScan
 from moebeam.transforms.render.prompt_template import PromptTemplate
 
 
-def needed_columns(job: Job, template: PromptTemplate | None) -> frozenset[str] | None:
-    """Columns that the job reads; None for all of them."""
+def list_needed_columns(job: Job, template: PromptTemplate | None) -> frozenset[str] | None:
+    """List the columns that the job reads; None means all."""
     if job.input.passthrough == "all" or template is None:
         return None
     single = (
@@ -34,8 +34,8 @@ def needed_columns(job: Job, template: PromptTemplate | None) -> frozenset[str] 
     return template.variables | passed | {name for name in single if name is not None} | {"line"}
 
 
-def column_problems(job: Job, scan: InputScan, template: PromptTemplate) -> Iterable[JobError]:
-    """Columns that the job names and the input lacks, that are of the wrong type, or that clash with ours."""
+def find_column_problems(job: Job, scan: InputScan, template: PromptTemplate) -> Iterable[JobError]:
+    """Find named columns that are missing, of the wrong type, or that clash with ours."""
     section, prompt = job.input, job.prompt
     if scan.format == "jsonl":
         for key, value in (
@@ -94,8 +94,8 @@ def column_problems(job: Job, scan: InputScan, template: PromptTemplate) -> Iter
             )
 
 
-def columns_to_read(job: Job, scan: InputScan, template: PromptTemplate) -> ReadColumns:
-    """The columns as *read* takes them, of a job that `column_problems` has nothing against."""
+def choose_columns(job: Job, scan: InputScan, template: PromptTemplate) -> ReadColumns:
+    """Choose the columns for *read*; the job must have no column problems."""
     if scan.format == "jsonl":
         return ReadColumns(input_fields=JSONL_INPUT_FIELDS, passthrough=())
     column = job.prompt.messages_column
@@ -106,7 +106,7 @@ def columns_to_read(job: Job, scan: InputScan, template: PromptTemplate) -> Read
     passed = (*passed, *job.accounting.tag_columns)
     fields: Mapping[str, pa.Field[Any]] = {name: scan.schema.field(name) for name in scan.schema.names}
     return ReadColumns(
-        # Without a readable file no column is known; every unit then is a reject.
+        # Without a readable file no column is known, and every unit is a reject.
         input_fields=tuple(fields[name] for name in names if name in fields),
         passthrough=tuple(fields[name] for name in dict.fromkeys(passed) if name in fields),
         id_column=job.input.id_column if job.input.id_column in fields else None,
@@ -116,10 +116,10 @@ def columns_to_read(job: Job, scan: InputScan, template: PromptTemplate) -> Read
 
 
 def check_writable(columns: ReadColumns) -> None:
-    """Some Arrow types have no Parquet form; better now than after the first paid shard.
+    """Refuse passthrough columns that Parquet cannot hold, before anything is billed.
 
     Raises:
-        JobFileError: a column that is passed through has such a type.
+        JobFileError: a passthrough column has such a type.
     """
     for field in columns.passthrough:
         try:

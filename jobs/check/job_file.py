@@ -1,8 +1,7 @@
-"""Job files: TOML and `--set` overrides become a checked `Job` with absolute paths.
+"""Reads job files: TOML and `--set` overrides become a checked `Job` with absolute paths.
 
-The way of a job: this file reads it, `jobs/check/preflight.py` checks it against the files it names,
-`jobs/run/launch.py` runs it. All problems of a job file are reported at once, each with its section and key, because
-fixing them one run at a time is what makes configuration tedious.
+`jobs/check/preflight.py` then checks the job against the files it names, and `jobs/run/launch.py` runs it. All problems
+of a job file are reported at once, each with section and key.
 """
 
 import datetime
@@ -42,27 +41,27 @@ def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
 
     Args:
         path: a local path or an object-store URL. Relative paths in the file are relative to its folder.
-        overrides: `section.key=value`; the value is a TOML value, or else the text itself. Relative paths here are
-            relative to the working directory.
+        overrides: `section.key=value`, with a TOML value or plain text. Relative paths here are relative to the
+            working directory.
     Raises:
-        JobFileError: with every problem found, one a line.
+        JobFileError: all problems, one per line.
     """
     draft = Draft(name=path.rsplit("/", 1)[-1], values=_read_toml(path))
-    _resolve_paths(draft.values, _folder_of(path))
+    _resolve_paths(draft.values, _parent_folder(path))
     _apply_overrides(draft, overrides)
     _drop_unknown_keys(draft)
     _check_empty_paths(draft)
-    job = _validated(draft)
+    job = _validate(draft)
     if draft.problems or job is None:
         raise JobFileError(join_problems(draft.problems))
-    return job.located(_folder_of(path))
+    return job.in_folder(_parent_folder(path))
 
 
 def read_job(values: Mapping[str, Any], name: str = "the job") -> Job:
-    """A job from sections that a program made; relative paths stay relative to the working directory.
+    """Validate a job given as sections; paths are relative to the working directory.
 
     Raises:
-        JobFileError: with every problem found, one a line, as `load_job` does.
+        JobFileError: all problems, one per line.
     """
     try:
         return Job.model_validate(values)
@@ -72,35 +71,35 @@ def read_job(values: Mapping[str, Any], name: str = "the job") -> Job:
         raise JobFileError(join_problems(draft.problems)) from error
 
 
-def with_overrides(job: Job, overrides: Sequence[str], refusal: Callable[[KeyPath], str | None]) -> Job:
-    """A job that was read before, with `--set` applied to the keys that may still change.
+def override_job(job: Job, overrides: Sequence[str], refusal: Callable[[KeyPath], str | None]) -> Job:
+    """Apply `--set` to an already loaded job, for the keys that may still change.
 
     Args:
-        overrides: as of `load_job`.
+        overrides: as in `load_job`.
         refusal: why a section and key may not be set; None if it may.
     Raises:
-        JobFileError: with every problem found, one a line.
+        JobFileError: all problems, one per line.
     """
     if not overrides:
         return job
     draft = Draft(name="the kept job", values=job.model_dump(mode="json", by_alias=True))
     _apply_overrides(draft, overrides)
-    known = _sections()
+    known = _list_keys()
     for place in draft.set_texts:
         is_known = place[0] in known and (len(place) == 1 or place[1] in known[place[0]])
         if is_known and (reason := refusal(place)) is not None:
             draft.refuse(place, reason)
     _drop_unknown_keys(draft)
-    changed = _validated(draft)
+    changed = _validate(draft)
     if draft.problems or changed is None:
         raise JobFileError(join_problems(draft.problems))
-    return changed if job.folder is None else changed.located(job.folder)
+    return changed if job.folder is None else changed.in_folder(job.folder)
 
 
 def _read_toml(path: str) -> dict[str, Any]:
     content = _read(path)
     try:
-        # Editors on Windows begin a file with a byte order mark, which is no TOML.
+        # Windows editors write a byte order mark, which is not valid TOML.
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
@@ -110,7 +109,7 @@ def _read_toml(path: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise JobFileError(_toml_problem(path, text, str(error))) from error
+        raise JobFileError(_explain_toml_error(path, text, str(error))) from error
     except RecursionError as error:
         raise JobFileError(f"{path}: arrays or tables are nested too deeply") from error
 
@@ -130,11 +129,11 @@ def _read(path: str) -> bytes:
         return storage.read_bytes(path)
     except FileNotFoundError as error:
         raise JobFileError(f"{path}: there is no such job file") from error
-    except Exception as error:  # each store brings its own error tree; none of them shares a base class
+    except Exception as error:  # each store has its own error tree, without a common base class
         raise JobFileError(f"{path}: cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _toml_problem(path: str, text: str, message: str) -> str:
+def _explain_toml_error(path: str, text: str, message: str) -> str:
     place = _TOML_PLACE.search(message)
     if place is None:
         return f"{path}: not TOML: {message}"
@@ -147,7 +146,7 @@ def _toml_problem(path: str, text: str, message: str) -> str:
     return f"{path}, line {number}, column {place['column']}: not TOML: {reason}{shown}"
 
 
-def _folder_of(path: str) -> str:
+def _parent_folder(path: str) -> str:
     if storage.is_local(path):
         return os.path.dirname(os.path.abspath(os.path.expanduser(path.removeprefix("file://"))))
     return path.rpartition("/")[0]
@@ -188,14 +187,14 @@ def _apply_overrides(draft: Draft, overrides: Sequence[str]) -> None:
         if len(place) > 2:
             draft.problems.append(f"--set {key}: no key has keys of its own; write section.key=value")
             continue
-        for leaf, value in _leaves(place, _toml_value(text.strip())):
+        for leaf, value in _split_table(place, _toml_value(text.strip())):
             _set_value(draft, leaf, value, text.strip())
 
 
 def _toml_value(text: str) -> Any:
-    """The TOML value that a text is, or the text itself.
+    """Parse a text as a TOML value, or return it unchanged.
 
-    It must read alone, which a trailing comma does not, and in an array, which a comment or a second line do not.
+    It must parse both alone, which excludes a trailing comma, and in an array, which excludes comments and line breaks.
     """
     try:
         tomllib.loads(f"value = [{text}]")
@@ -204,7 +203,7 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _leaves(place: KeyPath, value: Any) -> list[tuple[KeyPath, Any]]:
+def _split_table(place: KeyPath, value: Any) -> list[tuple[KeyPath, Any]]:
     if isinstance(value, dict) and len(place) == 1:
         return [((*place, key), inner) for key, inner in cast("dict[str, Any]", value).items()]
     return [(place, value)]
@@ -222,14 +221,14 @@ def _set_value(draft: Draft, place: KeyPath, value: Any, text: str) -> None:
 
 
 def _drop_unknown_keys(draft: Draft) -> None:
-    """Report keys that no section has, and take them out so that the rest can be validated."""
-    sections = _sections()
+    """Report unknown keys and remove them, so that the rest can be validated."""
+    sections = _list_keys()
     for name in list(draft.values):
         if name not in sections:
             value = draft.values.pop(name)
             places = [(name,), *((name, key) for key in value)] if isinstance(value, dict) else [(name,)]
             place = next((place for place in places if place in draft.set_texts), (name,))
-            draft.refuse(place, _unknown_section(name, is_table=isinstance(value, dict)))
+            draft.refuse(place, _explain_unknown_section(name, is_table=isinstance(value, dict)))
             continue
         table = draft.values[name]
         if not isinstance(table, dict):
@@ -237,21 +236,21 @@ def _drop_unknown_keys(draft: Draft) -> None:
         for key in list(cast("dict[str, Any]", table)):
             if key not in sections[name]:
                 del table[key]
-                draft.refuse((name, key), _unknown_key(name, key))
+                draft.refuse((name, key), _explain_unknown_key(name, key))
 
 
-def _sections() -> dict[str, list[str]]:
-    """The keys of each section, as a job file spells them."""
+def _list_keys() -> dict[str, list[str]]:
+    """List the keys of each section, as spelled in a job file."""
     sections = {
         name: [inner.alias or key for key, inner in cast("type[BaseModel]", section.annotation).model_fields.items()]
         for name, section in Job.model_fields.items()
     }
-    # Whether the job's own engine has a key is said later, with the engines that do.
+    # Keys that the job's engine lacks are reported later, with the engines that have them.
     return {**sections, "model": model_keys()}
 
 
-def _unknown_section(name: str, *, is_table: bool) -> str:
-    sections = _sections()
+def _explain_unknown_section(name: str, *, is_table: bool) -> str:
+    sections = _list_keys()
     homes = [section for section, keys in sections.items() if name in keys]
     if homes and not is_table:
         return f"unknown key outside a section; it belongs in {' or '.join(f'[{home}]' for home in homes)}"
@@ -261,8 +260,8 @@ def _unknown_section(name: str, *, is_table: bool) -> str:
     return f"unknown section; there are {', '.join(f'[{section}]' for section in sections)}"
 
 
-def _unknown_key(section: str, key: str) -> str:
-    sections = _sections()
+def _explain_unknown_key(section: str, key: str) -> str:
+    sections = _list_keys()
     near = difflib.get_close_matches(key, sections[section], n=1)
     homes = [name for name, keys in sections.items() if key in keys]
     if homes and not near:
@@ -273,16 +272,16 @@ def _unknown_key(section: str, key: str) -> str:
 
 
 def _check_empty_paths(draft: Draft) -> None:
-    """An optional path that is empty would silently mean the folder of the job file."""
+    """Report empty optional paths, which would silently mean the folder of the job file."""
     for section, key in sorted(_PATH_KEYS - {("input", "path"), ("output", "path")}):
         table = draft.values.get(section)
         if isinstance(table, dict) and table.get(key) == "":
             draft.refuse((section, key), "is empty; name a path or leave the key out")
 
 
-def _validated(draft: Draft) -> Job | None:
-    """Validate by pydantic's strict JSON rules, where 512 is a number, "512" a string and true neither."""
-    dates = set(_dates(draft.values, ()))
+def _validate(draft: Draft) -> Job | None:
+    """Validate by pydantic's strict JSON rules: 512 is a number, "512" a string, true neither."""
+    dates = set(_find_dates(draft.values, ()))
     for place in sorted(dates):
         draft.refuse(place, "TOML reads this as a date or time, which no key takes; put it in quotes")
     try:
@@ -292,7 +291,7 @@ def _validated(draft: Draft) -> Job | None:
     return None
 
 
-def _dates(value: Any, place: KeyPath) -> list[KeyPath]:
+def _find_dates(value: Any, place: KeyPath) -> list[KeyPath]:
     """Section and key of every value that is, or holds, a date or time."""
     if isinstance(value, dict):
         inner = [(cast("KeyPath", (*place, key))[:2], held) for key, held in cast("dict[str, Any]", value).items()]
@@ -300,4 +299,4 @@ def _dates(value: Any, place: KeyPath) -> list[KeyPath]:
         inner = [(place, held) for held in cast("list[Any]", value)]
     else:
         return [place] if isinstance(value, (datetime.date, datetime.time)) else []
-    return [found for where, held in inner for found in _dates(held, where)]
+    return [found for where, held in inner for found in _find_dates(held, where)]

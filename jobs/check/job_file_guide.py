@@ -1,4 +1,4 @@
-"""The job file's reference, made from the code: `python -m moebeam.jobs.check.job_file_guide > docs/job-file.md`."""
+"""Generates the job file's reference: `python -m moebeam.jobs.check.job_file_guide > docs/job-file.md`."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ or `moebeam[gcp]` for `gs://`).
 
 
 def job_file_guide() -> str:
-    """The whole page, in Markdown."""
+    """Render the whole page in Markdown."""
     pages = [_INTRODUCTION]
     for name, field in Job.model_fields.items():
         section = cast("type[Section]", field.annotation)
@@ -30,7 +30,7 @@ def job_file_guide() -> str:
 
 
 def _engine_tables() -> Iterator[str]:
-    """What each engine's section has beside what all have."""
+    """Render the options that each engine has beyond the common ones."""
     for engine in ENGINE_OPTIONS:
         options = load_options(engine)
         summary = cast("str", options.__doc__).strip().partition(": ")[2]
@@ -52,12 +52,12 @@ def _table(title: str, section: type[Section], leave_out: type[Section] | None =
 
 def _row(name: str, field: dict[str, Any], is_required: bool) -> str:
     default = "required" if is_required else f"`{json.dumps(field.get('default'))}`"
-    return f"| `{name}` | {_type_of(field)} | {default} | {field.get('description', '')} |"
+    return f"| `{name}` | {_format_type(field)} | {default} | {field.get('description', '')} |"
 
 
-def _type_of(field: dict[str, Any]) -> str:
+def _format_type(field: dict[str, Any]) -> str:
     if "anyOf" in field:
-        return " or ".join(_type_of(option) for option in field["anyOf"] if option.get("type") != "null")
+        return " or ".join(_format_type(option) for option in field["anyOf"] if option.get("type") != "null")
     if "enum" in field:
         return ", ".join(f"`{json.dumps(value)}`" for value in field["enum"])
     if "const" in field:

@@ -1,4 +1,4 @@
-"""A job being read, and what is wrong with it: one line a key, with what was expected and what was found."""
+"""A job while it is read, and its problems: one line per key, with expected and found."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ class Draft:
 
 
 def explain_errors(draft: Draft, error: ValidationError, *, skip: set[KeyPath]) -> None:
-    """Turn pydantic's problems into one line for each key; a union's branches become `a or b`."""
+    """Turn pydantic's errors into one line per key; branches of a union become `a or b`."""
     expected: dict[KeyPath, list[str]] = {}
     found: dict[KeyPath, str] = {}
     for problem in error.errors(include_url=False):
@@ -55,15 +55,22 @@ def explain_errors(draft: Draft, error: ValidationError, *, skip: set[KeyPath]) 
         if place in skip:
             continue
         if problem["type"] == "missing":
-            draft.refuse(place, _missing(place) if len(problem["loc"]) <= 2 else f"{_inner(problem['loc'])}: missing")
+            draft.refuse(
+                place,
+                _explain_missing(place)
+                if len(problem["loc"]) <= 2
+                else f"{_format_inner_place(problem['loc'])}: missing",
+            )
         elif problem["type"] == "extra_forbidden":
-            # Without the value: a key may stand where the name of a variable belongs.
-            draft.refuse(place, f"{_inner(problem['loc'])}: unknown key")
+            # Without the value: a secret may stand where a variable's name belongs.
+            draft.refuse(place, f"{_format_inner_place(problem['loc'])}: unknown key")
         elif problem["type"] == "value_error":
             draft.refuse(place, str(problem.get("ctx", {}).get("error", problem["msg"])))
         else:
-            expected.setdefault(place, []).append(_expected(problem["type"], problem.get("ctx", {}), problem["loc"]))
-            found.setdefault(place, _shown(problem["input"]))
+            expected.setdefault(place, []).append(
+                _format_expected(problem["type"], problem.get("ctx", {}), problem["loc"])
+            )
+            found.setdefault(place, _format_value(problem["input"]))
     for place, wanted in expected.items():
         problem = f"expected {' or '.join(dict.fromkeys(wanted))}, found {found[place]}"
         if place in draft.set_texts and "a string" in wanted:
@@ -71,12 +78,12 @@ def explain_errors(draft: Draft, error: ValidationError, *, skip: set[KeyPath]) 
         draft.refuse(place, problem)
 
 
-def _inner(place: Sequence[int | str]) -> str:
-    """Where in an array of tables something is wrong: its number, from 1, and the key."""
+def _format_inner_place(place: Sequence[int | str]) -> str:
+    """Format a place in an array of tables: number, from 1, and key."""
     return ".".join(str(part + 1) if isinstance(part, int) else part for part in place[2:])
 
 
-def _missing(place: KeyPath) -> str:
+def _explain_missing(place: KeyPath) -> str:
     section = cast("type[BaseModel]", Job.model_fields[place[0]].annotation)
     if len(place) == 1:
         needed = [key for key, inner in section.model_fields.items() if inner.is_required()]
@@ -87,7 +94,7 @@ def _missing(place: KeyPath) -> str:
     return f"missing{f' ({description[0].lower()}{description[1:]})' if description else ''}"
 
 
-def _expected(kind: str, context: Mapping[str, Any], place: Sequence[int | str]) -> str:
+def _format_expected(kind: str, context: Mapping[str, Any], place: Sequence[int | str]) -> str:
     is_item = bool(place) and isinstance(place[-1], int)
     bounds = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
     if kind in bounds:
@@ -102,7 +109,7 @@ def _expected(kind: str, context: Mapping[str, Any], place: Sequence[int | str])
     return f"an array of {wanted.removeprefix('a ').removeprefix('an ')}s" if is_item else wanted
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, dict):

@@ -1,8 +1,8 @@
-"""`moebeam run JOB.toml --reuse OUTPUT`: what an earlier run answered is taken over, and only the rest is asked.
+"""`moebeam run JOB.toml --reuse OUTPUT`: reuses an earlier run's answers and sends only the other requests.
 
-A request is the same if its tokens, tenant, sampling and own options are; so a new row, or a template that makes other
-prompts of a row, is asked, and a row that only moved is not. What decides answers beside the request, such as the
-model's revision, must be the same in both jobs.
+Two requests are the same if tokens, tenant, sampling and their own options are equal. New rows, and rows whose prompt
+changed with the template, are sent; rows that only moved are not. Everything else that affects answers, such as the
+model's revision, must be equal in both jobs.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.reuse import ReuseSource, fences_path, write_fences
 
 _MUST_AGREE = ("[model]", "[output] schema", "[output] form", "[thinking] and [tools]", "[repair]", "tables version")
-"""Parts of the identity that shape answers without being part of a request."""
+"""Parts of the identity that affect answers but are not part of a request."""
 
 
 def prepare_reuse(output: str) -> ReuseSource:
-    """Look at a run whose answers are to be taken over.
+    """Check that a run's answers can be reused.
 
     Raises:
-        OutputError: there is no such run, it is not complete, or its plan was cleaned.
+        OutputError: no such run, it is incomplete, or its plan was cleaned.
     """
     source = read_record(output)
     manifest = read_manifest(source.layout)
@@ -38,10 +38,10 @@ def prepare_reuse(output: str) -> ReuseSource:
 
 
 def check_reusable(reuse: ReuseSource, parts: Mapping[str, str]) -> None:
-    """Hold the identity of a job against that of the run whose answers it would take over.
+    """Compare a job's identity with that of the run to reuse.
 
     Raises:
-        OutputError: something that decides answers differs; names it.
+        OutputError: something that affects answers differs; names it.
     """
     source = read_record(reuse.output)
     if changed := [name for name in _MUST_AGREE if parts.get(name) != source.parts.get(name)]:
@@ -51,8 +51,8 @@ def check_reusable(reuse: ReuseSource, parts: Mapping[str, str]) -> None:
         )
 
 
-def keep_fences(layout: RunLayout, reuse: ReuseSource) -> None:
-    """Write the earlier run's fences into a run's folder, unless they are there.
+def save_fences(layout: RunLayout, reuse: ReuseSource) -> None:
+    """Write the earlier run's fences into a run's folder, unless present.
 
     Raises:
         OutputError: the earlier run's plan is gone.

@@ -1,5 +1,5 @@
-"""The command line: what starts from a job file, `moebeam run | validate`; the rest is `output_commands.py`
-and `jobs/commands/money_commands.py`.
+"""The command line: `moebeam run | validate`, which start from a job file. Commands that start from an output folder
+are in `output_commands.py` and `money_commands.py`.
 
 Standard output carries one JSON line and only with `--json`; everything for people goes to standard error. Exit codes:
 0 done, 1 failed, 2 job file or command wrong, 3 more rejects than allowed, 4 stopped and resumable.
@@ -26,8 +26,8 @@ from moebeam.jobs.console.console import (
     Overrides,
     Quiet,
     draining_signals,
-    failure_answer,
-    json_line,
+    format_json_line,
+    make_failure_answer,
     print_error,
     run_and_report,
     stderr_console,
@@ -38,15 +38,15 @@ from moebeam.schemas.errors import JobFileError
 # Rich keeps the line breaks of all paragraphs but the first: one line a paragraph lets it wrap to any width.
 _RUN_HELP = """Answer every row of a job.
 
-Everything is checked before the first row. Running a finished job again does nothing; running an unfinished one again \
-goes on where it stopped, as moebeam resume does. Ctrl-C finishes the shards at work and stops; a second Ctrl-C stops \
-at once.
+Everything is checked before the first row. Running a finished job again does nothing; running an unfinished one \
+again continues where it stopped, as moebeam resume does. Ctrl-C finishes the shards at work and stops; a second \
+Ctrl-C stops at once.
 
 Beam options follow in Beam's own spelling (--runner, --direct_num_workers, --region, ...). Unknown ones are refused, \
 and so are options that carry secrets.
 
---reuse takes answers over from an earlier output where the same model was asked the same, tokens and sampling alike: \
-only new or changed rows are asked and paid.
+--reuse takes answers from an earlier output where the same model got the same tokens and sampling: only new or \
+changed rows are asked and paid.
 
 Examples:
   moebeam run job.toml
@@ -54,7 +54,7 @@ Examples:
   moebeam run job.toml --set output.path=today --reuse yesterday
   moebeam run job.toml --json --runner=FlinkRunner --parallelism=4
 """
-_VALIDATE_HELP = """Check a job and the files it names, as run does before its first row; run nothing.
+_VALIDATE_HELP = """Check a job and the files it names, as run does before its first row, without running it.
 
 Example:
   moebeam validate job.toml --set input.path=more.parquet
@@ -92,7 +92,7 @@ def run_command(args: Sequence[str]) -> int:
         if message:
             print_error(stderr_console(), f"{message}\nmoebeam --help shows the commands and their options.")
         if "--json" in args:
-            print(json_line(failure_answer(EXIT_WRONG_JOB, message)))
+            print(format_json_line(make_failure_answer(EXIT_WRONG_JOB, message)))
         return EXIT_WRONG_JOB
     return exit_code if isinstance(exit_code, int) else 0
 
@@ -140,13 +140,15 @@ def run(
         beam_args = list(context.args)
         with draining_signals() as stop:
             if beam_args:
-                from moebeam.jobs.check.beam_options import beam_options
+                from moebeam.jobs.check.beam_options import parse_beam_options
 
-                beam_options(beam_args)
+                parse_beam_options(beam_args)
             from moebeam.jobs.check.reuse import prepare_reuse
             from moebeam.jobs.run.launch import launch
 
-            source = None if reuse is None else prepare_reuse(output_commands.folder_of(reuse, "--reuse OUTPUT"))
+            source = (
+                None if reuse is None else prepare_reuse(output_commands.parse_output_folder(reuse, "--reuse OUTPUT"))
+            )
             with nullcontext() if is_quiet else show_progress(console) as progress:
                 summary = launch(loaded, limit=limit, beam_args=beam_args, stop=stop, progress=progress, reuse=source)
         if not is_quiet:
@@ -172,7 +174,9 @@ def validate(
         _check_job_comes_first(job)
         loaded = load_job(job, overrides or ())
         from moebeam.jobs.check.preflight import check_job
+        from moebeam.model_runner.protocol import require_packages
 
+        require_packages(loaded.model)
         report = check_job(loaded, limit=limit).report()
         if not is_quiet:
             print_report(console, report)

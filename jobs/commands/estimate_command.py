@@ -11,9 +11,10 @@ from moebeam.schemas.errors import JobFileError
 
 _ESTIMATE_HELP = """Quote a job: rows, tokens, cache hits and cost by provider and hour, without asking a model.
 
-The input is read and rendered as a run does it. Bounds go from every token that can be a hit and empty answers to no \
-hit at all and answers as long as max_tokens; with --sample they hold with a probability of 99.9%. How long answers \
-are is taken from --like, an earlier run's output, or from --output-tokens; otherwise max_tokens stands in.
+The input is read and rendered as in a run. The lower bound assumes that every token that can be a cache hit is one \
+and that answers are empty, the upper bound no hit and answers as long as max_tokens; with --sample they hold with a \
+probability of 99.9%. The length of answers comes from --like, an earlier run's output, or from --output-tokens; \
+otherwise max_tokens stands in.
 
 Examples:
   moebeam estimate job.toml
@@ -61,8 +62,7 @@ def estimate(
         from moebeam.jobs.check.job_file import load_job
         from moebeam.jobs.commands.prices_command import parse_instant
         from moebeam.jobs.quotes.earlier_run import read_earlier_run
-        from moebeam.jobs.quotes.estimate import EstimateTerms
-        from moebeam.jobs.quotes.estimate import estimate as quote_job
+        from moebeam.jobs.quotes.quote_job import QuoteTerms, quote_job
         from moebeam.jobs.quotes.quote_record import save_quote
         from moebeam.jobs.quotes.quote_table import print_quote
         from moebeam.transforms.money.exchange_rates import ExchangeRates
@@ -71,7 +71,7 @@ def estimate(
         end = parse_instant(deadline, "--deadline") if deadline is not None else None
         if end is not None and end <= start:
             raise JobFileError(f"--deadline: expected an instant after {start.isoformat()}, found {end.isoformat()}")
-        terms = EstimateTerms(
+        terms = QuoteTerms(
             at=start,
             num_sample_rows=sample,
             providers=tuple(provider or ()),
@@ -82,8 +82,8 @@ def estimate(
             currency=currency,
             rates=ExchangeRates.load(rates) if rates is not None else None,
         )
-        quote, checked = quote_job(load_job(job, overrides or ()), terms, limit=limit)
-        saved = save_quote(quote, checked) if is_saved else None
+        quote, identity = quote_job(load_job(job, overrides or ()), terms, limit=limit)
+        saved = save_quote(quote, identity) if is_saved else None
         if not is_quiet and not is_json:
             print_quote(console, quote)
             if saved is not None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moebeam.jobs.commands.output_commands import OutputPath, folder_of
+from moebeam.jobs.commands.output_commands import OutputPath, parse_output_folder
 from moebeam.jobs.console.console import Answer, AsJson, Debug, Quiet, run_and_report
 
 _EXPORT_HELP = """Write a run's answers as the files of OpenAI's Batch API.
@@ -35,8 +35,8 @@ def export(
     is_debug: Debug = False,
 ) -> None:
     def work(console: Console) -> tuple[int, Answer]:
-        folder = folder_of(output, "moebeam export OUTPUT")
-        target = folder_of(openai_batch, "--openai-batch FOLDER")
+        folder = parse_output_folder(output, "moebeam export OUTPUT")
+        target = parse_output_folder(openai_batch, "--openai-batch FOLDER")
         from moebeam.jobs.output.batch_export import export_batch
         from moebeam.jobs.output.run_record import read_record
 

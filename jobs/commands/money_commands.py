@@ -3,7 +3,6 @@
 As in `jobs/commands/cli.py`, Beam and pyarrow are imported inside commands.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from decimal import Decimal, InvalidOperation
@@ -12,12 +11,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from moebeam.jobs.commands.output_commands import OutputPath, parse_output_folder
 from moebeam.jobs.console.console import Answer, AsJson, Debug, Quiet, run_and_report
 from moebeam.schemas.errors import JobFileError, OutputError
 
 EXIT_DIFFERENT = 1
 
-_REPORT_HELP = """Show what a run cost: by any column of the ledger, by outcome, along the value chain, beside a quote.
+_REPORT_HELP = """Show what a run cost: by any column of the ledger, by outcome, along the value chain, and against a \
+quote.
 
 Columns are tenant, cost_center, day, month, hour, provider, model, outcome, price_line, error_type and the other \
 columns of the ledger, and the tags of the job. Amounts of different currencies are never added.
@@ -32,10 +33,10 @@ Examples:
   moebeam report out --by team --csv tables --focus focus.parquet
   moebeam report out --self-host my-cluster.toml
 """
-_RECONCILE_HELP = """Hold a run's ledger against a provider's bill, by day and model.
+_RECONCILE_HELP = """Compare a run's ledger with a provider's bill, by day and model.
 
-The bill is CSV with the columns day, model, amount, and where it has them currency, cache_hit_tokens, \
-cache_miss_tokens, output_tokens; --columns names the bill's own words. Exit code 0 if all is within the tolerance, \
+The bill is CSV with the columns day, model and amount, and optionally currency, cache_hit_tokens, \
+cache_miss_tokens and output_tokens; --columns maps other names. Exit code 0 if all is within the tolerance, \
 else 1.
 
 Examples:
@@ -43,9 +44,6 @@ Examples:
   moebeam reconcile out invoice.csv --columns day=utc_date,amount=cost --utc-offset-hours 8
 """
 
-OutputPath = Annotated[
-    str, typer.Argument(metavar="OUTPUT", help="Output folder of a run: a path or an object-store URL.")
-]
 _By = Annotated[str, typer.Option("--by", metavar="COLUMN,...", help="Columns to add costs up by.")]
 
 
@@ -71,17 +69,17 @@ def report(
     is_debug: Debug = False,
 ) -> None:
     def work(console: Console) -> tuple[int, Answer]:
-        folder = output_folder(output, "moebeam report OUTPUT")
+        folder = parse_output_folder(output, "moebeam report OUTPUT")
         if focus is not None and not focus.endswith((".csv", ".parquet")):
             raise JobFileError(f"--focus: expected a file that ends in .csv or .parquet, found {focus!r}")
         from moebeam.jobs.console.report_table import print_table
         from moebeam.jobs.output.run_record import read_record
-        from moebeam.jobs.reports.report import report_of, write_focus, write_report
+        from moebeam.jobs.reports.report import make_report, write_focus, write_report
         from moebeam.jobs.reports.self_host import load_profile
         from moebeam.jobs.reports.value_chain_report import load_chain
 
         record = read_record(folder)
-        made = report_of(
+        made = make_report(
             record,
             by=by,
             chain=None if value_chain is None else load_chain(value_chain),
@@ -128,22 +126,22 @@ def reconcile(
     is_debug: Debug = False,
 ) -> None:
     def work(console: Console) -> tuple[int, Answer]:
-        folder = output_folder(output, "moebeam reconcile OUTPUT INVOICE.csv")
+        folder = parse_output_folder(output, "moebeam reconcile OUTPUT INVOICE.csv")
         from moebeam.jobs.console.report_table import print_table
         from moebeam.jobs.output.run_record import read_record
-        from moebeam.jobs.reports.reconcile import Tolerance, comparison_table, ledger_bill, parse_columns, read_bill
+        from moebeam.jobs.reports.reconcile import Tolerance, add_up_ledger, comparison_table, parse_columns, read_bill
         from moebeam.jobs.reports.reconcile import reconcile as compare
-        from moebeam.jobs.reports.report import ledger_errors, ledgers_of, manifest_of
+        from moebeam.jobs.reports.report import ledger_errors, read_ledgers, require_manifest
 
         tolerance = Tolerance(
             _decimal("--tolerance-percent", tolerance_percent), _decimal("--tolerance-amount", tolerance_amount)
         )
         layout = read_record(folder).layout
         bill = read_bill(invoice, parse_columns(columns), currency)
-        manifest = manifest_of(layout)
+        manifest = require_manifest(layout)
         with ledger_errors(layout):
-            ledger, num_unpriced = ledger_bill(
-                ledgers_of(layout, manifest),
+            ledger, num_unpriced = add_up_ledger(
+                read_ledgers(layout, manifest),
                 utc_offset=timedelta(hours=utc_offset_hours),
                 provider=provider,
                 model=model,
@@ -171,14 +169,6 @@ def _decimal(option: str, text: str) -> Decimal:
     if not value.is_finite() or value < 0:
         raise JobFileError(f"{option}: expected a number of at least 0, found {text!r}")
     return value
-
-
-def output_folder(output: str, usage: str) -> str:
-    """An output folder as the job file names it: absolute, without a slash at its end."""
-    if output.startswith("-") or not output.strip():
-        raise JobFileError(f"{output}: found where an output folder belongs; write {usage}, then options")
-    path = output.rstrip("/") or "/"
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 COMMANDS: tuple[tuple[str, str, Callable[..., None], Mapping[str, Any]], ...] = (

@@ -3,21 +3,23 @@
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moebeam.jobs.check.job_file import load_job
-from moebeam.jobs.run.launch import launch
 from moebeam.schemas.errors import InputPatternError
+from moebeam.schemas.extras import require_extra
 from moebeam.schemas.job.sections import Job
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _ROW_GROUP_ROWS = 10_000
 
 
-def run_job(job: Job | str | Path | Mapping[str, Any], data: pd.DataFrame) -> pd.DataFrame:
+def run_job(job: Job | str | Path | Mapping[str, Any], data: "pd.DataFrame") -> "pd.DataFrame":
     """Answer the rows of a data frame.
 
     Args:
@@ -27,8 +29,12 @@ def run_job(job: Job | str | Path | Mapping[str, Any], data: pd.DataFrame) -> pd
     Returns:
         Results and rejects in the order of `data`, with the columns of `results/`; `source_row` is the position.
     Raises:
-        JobError: the job cannot run.
+        JobError: the job cannot run; `MissingExtra` if pandas is not installed.
     """
+    require_extra("pandas", "run_job")
+    # Here, because Beam takes seconds to import.
+    from moebeam.jobs.run.launch import launch
+
     with tempfile.TemporaryDirectory(prefix="moebeam-") as folder:
         source = str(Path(folder) / "data.parquet")
         try:

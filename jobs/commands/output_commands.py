@@ -15,19 +15,19 @@ from rich.console import Console
 from moebeam.jobs.console.console import Answer, AsJson, Debug, Overrides, Quiet, draining_signals, run_and_report
 from moebeam.schemas.errors import JobFileError
 
-_RESUME_HELP = """Go on with a run that was stopped, from its output folder alone.
+_RESUME_HELP = """Resume a stopped run from its output folder alone.
 
-Finished shards are kept, and the input is not read again: its files are listed, and must be the same. All that shapes \
+Finished shards are kept, and the input is not read again: its files are listed and must be the same. Whatever shapes \
 answers must be the same too; --set may change limits, failures, output.max_reject_share, and the model's device and \
-sizes, and what it changes stays for the next time. A finished run is summed up, with the exit code of that run.
+sizes, for this and later attempts. A finished run only prints its summary and returns its exit code.
 
-Beam options are given again, as to moebeam run.
+Beam options are not kept: give them again, as to moebeam run.
 
 Examples:
   moebeam resume out
   moebeam resume s3://bucket/out --set limits.max_cost=20
 """
-_STATUS_HELP = """Show a run from its files: where it is, who is at work on it, what it cost so far, why it stopped.
+_STATUS_HELP = """Show a run from its files: its progress, live workers, cost so far, and why it stopped.
 
 Example:
   moebeam status out --json
@@ -35,8 +35,8 @@ Example:
 _RETRY_HELP = """Answer rejected rows of a finished run again, as a run of its own.
 
 Only rows that the model was asked can be retried, by kind of error. They go to an output of their own: the first \
-run's results, rejects and ledger stay as they are, and its sums too; the new run has its own, and its manifest \
-names the first one in retry_of. Read both, for example as '{out,retry}/results/*.parquet'.
+run's results, rejects and ledger stay as they are; the new run has its own, and its manifest names the first run in \
+retry_of. Read both, for example as '{out,retry}/results/*.parquet'.
 
 --set may change sampling and repair beside what resume may; a row's own sampling stays. Interrupted, it goes on by \
 moebeam resume NEW or by the same command.
@@ -47,9 +47,9 @@ Examples:
 """
 _CLEAN_HELP = """Remove what ended attempts of a run left behind, and prompts that were kept long enough.
 
-Goes: staged tables that were never committed, sorted runs, leases, heartbeats and temporary files; the plan of a run \
-that ended --older-than days ago, which holds its prompts and which retry-failed needs. Stays: results, rejects, \
-ledger, manifest, commits, and all that an unfinished run needs to resume. While a run is at work nothing is removed.
+Removes staged tables that were never committed, sorted runs, leases, heartbeats and temporary files; the plan of a \
+run that ended --older-than days ago, which holds its prompts and which retry-failed needs. Keeps results, rejects, \
+ledger, manifest, commits, and all that an unfinished run needs to resume. A run at work is left alone.
 
 Examples:
   moebeam clean out --dry-run
@@ -70,14 +70,14 @@ def resume(
     is_debug: Debug = False,
 ) -> None:
     def work(console: Console) -> tuple[int, Answer]:
-        folder = folder_of(output, "moebeam resume OUTPUT")
+        folder = parse_output_folder(output, "moebeam resume OUTPUT")
         from moebeam.jobs.check.identity import why_not_resumable
-        from moebeam.jobs.check.job_file import with_overrides
+        from moebeam.jobs.check.job_file import override_job
         from moebeam.jobs.output.run_record import read_record
         from moebeam.jobs.run.progress import print_summary, show_progress
 
         record = read_record(folder)
-        job = with_overrides(record.job, overrides or (), why_not_resumable)
+        job = override_job(record.request.job, overrides or (), why_not_resumable)
         with draining_signals() as stop:
             _check_beam(context.args)
             from moebeam.jobs.run.launch import resume as resume_run
@@ -93,11 +93,11 @@ def resume(
 
 def status(output: OutputPath, is_json: AsJson = False, is_debug: Debug = False) -> None:
     def work(console: Console) -> tuple[int, Answer]:
-        folder = folder_of(output, "moebeam status OUTPUT")
+        folder = parse_output_folder(output, "moebeam status OUTPUT")
         from moebeam.jobs.output.run_record import read_record
-        from moebeam.jobs.output.status import print_status, status_of
+        from moebeam.jobs.output.status import print_status, read_status
 
-        report = status_of(read_record(folder))
+        report = read_status(read_record(folder))
         if not is_json:
             print_status(console, report)
         return 0, {**report.to_json(), "exit_code": 0}
@@ -116,15 +116,15 @@ def retry_failed(
     is_debug: Debug = False,
 ) -> None:
     def work(console: Console) -> tuple[int, Answer]:
-        folder = folder_of(output, "moebeam retry-failed OUTPUT")
+        folder = parse_output_folder(output, "moebeam retry-failed OUTPUT")
         from moebeam.jobs.check.identity import why_not_resumable
-        from moebeam.jobs.check.job_file import with_overrides
+        from moebeam.jobs.check.job_file import override_job
         from moebeam.jobs.run.progress import print_summary, show_progress
         from moebeam.jobs.run.retry_failed import parse_kinds, prepare_retry, retry_job, why_not_retryable
 
         retry = prepare_retry(folder, parse_kinds(kinds))
-        job = retry_job(retry, retry.source.job, folder_of(new_output, "--output NEW"))
-        job = with_overrides(job, overrides or (), lambda place: why_not_retryable(place, why_not_resumable))
+        job = retry_job(retry, retry.source.request.job, parse_output_folder(new_output, "--output NEW"))
+        job = override_job(job, overrides or (), lambda place: why_not_retryable(place, why_not_resumable))
         with draining_signals() as stop:
             _check_beam(context.args)
             from moebeam.jobs.run.launch import launch
@@ -151,12 +151,12 @@ def clean(
         float, typer.Option("--older-than", min=0, metavar="DAYS", help="How long plans are kept, with their prompts.")
     ] = 30.0,
     is_sure: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
-    is_dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    is_dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
     is_json: AsJson = False,
     is_debug: Debug = False,
 ) -> None:
     def work(console: Console) -> tuple[int, Answer]:
-        folder = folder_of(output, "moebeam clean OUTPUT")
+        folder = parse_output_folder(output, "moebeam clean OUTPUT")
         from moebeam.jobs.output.clean import clean as remove
         from moebeam.jobs.output.clean import plan_cleaning, print_cleaning
         from moebeam.jobs.output.run_record import read_record
@@ -178,7 +178,7 @@ def _has_agreed(console: Console) -> bool:
     return console.input("remove them? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def folder_of(output: str, usage: str) -> str:
+def parse_output_folder(output: str, usage: str) -> str:
     """An output folder as the job file names it: absolute, without a slash at its end."""
     # Unknown options pass through to Beam, so one in front of the folder is taken for it.
     if output.startswith("-") or not output.strip():
@@ -189,9 +189,9 @@ def folder_of(output: str, usage: str) -> str:
 
 def _check_beam(args: Sequence[str]) -> None:
     if args:
-        from moebeam.jobs.check.beam_options import beam_options
+        from moebeam.jobs.check.beam_options import parse_beam_options
 
-        beam_options(args)
+        parse_beam_options(args)
 
 
 _PASSES_BEAM_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}

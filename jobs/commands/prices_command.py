@@ -1,4 +1,4 @@
-"""`moebeam prices list | check | diff`: look at a price book, or at the one that ships with the program."""
+"""`moebeam prices list | check | diff`: inspect a price book, by default the one that ships with the program."""
 
 from datetime import UTC, datetime
 from typing import Annotated, Literal
@@ -11,12 +11,12 @@ from moebeam.jobs.console.console import Answer, AsJson, Debug, run_and_report
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.prices import PriceLine
 from moebeam.transforms.money.price_book import PriceBook
-from moebeam.transforms.money.price_review import Change, changed_fields, diff, prices_at, review, spell_when
+from moebeam.transforms.money.price_review import Change, diff, format_hours, list_changed_fields, prices_at, review
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Look at dated prices: which hold, whether a price book is sound, what changed.",
+    help="Inspect dated prices: which hold, whether a price book is sound, what changed.",
 )
 
 BookPath = Annotated[
@@ -54,7 +54,7 @@ def list_prices(
             )
         if not is_json:
             console.print(Text(f"prices at {instant.isoformat()} by {prices.version}", style="bold"))
-            for row in _rows(lines):
+            for row in _format_rows(lines):
                 console.print(Text(row), soft_wrap=True)
         return 0, {
             "exit_code": 0,
@@ -117,8 +117,8 @@ def check(
                     for found in compared.differences
                 ],
             }
-            told = f"{compared.num_compared:,} prices compared with {PACKAGE} {compared.version}"
-            _print(console, f"{told}: {len(compared.differences)} differ", is_json, "bold")
+            summary = f"{compared.num_compared:,} prices compared with {PACKAGE} {compared.version}"
+            _print(console, f"{summary}: {len(compared.differences)} differ", is_json, "bold")
             for found in compared.differences:
                 message = (
                     f"differs: {found.provider} {found.model}, {found.token_class} at {found.at.isoformat()}: "
@@ -146,7 +146,7 @@ def diff_books(
         changes = diff(old, new)
         _print(console, f"{old.version} -> {new.version}: {len(changes)} lines differ", is_json, "bold")
         for change in changes:
-            _print(console, _spell_change(change), is_json, _STYLES[change.kind])
+            _print(console, _format_change(change), is_json, _STYLES[change.kind])
         return 0, {
             "exit_code": 0,
             "before": old.version,
@@ -154,7 +154,7 @@ def diff_books(
             "changes": [
                 {
                     "kind": change.kind,
-                    "fields": changed_fields(change),
+                    "fields": list_changed_fields(change),
                     "before": change.before and line_json(change.before),
                     "after": change.after and line_json(change.after),
                 }
@@ -201,8 +201,8 @@ def line_json(line: PriceLine) -> dict[str, object]:
         "mode": line.mode,
         "effective_from_utc": line.effective_from.isoformat(),
         "effective_to_utc": line.effective_to and line.effective_to.isoformat(),
-        "when": spell_when(line),
-        "prompt_tokens": _spell_tier(line),
+        "when": format_hours(line),
+        "prompt_tokens": _format_tier(line),
         "currency": line.currency,
         "cache_hit_per_mtok": None if line.cache_hit is None else format(line.cache_hit, "f"),
         "cache_miss_per_mtok": format(line.cache_miss, "f"),
@@ -211,11 +211,13 @@ def line_json(line: PriceLine) -> dict[str, object]:
     }
 
 
-def _rows(lines: list[PriceLine]) -> list[str]:
+def _format_rows(lines: list[PriceLine]) -> list[str]:
     """Lines of text, each column as wide as its widest cell; a terminal may be narrower, prices stay readable."""
     rows = [("line", "provider", "model", "hit", "miss", "output", "currency", "holds")]
     for line in lines:
-        holds = " ".join(filter(None, (line.mode if line.mode == "batch" else "", _spell_tier(line), spell_when(line))))
+        holds = " ".join(
+            filter(None, (line.mode if line.mode == "batch" else "", _format_tier(line), format_hours(line)))
+        )
         hit = "unknown" if line.cache_hit is None else format(line.cache_hit, "f")
         prices = (hit, format(line.cache_miss, "f"), format(line.output, "f"))
         rows.append((line.line_id, line.provider, line.model, *prices, line.currency, holds or "always"))
@@ -223,24 +225,25 @@ def _rows(lines: list[PriceLine]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _spell_tier(line: PriceLine) -> str:
+def _format_tier(line: PriceLine) -> str:
     if line.min_prompt_tokens == 0 and line.max_prompt_tokens is None:
         return ""
     return f"{line.min_prompt_tokens}-{'' if line.max_prompt_tokens is None else line.max_prompt_tokens} tokens"
 
 
-def _spell_change(change: Change) -> str:
+def _format_change(change: Change) -> str:
     line = change.line
-    name = " ".join(filter(None, (line.provider, line.model, line.mode, spell_when(line))))
+    name = " ".join(filter(None, (line.provider, line.model, line.mode, format_hours(line))))
     since = line.effective_from.isoformat().replace("+00:00", "Z")
     if change.before is None or change.after is None:
         hit = "unknown" if line.cache_hit is None else line.cache_hit
         prices = f"hit {hit}, miss {line.cache_miss}, output {line.output} {line.currency}"
         return f"{change.kind}: {name} from {since}: {prices}"
-    told = [
-        f"{field} {getattr(change.before, field)} -> {getattr(change.after, field)}" for field in changed_fields(change)
+    changes = [
+        f"{field} {getattr(change.before, field)} -> {getattr(change.after, field)}"
+        for field in list_changed_fields(change)
     ]
-    return f"{change.kind}: {name} from {since}: {', '.join(told)}"
+    return f"{change.kind}: {name} from {since}: {', '.join(changes)}"
 
 
 def _print(console: Console, message: str, is_json: bool, style: str) -> None:

@@ -1,5 +1,6 @@
-"""How a command talks: errors, logs and progress on standard error, one JSON line on standard output, signals.
+"""A command's output, signals and common options.
 
+Errors, logs and progress go to standard error, one JSON line to standard output.
 Every command of `jobs/commands/cli.py` and `jobs/commands/output_commands.py` does its work inside `run_and_report`.
 """
 
@@ -34,7 +35,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the lo
 
 
 def run_and_report(work: Callable[[Console], tuple[int, Answer]], *, is_json: bool, is_debug: bool) -> NoReturn:
-    """Run a command's work, tell its errors, print its JSON line, and leave with its exit code."""
+    """Run a command's work, report its errors, print its JSON line and exit with its code."""
     console = stderr_console()
     is_killed = False
     with _clean_stdout() as stdout, _logging_to(console, is_debug=is_debug):
@@ -42,18 +43,18 @@ def run_and_report(work: Callable[[Console], tuple[int, Answer]], *, is_json: bo
             exit_code, answer = work(console)
         except KeyboardInterrupt:
             is_killed = True
-            exit_code, answer = EXIT_STOPPED, failure_answer(EXIT_STOPPED, "stopped at once by a signal")
+            exit_code, answer = EXIT_STOPPED, make_failure_answer(EXIT_STOPPED, "stopped at once by a signal")
             print_error(console, "stopped at once; finished shards are kept, run the same command again to go on")
         except JobError as error:
-            exit_code, answer = error.exit_code, failure_answer(error.exit_code, str(error))
+            exit_code, answer = error.exit_code, make_failure_answer(error.exit_code, str(error))
             print_error(console, str(error), error if is_debug else None)
-        except Exception as error:  # the last door: a person gets a line, and --debug gets the traceback
+        except Exception as error:  # anything unexpected: one line, and with --debug the traceback
             message = f"{type(error).__name__}: {error}".splitlines()[0]
-            exit_code, answer = EXIT_FAILED, failure_answer(EXIT_FAILED, message)
+            exit_code, answer = EXIT_FAILED, make_failure_answer(EXIT_FAILED, message)
             hint = "" if is_debug else "\nThis is not expected; --debug shows where it happened."
             print_error(console, f"{message}{hint}", error if is_debug else None)
         if is_json:
-            print(json_line(answer), file=stdout, flush=True)
+            print(format_json_line(answer), file=stdout, flush=True)
     if is_killed:
         # A normal exit would wait for Beam's worker threads to finish their bundles.
         sys.stderr.flush()
@@ -61,19 +62,19 @@ def run_and_report(work: Callable[[Console], tuple[int, Answer]], *, is_json: bo
     raise typer.Exit(exit_code)
 
 
-def failure_answer(exit_code: int, message: str) -> Answer:
-    """The JSON line of a command that did not get to its end."""
+def make_failure_answer(exit_code: int, message: str) -> Answer:
+    """The JSON answer of a command that failed or was stopped."""
     status = "incomplete" if exit_code == EXIT_STOPPED else "failed"
     return {"status": status, "exit_code": exit_code, "error": message}
 
 
-def json_line(answer: Answer) -> str:
+def format_json_line(answer: Answer) -> str:
     """An answer as the one line of `--json`."""
     return json.dumps(answer, ensure_ascii=False, separators=(",", ":"))
 
 
 class _StderrConsole(Console):
-    """Standard error, until its reader is gone: a closed pipe ends the talk, not the run (rich would exit with 1)."""
+    """Goes quiet when its reader closes the pipe; rich would exit with 1 and end the run."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -81,12 +82,12 @@ class _StderrConsole(Console):
 
 
 def stderr_console() -> Console:
-    """Standard error for people."""
+    """A console on standard error."""
     return _StderrConsole(stderr=True)
 
 
 def print_error(console: Console, message: str, error: BaseException | None = None) -> None:
-    """An error for a person, with its traceback where one is given."""
+    """Print an error, with its traceback if `error` is given."""
     if error is not None:
         console.print("".join(traceback.format_exception(error)), soft_wrap=True, markup=False, highlight=False)
     first, _, rest = message.partition("\n")

@@ -1,4 +1,4 @@
-"""Facts for a person, a name and a value a line: how summaries, reports, quotes and states are shown."""
+"""Facts for a person, a name and a value a line, as summaries, quotes and run states show them."""
 
 from collections.abc import Iterable
 

@@ -4,7 +4,7 @@ from decimal import Decimal
 
 
 def format_duckdb_command(query: str, path: str) -> str:
-    """A shell line that runs a query over a path, which stands for `{}` in it; both levels of quoting are kept."""
+    """A shell line that runs `query` with `path` in place of `{}`, quoted for SQL and for the shell."""
     sql = query.format(path.replace("'", "''"))
     for special in ("\\", '"', "$", "`"):
         sql = sql.replace(special, f"\\{special}")
@@ -12,7 +12,7 @@ def format_duckdb_command(query: str, path: str) -> str:
 
 
 def format_money(amount: Decimal, currency: str | None) -> str:
-    """An amount to two digits, small ones to three significant digits; the tables hold the exact value."""
+    """Two decimals, or three significant digits below 1."""
     # adjusted() is the exponent of the first digit that is not zero.
     num_digits = 2 if amount == 0 or abs(amount) >= 1 else 2 - amount.adjusted()
     text = f"{amount:,.{num_digits}f}"

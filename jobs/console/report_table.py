@@ -1,7 +1,7 @@
-"""A table of a report, and its ways out: terminal, CSV, Parquet and HTML.
+"""A report's table and its outputs: terminal, CSV, Parquet and HTML.
 
-What stands in a cell may come from anybody's data: a tenant's name can be markup, a spreadsheet's formula or a
-terminal's control sequence. Each way out makes it inert in its own form; numbers stay numbers.
+Cells hold users' data: a tenant's name can be markup, a spreadsheet's formula or a terminal's control sequence. Each
+output escapes them in its own way; numbers stay numbers.
 """
 
 import csv
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moebeam.jobs.console.formats import format_money
-from moebeam.schemas.arrow import parquet_bytes
+from moebeam.schemas.arrow import encode_parquet_file
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.tables import MONEY
 
@@ -53,7 +53,7 @@ class ReportTable:
 
     Attributes:
         name: of its file.
-        note: what a reader has to know to read it right.
+        note: what one must know to read the figures.
     """
 
     name: str
@@ -71,7 +71,7 @@ class ReportTable:
         ]
 
 
-def csv_text(table: ReportTable) -> str:
+def format_csv(table: ReportTable) -> str:
     """A table as CSV with a header; text that a spreadsheet would compute begins with an apostrophe."""
     sink = io.StringIO(newline="")
     writer = csv.writer(sink, lineterminator="\r\n")
@@ -92,32 +92,32 @@ def _inert(text: str) -> str:
     return f"'{text}" if text.startswith(_FORMULA_MARKS) else text
 
 
-def table_bytes(table: ReportTable) -> bytes:
+def encode_parquet(table: ReportTable) -> bytes:
     """A table as Parquet, with the type of each column fixed whatever its values."""
     arrays = [
         pa.array([row[place] for row in table.rows], _ARROW[column.kind]) for place, column in enumerate(table.columns)
     ]
-    return parquet_bytes(pa.table(arrays, names=[column.name for column in table.columns]))
+    return encode_parquet_file(pa.table(arrays, names=[column.name for column in table.columns]))
 
 
-def html_text(title: str, tables: Sequence[ReportTable]) -> str:
+def format_html(title: str, tables: Sequence[ReportTable]) -> str:
     """A page of tables that holds no script and loads nothing."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    return environment.get_template("report.html").render(title=title, tables=tables, spelled=_spelled)
+    return environment.get_template("report.html").render(title=title, tables=tables, format_cell=_format_cell)
 
 
 def print_table(console: Console, table: ReportTable) -> None:
-    """A table for a person; a long one is cut, and says so."""
+    """Print a table; a long one is cut, with a note."""
     console.print(Text(printable(table.title), style="bold"), soft_wrap=True)
-    # A column that says nothing only takes room.
+    # Empty columns only take room.
     places = [place for place in range(len(table.columns)) if any(row[place] is not None for row in table.rows)]
     shown = Table(box=None, padding=(0, 2, 0, 0))
     for column in (table.columns[place] for place in places):
         shown.add_column(column.name, justify="left" if column.kind == "text" else "right", no_wrap=True)
     for row in table.rows[:_MAX_SHOWN_ROWS]:
-        cells = (_spelled(row[place], table.columns[place]) for place in places)
+        cells = (_format_cell(row[place], table.columns[place]) for place in places)
         shown.add_row(*(Text(printable(cell)) for cell in cells))
     # Rich would cut cells to the terminal's width; a line that the terminal wraps still holds its figures.
     wide = Console(file=io.StringIO(), width=_MAX_WIDTH)
@@ -133,12 +133,12 @@ def print_table(console: Console, table: ReportTable) -> None:
 
 
 def printable(text: str) -> str:
-    """A text without what a terminal would obey."""
+    """Replaces control characters, which a terminal would obey, by their codes."""
     return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
 
 
-def _spelled(cell: Cell, column: Column) -> str:
-    """A cell for reading; files hold the exact value."""
+def _format_cell(cell: Cell, column: Column) -> str:
+    """A cell as a person reads it; files hold the exact value."""
     if cell is None:
         return "—" if column.kind != "text" else ""
     if isinstance(cell, Decimal):

@@ -1,11 +1,11 @@
-"""What a run tells the command line: how far it is, how it ended, what a check found.
+"""What the command line shows of a run: its progress, its end, and what a check found.
 
 Plain records between `jobs/run/launch.py`, `jobs/check/preflight.py` and `jobs/commands/cli.py`; no Beam, no torch, no
 console.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from decimal import Decimal
 from typing import Literal
 
@@ -26,12 +26,12 @@ RunStatus = Literal["succeeded", "incomplete", "already_done", "staged"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressSnapshot:
-    """How far a run is; counters include what earlier attempts of the same run had finished.
+    """How far a run is; counters include earlier attempts of the same run.
 
     Attributes:
-        stage: the stage that is at work: `plan` (with read and render), `answer` or `publish`.
-        rows_done: rows that are through this stage, answered or rejected.
-        rows_total: rows this stage will see; None while that is unknown.
+        stage: the current one: `plan` (with read and render), `answer` or `publish`.
+        rows_done: rows that this stage has finished, answered or rejected.
+        rows_total: rows that this stage will see; None while unknown.
         prompt_tokens: tokens of the prompts answered so far, cached ones included.
         cost: what is billed so far; None without a price.
         elapsed_s: seconds since the start of this attempt.
@@ -63,11 +63,11 @@ class RunSummary:
         max_hit_rate: h* of the plan, the largest share of prompt tokens that sharing can save; 0 to 1.
         cost: what is billed; None without a price.
         reason: why the run is incomplete: a key of `[limits]`, or `signal`.
-        message: what a person should know besides, for example why the run is incomplete.
-        num_reused: results that an earlier run's answers became, of `num_results`.
-        cost_wasted: what was billed beside `cost` for answers that were not used; None without any.
-        num_lost_calls: calls that ended without a usage, and that the provider may bill all the same.
-        lost_cost_at_most: what it may bill for them, beside `cost`; None where nobody can say.
+        message: for people, for example why the run is incomplete.
+        num_reused: how many of `num_results` are answers of an earlier run.
+        cost_wasted: billed on top of `cost` for answers that were not used; None if none.
+        num_lost_calls: calls that returned no usage, but that the provider may bill.
+        lost_cost_at_most: most that it may bill for them, on top of `cost`; None if unknown.
     """
 
     status: RunStatus
@@ -75,20 +75,20 @@ class RunSummary:
     run_id: str
     output: str
     rows_in: int | None
-    num_results: int
-    num_rejects: int
-    num_unreadable: int
-    rejects_by_type: Mapping[str, int]
-    prompt_tokens: int
-    cached_tokens: int | None
-    computed_tokens: int | None
-    completion_tokens: int
-    reasoning_tokens: int
-    max_hit_rate: float | None
-    cost: Decimal | None
-    cost_allocated: Decimal | None
-    cost_basis: str | None
-    currency: str | None
+    num_results: int = 0
+    num_rejects: int = 0
+    num_unreadable: int = 0
+    rejects_by_type: Mapping[str, int] = field(default_factory=dict[str, int])
+    prompt_tokens: int = 0
+    cached_tokens: int | None = 0
+    computed_tokens: int | None = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    max_hit_rate: float | None = None
+    cost: Decimal | None = None
+    cost_allocated: Decimal | None = None
+    cost_basis: str | None = None
+    currency: str | None = None
     price_book: str | None
     elapsed_s: float
     message: str | None = None
@@ -100,7 +100,7 @@ class RunSummary:
 
     def to_json(self) -> dict[str, object]:
         """The record as JSON values: decimals as plain strings, rejects by type in order of name."""
-        return {field.name: json_value(getattr(self, field.name)) for field in fields(self)}
+        return {each.name: json_value(getattr(self, each.name)) for each in fields(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,10 +130,10 @@ class CheckReport:
 
     def to_json(self) -> dict[str, object]:
         """The record as JSON values."""
-        return {field.name: json_value(getattr(self, field.name)) for field in fields(self)}
+        return {each.name: json_value(getattr(self, each.name)) for each in fields(self)}
 
 
-def exit_code_of(
+def choose_exit_code(
     *, is_complete: bool, rows_in: int, num_rejects: int, num_unreadable: int, max_reject_share: float
 ) -> int:
     """The exit code of a run that neither failed nor was refused.

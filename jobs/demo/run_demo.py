@@ -10,14 +10,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
 from moebeam.jobs.commands.cli import run_command
-from moebeam.jobs.demo.tickets import SYSTEM_PROMPT, USER_TEMPLATE, expected_answers, generate_tickets, tickets_table
+from moebeam.jobs.demo.tickets import (
+    SYSTEM_PROMPT,
+    USER_TEMPLATE,
+    generate_tickets,
+    list_expected_answers,
+    make_tickets_table,
+)
+from moebeam.schemas.extras import require_extra
 
 SEED = 2026
 NUM_SHOWN = 5
@@ -39,6 +45,8 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=2000, help="tickets to generate")
     parser.add_argument("--folder", type=Path, default=Path("demo_run"), help="where everything is written")
     arguments = parser.parse_args()
+    for extra in ("torch", "duckdb"):
+        require_extra(extra, "the demo")
     folder: Path = arguments.folder
     expected = write_demo(folder, arguments.rows)
     console = Console(soft_wrap=True)
@@ -53,16 +61,18 @@ def write_demo(folder: Path, num_rows: int) -> dict[str, str]:
     """Write tickets, job file, schema and prices into a folder; returns the right answers by ticket id."""
     folder.mkdir(parents=True, exist_ok=True)
     tickets = generate_tickets(num_rows, seed=SEED, split="held_out", num_customers=max(1, num_rows // 10))
-    pq.write_table(tickets_table(tickets), folder / "tickets.parquet", row_group_size=100)
+    pq.write_table(make_tickets_table(tickets), folder / "tickets.parquet", row_group_size=100)
     job = (_HERE / "job.toml").read_text().replace("@SYSTEM@", SYSTEM_PROMPT).replace("@TEMPLATE@", USER_TEMPLATE)
     (folder / "job.toml").write_text(job)
     for name in ("ticket.schema.json", "prices.csv"):
         shutil.copyfile(_HERE / name, folder / name)
-    return expected_answers(tickets)
+    return list_expected_answers(tickets)
 
 
 def show_answers(console: Console, output: Path, expected: dict[str, str]) -> None:
     """Print five answers, how many are right, and an analyst's query with its result."""
+    import duckdb  # only the demo needs it
+
     results = pq.read_table(output / "results").sort_by("custom_id")
     table = Table(title=f"{NUM_SHOWN} of {results.num_rows} answers")
     table.add_column("ticket", no_wrap=True)

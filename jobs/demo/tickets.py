@@ -167,7 +167,7 @@ def expand_wording(wording: str, rng: random.Random) -> str:
     return _ALTERNATIVES.sub(lambda match: rng.choice(match.group(1).split("|")), wording)
 
 
-def tickets_table(tickets: Sequence[Ticket]) -> pa.Table:
+def make_tickets_table(tickets: Sequence[Ticket]) -> pa.Table:
     """The input of a job: what a user has, without the answers."""
     return pa.table(
         {
@@ -183,7 +183,7 @@ def tickets_table(tickets: Sequence[Ticket]) -> pa.Table:
     )
 
 
-def expected_answers(tickets: Sequence[Ticket]) -> dict[str, str]:
+def list_expected_answers(tickets: Sequence[Ticket]) -> dict[str, str]:
     """Expected JSON by ticket id."""
     return {ticket.ticket_id: ticket.answer_json for ticket in tickets}
 
@@ -196,7 +196,7 @@ def answer_schema() -> Mapping[str, object]:
         "tier": {"enum": list(wordings.TIERS)},
     }
     properties: dict[str, object] = {
-        "customer": _closed_object(customer),
+        "customer": _make_closed_object(customer),
         "product": {"enum": list(PRODUCTS)},
         "category": {"enum": list(CATEGORIES)},
         "priority": {"enum": list(PRIORITIES)},
@@ -209,7 +209,7 @@ def answer_schema() -> Mapping[str, object]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Support ticket",
-        **_closed_object(properties),
+        **_make_closed_object(properties),
     }
 
 
@@ -218,7 +218,7 @@ def write_schema(path: Path = SCHEMA_PATH) -> None:
     path.write_text(json.dumps(answer_schema(), indent=2) + "\n", encoding="utf-8")
 
 
-def _closed_object(properties: Mapping[str, object]) -> dict[str, object]:
+def _make_closed_object(properties: Mapping[str, object]) -> dict[str, object]:
     return {
         "type": "object",
         "properties": dict(properties),

@@ -223,7 +223,7 @@ TRAIN = Wordings(
     money=(
         "[The amount|The sum] [in question|concerned] is {money}.",
         "[It|This] [cost|has cost] us {money}[| so far].",
-        "We [are talking|run_and_report] about {money}.",
+        "We [are talking|speak] about {money}.",
         "[Amount|Sum]: {money}.",
         "We [paid|were charged|lost] {money}.",
         "[In total|Altogether|Up to now] [it took|this is|we lost] {money}.",

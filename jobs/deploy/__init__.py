@@ -1,1 +1,1 @@
-"""Runners beyond this process."""
+"""Runs jobs on Flink, Dataflow and other job servers."""

@@ -1,7 +1,7 @@
-"""Runs through a Beam job server (Flink, Spark): what they need beyond Beam's defaults, checked before they start.
+"""Prepares runs through a Beam job server (Flink, Spark): sets what Beam's defaults lack, and checks the server.
 
-Stands between the command line's options and *launch*. A wrong address costs Beam minutes of silence or a stack trace;
-here it costs seconds and is named.
+Called by `jobs/run/launch.py` before the pipeline. With a wrong address, Beam waits silently for minutes or prints a
+stack trace; here the error takes seconds and names the address.
 """
 
 import grpc
@@ -12,9 +12,9 @@ from moebeam.schemas.errors import ClusterUnavailable, JobFileError
 
 ANSWER_TIMEOUT_S = 15.0
 KEEP_WORKERS_MS = 8_000
-"""How long a step's workers wait for the job's next step; new ones would load their libraries, and a model, again.
+"""How long a step's workers wait for the next step; new workers would reload libraries and model.
 
-Less than a cluster pauses before it restarts a job: the runner forgets a worker that died only with all others."""
+Shorter than a cluster's pause before it restarts a job: the runner forgets a dead worker only along with all others."""
 
 FLINK_RUNNER = "moebeam.jobs.deploy.flink.runner.FlinkRunner"
 
@@ -23,11 +23,11 @@ _NO_FREEZE = "disable_logging_submission_environment"
 
 
 def prepare_job_service(options: PipelineOptions) -> None:
-    """Fill in what a run through a job service needs, and see that the service answers; other runs are left alone.
+    """Complete the options of a run through a job service and check that it answers; no-op for other runs.
 
     Raises:
-        JobFileError: the runner needs an address that the command does not give.
-        ClusterUnavailable: nothing that takes Beam jobs answers at the address.
+        JobFileError: the runner needs an address that the command lacks.
+        ClusterUnavailable: no Beam job service answers at the address.
     """
     standard, portable = options.view_as(StandardOptions), options.view_as(PortableOptions)
     runner = str(standard.runner).lower()
@@ -38,7 +38,7 @@ def prepare_job_service(options: PipelineOptions) -> None:
         standard.runner = FLINK_RUNNER
     if not int(portable.environment_cache_millis):
         portable.environment_cache_millis = KEEP_WORKERS_MS
-    # Beam would run `pip freeze` and send what it finds along with every job.
+    # Beam would run `pip freeze` and send its output with every job.
     options.view_as(DebugOptions).add_experiment(_NO_FREEZE)
     if portable.job_endpoint not in (None, "embed"):
         check_job_endpoint(str(portable.job_endpoint))
@@ -47,7 +47,7 @@ def prepare_job_service(options: PipelineOptions) -> None:
 
 
 def check_job_endpoint(address: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
-    """Ask a job server what it can do.
+    """Query a job server for its capabilities.
 
     Raises:
         JobFileError: the address is not a host and a port.
@@ -64,13 +64,13 @@ def check_job_endpoint(address: str, *, timeout_s: float = ANSWER_TIMEOUT_S) -> 
             )
         except grpc.RpcError as error:
             raise ClusterUnavailable(
-                f"--job_endpoint={address}: expected a Beam job server, found {spell_rpc_error(error)}\n"
+                f"--job_endpoint={address}: expected a Beam job server, found {format_rpc_error(error)}\n"
                 "Is the job server running, and is this its job port, not its artifact port or Flink's web port?"
             ) from error
 
 
-def spell_rpc_error(error: grpc.RpcError) -> str:
-    """What a remote call ended with, in a line."""
+def format_rpc_error(error: grpc.RpcError) -> str:
+    """Format the error of a remote call on one line."""
     if isinstance(error, grpc.Call):
         code, details = error.code(), error.details()
         return f"{code.name.lower().replace('_', ' ')} ({details})" if details else code.name.lower()

@@ -1,1 +1,1 @@
-"""What a run's folder says about its run."""
+"""Reads, cleans and exports a run's output folder."""

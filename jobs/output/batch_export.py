@@ -1,9 +1,8 @@
 """A run's answers as the two files of OpenAI's Batch API: `output.jsonl` and `error.jsonl`.
 
-Part of `moebeam export OUTPUT --openai-batch FOLDER`, after *publish*. Specification: OpenAI's batch request output
-object, whose body is a chat completion. Every row of results is a line of the one file, every row of rejects a line of
-the other, in the tables' order; the same run gives the same bytes. Held in memory are some hundred rows and the times
-of one shard.
+Implements `moebeam export OUTPUT --openai-batch FOLDER`, after *publish*. Specification: OpenAI's batch request output
+object, whose body is a chat completion. Each result is a line of the first file and each reject a line of the second,
+in the tables' order; the same run gives the same bytes. Memory holds a few hundred rows and the times of one shard.
 """
 
 import json
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 
 from moebeam.jobs.output.run_record import RunRecord
 from moebeam.jobs.output.run_state import read_manifest
-from moebeam.schemas.arrow import values_of
+from moebeam.schemas.arrow import list_values
 from moebeam.schemas.canonical import Json, fingerprint
 from moebeam.schemas.errors import CommitError, JobFileError, OutputError
 from moebeam.schemas.store import storage
@@ -31,11 +30,11 @@ ERROR_FILE = "error.jsonl"
 
 _BATCH_ROWS = 256
 _LEAST_LOGPROB = -9999.0
-"""What OpenAI writes for a token that is all but impossible; JSON has no infinity."""
+"""OpenAI's value for a token of almost no probability; JSON has no infinity."""
 
 _OPENAI_FINISH_REASONS = ("stop", "length", "tool_calls", "content_filter")
 _LINE_BREAKS = str.maketrans({"\u0085": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
-"""JSON leaves these raw inside strings, and readers that go by Unicode's lines would break there."""
+"""JSON allows these unescaped in strings, but readers that split at Unicode line breaks would break there."""
 
 _STATUS_CODES: Mapping[str, int] = {
     "refused": 400,
@@ -46,7 +45,7 @@ _STATUS_CODES: Mapping[str, int] = {
     "engine_timeout": 504,
     "malformed_response": 502,
 }
-"""Error type -> HTTP status of a response that brought no answer; 500 for the others."""
+"""Error type -> HTTP status of a response without an answer; 500 for all others."""
 
 _COLUMNS = (
     "custom_id",
@@ -80,7 +79,7 @@ AnswerTimes: TypeAlias = Mapping[str, int]
 
 @dataclass(frozen=True, slots=True)
 class BatchExport:
-    """What was written, and of how much of a run."""
+    """The written files, and how complete the run is."""
 
     run_status: Literal["complete", "incomplete"]
     output_file: str
@@ -105,28 +104,28 @@ class _ShardFile:
 
 
 _Shard: TypeAlias = Mapping[Table, _ShardFile]
-"""A shard's files; a table without rows has none."""
+"""A shard's files; an empty table has none."""
 
 
 def export_batch(record: RunRecord, folder: str, *, is_partial: bool = False) -> BatchExport:
-    """Write both files of a run into a folder; older ones of the same names are replaced.
+    """Write both files of a run into a folder, replacing older ones.
 
     Args:
         folder: on disk or in an object store.
-        is_partial: whether a run that is not finished is exported as far as its shards are committed.
+        is_partial: export the committed shards of an unfinished run.
     Raises:
-        JobFileError: the folder is one that the run keeps for itself.
-        OutputError: the run is not finished, a file of it is missing or damaged, or the folder cannot be written.
+        JobFileError: the folder is one of the run's own.
+        OutputError: the run is unfinished, one of its files is missing or damaged, or the folder cannot be written.
     """
     layout = record.layout
     _check_folder(layout, folder)
-    status, shards = _shards(layout, is_partial=is_partial)
+    status, shards = _find_shards(layout, is_partial=is_partial)
     output_file, error_file = storage.join(folder, OUTPUT_FILE), storage.join(folder, ERROR_FILE)
     num_answers = num_errors = 0
     try:
         with streamed_file(output_file) as write_answer, streamed_file(error_file) as write_error:
             for shard in shards:
-                times = _answer_times(shard)
+                times = _read_answer_times(shard)
                 num_answers += _write_rows(shard, "results", write_answer, times)
                 num_errors += _write_rows(shard, "rejects", write_error, times)
     except OSError as error:
@@ -136,38 +135,38 @@ def export_batch(record: RunRecord, folder: str, *, is_partial: bool = False) ->
 
 def _check_folder(layout: RunLayout, folder: str) -> None:
     for own in (layout.state, *map(layout.table, TABLES)):
-        if f"{storage.spelled(folder)}/".startswith(f"{storage.spelled(own)}/"):
+        if f"{storage.normalize_path(folder)}/".startswith(f"{storage.normalize_path(own)}/"):
             raise JobFileError(
                 f"--openai-batch: expected a folder outside of {own}, which is the run's, found {folder}"
             )
 
 
-def _shards(layout: RunLayout, *, is_partial: bool) -> tuple[Literal["complete", "incomplete"], list[_Shard]]:
-    """The files of a run, shard by shard in the tables' order."""
+def _find_shards(layout: RunLayout, *, is_partial: bool) -> tuple[Literal["complete", "incomplete"], list[_Shard]]:
+    """Find the files of a run, shard by shard, in the tables' order."""
     manifest = read_manifest(layout)
     if manifest is not None and manifest["status"] == "complete":
-        return "complete", _manifest_shards(layout, manifest)
+        return "complete", _read_manifest_shards(layout, manifest)
     if is_partial:
-        return "incomplete", list(_committed_shards(layout))
+        return "incomplete", list(_read_committed_shards(layout))
     raise OutputError(
         f"{layout.output}: expected a finished run, found one that is not; moebeam resume {layout.output} finishes it, "
         "--partial exports what is committed"
     )
 
 
-def _manifest_shards(layout: RunLayout, manifest: Mapping[str, Any]) -> list[_Shard]:
+def _read_manifest_shards(layout: RunLayout, manifest: Mapping[str, Any]) -> list[_Shard]:
     found: dict[str, dict[Table, _ShardFile]] = {}
     for table in TABLES:
         for file in manifest["files"][table]:
             path = storage.join(layout.output, file["path"])
-            # Tables of one shard have one name; the ledger's files of wasted work have names of their own.
+            # A shard's tables share one name; ledger files of wasted work have other names.
             name = path.rpartition("/")[2]
             if table != "ledger" or name in found:
                 found.setdefault(name, {})[table] = _ShardFile(path, file["num_rows"])
     return [found[name] for name in sorted(found)]
 
 
-def _committed_shards(layout: RunLayout) -> Iterator[_Shard]:
+def _read_committed_shards(layout: RunLayout) -> Iterator[_Shard]:
     try:
         for name in storage.list_names(layout.commits, ".json"):
             commit = read_commit(layout, name.removesuffix(".json"))
@@ -175,7 +174,7 @@ def _committed_shards(layout: RunLayout) -> Iterator[_Shard]:
                 raise OutputError(f"{layout.shard_commit(name)}: expected a commit record, found none")
             shard: dict[Table, _ShardFile] = {}
             for file in commit.files:
-                published = layout.published(file.table, commit.shard)
+                published = layout.published_file(file.table, commit.shard)
                 is_published = storage.exists(published)
                 path = published if is_published else storage.join(layout.output, file.path)
                 shard[file.table] = _ShardFile(path, file.num_rows)
@@ -184,11 +183,11 @@ def _committed_shards(layout: RunLayout) -> Iterator[_Shard]:
         raise OutputError(f"{layout.output}: its commits cannot be read: {error}") from error
 
 
-def _batches(file: _ShardFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """The batches of a table's file, some columns only.
+def _read_batches(file: _ShardFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Read some columns of a table's file.
 
     Raises:
-        OutputError: the file is missing, damaged, or of a version that has other columns.
+        OutputError: the file is missing, damaged, or of a version with other columns.
     """
     try:
         with storage.open_input(file.path) as source, pq.ParquetFile(source, pre_buffer=False) as parquet:
@@ -202,44 +201,44 @@ def _batches(file: _ShardFile, columns: Sequence[str]) -> Iterator[pa.RecordBatc
         raise OutputError(f"{file.path}: expected a table of the run, found: {error}") from error
 
 
-def _answer_times(shard: _Shard) -> AnswerTimes:
-    """When each request of a shard was answered; the rows that were asked have lines in the ledger, no others."""
+def _read_answer_times(shard: _Shard) -> AnswerTimes:
+    """Read when each request of a shard was answered; only rows sent to the model have ledger lines."""
     times: dict[str, int] = {}
     names = ("custom_id", "started_at", "latency_ms")
-    for batch in _batches(shard["ledger"], names) if "ledger" in shard else ():
-        columns = (values_of(batch, name) for name in names)
+    for batch in _read_batches(shard["ledger"], names) if "ledger" in shard else ():
+        columns = (list_values(batch, name) for name in names)
         for custom_id, started_at, latency_ms in zip(*columns, strict=True):
-            # Attempts of one row stand in their order, so the last one stays.
+            # A row's attempts are in order, so the last one wins.
             times[custom_id] = math.floor(started_at.timestamp() + (latency_ms or 0.0) / 1000)
     return times
 
 
 def _write_rows(shard: _Shard, table: Table, write: Write, times: AnswerTimes) -> int:
-    line_of = answer_line if table == "results" else error_line
+    make_line = answer_line if table == "results" else error_line
     num_rows = 0
-    for batch in _batches(shard[table], _COLUMNS) if table in shard else ():
-        write("".join(json_line(line_of(row, times)) for row in batch.to_pylist()).encode())
+    for batch in _read_batches(shard[table], _COLUMNS) if table in shard else ():
+        write("".join(format_line(make_line(row, times)) for row in batch.to_pylist()).encode())
         num_rows += batch.num_rows
     return num_rows
 
 
-def json_line(value: Json) -> str:
-    """A JSON value as one line, whatever a reader takes for the end of a line."""
+def format_line(value: Json) -> str:
+    """Format a JSON value as one line, for every definition of a line end."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.translate(_LINE_BREAKS) + "\n"
 
 
 def answer_line(row: Row, times: AnswerTimes) -> dict[str, Json]:
-    """The line of a row of results."""
+    """Build the line of a result."""
     digest = _digest(row)
     return _line(row, digest, _response(digest, 200, _chat_completion(row, digest, times)), None)
 
 
 def error_line(row: Row, times: AnswerTimes) -> dict[str, Json]:
-    """The line of a row of rejects.
+    """Build the line of a reject.
 
-    A row that the model was never asked has no response. One whose answer was not accepted has that answer, with the
-    status 200: it came, and was paid. One that got no answer has the status of that failure.
+    A row that was never sent has no response. A row whose answer was not accepted has that answer with status 200,
+    because it arrived and was billed. A row without an answer has the status of its failure.
     """
     digest = _digest(row)
     message = row["error_message"]
@@ -264,7 +263,7 @@ def _response(digest: str, status_code: int, body: Json) -> Json:
 
 
 def _digest(row: Row) -> str:
-    """What a row is named by: its place in the input, since repeated ids are rejected under one custom_id."""
+    """Derive a row's id from its place in the input, because rejected duplicates share a custom_id."""
     return fingerprint([row["run_id"], row["source_file"], row["source_row"], row["scope"]])[:32]
 
 
@@ -290,7 +289,7 @@ def _chat_completion(row: Row, digest: str, times: AnswerTimes) -> Json:
     return {
         "id": f"chatcmpl-{digest}",
         "object": "chat.completion",
-        # A row that was taken over from an earlier run was not answered in this one.
+        # A row reused from an earlier run was not answered in this one.
         "created": times.get(row["merged_into"] or row["custom_id"], 0),
         "model": row["model"] or "",
         "choices": [
@@ -307,7 +306,7 @@ def _chat_completion(row: Row, digest: str, times: AnswerTimes) -> Json:
 
 
 def _logprobs(logprobs: Sequence[float] | None) -> Json:
-    """The tokens' numbers; what the tokens spell is not kept by a run."""
+    """Log probabilities without token texts, which a run does not keep."""
     if logprobs is None:
         return None
     return {
@@ -325,7 +324,7 @@ def _logprobs(logprobs: Sequence[float] | None) -> Json:
 
 
 def _usage(row: Row) -> Json:
-    """All attempts of a row together; unknown cached tokens are null, not zero."""
+    """Usage of all attempts of a row; unknown cached tokens are null, not zero."""
     prompt, completion, cached = row["prompt_tokens"], row["completion_tokens"], row["cached_tokens"]
     return {
         "prompt_tokens": prompt,

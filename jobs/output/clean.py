@@ -1,7 +1,7 @@
-"""`moebeam clean`: removes what attempts that are gone left behind, and prompts that were kept long enough.
+"""`moebeam clean`: removes leftovers of ended attempts, and prompts past their retention.
 
-Never touched: results, rejects, ledger, manifest, commits, and the tables of committed shards that are not published
-yet. Nothing is removed while anybody is at work on the run.
+It never touches results, rejects, ledger, manifest, commits, or unpublished tables of committed shards, and removes
+nothing while a launcher or worker is active.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from moebeam.jobs.console.formats import format_bytes
 from moebeam.jobs.output.run_record import RunRecord
-from moebeam.jobs.output.run_state import launchers_folder, modified_at, read_manifest, signs_of_life
+from moebeam.jobs.output.run_state import find_signs_of_life, launchers_folder, read_manifest, read_modified_at
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
@@ -24,15 +24,14 @@ from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.publish.manifest import passing_files
 
 RETENTION_DAYS = 30.0
-"""How long the plan and the journals of a finished run are kept, which hold its prompts and answers; `retry-failed`
-needs the plan."""
+"""Retention of a finished run's plan and journals, which hold prompts and answers; `retry-failed` needs the plan."""
 
 _DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """Files of one kind that are to go."""
+    """Files of one kind to remove."""
 
     what: str
     paths: tuple[str, ...]
@@ -41,10 +40,10 @@ class Removal:
 
 @dataclass(frozen=True, slots=True)
 class CleanPlan:
-    """What a cleaning removes.
+    """What `clean` removes.
 
     Attributes:
-        kept: what was left although one might expect it to go, and why.
+        kept: what stays unexpectedly, and why.
     """
 
     output: str
@@ -74,26 +73,28 @@ class CleanPlan:
 
 
 def plan_cleaning(record: RunRecord, older_than_days: float = RETENTION_DAYS) -> CleanPlan:
-    """Find what can go.
+    """Find what can be removed.
 
     Args:
-        older_than_days: a finished run's plan and journals go when the run ended so long ago.
+        older_than_days: age of a finished run at which its plan and journals are removed.
     Raises:
-        OutputError: somebody is at work on the run, or its files cannot be looked at.
+        OutputError: the run is active, or its files cannot be read.
     """
     layout = record.layout
     try:
-        life = signs_of_life(layout)
+        life = find_signs_of_life(layout)
         if life.is_alive:
             raise OutputError(
                 f"{layout.output}: the run is at work ({'; '.join(life.who)}); clean it when it has ended"
             )
         manifest = read_manifest(layout)
         is_complete = manifest is not None and manifest["status"] == "complete"
-        removals = list(_leftovers(layout, is_complete=is_complete))
+        removals = list(_find_leftovers(layout, is_complete=is_complete))
         kept: list[str] = []
-        plans = [entry for entry in _below(layout.plan) if entry[0].endswith(".arrow") and "/runs/" not in entry[0]]
-        journals = _below(layout.journal)
+        plans = [
+            entry for entry in _list_files(layout.plan) if entry[0].endswith(".arrow") and "/runs/" not in entry[0]
+        ]
+        journals = _list_files(layout.journal)
         what = " and ".join(
             [*(["the plan, with its prompts"] if plans else []), *(["the journals, with answers"] if journals else [])]
         )
@@ -101,20 +102,20 @@ def plan_cleaning(record: RunRecord, older_than_days: float = RETENTION_DAYS) ->
             them = "them" if journals else "it"
             kept.append(f"{what}: the run is not finished and needs {them} to resume")
         elif what:
-            age_days = _age_days(layout)
+            age_days = _read_age_days(layout)
             if age_days is not None and age_days >= older_than_days:
-                removals.append(_removal("plans, which hold prompts", plans))
-                removals.append(_removal("journals of answers, which are in the tables", journals))
+                removals.append(_make_removal("plans, which hold prompts", plans))
+                removals.append(_make_removal("journals of answers, which are in the tables", journals))
             else:
-                told = "an unknown time" if age_days is None else f"{age_days:.0f} days"
-                kept.append(f"{what}: the run ended {told} ago, less than {older_than_days:g} days")
+                age = "an unknown time" if age_days is None else f"{age_days:.0f} days"
+                kept.append(f"{what}: the run ended {age} ago, less than {older_than_days:g} days")
     except OSError as error:
         raise OutputError(f"{layout.output}: cannot be looked at: {error}") from error
     return CleanPlan(layout.output, tuple(removal for removal in removals if removal.paths), tuple(kept))
 
 
 def print_cleaning(console: Console, plan: CleanPlan) -> None:
-    """What goes and what stays, for a person."""
+    """Print what is removed and what is kept."""
     if not plan.removals:
         console.print("nothing to remove", highlight=False)
     for removal in plan.removals:
@@ -127,10 +128,10 @@ def print_cleaning(console: Console, plan: CleanPlan) -> None:
 
 
 def clean(plan: CleanPlan) -> None:
-    """Remove what was found; files that are gone already are no error.
+    """Remove the planned files; missing ones are ignored.
 
     Raises:
-        OutputError: something could not be removed.
+        OutputError: a file cannot be removed.
     """
     try:
         for removal in plan.removals:
@@ -138,7 +139,7 @@ def clean(plan: CleanPlan) -> None:
         layout = RunLayout(plan.output)
         states = (layout.staging, layout.sorted_runs, layout.leases, layout.progress, layout.journal)
         for folder in (*states, launchers_folder(layout)):
-            if not _below(folder):
+            if not _list_files(folder):
                 storage.remove_tree(folder)
     except OSError as error:
         raise OutputError(f"{plan.output}: could not be cleaned to the end: {error}") from error
@@ -147,23 +148,23 @@ def clean(plan: CleanPlan) -> None:
 _Entry = tuple[str, Mapping[str, Any]]
 
 
-def _leftovers(layout: RunLayout, *, is_complete: bool) -> Iterator[Removal]:
-    """What nobody needs once nobody is at work."""
-    needed = set[str]() if is_complete else _committed_files(layout)
-    staged = [entry for entry in _below(layout.staging) if entry[0].rpartition("/")[2] not in needed]
-    yield _removal("staged tables of attempts that were not committed", staged)
+def _find_leftovers(layout: RunLayout, *, is_complete: bool) -> Iterator[Removal]:
+    """Find files that no later attempt needs."""
+    needed = set[str]() if is_complete else _list_committed_files(layout)
+    staged = [entry for entry in _list_files(layout.staging) if entry[0].rpartition("/")[2] not in needed]
+    yield _make_removal("staged tables of attempts that were not committed", staged)
     if is_complete or read_plan(layout) is not None:
-        yield _removal("sorted runs of the plan", _below(layout.sorted_runs))
-    yield _removal("leases", _below(layout.leases))
-    yield _removal("heartbeats", [*_below(layout.progress), *_below(launchers_folder(layout))])
+        yield _make_removal("sorted runs of the plan", _list_files(layout.sorted_runs))
+    yield _make_removal("leases", _list_files(layout.leases))
+    yield _make_removal("heartbeats", [*_list_files(layout.progress), *_list_files(launchers_folder(layout))])
     if is_complete:
-        yield _removal("records of waste, whose lines are in the ledger", _below(waste_folder(layout)))
-    temporaries = [entry for path in passing_files(layout) for entry in _below(path)]
-    yield _removal("temporary files of writers that were killed", temporaries)
+        yield _make_removal("records of waste, whose lines are in the ledger", _list_files(waste_folder(layout)))
+    temporaries = [entry for path in passing_files(layout) for entry in _list_files(path)]
+    yield _make_removal("temporary files of writers that were killed", temporaries)
 
 
-def _committed_files(layout: RunLayout) -> set[str]:
-    """Names of the staged files that commits name."""
+def _list_committed_files(layout: RunLayout) -> set[str]:
+    """List the staged files that commits name."""
     names: set[str] = set()
     for name in storage.list_names(layout.commits, ".json"):
         commit = read_commit(layout, name.removesuffix(".json"))
@@ -171,18 +172,18 @@ def _committed_files(layout: RunLayout) -> set[str]:
     return names
 
 
-def _below(folder: str) -> Sequence[_Entry]:
-    """All files below a folder; none if there is no such folder."""
+def _list_files(folder: str) -> Sequence[_Entry]:
+    """List all files below a folder; empty if there is no such folder."""
     with contextlib.suppress(FileNotFoundError):
         return storage.list_files(folder)
     return []
 
 
-def _removal(what: str, entries: Sequence[_Entry]) -> Removal:
+def _make_removal(what: str, entries: Sequence[_Entry]) -> Removal:
     return Removal(what, tuple(path for path, _ in entries), sum(int(info.get("size") or 0) for _, info in entries))
 
 
-def _age_days(layout: RunLayout) -> float | None:
-    """How long ago the manifest was written; None if the store does not tell."""
-    instants = [modified_at(info) for _, info in storage.list_files(layout.manifest)]
+def _read_age_days(layout: RunLayout) -> float | None:
+    """Days since the manifest was written; None if the store gives no time."""
+    instants = [read_modified_at(info) for _, info in storage.list_files(layout.manifest)]
     return None if not instants or instants[0] is None else (time.time() - instants[0]) / _DAY_S

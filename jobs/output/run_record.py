@@ -1,8 +1,8 @@
-"""What an output folder keeps of its job, so that the run can be shown, resumed and retried from the folder alone.
+"""Job and input records in an output folder, from which a run can be shown, resumed and retried.
 
-`_moebeam/job.json` holds the identity (`jobs/check/identity.py`), the job as its last attempt read it, and the trial's
-limit; `_moebeam/input.json` what the scan of the input found. Neither holds a secret: credentials come from the
-environment, and a path that carries one is refused before the run.
+`_moebeam/job.json` holds the identity (`jobs/check/identity.py`), the job as the last attempt read it, and the trial's
+limit; `_moebeam/input.json` holds the input scan. Neither contains secrets: credentials come from the environment, and
+paths with credentials are refused before the run.
 """
 
 import base64
@@ -25,7 +25,7 @@ from moebeam.schemas.store.record_json import RecordJson
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.reuse import ReuseSource
 from moebeam.transforms.plan.plan_record import read_plan
-from moebeam.transforms.read.input_scan import InputFormat, InputScan, InputUnit, files_fingerprint, input_files
+from moebeam.transforms.read.input_scan import InputFormat, InputScan, InputUnit, files_fingerprint, identify_files
 
 _NUM_SHOWN_FILES = 3
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+", re.IGNORECASE)
@@ -33,7 +33,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class RetryOf:
-    """Which rejects of which run a run answers again; `kinds` are error types, sorted."""
+    """The rejects that a run retries, and their run; `kinds` are sorted error types."""
 
     output: str
     run_id: str
@@ -41,18 +41,18 @@ class RetryOf:
 
     @property
     def identity(self) -> Json:
-        """What makes two retries the same; the folder may have been moved."""
+        """The identity of a retry; independent of where the folder lies."""
         return {"run_id": self.run_id, "kinds": list(self.kinds)}
 
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """What a run was asked to do; each of its attempts is asked the same.
+    """The request behind a run; the same for all of its attempts.
 
     Attributes:
-        limit: answer only the first so many rows, as a trial.
+        limit: for a trial, answer only this many rows from the start.
         retry_of: answer these rejects of an earlier run instead of the input.
-        reuse: take over what this earlier run answered.
+        reuse: reuse the answers of this earlier run.
     """
 
     job: Job
@@ -61,7 +61,7 @@ class RunRequest:
     reuse: ReuseSource | None = None
 
     def to_json(self, currency: str | None) -> dict[str, Json]:
-        """What `job.json` holds beside the identity; `currency` is that of the price that holds now, if any."""
+        """Build the contents of `job.json` besides the identity; `currency` is that of the current price, if any."""
         return {
             "job": self.job.model_dump(mode="json", by_alias=True),
             "folder": self.job.folder,
@@ -79,7 +79,7 @@ class RunRecord:
 
     Attributes:
         parts: the identity's digests by name.
-        request: with the job as the last attempt read it, and this folder as its output.
+        request: with the job as the last attempt read it and this folder as output.
         currency: of the price that applied at the start; None without a price book.
     """
 
@@ -91,16 +91,16 @@ class RunRecord:
 
 
 def read_record(output: str) -> RunRecord:
-    """Read what a folder keeps of its run.
+    """Read the record of the run in a folder.
 
     Raises:
-        OutputError: there is no such folder, it holds no run, or its record cannot be understood.
+        OutputError: no such folder, no run in it, or an invalid record.
     """
     layout = RunLayout(output)
     try:
         content = storage.read_bytes(layout.job)
     except FileNotFoundError as error:
-        raise OutputError(_why_no_run(layout)) from error
+        raise OutputError(_explain_missing_run(layout)) from error
     except OSError as error:
         raise OutputError(f"{output}: cannot be looked at: {error}") from error
     try:
@@ -118,7 +118,7 @@ def read_record(output: str) -> RunRecord:
             parts={str(name): str(part) for name, part in found["parts"].items()},
             run_id=str(found["fingerprint"])[:16],
             request=RunRequest(
-                job if found["folder"] is None else job.located(found["folder"]),
+                job if found["folder"] is None else job.in_folder(found["folder"]),
                 limit=found["limit"],
                 retry_of=retry and RetryOf(retry["output"], retry["run_id"], tuple(retry["kinds"])),
                 reuse=found.get("reuse") and ReuseSource(**found["reuse"]),
@@ -133,7 +133,7 @@ def read_record(output: str) -> RunRecord:
         raise OutputError(f"{layout.job}: expected the record of a run, found a damaged file: {error!r}") from error
 
 
-def _why_no_run(layout: RunLayout) -> str:
+def _explain_missing_run(layout: RunLayout) -> str:
     output = layout.output
     with contextlib.suppress(OSError):
         if not storage.is_folder(output):
@@ -145,14 +145,14 @@ def _why_no_run(layout: RunLayout) -> str:
 
 @dataclass(frozen=True, slots=True)
 class InputRecord:
-    """What the scan of the input found, without its units.
+    """The input scan, without its units.
 
     Attributes:
-        section: `[input]` as it was, and `limit` the trial's.
-        num_rows: that will be read.
+        section: `[input]` at the time of the scan; `limit` is the trial's.
+        num_rows: rows to read.
         num_unreadable: files that cannot be opened.
-        schema: the needed columns, an Arrow schema in base64.
-        files: path -> digest of what changes when the file does; empty for a retry, which reads no input.
+        schema: Arrow schema of the needed columns, in base64.
+        files: path -> digest that changes with the file; empty for a retry, which reads no input.
     """
 
     section: str
@@ -184,10 +184,10 @@ class InputRecord:
         )
 
     def scan(self, num_rows: int | None = None) -> InputScan:
-        """The scan, with its counts and types but not the units that were to be read: for a run that has its plan.
+        """Restore the scan for a planned run: counts and types, but no units to read.
 
         Args:
-            num_rows: of a part of the input; None for all of it.
+            num_rows: rows of a part of the input; None for all.
         """
         rows = self.num_rows if num_rows is None else num_rows
         num_unreadable = self.num_unreadable if num_rows is None else 0
@@ -207,8 +207,8 @@ def input_record_path(layout: RunLayout) -> str:
     return storage.join(layout.state, "input.json")
 
 
-def keep_input(layout: RunLayout, request: RunRequest, scan: InputScan) -> None:
-    """Keep what the scan found, unless it is kept already.
+def save_input(layout: RunLayout, request: RunRequest, scan: InputScan) -> None:
+    """Save the scan, unless an earlier attempt did.
 
     Raises:
         InputPatternError: the input has changed since the scan.
@@ -217,7 +217,7 @@ def keep_input(layout: RunLayout, request: RunRequest, scan: InputScan) -> None:
     if read_input_record(layout) is not None:
         return
     section, is_retry = request.job.input, request.retry_of is not None
-    files = {} if is_retry else input_files(section)
+    files = {} if is_retry else identify_files(section)
     if not is_retry and files_fingerprint(files) != scan.fingerprint:
         raise InputPatternError(f"[input] path {section.path!r}: files changed while they were looked at; run again")
     record = InputRecord.from_scan(scan, section, request.limit, files)
@@ -228,16 +228,16 @@ def keep_input(layout: RunLayout, request: RunRequest, scan: InputScan) -> None:
 
 
 def read_input_record(layout: RunLayout) -> InputRecord | None:
-    """What is kept of the input; None if nothing that can be read is."""
+    """Read the saved record of the input; None if missing or unreadable."""
     with contextlib.suppress(OSError, ValueError):
         return RecordJson(InputRecord).decode(storage.read_bytes(input_record_path(layout)))
     return None
 
 
-def read_kept_scan(layout: RunLayout, request: RunRequest) -> InputScan | None:
-    """The input's scan without reading it, for a run that has its plan; None where it has to be scanned.
+def read_saved_scan(layout: RunLayout, request: RunRequest) -> InputScan | None:
+    """Restore the scan of a planned run without reading the input; None if the input must be scanned.
 
-    The files are listed, and must be those of the plan; a retry's rows come from its plan alone.
+    The files are still listed and must match the plan; a retry's rows come from its plan alone.
 
     Raises:
         InputPatternError: the files cannot be listed.
@@ -248,18 +248,18 @@ def read_kept_scan(layout: RunLayout, request: RunRequest) -> InputScan | None:
             return None
         if request.retry_of is not None:
             return record.scan()
-        if read_plan(layout) is not None and files_fingerprint(input_files(section)) == record.fingerprint:
+        if read_plan(layout) is not None and files_fingerprint(identify_files(section)) == record.fingerprint:
             return record.scan()
     return None
 
 
 def describe_changed_files(layout: RunLayout, section: InputSection) -> str:
-    """Which input files are not those of the run, in parentheses; empty where that cannot be told."""
+    """List the input files that changed since the run began, in parentheses; empty if unknown."""
     record = read_input_record(layout)
     if record is None or not record.files:
         return ""
     try:
-        found = {path: fingerprint(mark)[:16] for path, mark in input_files(section).items()}
+        found = {path: fingerprint(mark)[:16] for path, mark in identify_files(section).items()}
     except InputPatternError:
         return ""
     groups = {
@@ -281,10 +281,10 @@ def _digest(section: InputSection) -> str:
     return fingerprint(section.model_dump(mode="json"))
 
 
-def refuse_secrets(job: Job) -> list[JobFileError]:
-    """Paths that carry credentials, which the output folder must not keep."""
+def find_secrets(job: Job) -> list[JobFileError]:
+    """Find paths with credentials, which must not be written to the output folder."""
     problems: list[JobFileError] = []
-    for place, text in _texts(job.model_dump(mode="json", by_alias=True), ()):
+    for place, text in _find_texts(job.model_dump(mode="json", by_alias=True), ()):
         if _URL.fullmatch(text) and _has_credentials(text):
             section, *inner = place
             problems.append(
@@ -295,16 +295,16 @@ def refuse_secrets(job: Job) -> list[JobFileError]:
     return problems
 
 
-def _texts(value: object, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every text of a job and where it stands; tables of an array are counted from 1."""
+def _find_texts(value: object, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield every string of a job with its key path; array tables are numbered from 1."""
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, Mapping):
         for key, inner in cast("Mapping[str, object]", value).items():
-            yield from _texts(inner, (*place, key))
+            yield from _find_texts(inner, (*place, key))
     elif isinstance(value, list):
         for number, inner in enumerate(cast("list[object]", value), start=1):
-            yield from _texts(inner, (*place, str(number)))
+            yield from _find_texts(inner, (*place, str(number)))
 
 
 def _has_credentials(url: str) -> bool:

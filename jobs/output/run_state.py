@@ -1,6 +1,6 @@
-"""How far a run is, whether anybody is at work on it, and how it ended: all read from its files.
+"""Reads a run's progress, liveness and manifest from its files alone.
 
-The launcher watches its own run this way, `moebeam status` anybody's, and `moebeam clean` asks before it removes.
+The launcher watches its run this way, `moebeam status` shows any run, and `moebeam clean` checks that none is active.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -22,23 +22,24 @@ from moebeam.jobs.console.summary import ProgressSnapshot
 from moebeam.schemas.answers import ShardCommit, Totals
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.store import storage
+from moebeam.schemas.store.record_json import read_note, write_note
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import read_waste, waste_names
 from moebeam.transforms.durable.commit import read_commit
-from moebeam.transforms.durable.heartbeat import read_progress
 from moebeam.transforms.durable.lease import LEASE_S, host_identity, read_leases
+from moebeam.transforms.durable.progress import read_progress
 from moebeam.transforms.plan.plan_record import PlanRecord, read_plan
-from moebeam.transforms.publish.manifest import cost_of
+from moebeam.transforms.publish.manifest import find_cost
 
 LAUNCHER_BEAT_S = 5.0
-"""How often a launcher says that it lives."""
+"""How often a launcher renews its presence file."""
 
 SILENCE_S = 60.0
-"""After so long without a sign a launcher or worker counts as gone."""
+"""A launcher or worker without a sign for this long counts as gone."""
 
 
-class Watch:
-    """How far a run is, look by look; each commit is read once."""
+class RunWatch:
+    """Polls a run's progress; each commit is read once."""
 
     def __init__(self, layout: RunLayout, *, rows_total: int | None, currency: str | None) -> None:
         self._layout = layout
@@ -51,24 +52,24 @@ class Watch:
 
     @property
     def plan(self) -> PlanRecord | None:
-        """The complete plan, as of the last look."""
+        """The complete plan, as of the last snapshot; None while the run is planning."""
         return self._plan
 
     @property
     def committed(self) -> Totals:
-        """What is committed, as of the last look."""
+        """Totals of the committed shards, as of the last snapshot."""
         return _sum(commit.totals for commit in self._commits.values())
 
     @property
     def wasted(self) -> Totals:
-        """What was paid for attempts that were given up, as of the last look."""
+        """Totals of abandoned attempts, as of the last snapshot."""
         return _sum(self._wasted.values())
 
     def snapshot(self) -> ProgressSnapshot:
-        """One look at the plan, the commits and the heartbeats.
+        """Read the plan, the commits and the workers' progress.
 
         Raises:
-            OSError: the store failed, or files went while they were looked at.
+            OSError: the store failed, or files vanished during the read.
         """
         layout = self._layout
         self._plan = self._plan or read_plan(layout)
@@ -94,7 +95,7 @@ class Watch:
         )
         cost = None
         if self._currency is not None:
-            known = (cost_of(totals)[0] or Decimal(0), cost_of(self.wasted)[0] or Decimal(0))
+            known = (find_cost(totals)[0] or Decimal(0), find_cost(self.wasted)[0] or Decimal(0))
             cost = sum((*known, *(Decimal(beat.cost) for beat in beats)), Decimal(0))
         stage = "publish" if len(self._commits) == len(self._plan.shards) else "answer"
         done = rows_done + sum(beat.rows_done for beat in beats)
@@ -124,10 +125,10 @@ def _sum(totals: Any) -> Totals:
 
 
 def read_manifest(layout: RunLayout) -> dict[str, Any] | None:
-    """The manifest, complete or not; None if there is none.
+    """Read the manifest, complete or not; None if there is none.
 
     Raises:
-        OutputError: it is there but damaged.
+        OutputError: the manifest is damaged.
     """
     with contextlib.suppress(FileNotFoundError):
         content = storage.read_bytes(layout.manifest)
@@ -146,7 +147,7 @@ def read_manifest(layout: RunLayout) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class LauncherPresence:
-    """A launcher that is at work on a run, as of `at` (seconds since the epoch, by its own clock)."""
+    """A launcher active at `at` (seconds since the epoch, by its own clock)."""
 
     host: str
     host_name: str
@@ -155,7 +156,7 @@ class LauncherPresence:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it may be at work: heard of lately, and not known to have ended on this host."""
+        """Whether it may be active: recently renewed, and not a dead process of this host."""
         return time.time() - self.at <= SILENCE_S and not (self.host == host_identity() and not _is_running(self.pid))
 
 
@@ -166,19 +167,19 @@ def _is_running(pid: int) -> bool:
 
 
 class Presence:
-    """A launcher's own beat; `renew` may be called as often as one likes."""
+    """A launcher's own presence file; `renew` may be called at any rate."""
 
     def __init__(self, layout: RunLayout) -> None:
         self._path = storage.join(launchers_folder(layout), f"{uuid.uuid4().hex}.json")
         self._next = 0.0
 
     def renew(self) -> None:
-        """Write the beat, if it is due; a store that fails now and then does not matter."""
+        """Write the file if due; the next renewal makes up for a failed write."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + LAUNCHER_BEAT_S
             beat = LauncherPresence(host_identity(), socket.gethostname(), os.getpid(), time.time())
             with contextlib.suppress(OSError):
-                storage.write_note(self._path, json.dumps(asdict(beat)).encode())
+                write_note(self._path, beat)
 
     def end(self) -> None:
         with contextlib.suppress(OSError):
@@ -186,19 +187,19 @@ class Presence:
 
 
 @contextmanager
-def present(layout: RunLayout) -> Generator[Presence]:
-    """Show that a launcher is at work while inside; what launchers left that are gone is removed at the end."""
+def announce_presence(layout: RunLayout) -> Generator[Presence]:
+    """Keep a presence file during the block; on exit, remove it and those of dead launchers."""
     presence = Presence(layout)
     presence.renew()
     try:
         yield presence
     finally:
         presence.end()
-        forget_gone_launchers(layout)
+        remove_dead_launchers(layout)
 
 
-def forget_gone_launchers(layout: RunLayout) -> None:
-    """Remove what launchers left that were killed; a store that fails here leaves it to the next one."""
+def remove_dead_launchers(layout: RunLayout) -> None:
+    """Remove the presence files of killed launchers; if the store fails, the next launcher retries."""
     folder = launchers_folder(layout)
     with contextlib.suppress(OSError):
         gone = [name for name, beat in read_launchers(layout).items() if not beat.is_alive]
@@ -212,24 +213,23 @@ def launchers_folder(layout: RunLayout) -> str:
 
 
 def read_launchers(layout: RunLayout) -> dict[str, LauncherPresence]:
-    """The beats of launchers, also of those that were killed, by name."""
+    """Read the presence records by file name, killed launchers included."""
     beats: dict[str, LauncherPresence] = {}
     for name in storage.list_names(launchers_folder(layout), ".json"):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            beats[name] = LauncherPresence(
-                **json.loads(storage.read_bytes(storage.join(launchers_folder(layout), name)))
-            )
+        presence = read_note(storage.join(launchers_folder(layout), name), LauncherPresence)
+        if presence is not None:
+            beats[name] = presence
     return beats
 
 
 @dataclass(frozen=True, slots=True)
 class SignsOfLife:
-    """Who may be at work on a run.
+    """Launchers and workers that may be active on a run.
 
     Attributes:
-        who: launchers and workers, in words; empty if nobody is.
-        last_sign_s: seconds since the last sign of anybody, by this host's clock; None if there is none.
-        was_killed: a launcher left its beat behind and is gone.
+        who: launchers and workers, in words; empty if there are none.
+        last_sign_s: seconds since the last sign of any, by this host's clock; None without one.
+        was_killed: a launcher is gone but left its presence file.
     """
 
     who: tuple[str, ...]
@@ -241,10 +241,10 @@ class SignsOfLife:
         return bool(self.who)
 
 
-def signs_of_life(layout: RunLayout) -> SignsOfLife:
-    """Look for launchers, leases and heartbeats.
+def find_signs_of_life(layout: RunLayout) -> SignsOfLife:
+    """Look for launchers, leases and workers' progress.
 
-    A launcher that is gone may have left workers on a cluster: those hold leases, or are planning and then only beat.
+    A dead launcher may leave workers on a cluster: they hold leases, or while planning only write progress.
 
     Raises:
         OSError: the store failed.
@@ -252,7 +252,7 @@ def signs_of_life(layout: RunLayout) -> SignsOfLife:
     now = time.time()
     launchers = read_launchers(layout).values()
     leases = read_leases(layout)
-    beats = [modified_at(info) for _, info in storage.list_files(layout.progress)]
+    beats = [read_modified_at(info) for _, info in storage.list_files(layout.progress)]
     who = [f"a launcher on {beat.host_name} (process {beat.pid})" for beat in launchers if beat.is_alive]
     who += [
         f"a worker at shard {shard}"
@@ -270,8 +270,8 @@ def signs_of_life(layout: RunLayout) -> SignsOfLife:
     return SignsOfLife(tuple(who), last_sign_s, was_killed)
 
 
-def modified_at(info: Mapping[str, Any]) -> float | None:
-    """When a file was last written, in seconds since the epoch, as fsspec's info tells it; None if it does not."""
+def read_modified_at(info: Mapping[str, Any]) -> float | None:
+    """Read the modification time from fsspec's info, in seconds since the epoch; None if the store gives none."""
     for key in ("mtime", "LastModified", "updated", "last_modified"):
         value = info.get(key)
         if isinstance(value, (int, float)):

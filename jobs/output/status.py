@@ -1,4 +1,4 @@
-"""`moebeam status`: where a run is and how it ended, from its files alone, alive or dead, on disk or in a store."""
+"""`moebeam status`: the state of a running or ended run, from its files alone, on disk or in an object store."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -12,16 +12,16 @@ from moebeam.jobs.console.facts_table import facts_table
 from moebeam.jobs.console.formats import format_duration, format_money
 from moebeam.jobs.console.summary import json_value
 from moebeam.jobs.output.run_record import RunRecord, read_input_record
-from moebeam.jobs.output.run_state import SignsOfLife, Watch, read_manifest, signs_of_life
+from moebeam.jobs.output.run_state import RunWatch, SignsOfLife, find_signs_of_life, read_manifest
 from moebeam.schemas.errors import OutputError
 from moebeam.transforms.durable.failure import Failure, read_failure
 from moebeam.transforms.durable.stop import ON_ERROR
-from moebeam.transforms.publish.manifest import cost_of
+from moebeam.transforms.publish.manifest import find_cost
 
 RunState: TypeAlias = Literal[
     "planning", "answering", "publishing", "complete", "incomplete", "failed", "stopped", "not started"
 ]
-"""The first three only while somebody is at work; `stopped` is a run that ended without a word, as if killed."""
+"""The first three require a live launcher or worker; `stopped` means it ended without a reason, as if killed."""
 
 _STAGES: dict[str, RunState] = {"plan": "planning", "answer": "answering", "publish": "publishing"}
 
@@ -31,12 +31,12 @@ class StatusReport:
     """A run as its files show it.
 
     Attributes:
-        stage: how far it came: `plan`, `answer` or `publish`.
-        last_sign_s: seconds since anybody at work on it was heard of; None where nothing tells.
-        workers: who is at work, in words.
-        reason: of an incomplete run, a key of `[limits]` or `signal`; of a failed one the step.
-        rows_total: None where it is not known yet.
-        cost: so far, with what was wasted and what shards at work have spent; None without prices.
+        stage: the furthest stage reached: `plan`, `answer` or `publish`.
+        last_sign_s: seconds since the last sign of a launcher or worker; None without one.
+        workers: live launchers and workers, in words.
+        reason: for an incomplete run, a key of `[limits]` or `signal`; for a failed one, the step.
+        rows_total: None while unknown.
+        cost: so far, including wasted work and unfinished shards; None without prices.
     """
 
     state: RunState
@@ -66,12 +66,12 @@ class StatusReport:
     limits: Mapping[str, Any]
 
     def to_json(self) -> dict[str, object]:
-        """The record as JSON values: decimals as plain strings."""
+        """The record as JSON values, decimals as strings."""
         return {field.name: json_value(getattr(self, field.name)) for field in fields(self)}
 
 
-def status_of(record: RunRecord) -> StatusReport:
-    """Look at a run.
+def read_status(record: RunRecord) -> StatusReport:
+    """Read a run's state from its folder.
 
     Raises:
         OutputError: the store failed, or the manifest is damaged.
@@ -79,16 +79,16 @@ def status_of(record: RunRecord) -> StatusReport:
     layout = record.layout
     try:
         manifest = read_manifest(layout)
-        life = signs_of_life(layout)
+        life = find_signs_of_life(layout)
         failure = read_failure(layout)
         kept = read_input_record(layout)
-        watch = Watch(layout, rows_total=kept.num_rows if kept is not None else None, currency=record.currency)
+        watch = RunWatch(layout, rows_total=kept.num_rows if kept is not None else None, currency=record.currency)
         seen = watch.snapshot()
     except OSError as error:
         raise OutputError(f"{layout.output}: cannot be looked at: {error}") from error
-    state, reason, message = _state(manifest, life, failure, seen.stage, is_planned=watch.plan is not None)
+    state, reason, message = _judge_state(manifest, life, failure, seen.stage, is_planned=watch.plan is not None)
     committed, wasted = watch.committed, watch.wasted
-    retry = record.retry_of
+    retry = record.request.retry_of
     return StatusReport(
         state=state,
         stage=seen.stage,
@@ -112,16 +112,16 @@ def status_of(record: RunRecord) -> StatusReport:
         cached_tokens=None if committed.cached_tokens is None else seen.cached_tokens,
         completion_tokens=seen.completion_tokens,
         cost=seen.cost,
-        cost_wasted=cost_of(wasted)[0],
+        cost_wasted=find_cost(wasted)[0],
         currency=record.currency,
-        limits=record.job.limits.model_dump(mode="json", exclude_none=True),
+        limits=record.request.job.limits.model_dump(mode="json", exclude_none=True),
     )
 
 
-def _state(
+def _judge_state(
     manifest: Mapping[str, Any] | None, life: SignsOfLife, failure: Failure | None, stage: str, *, is_planned: bool
 ) -> tuple[RunState, str | None, str | None]:
-    """State, reason and message; whoever is at work comes before what an earlier attempt left."""
+    """Determine state, reason and message; live launchers and workers override records of earlier attempts."""
     if manifest is not None and manifest["status"] == "complete":
         return "complete", None, None
     if life.is_alive:
@@ -137,22 +137,22 @@ def _state(
 
 
 def print_status(console: Console, report: StatusReport) -> None:
-    """A run for a person."""
+    """Print a run's state."""
     style = {"complete": "bold green", "failed": "bold red"}.get(report.state, "bold yellow")
-    console.print(Text(_headline(report), style=style), soft_wrap=True)
-    console.print(facts_table(_lines(report)))
+    console.print(Text(_format_headline(report), style=style), soft_wrap=True)
+    console.print(facts_table(_list_facts(report)))
     if report.state in ("incomplete", "failed", "stopped", "not started"):
         console.print(f"To go on: moebeam resume {report.output}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _headline(report: StatusReport) -> str:
-    told = report.state
+def _format_headline(report: StatusReport) -> str:
+    headline: str = report.state
     if report.state in ("incomplete", "failed", "stopped"):
-        told = f"{report.state} in stage {report.stage}"
-    return f"{told}: {report.message}" if report.message else told
+        headline = f"{report.state} in stage {report.stage}"
+    return f"{headline}: {report.message}" if report.message else headline
 
 
-def _lines(report: StatusReport) -> Iterator[tuple[str, str]]:
+def _list_facts(report: StatusReport) -> Iterator[tuple[str, str]]:
     total = "" if report.rows_total is None else f" of {report.rows_total:,}"
     rejects = f", {report.num_rejects:,} of them rejected" if report.num_rejects else ""
     yield "rows", f"{report.rows_done:,}{total}{' planned' if report.stage == 'plan' else ''}{rejects}"

@@ -1,1 +1,1 @@
-"""What a job will cost, before it runs."""
+"""Quotes the cost of a job before it runs."""

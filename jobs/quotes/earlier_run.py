@@ -1,7 +1,4 @@
-"""What an earlier run tells a quote: how long answers were, how often they were asked again, how fast the engine was.
-
-Reads the earlier run's ledger and manifest; nothing is guessed that they do not hold.
-"""
+"""Answer lengths, repairs and engine speed of an earlier run, for quotes; read from its ledger and manifest."""
 
 import json
 from dataclasses import dataclass
@@ -28,11 +25,11 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class EarlierRun:
-    """Sums of a run's ledger, without what was wasted.
+    """Sums of a run's ledger, without wasted work.
 
     Attributes:
-        engine: its engine, as the manifest names it.
-        engine_s: seconds that the engine counted, all processes together; None where it does not count.
+        engine: as named in the manifest.
+        engine_s: engine seconds over all processes; None if the engine does not count them.
     """
 
     output: str
@@ -45,7 +42,7 @@ class EarlierRun:
     engine_s: float | None
 
     def forecast(self) -> OutputForecast:
-        """What the answers of another job are expected to take, if it is like this one."""
+        """Forecast the output tokens of a similar job."""
         later = self.later_prompt_tokens
         return OutputForecast(
             tokens_a_request=self.output_tokens / self.num_requests,
@@ -55,7 +52,7 @@ class EarlierRun:
         )
 
     def duration_s(self, num_computed_tokens: int, num_output_tokens: int) -> float | None:
-        """How long the same engine takes for so many tokens, at the run's mean rate."""
+        """Time the same engine needs for these tokens, at the run's mean rate."""
         num_tokens = self.computed_tokens + self.output_tokens
         if self.engine_s is None or num_tokens == 0:
             return None
@@ -66,7 +63,7 @@ def read_earlier_run(output: str) -> EarlierRun:
     """Read the run that `--like` names.
 
     Raises:
-        OutputError: there is no finished run, or it asked the model nothing.
+        OutputError: there is no finished run, or it never called the model.
     """
     layout = RunLayout(output.rstrip("/"))
     try:

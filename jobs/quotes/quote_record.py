@@ -1,4 +1,4 @@
-"""The quote that was saved beside a run's output, and how it compares with what the run took.
+"""The quote saved in a run's output folder, and its comparison with the actual run.
 
 `moebeam estimate --save` writes it before the run; `moebeam report` reads it after.
 """
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, TypeAlias
 
-from moebeam.jobs.check.preflight import CheckedJob
-from moebeam.jobs.quotes.estimate import Quote
+from moebeam.jobs.check.identity import JobIdentity
+from moebeam.jobs.quotes.quote_job import Quote
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
@@ -21,11 +21,11 @@ QuoteUnit: TypeAlias = Literal["rows", "tokens", "money"]
 
 @dataclass(frozen=True, slots=True)
 class QuotedFigure:
-    """One figure of a quote beside what the run took.
+    """One figure of a quote with the actual one.
 
     Attributes:
-        low, expected, high: of the quote; None where it has none.
-        currency: of money; None of anything else.
+        low, expected, high: from the quote; None if absent.
+        currency: for money; None for anything else.
     """
 
     name: str
@@ -38,27 +38,27 @@ class QuotedFigure:
 
     @property
     def is_within(self) -> bool | None:
-        """Whether the actual figure keeps the quote's bounds; None where it, or both bounds, are unknown."""
+        """Whether the actual figure is within the quote's bounds; None if it, or both bounds, are unknown."""
         if self.actual is None or (self.low is None and self.high is None):
             return None
         return (self.low is None or self.low <= self.actual) and (self.high is None or self.actual <= self.high)
 
     @property
     def relative_error(self) -> Decimal | None:
-        """By how much of the actual figure the expected one is off; None where that is unknown or 0."""
+        """Expected minus actual, as a share of actual; None if actual is unknown or 0."""
         if self.expected is None or not self.actual:
             return None
         return (self.expected - self.actual) / self.actual
 
 
-def save_quote(quote: Quote, checked: CheckedJob) -> str:
-    """Write a quote where the run will find it; returns the path.
+def save_quote(quote: Quote, identity: JobIdentity) -> str:
+    """Write a quote into the output folder; returns its path.
 
     Raises:
         OutputError: the output folder belongs to another job, or cannot be written.
     """
-    layout = checked.layout
-    checked.identity.check_output(layout)
+    layout = RunLayout(quote.output)
+    identity.check_output(layout)
     content = json.dumps(quote.to_json(), indent=2, ensure_ascii=False).encode()
     try:
         storage.write_whole(layout.quote, content)
@@ -67,10 +67,10 @@ def save_quote(quote: Quote, checked: CheckedJob) -> str:
     return layout.quote
 
 
-def quote_beside_actual(layout: RunLayout) -> list[QuotedFigure]:
-    """What was quoted for a run beside what it took, what crashes wasted left out.
+def compare_quote_with_run(layout: RunLayout) -> list[QuotedFigure]:
+    """Compare each quoted figure with the run, without wasted work.
 
-    Without a saved quote, or with one of another job, the plan stands in: its prompt tokens and what they can share.
+    Without a quote of this job, the plan is used instead: its prompt tokens and how many they can share.
 
     Raises:
         OutputError: the run has no manifest, or its quote is damaged.
@@ -86,28 +86,33 @@ def quote_beside_actual(layout: RunLayout) -> list[QuotedFigure]:
     try:
         quote: dict[str, Any] = json.loads(storage.read_bytes(layout.quote))
         if quote["job_fingerprint"] == fingerprint:
-            return list(_figures(quote, totals))
+            return list(_compare_with_quote(quote, totals))
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{layout.quote}: expected a quote, found a damaged file: {error!r}") from error
-    return list(_planned_figures(layout, totals))
+    return list(_compare_with_plan(layout, totals))
 
 
-def _figures(quote: Mapping[str, Any], totals: Mapping[str, Any]) -> Iterator[QuotedFigure]:
+def _compare_with_quote(quote: Mapping[str, Any], totals: Mapping[str, Any]) -> Iterator[QuotedFigure]:
     own = quote["offers"][0]
     rows = Decimal(int(quote["num_rows"]))
     num_rows = Decimal(int(totals["num_results"]) + int(totals["num_rejects"]))
     yield QuotedFigure("rows", "rows", None, rows, None, num_rows)
     prompts = quote["prompt_tokens"]
-    # Later attempts are tokens too, which is why there is no upper bound here.
+    # No upper bound: retries add tokens too.
     yield QuotedFigure(
-        "prompt tokens", "tokens", _number(prompts["low"]), _number(prompts["expected"]), None, _total(totals, "prompt")
+        "prompt tokens",
+        "tokens",
+        _to_decimal(prompts["low"]),
+        _to_decimal(prompts["expected"]),
+        None,
+        _read_total(totals, "prompt"),
     )
-    hits = _number(own["expected_hits"])
-    yield QuotedFigure("cache hits", "tokens", None, hits, None, _total(totals, "cached"))
-    outputs = _number(quote["expected_output_tokens"])
-    yield QuotedFigure("output tokens", "tokens", None, outputs, None, _total(totals, "completion"))
+    hits = _to_decimal(own["expected_hits"])
+    yield QuotedFigure("cache hits", "tokens", None, hits, None, _read_total(totals, "cached"))
+    outputs = _to_decimal(quote["expected_output_tokens"])
+    yield QuotedFigure("output tokens", "tokens", None, outputs, None, _read_total(totals, "completion"))
     cost = own["cost"]
     if cost is not None:
         costs: Mapping[str, str] = totals["costs"] or {}
@@ -123,19 +128,19 @@ def _figures(quote: Mapping[str, Any], totals: Mapping[str, Any]) -> Iterator[Qu
         )
 
 
-def _planned_figures(layout: RunLayout, totals: Mapping[str, Any]) -> Iterator[QuotedFigure]:
+def _compare_with_plan(layout: RunLayout, totals: Mapping[str, Any]) -> Iterator[QuotedFigure]:
     plan = read_plan(layout)
     if plan is None:
         return
     num_tokens = sum(shard.num_prompt_tokens for shard in plan.shards)
     num_shared = num_tokens - sum(shard.num_tree_tokens for shard in plan.shards)
-    yield QuotedFigure("prompt tokens", "tokens", None, Decimal(num_tokens), None, _total(totals, "prompt"))
-    yield QuotedFigure("cache hits", "tokens", None, Decimal(num_shared), None, _total(totals, "cached"))
+    yield QuotedFigure("prompt tokens", "tokens", None, Decimal(num_tokens), None, _read_total(totals, "prompt"))
+    yield QuotedFigure("cache hits", "tokens", None, Decimal(num_shared), None, _read_total(totals, "cached"))
 
 
-def _number(value: object) -> Decimal | None:
+def _to_decimal(value: object) -> Decimal | None:
     return None if value is None else Decimal(str(value))
 
 
-def _total(totals: Mapping[str, Any], name: str) -> Decimal | None:
-    return _number(totals[f"{name}_tokens"])
+def _read_total(totals: Mapping[str, Any], name: str) -> Decimal | None:
+    return _to_decimal(totals[f"{name}_tokens"])

@@ -1,4 +1,4 @@
-"""A quote for people, on standard error."""
+"""Prints a quote on standard error."""
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -9,49 +9,52 @@ from rich.text import Text
 
 from moebeam.jobs.console.facts_table import facts_table
 from moebeam.jobs.console.formats import format_duration, format_money
-from moebeam.jobs.quotes.estimate import Quote, QuotedOffer
+from moebeam.jobs.quotes.quote_job import Quote, QuotedOffer
 from moebeam.transforms.quote.quote import CONFIDENCE, Forecast
 
 
 def print_quote(console: Console, quote: Quote) -> None:
-    """Show what a job will take and cost."""
+    """Print what a job will take and cost."""
     console.print(Text("a quote; no model was asked", style="bold green"))
-    console.print(facts_table(_facts(quote)))
+    console.print(facts_table(_list_facts(quote)))
     for quoted in quote.offers:
-        for index, line in enumerate(_offer_lines(quoted)):
+        for index, line in enumerate(_format_offer(quoted)):
             console.print(Text(line, style="bold" if index == 0 else ""), soft_wrap=True)
     if quote.plan is not None:
         plan = quote.plan
         took = "" if plan.offer.duration_s is None else f", done after {format_duration(plan.offer.duration_s)}"
-        told = f"cheapest: {plan.offer.name}, start {_instant(plan.at)}{took}: {format_money(plan.cost, plan.currency)}"
-        console.print(Text(told, style="bold"), soft_wrap=True)
+        start = f"cheapest: {plan.offer.name}, start {_format_instant(plan.at)}{took}"
+        console.print(Text(f"{start}: {format_money(plan.cost, plan.currency)}", style="bold"), soft_wrap=True)
     for note in quote.notes:
         console.print(Text(f"note: {note}", style="yellow"), soft_wrap=True)
 
 
-def _facts(quote: Quote) -> Iterator[tuple[str, str]]:
+def _list_facts(quote: Quote) -> Iterator[tuple[str, str]]:
     survey, tokens = quote.survey, quote.tokens
     sampled = f", quoted from {survey.num_surveyed_rows:,} of them" if survey.is_sample else ""
     yield "rows", f"{survey.num_rows:,}{sampled}"
     if survey.rejects:
-        told = ", ".join(f"{count:,} {name}" for name, count in sorted(survey.rejects.items()))
-        yield "rejects", f"{told} before the model is asked"
-    merged = f"; {_spell(tokens.merged_rows)} rows take another one's answer" if tokens.merged_rows.high else ""
-    yield "requests", f"{_spell(tokens.requests)}{merged}"
+        by_type = ", ".join(f"{count:,} {name}" for name, count in sorted(survey.rejects.items()))
+        yield "rejects", f"{by_type} before the model is asked"
+    merged = f"; {_format_range(tokens.merged_rows)} rows take another one's answer" if tokens.merged_rows.high else ""
+    yield "requests", f"{_format_range(tokens.requests)}{merged}"
     about = "about " if quote.is_estimated else ""
-    yield "prompt", f"{about}{_spell(tokens.prompt_tokens)} tokens, {_spell(tokens.tree_tokens)} of them unique"
+    yield (
+        "prompt",
+        f"{about}{_format_range(tokens.prompt_tokens)} tokens, {_format_range(tokens.tree_tokens)} of them unique",
+    )
     yield "h*", f"{tokens.max_hit_rate:.1%} of prompt tokens are all that a perfect cache can serve"
     yield "output", f"{quote.expected_output_tokens:,} tokens by {quote.output_basis}"
     if survey.is_sample:
         yield "bounds", f"hold with a probability of {CONFIDENCE:.1%}"
-    yield "prices", f"{quote.price_book}, a start at {_instant(quote.terms.at)}"
+    yield "prices", f"{quote.price_book}, a start at {_format_instant(quote.terms.at)}"
     if (duration_s := quote.own.offer.duration_s) is not None:
         yield "time", f"{format_duration(duration_s)} on one engine as fast as the earlier run's"
     else:
         yield "time", "unknown; --like OUTPUT takes it from an earlier run with the same engine"
 
 
-def _offer_lines(quoted: QuotedOffer) -> Iterator[str]:
+def _format_offer(quoted: QuotedOffer) -> Iterator[str]:
     name = f"{quoted.offer.name}, {quoted.offer.model}"
     yield f"this job ({name})" if quoted.is_job else name
     if quoted.cost is None:
@@ -72,28 +75,28 @@ def _offer_lines(quoted: QuotedOffer) -> Iterator[str]:
     share = quoted.expected_hits / num_tokens if num_tokens else 0.0
     yield f"  hits {share:.1%} expected, rule {quoted.rule.name}: {quoted.rule.meaning}"
     if len({hour for _, hour in quoted.hours}) > 1:
-        yield f"  by hour of start, UTC: {_spell_hours(quoted.hours, currency)}"
+        yield f"  by hour of start, UTC: {_format_hours(quoted.hours, currency)}"
 
 
-def _spell_hours(hours: Sequence[tuple[datetime, Decimal | None]], currency: str | None) -> str:
-    """Costs by hour, neighbours of one cost together."""
-    told: list[str] = []
+def _format_hours(hours: Sequence[tuple[datetime, Decimal | None]], currency: str | None) -> str:
+    """Format costs by hour, merging adjacent hours of equal cost."""
+    spans: list[str] = []
     first = 0
     for index in range(1, len(hours) + 1):
         if index < len(hours) and hours[index][1] == hours[first][1]:
             continue
         at, cost = hours[first]
         end = (hours[index - 1][0].hour + 1) % 24
-        told.append(f"{at:%H}-{end:02d} {'no price' if cost is None else format_money(cost, currency)}")
+        spans.append(f"{at:%H}-{end:02d} {'no price' if cost is None else format_money(cost, currency)}")
         first = index
-    return "; ".join(told)
+    return "; ".join(spans)
 
 
-def _spell(found: Forecast) -> str:
+def _format_range(found: Forecast) -> str:
     if found.low == found.high:
         return f"{found.expected:,}"
     return f"{found.expected:,} ({found.low:,} to {found.high:,})"
 
 
-def _instant(at: datetime) -> str:
+def _format_instant(at: datetime) -> str:
     return at.isoformat(timespec="minutes").replace("+00:00", "Z")

@@ -1,1 +1,1 @@
-"""What a run cost, who pays, and how that compares."""
+"""Reports after a run: costs, who pays them, and comparisons."""

@@ -1,9 +1,9 @@
 """FOCUS: a run's ledger as rows of the FinOps Open Cost and Usage Specification, version 1.2.
 
-Part of `moebeam report --focus FILE`. One row a UTC day, tenant, cost centre, provider, model, token class, unit price
-and tag set: a row's quantity times its unit price is its cost, exactly. Columns of the specification come first, our
-own after them with the prefix `x_`. Columns that run_and_report of commitments, reservations, regions and resources do
-not apply to tokens and are left out, as the specification allows.
+Implements `moebeam report --focus FILE`. One row per UTC day, tenant, cost centre, provider, model, token class, unit
+price and tag set; quantity times unit price is exactly the cost. The specification's columns come first, then our own
+with the prefix `x_`. Columns about commitments, reservations, regions and resources do not apply to tokens and are left
+out, as the specification allows.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from moebeam.jobs.console.report_table import Column, ReportTable
-from moebeam.schemas.arrow import values_of
+from moebeam.schemas.arrow import list_values
 from moebeam.schemas.prices import EXACT
 from moebeam.schemas.tables import MONEY
 
@@ -30,7 +30,7 @@ _CLASSES = {
     "visible_output": ("visible_output_tokens", "output_price", "visible_output_cost", "Output tokens"),
     "reasoning": ("reasoning_tokens", "output_price", "reasoning_cost", "Reasoning tokens"),
 }
-"""Token class -> columns of the ledger for tokens, unit price and amount, and a description."""
+"""Token class -> ledger columns for tokens, unit price and amount, and a description."""
 
 _MISS_PRICE = "cache_miss_price"
 
@@ -80,7 +80,7 @@ SCHEMA = pa.schema(
         pa.field("x_TokenClass", pa.string()),
     ]
 )
-"""The specification's columns in order of name, then ours; all mandatory ones of version 1.2 are there."""
+"""The specification's columns by name, then ours; includes all that version 1.2 requires."""
 
 _LINE = (
     "tenant",
@@ -101,7 +101,7 @@ _LINE = (
 
 @dataclass(frozen=True, slots=True)
 class _Charge:
-    """What the lines of one FOCUS row have in common."""
+    """The grouping key of a FOCUS row."""
 
     day: datetime
     tenant: str | None
@@ -119,18 +119,18 @@ class _Charge:
 
 
 def focus_table(ledgers: Iterable[pa.Table], account: str) -> tuple[pa.Table, int]:
-    """A ledger as FOCUS rows.
+    """Convert a ledger to FOCUS rows.
 
     Args:
         ledgers: rows of `moebeam.schemas.tables.LEDGER_SCHEMA`, file by file.
         account: name and id of the billing account, such as the run's.
     Returns:
-        The rows, and how many ledger lines are not in them because they have no price.
+        The rows, and the number of ledger lines left out for lack of a price.
     """
     sums: dict[_Charge, tuple[int, Decimal]] = {}
     num_unpriced = 0
     for ledger in ledgers:
-        for values in zip(*(values_of(ledger, name) for name in _LINE), strict=True):
+        for values in zip(*(list_values(ledger, name) for name in _LINE), strict=True):
             line = dict(zip(_LINE, values, strict=True))
             if line["currency"] is None:
                 num_unpriced += 1
@@ -185,7 +185,7 @@ def _row(charge: _Charge, num_tokens: int, cost: Decimal, account: str) -> dict[
         "ConsumedQuantity": Decimal(num_tokens),
         "ConsumedUnit": CONSUMED_UNIT,
         "ContractedUnitPrice": charge.unit_price,
-        # A run knows of no invoice; `reconcile` holds it against one later.
+        # A run has no invoice; `moebeam reconcile` compares it with one later.
         "InvoiceId": None,
         "InvoiceIssuerName": charge.provider,
         "ListUnitPrice": charge.unit_price,
@@ -214,7 +214,7 @@ def _row(charge: _Charge, num_tokens: int, cost: Decimal, account: str) -> dict[
 
 
 def focus_report_table(table: pa.Table) -> ReportTable:
-    """FOCUS rows for CSV, with instants as ISO 8601 in UTC."""
+    """Convert FOCUS rows for CSV, with instants as ISO 8601 in UTC."""
     columns = tuple(Column(field.name, "money" if field.type == MONEY else "text") for field in table.schema)
     rows = tuple(
         tuple(

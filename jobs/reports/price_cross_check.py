@@ -1,8 +1,7 @@
-"""A price book held against PyPI's `genai-prices`, a price list that others keep.
+"""Compares a price book with `genai-prices` from PyPI, a price list kept by others.
 
-Both are asked for the cost of the same tokens at the same instants. It knows neither weekends nor public holidays, so
-only working days are compared where a line of ours has days. Nothing is fetched: the prices are those of the
-installed package.
+Both price the same tokens at the same instants. `genai-prices` knows neither weekends nor public holidays, so lines of
+ours with days are compared on working days only. Nothing is fetched: prices come from the installed package.
 """
 
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
-from moebeam.schemas.errors import JobFileError
+from moebeam.schemas.extras import require_extra
 from moebeam.schemas.prices import PriceLine
 from moebeam.schemas.records import Usage
 from moebeam.transforms.money.account import charge
@@ -19,7 +18,7 @@ from moebeam.transforms.money.price_calendar import is_on_days
 
 PACKAGE = "genai-prices"
 TOLERANCE = Decimal("1e-9")
-"""Most by which two costs may differ and still count as equal."""
+"""Largest difference at which two costs count as equal."""
 
 _HOURS_COMPARED = 24 * 7
 _PROBES = {
@@ -31,7 +30,7 @@ _PROBES = {
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A price that the two lists give differently, at the first instant at which they do."""
+    """A price that differs between the two lists, at the first such instant."""
 
     provider: str
     model: str
@@ -43,7 +42,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class CrossCheck:
-    """What a comparison found; `unknown` are models that the other list does not have."""
+    """The result of a comparison; `unknown` are models missing from the other list."""
 
     version: str
     num_compared: int
@@ -52,17 +51,14 @@ class CrossCheck:
 
 
 def cross_check(book: PriceBook, at: datetime) -> CrossCheck:
-    """Compare all prices in United States dollars that hold in the week from an instant on, hour by hour.
+    """Compare all prices in US dollars for the week from an instant on, hour by hour.
 
     Raises:
-        JobFileError: the package is not installed.
+        MissingExtra: the package is not installed.
     """
-    try:
-        import genai_prices
-    except ImportError as error:
-        raise JobFileError(
-            f"--against {PACKAGE}: the package is not installed; pip install 'moebeam[prices]'"
-        ) from error
+    require_extra("prices", f"--against {PACKAGE}")
+    import genai_prices
+
     differences: dict[tuple[str, str, str], Difference] = {}
     unknown: list[tuple[str, str]] = []
     num_compared = 0
@@ -85,10 +81,10 @@ def cross_check(book: PriceBook, at: datetime) -> CrossCheck:
 
 
 def cost_elsewhere(usage: Usage, provider: str, model: str, at: datetime) -> Decimal:
-    """What a request costs by `genai-prices`, in United States dollars.
+    """Price a request by `genai-prices`, in US dollars.
 
     Raises:
-        LookupError: it does not know the provider or the model.
+        LookupError: unknown provider or model.
     """
     import genai_prices
 
@@ -112,7 +108,7 @@ def _lines_of_week(book: PriceBook, provider: str, model: str, at: datetime) -> 
 
 
 def _is_day_off(book: PriceBook, provider: str, model: str, at: datetime) -> bool:
-    """Whether a rule of days keeps a line of the model from holding on the whole of this day."""
+    """Whether a day rule excludes this whole day for a line of the model."""
     rules = {
         line.days for line in book.lines if (line.provider, line.model) == (provider, model) and line.days is not None
     }

@@ -1,7 +1,7 @@
-"""`moebeam reconcile OUTPUT INVOICE.csv`: a run's ledger against a provider's bill, by day and model.
+"""`moebeam reconcile OUTPUT INVOICE.csv`: compares a run's ledger with a provider's bill, by day and model.
 
-The bill is CSV with a header. Needed are a day, a model and an amount; a currency, and tokens by class, are compared
-where the bill has them. Bills count days in a zone of their own, so the ledger's lines are put into days by an offset.
+The bill is CSV with a header. Day, model and amount are required; currency and tokens by class are compared if present.
+Bills count days in their own time zone, so an offset assigns ledger lines to days.
 """
 
 import csv
@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import pyarrow as pa
 
 from moebeam.jobs.console.report_table import Cell, Column, ReportTable
-from moebeam.schemas.arrow import values_of
+from moebeam.schemas.arrow import list_values
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.prices import EXACT
 from moebeam.schemas.store import storage
@@ -33,7 +33,7 @@ COLUMNS = (
     "cache_miss_tokens",
     "output_tokens",
 )
-"""What a bill may say; `--columns amount=Cost` names its own words for it."""
+"""Columns of a bill; `--columns amount=Cost` maps other names to them."""
 
 _NEEDED = COLUMNS[:3]
 _TOKENS = COLUMNS[4:]
@@ -41,7 +41,7 @@ _TOKENS = COLUMNS[4:]
 
 @dataclass(frozen=True, slots=True)
 class Billed:
-    """What one side says of a day and model; tokens that it does not tell are None."""
+    """One side's figures for a day and model; None means unknown tokens."""
 
     amount: Decimal = Decimal(0)
     tokens: Mapping[str, int | None] = field(default_factory=lambda: dict.fromkeys(_TOKENS, 0))
@@ -56,7 +56,7 @@ class Billed:
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How far amounts and tokens may differ: by a share of the ledger's, or by an amount, whichever allows more."""
+    """How far amounts and tokens may differ: by a share of the ledger's or by an amount, whichever is larger."""
 
     percent: Decimal = Decimal(0)
     amount: Decimal = Decimal(0)
@@ -70,7 +70,7 @@ class Tolerance:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A day and model of both sides; `tokens` names the classes that differ."""
+    """Both sides of a day and model; `tokens` names the classes that differ."""
 
     key: BillKey
     verdict: Verdict
@@ -86,10 +86,10 @@ class Comparison:
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
-    """`amount=Cost,day=Date` as our name -> the bill's.
+    """Parse `amount=Cost,day=Date` into our name -> the bill's name.
 
     Raises:
-        JobFileError: a name is unknown.
+        JobFileError: unknown name.
     """
     names = {name: name for name in COLUMNS}
     for part in (text or "").split(","):
@@ -103,10 +103,10 @@ def parse_columns(text: str | None) -> dict[str, str]:
 
 
 def read_bill(path: str, columns: Mapping[str, str], currency: str | None) -> dict[BillKey, Billed]:
-    """A provider's bill by day, model and currency; lines of the same are added up.
+    """Read a provider's bill, summed by day, model and currency.
 
     Args:
-        currency: of a bill that does not name one.
+        currency: for a bill without a currency column.
     Raises:
         JobFileError: names file, line, column, expected and found.
     """
@@ -129,7 +129,7 @@ def read_bill(path: str, columns: Mapping[str, str], currency: str | None) -> di
     try:
         for row in reader:
             if any(value not in (None, "") for value in row.values()):
-                key, one = _bill_line(_Line(path, reader.line_num, row, columns), currency)
+                key, one = _parse_bill_line(_Line(path, reader.line_num, row, columns), currency)
                 billed[key] = billed[key] + one if key in billed else one
     except csv.Error as error:
         raise JobFileError(f"{path}: line {reader.line_num}: expected CSV, found: {error}") from error
@@ -138,7 +138,7 @@ def read_bill(path: str, columns: Mapping[str, str], currency: str | None) -> di
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """One line of a bill, able to say where it is wrong."""
+    """One line of a bill, with errors that name the cell."""
 
     source: str
     number: int
@@ -146,7 +146,7 @@ class _Line:
     columns: Mapping[str, str]
 
     def text(self, name: str) -> str | None:
-        """A cell; None where the bill has no such column."""
+        """A cell; None if the bill has no such column."""
         found = self.cells.get(self.columns[name])
         return found.strip() if isinstance(found, str) else None
 
@@ -158,7 +158,7 @@ class _Line:
         )
 
 
-def _bill_line(line: _Line, currency: str | None) -> tuple[BillKey, Billed]:
+def _parse_bill_line(line: _Line, currency: str | None) -> tuple[BillKey, Billed]:
     try:
         day = date.fromisoformat((line.text("day") or "")[:10]).isoformat()
     except ValueError:
@@ -175,10 +175,10 @@ def _bill_line(line: _Line, currency: str | None) -> tuple[BillKey, Billed]:
     found_currency = line.text("currency") or currency
     if not found_currency:
         raise line.wrong("currency", "a currency such as USD")
-    return (day, model, found_currency), Billed(amount, {name: _tokens(line, name) for name in _TOKENS})
+    return (day, model, found_currency), Billed(amount, {name: _parse_tokens(line, name) for name in _TOKENS})
 
 
-def _tokens(line: _Line, name: str) -> int | None:
+def _parse_tokens(line: _Line, name: str) -> int | None:
     text = line.text(name)
     if not text:
         return None
@@ -187,24 +187,24 @@ def _tokens(line: _Line, name: str) -> int | None:
     return int(text)
 
 
-def ledger_bill(
+def add_up_ledger(
     ledgers: Iterable[pa.Table], *, utc_offset: timedelta, provider: str | None = None, model: str | None = None
 ) -> tuple[dict[BillKey, Billed], int]:
-    """What the ledger expects the bill to say.
+    """Sum the ledger the way the bill does.
 
     Args:
-        utc_offset: of the days of the bill from UTC.
-        provider: only lines of this provider.
-        model: name of the model on the bill, where the ledger has another.
+        utc_offset: of the bill's days.
+        provider: include only this provider's lines.
+        model: the bill's name for the model, if the ledger has another.
     Returns:
-        Sums by day, model and currency, and how many lines have no price and are not in them.
+        Sums by day, model and currency, and the number of lines left out for lack of a price.
     """
     names = ("provider", "model", "started_at", "currency", "cost", "cache_hit_tokens", "cache_miss_tokens")
     names = (*names, "visible_output_tokens", "reasoning_tokens")
     sums: dict[BillKey, Billed] = {}
     num_unpriced = 0
     for ledger in ledgers:
-        for values in zip(*(values_of(ledger, name) for name in names), strict=True):
+        for values in zip(*(list_values(ledger, name) for name in names), strict=True):
             line = dict(zip(names, values, strict=True))
             if provider is not None and line["provider"] != provider:
                 continue
@@ -226,7 +226,7 @@ def ledger_bill(
 def reconcile(
     ledger: Mapping[BillKey, Billed], bill: Mapping[BillKey, Billed], tolerance: Tolerance
 ) -> list[Comparison]:
-    """Hold both sides against each other, in order of day, model and currency."""
+    """Compare both sides, in order of day, model and currency."""
     return [_compare(key, ledger.get(key), bill.get(key), tolerance) for key in sorted({*ledger, *bill})]
 
 
@@ -247,7 +247,7 @@ def _compare(key: BillKey, ledger: Billed | None, bill: Billed | None, tolerance
 
 
 def comparison_table(found: Iterable[Comparison], num_unpriced: int) -> ReportTable:
-    """The comparisons as a table."""
+    """Format the comparisons as a table."""
     columns = (
         Column("day", "text"),
         Column("model", "text"),
@@ -265,7 +265,7 @@ def comparison_table(found: Iterable[Comparison], num_unpriced: int) -> ReportTa
             one.ledger and one.ledger.amount,
             one.bill and one.bill.amount,
             one.difference,
-            ", ".join(_spell_tokens(one, name) for name in one.tokens) or None,
+            ", ".join(_format_tokens(one, name) for name in one.tokens) or None,
         )
         for one in found
     )
@@ -273,6 +273,6 @@ def comparison_table(found: Iterable[Comparison], num_unpriced: int) -> ReportTa
     return ReportTable("reconciliation", "Ledger and bill", columns, rows, note)
 
 
-def _spell_tokens(one: Comparison, name: str) -> str:
+def _format_tokens(one: Comparison, name: str) -> str:
     assert one.ledger is not None and one.bill is not None
     return f"{name}: {one.ledger.tokens[name]:,} in the ledger, {one.bill.tokens[name]:,} in the bill"

@@ -1,7 +1,7 @@
-"""`moebeam report`: what a finished or stopped run cost, by whatever column, and what came out of it.
+"""`moebeam report`: costs of a finished or stopped run, by any ledger columns, and its results.
 
-Reads the output folder alone: its manifest, its ledger and what it keeps of its job. Each part is a `ReportTable`;
-`jobs/console/report_table.py` has their ways out.
+Reads only the output folder: manifest, ledger and job record. Each part is a `ReportTable`, written by
+`jobs/console/report_table.py`.
 """
 
 import contextlib
@@ -11,14 +11,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from moebeam.jobs.console.report_table import Cell, Column, ReportTable, csv_text, html_text, table_bytes
+from moebeam.jobs.console.report_table import Cell, Column, ReportTable, encode_parquet, format_csv, format_html
 from moebeam.jobs.output.run_record import RunRecord
 from moebeam.jobs.output.run_state import read_manifest
-from moebeam.jobs.quotes.quote_record import quote_beside_actual
+from moebeam.jobs.quotes.quote_record import compare_quote_with_run
 from moebeam.jobs.reports.focus_export import FOCUS_VERSION, focus_report_table, focus_table
 from moebeam.jobs.reports.self_host import SelfHostProfile, self_host_tables
-from moebeam.jobs.reports.value_chain_report import PricedModel, chain_of, chain_tables
-from moebeam.schemas.arrow import parquet_bytes
+from moebeam.jobs.reports.value_chain_report import PricedModel, chain_tables, charge_chain
+from moebeam.schemas.arrow import encode_parquet_file
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import CommitError, OutputError
 from moebeam.schemas.job.sections import ValueChainSection
@@ -53,10 +53,10 @@ _SUMS = (
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """A run in tables.
+    """A run as tables.
 
     Attributes:
-        status: `complete`, or `incomplete` for a run that can be resumed: its sums are of what is committed.
+        status: `complete`, or `incomplete` for a resumable run, whose sums cover the committed shards.
     """
 
     run_id: str
@@ -74,30 +74,30 @@ class RunReport:
         }
 
 
-def report_of(
+def make_report(
     record: RunRecord,
     *,
     by: str = DEFAULT_BY,
     chain: ValueChainSection | None = None,
     profile: SelfHostProfile | None = None,
 ) -> RunReport:
-    """Add up a run.
+    """Build the tables of a run's costs and results.
 
     Args:
-        by: columns of the ledger, separated by commas.
-        chain: in place of the job's own value chain.
-        profile: accelerators to set the run's tokens against.
+        by: ledger columns, separated by commas.
+        chain: replaces the job's value chain.
+        profile: accelerators to compare the run's cost with.
     Raises:
         JobFileError: `by` or the value chain is wrong.
         OutputError: the run has no manifest yet, or its ledger is damaged.
     """
-    layout, job = record.layout, record.job
+    layout, job = record.layout, record.request.job
     columns = parse_by(by, job.accounting.tag_columns)
-    manifest = manifest_of(layout)
+    manifest = require_manifest(layout)
     with ledger_errors(layout):
-        groups = merge_groups(roll_up(ledger, columns) for ledger in ledgers_of(layout, manifest))
-        outcomes = merge_groups(roll_up(ledger, ("outcome",)) for ledger in ledgers_of(layout, manifest))
-        made = chain_of(chain or job.value_chain, ledgers_of(layout, manifest), PricedModel(job.accounting.model))
+        groups = merge_groups(roll_up(ledger, columns) for ledger in read_ledgers(layout, manifest))
+        outcomes = merge_groups(roll_up(ledger, ("outcome",)) for ledger in read_ledgers(layout, manifest))
+        made = charge_chain(chain or job.value_chain, read_ledgers(layout, manifest), PricedModel(job.accounting.model))
     costs = largest_groups(groups.items(), columns)
     tables = [
         _run_table(manifest, merge_groups([groups])),
@@ -114,11 +114,11 @@ def report_of(
     return RunReport(manifest["run_id"], layout.output, manifest["status"], tuple(tables))
 
 
-def manifest_of(layout: RunLayout) -> dict[str, Any]:
-    """The manifest of a run that has one.
+def require_manifest(layout: RunLayout) -> dict[str, Any]:
+    """Read the manifest.
 
     Raises:
-        OutputError: it has none, or a damaged one.
+        OutputError: it is missing or damaged.
     """
     manifest = read_manifest(layout)
     if manifest is None:
@@ -129,8 +129,8 @@ def manifest_of(layout: RunLayout) -> dict[str, Any]:
     return manifest
 
 
-def ledgers_of(layout: RunLayout, manifest: Mapping[str, Any]) -> Iterator[pa.Table]:
-    """The files of a run's ledger one after another, those of wasted work too.
+def read_ledgers(layout: RunLayout, manifest: Mapping[str, Any]) -> Iterator[pa.Table]:
+    """Read the files of a run's ledger one by one, including wasted work.
 
     Raises:
         CommitError: a file is missing or damaged.
@@ -141,7 +141,7 @@ def ledgers_of(layout: RunLayout, manifest: Mapping[str, Any]) -> Iterator[pa.Ta
 
 @contextlib.contextmanager
 def ledger_errors(layout: RunLayout) -> Generator[None]:
-    """What goes wrong while the ledger is read, as an error of the output."""
+    """Turn errors of reading the ledger into `OutputError`."""
     try:
         yield
     except (CommitError, OSError) as error:
@@ -186,7 +186,7 @@ def _run_table(manifest: Mapping[str, Any], groups: Mapping[GroupKey, GroupSums]
 
 
 def _costs_table(costs: Rollup) -> ReportTable:
-    """The roll-up; a currency of None is that of lines without a price, whose amounts are null."""
+    """Build the cost table; currency None holds the lines without a price, with null amounts."""
     columns = (*(Column(name, "text") for name in costs.by), *_SUMS)
     note = None
     if any(sums.num_unpriced for _, sums in costs.groups):
@@ -234,7 +234,7 @@ def _checks_table(manifest: Mapping[str, Any]) -> ReportTable:
 
 
 def _quote_table(layout: RunLayout) -> ReportTable:
-    """What was quoted before the run, or what its plan promises, beside what it took."""
+    """Compare the quote, or else the plan, with the actual run."""
     columns = (
         Column("figure", "text"),
         Column("low", "money"),
@@ -244,7 +244,7 @@ def _quote_table(layout: RunLayout) -> ReportTable:
         Column("unit", "text"),
         Column("is_within", "text"),
     )
-    spelled = {True: "yes", False: "no", None: None}
+    words = {True: "yes", False: "no", None: None}
     rows = tuple(
         (
             figure.name,
@@ -253,9 +253,9 @@ def _quote_table(layout: RunLayout) -> ReportTable:
             figure.high,
             figure.actual,
             figure.currency or figure.unit,
-            spelled[figure.is_within],
+            words[figure.is_within],
         )
-        for figure in quote_beside_actual(layout)
+        for figure in compare_quote_with_run(layout)
     )
     note = "`moebeam estimate --save` keeps a quote before the run; without one the plan's own figures stand here."
     return ReportTable("quote", "Quote beside actual", columns, rows, note)
@@ -264,21 +264,21 @@ def _quote_table(layout: RunLayout) -> ReportTable:
 def write_report(
     report: RunReport, *, html: str | None = None, csv: str | None = None, parquet: str | None = None
 ) -> list[str]:
-    """Write a report where it is asked for; returns what was written, in words.
+    """Write a report in the requested formats; returns what was written, in words.
 
     Args:
-        html: a file; csv, parquet: folders, one file a table.
+        html: a file; csv, parquet: folders, one file per table.
     Raises:
         OSError: the store failed.
     """
     written: list[str] = []
     if html is not None:
-        storage.write_whole(html, html_text(f"Run {report.run_id}", report.tables).encode())
+        storage.write_whole(html, format_html(f"Run {report.run_id}", report.tables).encode())
         written.append(f"wrote {html}")
     for folder, suffix in ((csv, "csv"), (parquet, "parquet")):
         if folder is not None:
             for table in report.tables:
-                content = csv_text(table).encode() if suffix == "csv" else table_bytes(table)
+                content = format_csv(table).encode() if suffix == "csv" else encode_parquet(table)
                 storage.write_whole(storage.join(folder, f"{table.name}.{suffix}"), content)
             written.append(f"wrote {len(report.tables)} tables to {folder}")
     return written
@@ -292,10 +292,10 @@ def write_focus(record: RunRecord, path: str) -> list[str]:
         OSError: the store failed.
     """
     layout = record.layout
-    manifest = manifest_of(layout)
+    manifest = require_manifest(layout)
     with ledger_errors(layout):
-        table, num_unpriced = focus_table(ledgers_of(layout, manifest), f"moebeam run {manifest['run_id']}")
+        table, num_unpriced = focus_table(read_ledgers(layout, manifest), f"moebeam run {manifest['run_id']}")
     is_csv = path.endswith(".csv")
-    storage.write_whole(path, csv_text(focus_report_table(table)).encode() if is_csv else parquet_bytes(table))
+    storage.write_whole(path, format_csv(focus_report_table(table)).encode() if is_csv else encode_parquet_file(table))
     left_out = f"; {num_unpriced:,} attempts without a price are not in it" if num_unpriced else ""
     return [f"wrote {table.num_rows:,} rows of FOCUS {FOCUS_VERSION} to {path}{left_out}"]

@@ -1,8 +1,8 @@
-"""Self-host or buy: what a run's tokens cost on accelerators of one's own, beside what they cost at a price.
+"""Self-host or buy: compares a run's cost on one's own accelerators with API prices.
 
-Part of `moebeam report --self-host PROFILE.toml`. Throughput is the run's own, as its engine counted it; hour price,
-power, PUE and energy price are the profile's. A figure without a source counts as not given: what follows from it stays
-empty and the report asks for it. Nothing is assumed in its place.
+Implements `moebeam report --self-host PROFILE.toml`. Throughput comes from the run's engine counters; hourly price,
+power, PUE and energy price come from the profile. A figure without a source counts as missing: what depends on it stays
+empty, and the report asks for it. No figure is assumed.
 """
 
 import tomllib
@@ -69,10 +69,10 @@ class SelfHostProfile(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What the run did: seconds at work of its engine and tokens.
+    """A run's work: busy seconds of its engine, and tokens.
 
     Attributes:
-        computed_tokens: that went through the model: prompt tokens that no cache held, and answers.
+        computed_tokens: tokens that went through the model: uncached prompt tokens and output tokens.
     """
 
     engine_s: Decimal
@@ -92,13 +92,13 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class SelfHost:
-    """What follows from a profile and a run's own throughput; None where a figure for it is missing.
+    """Results from a profile and a run's throughput; None if a required figure is missing.
 
     Attributes:
-        hours: of all accelerators that have to be paid for, at the profile's utilisation.
+        hours: accelerator hours to pay for, at the profile's utilisation.
         capacity_tokens_per_day: at that utilisation.
         joules_per_computed_token: at the wall, PUE included.
-        asks: what the profile does not tell, in words.
+        asks: figures missing from the profile, in words.
     """
 
     hours: Decimal | None
@@ -140,8 +140,8 @@ def load_profile(path: str) -> SelfHostProfile:
     return profile
 
 
-def work_of(manifest: Mapping[str, Any]) -> Work | str:
-    """What a run's engine did, or why that is not known."""
+def read_work(manifest: Mapping[str, Any]) -> Work | str:
+    """Read the work of a run's engine, or why it is unknown."""
     seconds = engine_seconds(manifest["engine"])
     if seconds is None:
         return f"the engine {manifest['model']['engine']!r} does not count its time"
@@ -163,7 +163,7 @@ def work_of(manifest: Mapping[str, Any]) -> Work | str:
 
 
 def self_host(profile: SelfHostProfile, work: Work) -> SelfHost:
-    """Work out what a run would cost on a profile's accelerators."""
+    """Compute what a run would cost on a profile's accelerators."""
     count = Decimal(profile.count)
     price, share = profile.hour_price.known, profile.utilisation.known
     power, pue, energy_price = profile.power_w.known, profile.pue.known, profile.energy_price_per_kwh.known
@@ -191,11 +191,11 @@ def self_host(profile: SelfHostProfile, work: Work) -> SelfHost:
         joules_per_computed_token=a_token,
         hits_saved_kwh=saved,
         hits_saved_cost=None if saved is None or energy_price is None else saved * energy_price,
-        asks=tuple(_asks(profile)),
+        asks=tuple(_list_missing_figures(profile)),
     )
 
 
-def _asks(profile: SelfHostProfile) -> Iterator[str]:
+def _list_missing_figures(profile: SelfHostProfile) -> Iterator[str]:
     questions = {
         "hour_price": f"what an hour of one {profile.accelerator} costs you, in {profile.currency}",
         "utilisation": "in which share of the hours paid for it is at work, 0 to 1",
@@ -214,10 +214,10 @@ def _asks(profile: SelfHostProfile) -> Iterator[str]:
 
 
 def break_even_tokens_per_day(made: SelfHost, work: Work, price_per_million: Decimal) -> Decimal | None:
-    """Tokens a day, of the run's own mix, from which accelerators paid for around the clock cost less than a price.
+    """Tokens per day, in the run's mix, above which accelerators paid around the clock cost less than a price.
 
     Returns:
-        None where a figure is missing, or where energy alone costs as much as the price.
+        None if a figure is missing, or if energy alone costs as much as the price.
     """
     if made.fixed_cost_per_day is None or made.cost is None or made.hour_cost is None:
         return None
@@ -227,7 +227,7 @@ def break_even_tokens_per_day(made: SelfHost, work: Work, price_per_million: Dec
 
 
 def api_prices(job: Job, work: Work, at: datetime) -> list[tuple[str, str, Decimal]]:
-    """What the run's tokens would cost at each price of the job's book that holds at an instant.
+    """Price the run's tokens at every price of the job's book that applies at an instant.
 
     Returns:
         Provider and model, currency, and cost per 1,000,000 tokens of the run's mix; cheapest first in each currency.
@@ -238,7 +238,7 @@ def api_prices(job: Job, work: Work, at: datetime) -> list[tuple[str, str, Decim
     usage = Usage(work.prompt_tokens, work.completion_tokens, work.cached_tokens)
     found: list[tuple[str, str, Decimal]] = []
     for provider, model in sorted({(line.provider, line.model) for line in book.lines}):
-        # A tier goes by the prompt of one attempt; for a mix the mean stands for all.
+        # Tiers depend on the prompt of one attempt; the mean prompt represents the mix.
         line = book.find(provider, model, at, prompt_tokens=work.prompt_tokens // work.num_attempts)
         if line is not None and work.num_tokens:
             cost = charge(usage, line).cost / work.num_tokens * _MILLION
@@ -249,14 +249,14 @@ def api_prices(job: Job, work: Work, at: datetime) -> list[tuple[str, str, Decim
 def self_host_tables(
     profile: SelfHostProfile, manifest: Mapping[str, Any], ledger: Mapping[str | None, GroupSums], job: Job
 ) -> list[ReportTable]:
-    """The comparison as tables.
+    """Format the comparison as tables.
 
     Args:
         ledger: the run's sums by currency.
     """
     title = f"Self-host: {profile.name}, {profile.count} x {profile.accelerator}"
     columns = (Column("what", "text"), Column("value", "number"), Column("unit", "text"))
-    work = work_of(manifest)
+    work = read_work(manifest)
     if isinstance(work, str):
         return [ReportTable("self_host", title, columns, (), f"Not known: {work}.")]
     made = self_host(profile, work)
@@ -291,7 +291,7 @@ def _prices_table(
     now = datetime.now(UTC)
     prices += api_prices(job, work, now)
     rows = tuple(
-        (name, currency, float(price), *_beside(profile, made, work, currency, price))
+        (name, currency, float(price), *_compare_with_price(profile, made, work, currency, price))
         for name, currency, price in prices
     )
     columns = (
@@ -308,7 +308,7 @@ def _prices_table(
     return ReportTable("self_host_or_buy", "Self-host or buy", columns, rows, note)
 
 
-def _beside(
+def _compare_with_price(
     profile: SelfHostProfile, made: SelfHost, work: Work, currency: str, price: Decimal
 ) -> tuple[float | None, str]:
     if currency != profile.currency:

@@ -1,6 +1,6 @@
-"""The value chain of a run: `[value_chain]`, the ledger and the parties' price books become a table.
+"""The value chain of a run as tables, from `[value_chain]`, the ledger and the parties' price books.
 
-Part of `moebeam report`. The arithmetic is `schemas/value_chain.py`.
+Part of `moebeam report`. The arithmetic is in `schemas/value_chain.py`.
 """
 
 import tomllib
@@ -14,12 +14,21 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from moebeam.jobs.console.report_table import Column, ReportTable
-from moebeam.schemas.arrow import values_of
+from moebeam.schemas.arrow import list_values
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import PartySection, ValueChainSection
 from moebeam.schemas.records import Usage
 from moebeam.schemas.store import storage
-from moebeam.schemas.value_chain import Attempt, Money, PriceOf, Rates, Seller, ValueChain, markup_of, order_of
+from moebeam.schemas.value_chain import (
+    Attempt,
+    Money,
+    PriceOf,
+    Rates,
+    Seller,
+    ValueChain,
+    make_group_order,
+    parse_markup,
+)
 from moebeam.transforms.money.account import charge
 from moebeam.transforms.money.price_book import PriceBook
 
@@ -40,15 +49,15 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class PricedModel:
-    """Where a party without a model of its own looks prices up: the job's `[accounting] model`, else the ledger's."""
+    """The model that prices a party without its own: the job's `[accounting] model`, else the ledger's."""
 
     model: str | None = None
 
 
 def load_chain(path: str) -> ValueChainSection:
-    """A value chain from a TOML file of its own, in place of the job's.
+    """Load a value chain from a TOML file, to replace the job's.
 
-    The file holds `[[parties]]` and, if need be, `currency` and `[rates]`; price books are relative to it.
+    The file holds `[[parties]]` and optionally `currency` and `[rates]`; price book paths are relative to it.
 
     Raises:
         JobFileError: names what is wrong.
@@ -76,8 +85,8 @@ def load_chain(path: str) -> ValueChainSection:
     return section
 
 
-def chain_of(section: ValueChainSection, ledgers: Iterable[pa.Table], priced: PricedModel) -> ValueChain | None:
-    """Charge a run's ledger through its parties; None where the job names none.
+def charge_chain(section: ValueChainSection, ledgers: Iterable[pa.Table], priced: PricedModel) -> ValueChain | None:
+    """Charge a run's ledger through its parties; None if the job names none.
 
     Args:
         ledgers: rows of `moebeam.schemas.tables.LEDGER_SCHEMA`, file by file.
@@ -92,7 +101,7 @@ def chain_of(section: ValueChainSection, ledgers: Iterable[pa.Table], priced: Pr
     for ledger in ledgers:
         if chain is None:
             chain = ValueChain(made, customer.name, Rates(_currency(section, ledger), section.rates))
-        for attempt in attempts_of(ledger):
+        for attempt in read_attempts(ledger):
             chain.add(attempt)
     chain = chain or ValueChain(made, customer.name, Rates(section.currency or "USD", section.rates))
     assert chain.difference == 0, f"margins and the first seller's revenue miss {chain.difference}"
@@ -102,7 +111,7 @@ def chain_of(section: ValueChainSection, ledgers: Iterable[pa.Table], priced: Pr
 def _currency(section: ValueChainSection, ledger: pa.Table) -> str:
     if section.currency is not None:
         return section.currency
-    found = sorted({currency for currency in values_of(ledger, "currency") if currency is not None})
+    found = sorted({currency for currency in list_values(ledger, "currency") if currency is not None})
     if len(found) > 1:
         raise JobFileError(f"[value_chain] currency: expected one, as the ledger has several: {', '.join(found)}")
     return found[0] if found else "USD"
@@ -111,14 +120,14 @@ def _currency(section: ValueChainSection, ledger: pa.Table) -> str:
 def _seller(party: PartySection, priced: PricedModel) -> Seller:
     return Seller(
         name=party.name,
-        price_of=None if party.markup_percent is not None else _price_of(party, priced),
-        markup=markup_of(party.markup_percent or Decimal(0)),
+        price_of=None if party.markup_percent is not None else _make_price_lookup(party, priced),
+        markup=parse_markup(party.markup_percent or Decimal(0)),
         recognition=party.recognition,
         charges_failed=party.charges == "all",
     )
 
 
-def _price_of(party: PartySection, priced: PricedModel) -> PriceOf:
+def _make_price_lookup(party: PartySection, priced: PricedModel) -> PriceOf:
     if party.price_book is None:
         return lambda attempt: attempt.cost
     book = PriceBook.load(party.price_book)
@@ -149,9 +158,9 @@ def _price_of(party: PartySection, priced: PricedModel) -> PriceOf:
     return price_of
 
 
-def attempts_of(ledger: pa.Table) -> Iterator[Attempt]:
-    """The lines of a ledger as prices are asked for them."""
-    for values in zip(*(values_of(ledger, name) for name in _COLUMNS), strict=True):
+def read_attempts(ledger: pa.Table) -> Iterator[Attempt]:
+    """Yield the ledger lines in the form that pricing needs."""
+    for values in zip(*(list_values(ledger, name) for name in _COLUMNS), strict=True):
         line = dict(zip(_COLUMNS, values, strict=True))
         started: datetime = line["started_at"].astimezone(UTC)
         hits: int | None = line["cache_hit_tokens"]
@@ -173,12 +182,12 @@ def attempts_of(ledger: pa.Table) -> Iterator[Attempt]:
 
 
 def chain_tables(chain: ValueChain) -> tuple[ReportTable, ReportTable]:
-    """Sums by party, and by party, tenant and day."""
+    """Build two tables: sums by party, and by party, tenant and day."""
     money = tuple(Column(name, "money") for name in ("charged", "paid", "margin", "recognised"))
     currency = chain.rates.currency
     head = (Column("party", "text"), Column("attempts", "count"), Column("currency", "text"), *money)
     parties = tuple(
-        (name, sums.num_attempts, currency, *_amounts(chain, name, sums), _billed(sums.billed))
+        (name, sums.num_attempts, currency, *_amounts(chain, name, sums), _format_billed(sums.billed))
         for name in chain.names
         for sums in (chain.of_party(name),)
     )
@@ -186,7 +195,7 @@ def chain_tables(chain: ValueChain) -> tuple[ReportTable, ReportTable]:
     note = f"Lines without a price, which are in no sum: {unpriced}." if unpriced else None
     days = tuple(
         (party, tenant, day, sums.num_attempts, currency, *_amounts(chain, party, sums))
-        for party, tenant, day in sorted(chain.sums, key=order_of(chain.names))
+        for party, tenant, day in sorted(chain.sums, key=make_group_order(chain.names))
         for sums in (chain.sums[party, tenant, day],)
     )
     by_day = (Column("party", "text"), Column("tenant", "text"), Column("day", "text"), *head[1:])
@@ -201,8 +210,8 @@ def _amounts(chain: ValueChain, name: str, sums: Any) -> tuple[Decimal | None, .
     if name == chain.customer:
         return None, sums.paid, None, None
     recognition = next(seller.recognition for seller in chain.sellers if seller.name == name)
-    return sums.charged, sums.paid, sums.margin, sums.recognised(recognition)
+    return sums.charged, sums.paid, sums.margin, sums.recognise_revenue(recognition)
 
 
-def _billed(billed: Mapping[str, Decimal]) -> str | None:
+def _format_billed(billed: Mapping[str, Decimal]) -> str | None:
     return ", ".join(f"{amount:f} {currency}" for currency, amount in billed.items()) or None

@@ -1,1 +1,1 @@
-"""Starts a run and watches it through the store."""
+"""Starts, watches and retries runs."""

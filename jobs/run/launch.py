@@ -1,4 +1,4 @@
-"""Run a checked job: start the pipeline, watch it through the store, and say how it ended."""
+"""Checks a job, runs its pipeline, watches it through the store, and summarizes the outcome."""
 
 import contextlib
 import json
@@ -11,17 +11,18 @@ from typing import Any
 import apache_beam as beam
 import grpc
 
-from moebeam.jobs.check.beam_options import beam_options
+from moebeam.jobs.check.beam_options import parse_beam_options, runs_here
 from moebeam.jobs.check.preflight import CheckedJob, check_job
-from moebeam.jobs.check.reuse import keep_fences
-from moebeam.jobs.console.summary import PIPELINE_THREAD, ProgressSnapshot, RunStatus, RunSummary, exit_code_of
-from moebeam.jobs.deploy.dataflow.dataflow_options import settle_options
-from moebeam.jobs.deploy.dataflow.job_template import staged_summary, template_location, write_template
-from moebeam.jobs.deploy.job_service import prepare_job_service, spell_rpc_error
-from moebeam.jobs.output.run_record import RetryOf, RunRecord, keep_input
-from moebeam.jobs.output.run_state import Watch, forget_gone_launchers, present, read_manifest
+from moebeam.jobs.check.reuse import save_fences
+from moebeam.jobs.console.summary import PIPELINE_THREAD, ProgressSnapshot, RunStatus, RunSummary, choose_exit_code
+from moebeam.jobs.deploy.dataflow.dataflow_options import complete_dataflow_options
+from moebeam.jobs.deploy.dataflow.job_template import summarize_template, template_location, write_template
+from moebeam.jobs.deploy.job_service import format_rpc_error, prepare_job_service
+from moebeam.jobs.output.run_record import RetryOf, RunRecord, save_input
+from moebeam.jobs.output.run_state import RunWatch, announce_presence, read_manifest, remove_dead_launchers
+from moebeam.jobs.run.main_job import make_main_job
 from moebeam.jobs.run.retry_failed import write_retry_plan
-from moebeam.model_runner.encoding.remote_prompts import load_encoder
+from moebeam.model_runner.protocol import require_packages
 from moebeam.pipelines.main_job import build
 from moebeam.schemas.answers import Totals
 from moebeam.schemas.errors import JobInterrupted, OutputError, PipelineFailed
@@ -32,13 +33,13 @@ from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.reuse import ReuseSource
 from moebeam.transforms.durable.failure import WorkerWatch, read_failure
 from moebeam.transforms.durable.stop import BY_SIGNAL, ON_ERROR, StopReason, request_stop
-from moebeam.transforms.plan.plan_record import PlanRecord, read_plan
-from moebeam.transforms.publish.manifest import cost_of, sole_amount
+from moebeam.transforms.plan.plan_record import read_plan
+from moebeam.transforms.publish.manifest import find_cost, find_sole_amount
 from moebeam.transforms.read.input_scan import InputScan
 
 POLL_S = 0.25
 LOST_WORKER_S = 15.0
-"""How long Beam's local runner has to notice that one of its worker processes died."""
+"""How long Beam's local runner may take to notice that a worker process died."""
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -56,44 +57,51 @@ def launch(
     retried: InputScan | None = None,
     reuse: ReuseSource | None = None,
 ) -> RunSummary:
-    """Run a job to its end, or to where it is stopped.
+    """Run a job until it ends or is stopped.
 
     Args:
-        limit: answer only the first so many rows.
+        limit: answer only this many rows from the start.
         beam_args: Beam options in Beam's snake_case.
-        stop: when set, shards under way are finished and no further one is started.
-        progress: called a few times a second.
+        stop: once set, running shards finish and no further one starts.
+        progress: called a few times per second.
         retry_of: answer these rejects of an earlier run instead of the input.
-        retried: what `moebeam.jobs.run.retry_failed.prepare_retry` found of them; not needed once the output keeps it.
-        reuse: take over what this earlier run answered.
+        retried: from `moebeam.jobs.run.retry_failed.prepare_retry`; not needed once the output holds it.
+        reuse: reuse the answers of this earlier run.
     Raises:
         JobError: the job cannot run, or a step of it failed.
     """
     started = time.monotonic()
-    options = beam_options(beam_args)
-    settle_options(options, job, reuse and reuse.output)
+    options = parse_beam_options(beam_args)
+    complete_dataflow_options(options, job, reuse and reuse.output)
     prepare_job_service(options)
     with _store_errors(job.output.path):
         checked = check_job(job, limit=limit, retry_of=retry_of, retried=retried, reuse=reuse)
-        layout = checked.layout
+        layout = RunLayout(job.output.path)
         for warning in checked.warnings:
             _LOGGER.warning("%s", warning)
         manifest = read_manifest(layout)
         if manifest is not None and manifest["status"] == "complete":
-            # The last launcher may have been killed right after it wrote the manifest.
-            forget_gone_launchers(layout)
-            return summary_of(manifest, job, "already_done", started)
-        checked.identity.claim_output(layout, checked.kept)
-        keep_input(layout, job.input, limit, checked.scan, is_retry=retry_of is not None)
+            # The last launcher may have been killed right after writing the manifest.
+            remove_dead_launchers(layout)
+            return summarize_run(manifest, job, "already_done", started)
+        if runs_here(options):
+            require_packages(job.model)
+        checked.claim_output()
+        save_input(layout, checked.request, checked.scan)
         storage.remove_files([layout.stop, layout.failure])
         if reuse is not None:
-            keep_fences(layout, reuse)
-        planned = _plan_of(checked)
+            save_fences(layout, reuse)
+        planned = read_plan(layout)
+        if planned is None and retry_of is not None:
+            # A retry reads no input: its plan is taken from its source's plan.
+            planned = write_retry_plan(
+                layout, retry_of, job, parts=checked.identity.parts, encoder=checked.engine.encoder
+            )
     pipeline = beam.Pipeline(options=options)
-    build(pipeline, main_job := checked.main_job(planned))
+    build(pipeline, main_job := make_main_job(checked, planned))
     if (location := template_location(options)) is not None:
         write_template(pipeline, location)
-        return staged_summary(checked, location, started)
+        return summarize_template(checked, location, started)
     run = _PipelineThread(pipeline)
     _wait_for(run, checked, main_job.answer.limits.deadline_at, stop, progress)
     run.raise_failure(layout)
@@ -103,7 +111,7 @@ def launch(
     assert manifest is not None, "a pipeline that succeeded has written its manifest"
     if manifest.get("reason") == ON_ERROR:
         raise PipelineFailed(f"{manifest['reason_message']}; what is committed is kept, run again to continue")
-    return summary_of(manifest, job, "succeeded" if manifest["status"] == "complete" else "incomplete", started)
+    return summarize_run(manifest, job, "succeeded" if manifest["status"] == "complete" else "incomplete", started)
 
 
 def resume(
@@ -114,51 +122,36 @@ def resume(
     stop: threading.Event | None = None,
     progress: OnProgress | None = None,
 ) -> RunSummary:
-    """Go on with a run from what its output folder keeps; one that is finished is summed up, and nothing is looked at.
+    """Resume a run from its output folder; a finished run is only summarized, without checks.
 
     Args:
-        job: the record's, with what may change changed.
+        job: the record's job, with allowed changes.
     Raises:
-        JobError: as of `launch`.
+        JobError: as in `launch`.
     """
     started = time.monotonic()
     with _store_errors(record.layout.output):
         manifest = read_manifest(record.layout)
     if manifest is not None and manifest["status"] == "complete":
-        return summary_of(manifest, job, "already_done", started)
+        return summarize_run(manifest, job, "already_done", started)
     return launch(
         job,
-        limit=record.limit,
+        limit=record.request.limit,
         beam_args=beam_args,
         stop=stop,
         progress=progress,
-        retry_of=record.retry_of,
-        reuse=record.reuse,
+        retry_of=record.request.retry_of,
+        reuse=record.request.reuse,
     )
 
 
 @contextlib.contextmanager
 def _store_errors(output: str) -> Generator[None]:
-    """What the output's store reports before and after the pipeline, as an error of the job."""
+    """Turn the store's errors before and after the pipeline into `OutputError`."""
     try:
         yield
     except OSError as error:
         raise OutputError(f"[output] path {output!r}: cannot be used: {error}") from error
-
-
-def _plan_of(checked: CheckedJob) -> PlanRecord | None:
-    """The plan of an earlier attempt; of a retry it is made here, from the plan of the run it retries."""
-    planned = read_plan(checked.layout)
-    if planned is not None or checked.retry_of is None:
-        return planned
-    engine = checked.engine
-    return write_retry_plan(
-        checked.layout,
-        checked.retry_of,
-        checked.job,
-        parts=checked.identity.parts,
-        encoder=load_encoder(engine.path, engine.options.encoding, engine.name),
-    )
 
 
 def _wait_for(
@@ -168,12 +161,11 @@ def _wait_for(
     stop: threading.Event | None,
     progress: OnProgress | None,
 ) -> None:
-    """Start the pipeline and watch it until it ends, or until it is not worth waiting for."""
-    layout = checked.layout
-    currency = checked.price_line.currency if checked.price_line is not None else None
-    watch = Watch(layout, rows_total=checked.scan.num_rows, currency=currency)
+    """Run the pipeline and watch it until it ends or must be abandoned."""
+    layout = RunLayout(checked.request.job.output.path)
+    watch = RunWatch(layout, rows_total=checked.scan.num_rows, currency=checked.currency)
     is_draining = False
-    with present(layout) as presence, WorkerWatch() as workers:
+    with announce_presence(layout) as presence, WorkerWatch() as workers:
         run.start()
         while run.is_alive():
             run.join(POLL_S)
@@ -187,7 +179,7 @@ def _wait_for(
                     raise JobInterrupted(f"{reason.message} while planning; nothing was asked of the model yet")
                 is_draining = True
             if progress is not None:
-                # A look that fails while files come and go is only a look; the next one is soon.
+                # Files may vanish during a read; the next snapshot follows soon.
                 with contextlib.suppress(OSError):
                     progress(watch.snapshot())
             if workers.has_lost_a_worker_for(LOST_WORKER_S):
@@ -205,7 +197,7 @@ def _reason_to_stop(stop: threading.Event | None, deadline_at: float | None) -> 
 
 
 class _PipelineThread(threading.Thread):
-    """The pipeline beside the launcher, which shows progress and listens to signals meanwhile."""
+    """Runs the pipeline while the launcher shows progress and handles signals."""
 
     def __init__(self, pipeline: beam.Pipeline) -> None:
         super().__init__(name=PIPELINE_THREAD, daemon=True)
@@ -215,11 +207,11 @@ class _PipelineThread(threading.Thread):
     def run(self) -> None:
         try:
             self._pipeline.run().wait_until_finish()
-        except Exception as error:  # whatever a runner raises is shown by the launcher
+        except Exception as error:  # the launcher reports whatever a runner raises
             self._failure = error
 
     def raise_failure(self, layout: RunLayout) -> None:
-        """Raise what the pipeline failed with, in the words of the step that failed where it left any."""
+        """Raise the pipeline's failure, with the failed step's record if there is one."""
         if self._failure is None:
             return
         recorded = read_failure(layout)
@@ -229,15 +221,15 @@ class _PipelineThread(threading.Thread):
         raise PipelineFailed(f"{message}; what is committed is kept, run again to continue") from self._failure
 
 
-def summary_of(manifest: dict[str, Any], job: Job, status: RunStatus, started: float) -> RunSummary:
-    """What a manifest says of a run, as the end of an attempt.
+def summarize_run(manifest: dict[str, Any], job: Job, status: RunStatus, started: float) -> RunSummary:
+    """Summarize a manifest at the end of an attempt.
 
     Args:
-        started: of this attempt, by the monotonic clock.
+        started: start of this attempt, on the monotonic clock.
     """
     totals = RecordJson(Totals).decode(json.dumps(manifest["totals"]).encode())
     wasted = RecordJson(Totals).decode(json.dumps(manifest["wasted"]).encode()) if "wasted" in manifest else Totals()
-    cost, currency = cost_of(totals)
+    cost, currency = find_cost(totals)
     cached = totals.cached_tokens
     is_complete = manifest["status"] == "complete"
     message = None
@@ -247,7 +239,7 @@ def summary_of(manifest: dict[str, Any], job: Job, status: RunStatus, started: f
         message = f"{why}; {left} of {manifest['num_shards']} shards left; moebeam resume {job.output.path} goes on"
     return RunSummary(
         status=status,
-        exit_code=exit_code_of(
+        exit_code=choose_exit_code(
             is_complete=is_complete,
             rows_in=manifest["rows_in"],
             num_rejects=totals.num_rejects,
@@ -271,19 +263,19 @@ def summary_of(manifest: dict[str, Any], job: Job, status: RunStatus, started: f
         cost=cost,
         cost_allocated=cost,
         cost_basis=None if cost is None else ("upper_bound" if totals.num_upper_bound else "exact"),
-        currency=currency or cost_of(wasted)[1],
+        currency=currency or find_cost(wasted)[1],
         price_book=manifest["price_book"],
         elapsed_s=time.monotonic() - started,
         message=message,
         reason=manifest.get("reason"),
-        cost_wasted=cost_of(wasted)[0],
+        cost_wasted=find_cost(wasted)[0],
         num_lost_calls=totals.num_lost_calls + wasted.num_lost_calls,
-        lost_cost_at_most=sole_amount((totals + wasted).lost_costs_at_most)[0],
+        lost_cost_at_most=find_sole_amount((totals + wasted).lost_costs_at_most)[0],
     )
 
 
 def _last_line(error: Exception) -> str:
     if isinstance(error, grpc.RpcError):
-        return f"the job server is gone: {spell_rpc_error(error)}; the job may still run on its cluster"
+        return f"the job server is gone: {format_rpc_error(error)}; the job may still run on its cluster"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

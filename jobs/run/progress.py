@@ -1,6 +1,6 @@
-"""What a person sees of a run: a live bar on a terminal, plain lines in a log, and the summary at its end.
+"""Displays a run: a progress bar on a terminal, plain lines in a log, and the final summary.
 
-Everything here goes to standard error; standard output belongs to `--json`.
+Everything goes to standard error; standard output is reserved for `--json`.
 """
 
 import time
@@ -25,8 +25,8 @@ _NUM_SHOWN_COLUMNS = 12
 
 
 @dataclass(slots=True)
-class Rates:
-    """Speeds over the last half minute of a stage, so that an ETA follows what is happening now."""
+class StageRates:
+    """Rates over the last 30 s of a stage, so that the ETA follows the current speed."""
 
     _seen: deque[ProgressSnapshot] = field(default_factory=deque[ProgressSnapshot])
 
@@ -43,7 +43,7 @@ class Rates:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds until every row of the stage is done; None while that cannot be told."""
+        """Seconds left in this stage; None until rate and total are known."""
         rows_per_s = self._per_s(lambda snapshot: snapshot.rows_done)
         if not self._seen or not rows_per_s or self._seen[-1].rows_total is None:
             return None
@@ -61,15 +61,15 @@ class Rates:
 def show_progress(
     console: Console, *, interval_s: float = 5.0, clock: Callable[[], float] = time.monotonic
 ) -> Generator[ShowSnapshot]:
-    """Show snapshots while the block runs: a bar on a terminal, else a line at most every `interval_s` and at every
-    new stage. The last snapshot is always shown."""
+    """Show snapshots during the block: a bar on a terminal, else a line at each new stage and at most every
+    `interval_s`. The last snapshot is always shown."""
     with _show_bar(console) if console.is_terminal else _show_lines(console, interval_s, clock) as show:
         yield show
 
 
 @contextmanager
 def _show_bar(console: Console) -> Generator[ShowSnapshot]:
-    rates = Rates()
+    rates = StageRates()
     bar = Progress(
         TextColumn("[bold]{task.description:<8}"),
         BarColumn(bar_width=None),
@@ -88,22 +88,22 @@ def _show_bar(console: Console) -> Generator[ShowSnapshot]:
                 description=snapshot.stage,
                 completed=snapshot.rows_done,
                 total=snapshot.rows_total,
-                rows=_rows(snapshot),
+                rows=_format_rows(snapshot),
             )
-            details.plain = "  ".join(_details(snapshot, rates))
+            details.plain = "  ".join(_list_details(snapshot, rates))
 
         yield show
 
 
 @contextmanager
 def _show_lines(console: Console, interval_s: float, clock: Callable[[], float]) -> Generator[ShowSnapshot]:
-    rates = Rates()
+    rates = StageRates()
     last: ProgressSnapshot | None = None
     shown: ProgressSnapshot | None = None
     shown_at = 0.0
 
     def write(snapshot: ProgressSnapshot) -> None:
-        line = ", ".join([f"{snapshot.stage}: {_rows(snapshot)}", *_details(snapshot, rates)])
+        line = ", ".join([f"{snapshot.stage}: {_format_rows(snapshot)}", *_list_details(snapshot, rates)])
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def show(snapshot: ProgressSnapshot) -> None:
@@ -122,13 +122,13 @@ def _show_lines(console: Console, interval_s: float, clock: Callable[[], float])
             write(last)
 
 
-def _rows(snapshot: ProgressSnapshot) -> str:
+def _format_rows(snapshot: ProgressSnapshot) -> str:
     total = "" if snapshot.rows_total is None else f"/{snapshot.rows_total:,}"
     return f"{snapshot.rows_done:,}{total} rows"
 
 
-def _details(snapshot: ProgressSnapshot, rates: Rates) -> Iterator[str]:
-    """The parts of a progress line, most urgent first; what is not known yet is left out."""
+def _list_details(snapshot: ProgressSnapshot, rates: StageRates) -> Iterator[str]:
+    """The parts of a progress line, most important first; unknown parts are left out."""
     if snapshot.num_rejects:
         yield f"{snapshot.num_rejects:,} rejects"
     if snapshot.shards_total is not None:
@@ -144,18 +144,18 @@ def _details(snapshot: ProgressSnapshot, rates: Rates) -> Iterator[str]:
 
 
 def print_summary(console: Console, summary: RunSummary) -> None:
-    """The end of a run for a person: what came out, what it cost, where it lies, what to type next."""
+    """Print the outcome of a run: rows, tokens, cost, paths of the tables, and the next command."""
     style = "bold green" if summary.exit_code == EXIT_DONE else "bold yellow"
-    console.print(Text(_headline(summary), style=style), soft_wrap=True)
+    console.print(Text(_format_headline(summary), style=style), soft_wrap=True)
     if summary.status == "staged":
         console.print(Text(summary.message or ""), soft_wrap=True)
         return
-    console.print(facts_table(_summary_lines(summary)))
-    for line in _next_steps(summary):
+    console.print(facts_table(_list_facts(summary)))
+    for line in _list_next_steps(summary):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def _headline(summary: RunSummary) -> str:
+def _format_headline(summary: RunSummary) -> str:
     if summary.status == "already_done":
         return "already done: nothing was run, nothing was paid"
     if summary.status == "staged":
@@ -169,33 +169,33 @@ def _headline(summary: RunSummary) -> str:
     return f"{done}, with {excess} (exit code {summary.exit_code})"
 
 
-def _summary_lines(summary: RunSummary) -> Iterator[tuple[str, str]]:
+def _list_facts(summary: RunSummary) -> Iterator[tuple[str, str]]:
     yield "rows", "unknown" if summary.rows_in is None else f"{summary.rows_in:,}"
     yield "results", f"{summary.num_results:,}"
     by_type = ", ".join(f"{count:,} {name}" for name, count in sorted(summary.rejects_by_type.items()))
     yield "rejects", f"{summary.num_rejects:,}{f' ({by_type})' if by_type else ''}"
     if summary.num_unreadable:
         yield "unreadable", f"{summary.num_unreadable:,} files or row groups"
-    yield "tokens", _spell_tokens(summary)
-    yield "cache hits", _spell_hits(summary)
-    yield "cost", _spell_cost(summary)
+    yield "tokens", _format_tokens(summary)
+    yield "cache hits", _format_hits(summary)
+    yield "cost", _format_cost(summary)
     if summary.num_reused:
         yield "reused", f"{summary.num_reused:,} of the results, answered by an earlier run"
     if summary.cost_wasted:
         yield "wasted", f"{format_money(summary.cost_wasted, summary.currency)} beside it, for answers not used"
     if summary.num_lost_calls:
-        yield "lost calls", _spell_lost(summary)
+        yield "lost calls", _format_lost_calls(summary)
     if summary.message:
         yield "note", summary.message
 
 
-def _spell_lost(summary: RunSummary) -> str:
+def _format_lost_calls(summary: RunSummary) -> str:
     most = summary.lost_cost_at_most
     billed = "" if most is None else f", at most {format_money(most, summary.currency)}"
     return f"{summary.num_lost_calls:,} ended without a usage; the provider may bill them beside it{billed}"
 
 
-def _spell_tokens(summary: RunSummary) -> str:
+def _format_tokens(summary: RunSummary) -> str:
     reasoning = f", of which {summary.reasoning_tokens:,} reasoning" if summary.reasoning_tokens else ""
     output = f"{summary.completion_tokens:,} output{reasoning}"
     if summary.cached_tokens is None:
@@ -204,7 +204,7 @@ def _spell_tokens(summary: RunSummary) -> str:
     return f"{summary.cached_tokens:,} cache hit, {missed:,} cache miss, {output}"
 
 
-def _spell_hits(summary: RunSummary) -> str:
+def _format_hits(summary: RunSummary) -> str:
     if summary.cached_tokens is None:
         share = "unknown"
     elif summary.prompt_tokens == 0:
@@ -214,7 +214,7 @@ def _spell_hits(summary: RunSummary) -> str:
     return share if summary.max_hit_rate is None else f"{share}; the plan allows {summary.max_hit_rate:.1%}"
 
 
-def _spell_cost(summary: RunSummary) -> str:
+def _format_cost(summary: RunSummary) -> str:
     if summary.cost is None:
         if summary.num_reused and not summary.prompt_tokens + summary.completion_tokens:
             return "none, nothing was asked"
@@ -227,7 +227,7 @@ def _spell_cost(summary: RunSummary) -> str:
     return f"{cost}, {format_money(summary.cost * 1000 / num_rows, summary.currency)} per 1,000 rows"
 
 
-def _next_steps(summary: RunSummary) -> Iterator[str]:
+def _list_next_steps(summary: RunSummary) -> Iterator[str]:
     if summary.exit_code == EXIT_STOPPED:
         if summary.reason in LIMITS:
             yield f"To go on: moebeam resume {summary.output} --set limits.{summary.reason}=… with a larger one"
@@ -242,14 +242,14 @@ def _next_steps(summary: RunSummary) -> Iterator[str]:
 
 
 def print_report(console: Console, report: CheckReport) -> None:
-    """What `validate` found, for a person."""
+    """Print the report of `validate`."""
     console.print(Text("the job is valid; nothing was run", style="bold green"))
-    console.print(facts_table(_report_lines(report)))
+    console.print(facts_table(_list_report_facts(report)))
     for warning in report.warnings:
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
 
 
-def _report_lines(report: CheckReport) -> Iterator[tuple[str, str]]:
+def _list_report_facts(report: CheckReport) -> Iterator[tuple[str, str]]:
     limit = "" if report.limit is None else f", of which at most {report.limit:,} will run"
     yield "input", f"{report.num_rows:,} rows in {report.num_files:,} file{'' if report.num_files == 1 else 's'}{limit}"
     more = len(report.columns) - _NUM_SHOWN_COLUMNS

@@ -1,7 +1,7 @@
-"""`moebeam retry-failed`: a new run over exactly the rejected rows of chosen kinds, in an output of its own.
+"""`moebeam retry-failed`: a new run over the rejected rows of chosen kinds, in a separate output folder.
 
-Nothing published is touched: the first run keeps its rejects and its ledger, the new one has its own, and its manifest
-names the first in `retry_of`. The rows come from the first run's plan, shard by shard; the input is not read.
+Published files stay untouched: both runs have their own rejects and ledger, and the new manifest names the first run in
+`retry_of`. The rows come from the first run's plan, shard by shard; the input is not read.
 """
 
 import json
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from moebeam.jobs.output.run_record import RetryOf, RunRecord, read_input_record, read_record
 from moebeam.jobs.output.run_state import read_manifest
 from moebeam.model_runner.encoding.remote_prompts import Encoder
-from moebeam.schemas.arrow import values_of, with_column
+from moebeam.schemas.arrow import list_values, replace_column
 from moebeam.schemas.canonical import canonical_json
 from moebeam.schemas.errors import CommitError, ContextOverflow, JobFileError, OutputError, RowError
 from moebeam.schemas.job.sections import Job, SamplingSection
@@ -27,21 +27,21 @@ from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_p
 from moebeam.transforms.plan.sorted_runs import read_rows
 from moebeam.transforms.read.input_scan import InputScan
 
-_OF_THE_ENGINE = ("run", "validate")
-"""Stages whose rejects were asked of the model; the others are decided by the input and the job alone."""
+_ENGINE_STAGES = ("run", "validate")
+"""Stages whose rejects depend on the model; those of the others depend on input and job alone."""
 
 _RETRY_SECTIONS = ("sampling", "repair")
 _FREE_PARTS = {"[sampling]", "[repair]", "[accounting]", "retry of"}
-"""Parts of the identity in which a retry may differ from its source: prompts do not follow from them."""
+"""Parts of the identity in which a retry may differ from its source: they do not affect prompts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """A retry that can begin.
+    """A retry that can start.
 
     Attributes:
-        source: the run whose rejects are answered again.
-        retried: its input, counted as those rows alone.
+        source: the run whose rejects are retried.
+        retried: the input of the retry: only those rows.
     """
 
     source: RunRecord
@@ -49,8 +49,8 @@ class Retry:
     retried: InputScan
 
 
-def error_kinds() -> dict[str, str]:
-    """Every error type of a row and the stage that finds it."""
+def list_error_kinds() -> dict[str, str]:
+    """Map every error type of a row to the stage that finds it."""
     kinds: dict[str, str] = {}
     waiting: list[type[RowError]] = RowError.__subclasses__()
     while waiting:
@@ -61,16 +61,16 @@ def error_kinds() -> dict[str, str]:
 
 
 def parse_kinds(text: str) -> tuple[str, ...]:
-    """The kinds that a command names, sorted, each once."""
+    """Parse the kinds named in a command; sorted and unique."""
     return tuple(sorted({kind.strip() for kind in text.split(",") if kind.strip()}))
 
 
 def prepare_retry(output: str, kinds: Sequence[str]) -> Retry:
-    """Look at a finished run and count its rejects of some kinds.
+    """Check that a finished run has rejects of these kinds, and count them.
 
     Raises:
         JobFileError: a kind is unknown, cannot be retried, or does not occur.
-        OutputError: there is no such run, it is not complete, or its plan is gone.
+        OutputError: no such run, it is incomplete, or its plan is gone.
     """
     source = read_record(output)
     manifest = read_manifest(source.layout)
@@ -86,26 +86,26 @@ def prepare_retry(output: str, kinds: Sequence[str]) -> Retry:
 
 
 def _check_kinds(kinds: Sequence[str], found: dict[str, int]) -> None:
-    known = error_kinds()
-    can_retry = [kind for kind, stage in known.items() if stage in _OF_THE_ENGINE]
+    known = list_error_kinds()
+    can_retry = [kind for kind, stage in known.items() if stage in _ENGINE_STAGES]
     occurring = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(found.items()) if kind in can_retry)
-    told = f"this run has {occurring or 'none that can be retried'}"
+    advice = f"this run has {occurring or 'none that can be retried'}"
     if not kinds:
-        raise JobFileError(f"--kinds: expected kinds of rejects, such as --kinds engine_timeout; {told}")
+        raise JobFileError(f"--kinds: expected kinds of rejects, such as --kinds engine_timeout; {advice}")
     for kind in kinds:
         if kind not in known:
-            raise JobFileError(f"--kinds: unknown kind {kind!r}; there are {', '.join(can_retry)}; {told}")
+            raise JobFileError(f"--kinds: unknown kind {kind!r}; there are {', '.join(can_retry)}; {advice}")
         if kind not in can_retry:
             raise JobFileError(
                 f"--kinds: {kind} is decided in stage {known[kind]}, before the model is asked: asking again cannot "
-                f"help; change the job or the input and run it anew; {told}"
+                f"help; change the job or the input and run it anew; {advice}"
             )
     if not any(found.get(kind) for kind in kinds):
-        raise JobFileError(f"--kinds: no row was rejected as {' or '.join(kinds)}; {told}")
+        raise JobFileError(f"--kinds: no row was rejected as {' or '.join(kinds)}; {advice}")
 
 
 def why_not_retryable(place: Sequence[str], otherwise: Callable[[Sequence[str]], str | None]) -> str | None:
-    """Why a retry cannot change a key; None if it can. `otherwise` says it of keys that a retry has no say in."""
+    """Why a retry cannot change a key; None if it can. `otherwise` decides keys outside a retry's sections."""
     if place[0] in _RETRY_SECTIONS:
         return None
     reason = otherwise(place)
@@ -115,16 +115,16 @@ def why_not_retryable(place: Sequence[str], otherwise: Callable[[Sequence[str]],
 def write_retry_plan(
     layout: RunLayout, retry_of: RetryOf, job: Job, *, parts: Mapping[str, str], encoder: Encoder
 ) -> PlanRecord:
-    """Make the plan of a retry: the rejected rows of the first run's plan, with the job's sampling where it changed.
+    """Write the plan of a retry: the rejected rows of the first run's plan, with the job's changed sampling.
 
-    A row that does not fit the model's context with more output tokens becomes a reject.
+    A row that with more output tokens exceeds the model's context becomes a reject.
 
     Args:
         parts: the retry's identity.
-        encoder: says whether prompt and output have room in the context.
+        encoder: checks that prompt and output fit the context.
     Raises:
-        OutputError: the first run's plan is gone, or what its prompts were made with has changed since.
-        CommitError: plan and rejects contradict each other.
+        OutputError: the first run's plan is gone, or something that affects its prompts has changed.
+        CommitError: plan and rejects are inconsistent.
         OSError: a store failed.
     """
     source = read_record(retry_of.output)
@@ -140,10 +140,10 @@ def write_retry_plan(
     def write() -> None:
         name = f"s{len(shards):06d}"
         table = pa.concat_tables(waiting).replace_schema_metadata()
-        shards.append(write_shard(layout, name, _with_sampling(table, source.job.sampling, job, encoder)))
+        shards.append(write_shard(layout, name, _apply_sampling(table, source.request.job.sampling, job, encoder)))
         waiting.clear()
 
-    for table in _rejected_rows(source, retry_of):
+    for table in _read_rejected_rows(source, retry_of):
         if waiting and sum(held.num_rows for held in waiting) + table.num_rows > job.plan.max_shard_rows:
             write()
         waiting.append(table)
@@ -152,14 +152,14 @@ def write_retry_plan(
     return PlanRecord(write_plan(shards, layout))
 
 
-def _rejected_rows(source: RunRecord, retry_of: RetryOf) -> Iterator[pa.Table]:
-    """The planned rows that were rejected for one of the kinds, shard by shard, in token order."""
+def _read_rejected_rows(source: RunRecord, retry_of: RetryOf) -> Iterator[pa.Table]:
+    """Read the planned rows rejected for one of the kinds, shard by shard, in token order."""
     layout = source.layout
     plan = read_plan(layout)
     if plan is None:
         raise OutputError(f"{layout.plan_record}: expected the plan of a finished run, found no such file")
     for shard in plan.shards:
-        path = layout.published("rejects", shard.shard)
+        path = layout.published_file("rejects", shard.shard)
         if not shard.num_requests or not storage.exists(path):
             continue
         with storage.open_input(path) as file:
@@ -167,7 +167,7 @@ def _rejected_rows(source: RunRecord, retry_of: RetryOf) -> Iterator[pa.Table]:
         chosen = rejects.filter(pc.is_in(rejects.column("error_type"), pa.array(retry_of.kinds, pa.string())))
         if not chosen.num_rows:
             continue
-        wanted = set(zip(values_of(chosen, "source_file"), values_of(chosen, "source_row"), strict=True))
+        wanted = set(zip(list_values(chosen, "source_file"), list_values(chosen, "source_row"), strict=True))
         try:
             planned = read_rows(layout.shard_plan(shard.shard))
         except FileNotFoundError as error:
@@ -175,37 +175,37 @@ def _rejected_rows(source: RunRecord, retry_of: RetryOf) -> Iterator[pa.Table]:
                 f"{layout.shard_plan(shard.shard)}: the plan of this run was cleaned, and with it the prompts; "
                 "run the job anew"
             ) from error
-        places = zip(values_of(planned, "source_file"), values_of(planned, "source_row"), strict=True)
+        places = zip(list_values(planned, "source_file"), list_values(planned, "source_row"), strict=True)
         kept = planned.filter(pa.array([place in wanted for place in places]))
         if kept.num_rows != len(wanted):
             raise CommitError(f"{path}: expected {len(wanted)} rejected rows in the plan, found {kept.num_rows}")
         yield kept
 
 
-def _with_sampling(table: pa.Table, before: SamplingSection, job: Job, encoder: Encoder) -> pa.Table:
-    """The rows with the keys of `[sampling]` that changed; values that a row set itself stay."""
+def _apply_sampling(table: pa.Table, before: SamplingSection, job: Job, encoder: Encoder) -> pa.Table:
+    """Apply the changed keys of `[sampling]`; values set by a row itself stay."""
     old, new = before.model_dump(mode="json"), job.sampling.model_dump(mode="json")
     changed = {key: value for key, value in new.items() if value != old[key]}
     if not changed:
         return table
     texts: dict[str, str] = {}
-    for text in dict.fromkeys(values_of(table, "sampling")):
+    for text in dict.fromkeys(list_values(table, "sampling")):
         values: dict[str, Any] = json.loads(text)
         values.update({key: value for key, value in changed.items() if values.get(key) == old[key]})
         texts[text] = canonical_json(values)
-    sampling = [texts[text] for text in values_of(table, "sampling")]
-    table = with_column(table, "sampling", sampling)
+    sampling = [texts[text] for text in list_values(table, "sampling")]
+    table = replace_column(table, "sampling", sampling)
     if job.plan.merge != "always":
         greedy = [json.loads(text)["temperature"] == 0 for text in sampling]
-        merged = values_of(table, "merged_into")
-        table = with_column(table, "merged_into", [m if g else None for m, g in zip(merged, greedy, strict=True)])
-    return _without_overflow(table, encoder)
+        merged = list_values(table, "merged_into")
+        table = replace_column(table, "merged_into", [m if g else None for m, g in zip(merged, greedy, strict=True)])
+    return _reject_overflow(table, encoder)
 
 
-def _without_overflow(table: pa.Table, encoder: Encoder) -> pa.Table:
+def _reject_overflow(table: pa.Table, encoder: Encoder) -> pa.Table:
     sizes = [
         (length, json.loads(text)["max_tokens"])
-        for length, text in zip(values_of(table, "num_prompt_tokens"), values_of(table, "sampling"), strict=True)
+        for length, text in zip(list_values(table, "num_prompt_tokens"), list_values(table, "sampling"), strict=True)
     ]
     is_over = [not encoder.fits(*size) for size in sizes]
     if not any(is_over):
@@ -220,21 +220,21 @@ def _without_overflow(table: pa.Table, encoder: Encoder) -> pa.Table:
             message.format(limit, sum(size)) if over else None for over, size in zip(is_over, sizes, strict=True)
         ],
         "merged_into": [
-            None if over else merged for over, merged in zip(is_over, values_of(table, "merged_into"), strict=True)
+            None if over else merged for over, merged in zip(is_over, list_values(table, "merged_into"), strict=True)
         ],
     }
     for name, values in columns.items():
-        table = with_column(table, name, values)
+        table = replace_column(table, name, values)
     return table
 
 
 def retry_job(retry: Retry, job: Job, output: str) -> Job:
-    """The job of a retry, with an output of its own.
+    """Build the job of a retry, with its own output.
 
     Raises:
-        OutputError: the output is that of the run itself.
+        OutputError: the output is that of the source run.
     """
     if output.rstrip("/") == retry.retry_of.output.rstrip("/"):
         raise OutputError(f"--output {output}: a retry needs an output of its own; nothing published is changed")
     changed = job.model_copy(update={"output": job.output.model_copy(update={"path": output})})
-    return changed if job.folder is None else changed.located(job.folder)
+    return changed if job.folder is None else changed.in_folder(job.folder)

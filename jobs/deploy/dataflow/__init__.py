@@ -1,1 +1,1 @@
-"""Dataflow: what a job needs there beside its job file, and the template that others start it from."""
+"""Dataflow: options, path checks and job templates."""

@@ -1,25 +1,22 @@
-"""A job template: the pipeline as Dataflow's service can start it later, instead of a run.
+"""Writes a job template, from which Dataflow can start the pipeline later, instead of running it.
 
-`--template_location` asks for one. Dataflow's launcher of flex templates does so too: it runs this command, then starts
-the service's job from what the command wrote.
+`--template_location` asks for one. Dataflow's flex template launcher sets it too: it runs this command, then starts the
+job from the written template.
 """
 
 import time
-from typing import TYPE_CHECKING
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
 
+from moebeam.jobs.check.preflight import CheckedJob
 from moebeam.jobs.console.summary import EXIT_DONE, RunSummary
 from moebeam.jobs.deploy.dataflow.dataflow_options import is_dataflow
 from moebeam.schemas.errors import PipelineFailed
 
-if TYPE_CHECKING:
-    from moebeam.jobs.check.preflight import CheckedJob
-
 
 def template_location(options: PipelineOptions) -> str | None:
-    """Where a template is to be written; None where the job is to run."""
+    """Where to write a template; None if the job should run."""
     if not is_dataflow(options):
         return None
     location: str | None = options.view_as(GoogleCloudOptions).template_location
@@ -30,24 +27,24 @@ def write_template(pipeline: beam.Pipeline, location: str) -> None:
     """Stage a pipeline and write its job template.
 
     Raises:
-        PipelineFailed: it could not be staged or written; Beam's client says why.
+        PipelineFailed: staging or writing failed, with the reason from Beam's client.
     """
     try:
-        # What this returns stands for no job, and most of its methods fail for want of one.
+        # The result has no job behind it, so most of its methods fail.
         pipeline.run()
     except Exception as error:  # the client's errors come from several libraries without a common base
         raise PipelineFailed(f"--template_location={location}: cannot be written: {error}") from error
 
 
-def staged_summary(checked: "CheckedJob", location: str, started: float) -> RunSummary:
-    """What is said of a template that was written: nothing was answered yet.
+def summarize_template(checked: CheckedJob, location: str, started: float) -> RunSummary:
+    """Summarize a written template: no row is answered yet.
 
     Args:
-        started: of this command, by the monotonic clock.
+        started: start of this command, on the monotonic clock.
     """
-    output = checked.layout.output
+    output = checked.request.job.output.path
     message = f"{location} starts the job, once or again until it is done; moebeam status {output} shows how far it is"
-    if isinstance(checked.job.limits.deadline, float):
+    if isinstance(checked.request.job.limits.deadline, float):
         message += "; the minutes of [limits] deadline count from now, not from its start"
     return RunSummary(
         status="staged",
@@ -55,20 +52,6 @@ def staged_summary(checked: "CheckedJob", location: str, started: float) -> RunS
         run_id=checked.identity.run_id,
         output=output,
         rows_in=checked.scan.num_rows,
-        num_results=0,
-        num_rejects=0,
-        num_unreadable=0,
-        rejects_by_type={},
-        prompt_tokens=0,
-        cached_tokens=0,
-        computed_tokens=0,
-        completion_tokens=0,
-        reasoning_tokens=0,
-        max_hit_rate=None,
-        cost=None,
-        cost_allocated=None,
-        cost_basis=None,
-        currency=None,
         price_book=checked.prices.version if checked.prices else None,
         elapsed_s=time.monotonic() - started,
         message=message,

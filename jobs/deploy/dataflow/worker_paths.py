@@ -1,6 +1,6 @@
-"""Which paths of a job workers open by themselves: on a service they must lead to an object store.
+"""Checks the paths that workers open: on a remote service they must be in an object store.
 
-Schema, tools and price book are read by the launcher and travel in the pipeline, so these may lie on its disk.
+The launcher reads schema, tools and price book and ships them in the pipeline, so these may be on its disk.
 """
 
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store.object_store import is_local
 
 
-def local_paths(job: Job, reuse: str | None = None) -> Iterator[str]:
-    """Say of every path that workers need and that lies on the launcher's disk what to do about it.
+def find_local_paths(job: Job, reuse: str | None = None) -> Iterator[str]:
+    """Find paths on the launcher's disk that workers need; says for each what to do.
 
     Args:
-        reuse: output of the earlier run whose answers are taken over, if any.
+        reuse: output of the earlier run whose answers are reused, if any.
     """
     for key, path in _read_by_workers(job, reuse):
         if is_local(path):

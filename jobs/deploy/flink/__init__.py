@@ -1,1 +1,1 @@
-"""What a Flink cluster needs to run moebeam: worker pools, a local cluster, Maven, Flink and Kubernetes files."""
+"""Flink: runner, worker pool, and files for a local cluster, Maven and Kubernetes."""

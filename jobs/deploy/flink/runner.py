@@ -1,7 +1,7 @@
-"""`--runner=FlinkRunner`: Beam's runner, with its job server started and ended by the launcher.
+"""`--runner=FlinkRunner`: Beam's runner, with a job server owned by the launcher.
 
-Beam's own takes over Ctrl-C, which only works in the main thread, and would end the job server on the first one; a
-launcher that drains still needs it then.
+Beam's own starter handles Ctrl-C, which works only in the main thread, and stops the job server on the first one, while
+a draining launcher still needs it.
 """
 
 import atexit
@@ -12,7 +12,7 @@ from apache_beam.runners.portability import flink_runner
 
 
 class FlinkRunner(flink_runner.FlinkRunner):
-    """Starts the job server of `--flink_job_server_jar`; it lives as long as the launcher."""
+    """Starts the job server of `--flink_job_server_jar`, which lives as long as the launcher."""
 
     def default_job_server(self, options: PipelineOptions) -> Any:
         flink = options.view_as(FlinkRunnerOptions)

@@ -1,8 +1,8 @@
 """A worker pool: starts Python workers where a Flink task manager asks for them.
 
-Stands beside each task manager; `--environment_type=EXTERNAL` names its address. Beam's own pool listens on all of a
-machine's addresses, though whoever reaches it may start programs, and keeps the workers' output in a pipe that nobody
-reads, where a worker that prints much hangs. This one listens on one address, and each worker has a folder and a log.
+One pool runs beside each task manager; `--environment_type=EXTERNAL` selects it. Beam's own pool listens on all of a
+machine's addresses, so that anybody who reaches it can start programs, and leaves workers' output in an unread pipe,
+where a worker that prints much hangs. This pool listens on one address and gives each worker a folder and a log.
 """
 
 import json
@@ -34,13 +34,13 @@ MAX_CALLS = 16
 WORKER_MODULE = "apache_beam.runners.worker.sdk_worker_main"
 
 _KEEP_ALIVE = (("grpc.http2.max_pings_without_data", 0), ("grpc.http2.max_ping_strikes", 0), ("grpc.so_reuseport", 0))
-"""Task managers keep idle connections open with pings; an address that is in use must be an error."""
+"""Task managers keep idle connections open with pings; an address already in use must raise."""
 
 _app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
-    """Starts and stops worker processes, each in a folder of its own below the pool's."""
+    """Starts and stops worker processes, each in its own folder below the pool's."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -48,7 +48,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def StartWorker(self, request: Any, unused_context: grpc.ServicerContext) -> Any:
-        """Start the worker that a task manager asks for; what prevents that is its answer."""
+        """Start the worker that a task manager requests; a failure is returned in the response."""
         try:
             process = _start_worker(self._folder, worker_environment(request))
             with self._lock:
@@ -58,7 +58,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         return beam_fn_api_pb2.StartWorkerResponse()
 
     def StopWorker(self, request: Any, unused_context: grpc.ServicerContext) -> Any:
-        """End a worker; one that is gone already is no error."""
+        """Stop a worker; ignores one that is already gone."""
         with self._lock:
             process = self._processes.pop(request.worker_id, None)
         if process is not None:
@@ -66,7 +66,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         return beam_fn_api_pb2.StopWorkerResponse()
 
     def close(self) -> None:
-        """End all workers."""
+        """Stop all workers."""
         with self._lock:
             processes, self._processes = list(self._processes.values()), {}
         for process in processes:
@@ -76,12 +76,12 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
 
 
 def worker_environment(request: Any) -> dict[str, str]:
-    """What Beam's worker reads from its environment: where its task manager listens, and the job's options.
+    """Build the environment of Beam's worker: the task manager's address and the job's options.
 
     Args:
         request: a `StartWorkerRequest`.
     Raises:
-        grpc.RpcError: the task manager does not tell the job's options.
+        grpc.RpcError: the task manager does not provide the job's options.
     """
     with grpc.insecure_channel(request.provision_endpoint.url) as channel:
         stub = beam_provision_api_pb2_grpc.ProvisionServiceStub(channel)
@@ -107,7 +107,7 @@ def _start_worker(pool_folder: Path, environment: dict[str, str]) -> subprocess.
     folder = Path(tempfile.mkdtemp(prefix="worker-", dir=pool_folder))
     temporary = folder / "tmp"
     temporary.mkdir()
-    # The package may lie in the folder that the pool was started in, as it does in a checkout.
+    # The package may be in the pool's working directory, as in a checkout.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     with (folder / "worker.log").open("ab") as log:
         return subprocess.Popen(

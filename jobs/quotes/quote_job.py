@@ -1,7 +1,7 @@
-"""`moebeam estimate`: what a job will take and cost, before any model is asked.
+"""`moebeam estimate`: what a job will take and cost, before any call to a model.
 
-The job is checked as `run` checks it and its prompts are read, rendered and counted by the functions of a run; then
-comes arithmetic (`transforms/quote/quote.py`, `quote_plan.py`). Neither Beam nor torch is imported.
+The job gets the checks of `run`, and its prompts are read, rendered and counted by the same functions. The arithmetic
+is in `transforms/quote/` (`quote.py`, `cheapest_start.py`). Neither Beam nor torch is imported.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from decimal import Decimal
 
-from moebeam.jobs.check.engine_config import provider_of
+from moebeam.jobs.check.engine_config import find_provider
+from moebeam.jobs.check.identity import JobIdentity
 from moebeam.jobs.check.preflight import CheckedJob, check_job
 from moebeam.jobs.prices.shipped import SHIPPED_BOOK
 from moebeam.jobs.quotes.earlier_run import EarlierRun
@@ -19,7 +20,7 @@ from moebeam.schemas.job.sections import Job
 from moebeam.schemas.prices import PriceMode
 from moebeam.transforms.money.exchange_rates import ExchangeRates
 from moebeam.transforms.money.price_book import PriceBook
-from moebeam.transforms.quote.cache_rules import UNKNOWN, CacheRule, rule_of
+from moebeam.transforms.quote.cache_rules import UNKNOWN, CacheRule, find_rule
 from moebeam.transforms.quote.cheapest_start import Offer, Start, cheapest, cost_at, hourly_costs, starts, tier_starts
 from moebeam.transforms.quote.prompt_survey import PromptSurvey, survey_columns, survey_prompts
 from moebeam.transforms.quote.quote import (
@@ -36,17 +37,17 @@ from moebeam.transforms.render.render_rows import Renderer
 
 
 @dataclass(frozen=True, slots=True)
-class EstimateTerms:
-    """What a person asks of a quote.
+class QuoteTerms:
+    """Options of a quote.
 
     Attributes:
         at: when the job starts.
-        num_sample_rows: how many rows are read; None reads all.
-        providers: whose prices are looked at; empty for all that the book has for the model.
-        model: in the price book; None for the job's.
-        output_tokens: mean of output tokens of a request; None takes `like`, or else `max_tokens`.
-        deadline: when the job has to be done; None asks for no plan.
-        currency: costs of several currencies are compared in this one, by `rates`.
+        num_sample_rows: number of rows to read; None reads all.
+        providers: providers to compare; empty for all that the book has for the model.
+        model: name in the price book; None for the job's.
+        output_tokens: mean output tokens per request; None takes `like`, or else `max_tokens`.
+        deadline: when the job must be done; None plans no start.
+        currency: the currency in which costs are compared, converted by `rates`.
     """
 
     at: datetime
@@ -62,7 +63,7 @@ class EstimateTerms:
 
 @dataclass(frozen=True, slots=True)
 class QuotedOffer:
-    """One provider's part of a quote; `is_job` marks the job as it stands, with its own engine."""
+    """One provider's part of a quote; `is_job` marks the job as written, with its own engine."""
 
     offer: Offer
     is_job: bool
@@ -75,11 +76,11 @@ class QuotedOffer:
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """The answer of `moebeam estimate`."""
+    """The result of `moebeam estimate`."""
 
     job_fingerprint: str
     output: str
-    terms: EstimateTerms
+    terms: QuoteTerms
     survey: PromptSurvey
     tokens: TokenForecast
     expected_output_tokens: int
@@ -93,11 +94,11 @@ class Quote:
 
     @property
     def own(self) -> QuotedOffer:
-        """The job as it stands."""
+        """The offer for the job as written."""
         return self.offers[0]
 
     def to_json(self) -> dict[str, Json]:
-        """The quote for programs; money is decimal text."""
+        """The quote as JSON; money is decimal text."""
         survey, tokens, terms = self.survey, self.tokens, self.terms
         return {
             "job_fingerprint": self.job_fingerprint,
@@ -119,17 +120,17 @@ class Quote:
             "tokens_are_estimated": self.is_estimated,
             "price_book": self.price_book,
             "model": self.model,
-            "offers": [_offer_json(offer) for offer in self.offers],
-            "plan": self.plan and _start_json(self.plan),
+            "offers": [_offer_to_json(offer) for offer in self.offers],
+            "plan": self.plan and _start_to_json(self.plan),
             "notes": list(self.notes),
         }
 
 
-def estimate(job: Job, terms: EstimateTerms, *, limit: int | None = None) -> tuple[Quote, CheckedJob]:
-    """Quote a job.
+def quote_job(job: Job, terms: QuoteTerms, *, limit: int | None = None) -> tuple[Quote, JobIdentity]:
+    """Quote a job; also returns its identity, for `save_quote`.
 
     Raises:
-        JobError: the job is wrong, or a provider or model that was named has no price.
+        JobError: the job is wrong, or a named provider or model has no price.
     """
     checked = check_job(job, limit=limit, is_quote=True)
     renderer = Renderer(checked.render_spec)
@@ -138,19 +139,19 @@ def estimate(job: Job, terms: EstimateTerms, *, limit: int | None = None) -> tup
         survey_columns(checked.columns),
         renderer,
         checked.plan_section,
-        has_ids=checked.scan.format == "jsonl" or job.input.id_column is not None,
+        has_ids=checked.has_ids,
         num_sample_rows=terms.num_sample_rows,
     )
     tokens = forecast_tokens(survey)
-    output = _output_forecast(terms)
+    output = _forecast_output(terms)
     repair = RepairTerms(job.repair.max_attempts, _can_fail(checked, survey), renderer.context_length)
     book = checked.prices or PriceBook.load(str(SHIPPED_BOOK))
-    model = terms.model or job.accounting.model or checked.engine.name
+    model = terms.model or job.accounting.model or checked.engine.config.name
     offers = [
-        _quoted(book, survey, tokens, rule, output, repair, terms, checked, (provider, model, mode), is_job)
-        for provider, mode, rule, is_job in _candidates(checked, book, model, terms.providers)
+        _quote_offer(book, survey, tokens, rule, output, repair, terms, checked, (provider, model, mode), is_job)
+        for provider, mode, rule, is_job in _list_candidates(checked, book, model, terms.providers)
     ]
-    plan, notes = _plan(book, offers, terms)
+    plan, notes = _plan_start(book, offers, terms)
     if all(quoted.cost is None for quoted in offers):
         notes.append(
             f"{book.version} has no price of {model!r} at {terms.at.isoformat()}: costs are unknown; "
@@ -164,7 +165,7 @@ def estimate(job: Job, terms: EstimateTerms, *, limit: int | None = None) -> tup
         notes.append("a provider's tokenizer may cut the prompts otherwise than the job's checkpoint")
     quote = Quote(
         job_fingerprint=checked.identity.fingerprint,
-        output=checked.layout.output,
+        output=job.output.path,
         terms=terms,
         survey=survey,
         tokens=tokens,
@@ -177,10 +178,10 @@ def estimate(job: Job, terms: EstimateTerms, *, limit: int | None = None) -> tup
         plan=plan,
         notes=tuple(notes),
     )
-    return quote, checked
+    return quote, checked.identity
 
 
-def _output_forecast(terms: EstimateTerms) -> OutputForecast:
+def _forecast_output(terms: QuoteTerms) -> OutputForecast:
     given = terms.output_tokens
     if terms.like is None:
         return OutputForecast() if given is None else OutputForecast(given, basis="--output-tokens")
@@ -193,19 +194,19 @@ def _output_forecast(terms: EstimateTerms) -> OutputForecast:
 
 
 def _can_fail(checked: CheckedJob, survey: PromptSurvey) -> bool:
-    """Whether an answer may break what it has to keep, and so be asked again."""
+    """Whether answers can be invalid, and thus retried."""
     options = checked.terms.options
     return options.response_format.type != "text" or bool(options.tools) or bool(survey.own_terms.any())
 
 
-def _candidates(
+def _list_candidates(
     checked: CheckedJob, book: PriceBook, model: str, wanted: Sequence[str]
 ) -> list[tuple[str, PriceMode, CacheRule, bool]]:
-    """Provider, mode and cache rule of each offer: the job as it stands first, then the book's other providers."""
-    engine = checked.engine
-    own = checked.job.accounting.provider or provider_of(engine)
+    """List provider, mode and cache rule of each offer: the job as written, then the book's other providers."""
+    engine = checked.engine.config
+    own = checked.request.job.accounting.provider or find_provider(engine)
     is_remote = engine.options.is_remote
-    rule = rule_of(own, engine.engine) if is_remote else rule_of("local", engine.engine)
+    rule = find_rule(own, engine.engine) if is_remote else find_rule("local", engine.engine)
     found: list[tuple[str, PriceMode, CacheRule, bool]] = [(own, "online", rule, True)]
     lines = [line for line in book.lines if line.model == model]
     known: list[tuple[str, PriceMode]] = list(dict.fromkeys((line.provider, line.mode) for line in lines))
@@ -218,18 +219,18 @@ def _candidates(
     for provider, mode in known:
         is_own = provider == own and mode == "online" and (is_remote or provider in ("local", "fake"))
         if not is_own and (not wanted or provider in wanted):
-            found.append((provider, mode, rule_of(provider, ""), False))
+            found.append((provider, mode, find_rule(provider, ""), False))
     return found
 
 
-def _quoted(
+def _quote_offer(
     book: PriceBook,
     survey: PromptSurvey,
     tokens: TokenForecast,
     rule: CacheRule,
     output: OutputForecast,
     repair: RepairTerms,
-    terms: EstimateTerms,
+    terms: QuoteTerms,
     checked: CheckedJob,
     priced: tuple[str, str, PriceMode],
     is_job: bool,
@@ -238,7 +239,7 @@ def _quoted(
     tiers = tuple(demand(survey, tokens, rule, output, repair, tier_starts=tier_starts(book, provider, model)))
     hits = sum(tier.expected_hits for tier in tiers)
     duration_s = None
-    if is_job and terms.like is not None and terms.like.engine == checked.engine.engine:
+    if is_job and terms.like is not None and terms.like.engine == checked.engine.config.engine:
         num_prompt_tokens = sum(tier.prompt_tokens.expected for tier in tiers)
         num_output_tokens = sum(tier.expected_output for tier in tiers)
         duration_s = terms.like.duration_s(num_prompt_tokens - hits, num_output_tokens)
@@ -255,8 +256,8 @@ def _quoted(
     )
 
 
-def _plan(book: PriceBook, offers: Sequence[QuotedOffer], terms: EstimateTerms) -> tuple[Start | None, list[str]]:
-    """The cheapest start that meets the deadline, and what a person should know of the choice."""
+def _plan_start(book: PriceBook, offers: Sequence[QuotedOffer], terms: QuoteTerms) -> tuple[Start | None, list[str]]:
+    """Find the cheapest start that meets the deadline, and notes on the choice."""
     notes: list[str] = []
     if terms.deadline is None:
         return None, notes
@@ -291,7 +292,7 @@ def _range(found: Forecast) -> dict[str, Json]:
     return asdict(found)
 
 
-def _offer_json(quoted: QuotedOffer) -> dict[str, Json]:
+def _offer_to_json(quoted: QuotedOffer) -> dict[str, Json]:
     cost = quoted.cost
     return {
         "provider": quoted.offer.provider,
@@ -317,7 +318,7 @@ def _offer_json(quoted: QuotedOffer) -> dict[str, Json]:
     }
 
 
-def _start_json(start: Start) -> dict[str, Json]:
+def _start_to_json(start: Start) -> dict[str, Json]:
     return {
         "provider": start.offer.provider,
         "model": start.offer.model,

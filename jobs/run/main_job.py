@@ -1,0 +1,87 @@
+"""Splits a checked job into the parts from which the pipeline of an attempt is built."""
+
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from moebeam.jobs.check.preflight import CheckedJob
+from moebeam.pipelines.main_job import MainJob
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.answer.answer_shard import AnswerSpec
+from moebeam.transforms.answer.budget import SpendingLimits
+from moebeam.transforms.money.account import Accounting
+from moebeam.transforms.plan.build_shards import PlanSpec
+from moebeam.transforms.plan.plan_record import PlanRecord
+from moebeam.transforms.publish.manifest import PublishSpec
+
+_VIEWS = Path(__file__).parent / "sql" / "views.sql"
+"""DuckDB views over a run's tables, with paths relative to its output folder."""
+
+
+def make_main_job(checked: CheckedJob, planned: PlanRecord | None) -> MainJob:
+    """Split a checked job into the parts of its stages; `planned` is an earlier attempt's plan, if any."""
+    job, scan, columns = checked.request.job, checked.scan, checked.columns
+    layout = RunLayout(job.output.path)
+    run_id, section = checked.identity.run_id, job.accounting
+    accounting = Accounting(run_id, checked.prices, section.provider, section.model, section.tag_columns)
+    return MainJob(
+        scan=scan,
+        columns=columns,
+        render=checked.render_spec,
+        plan=PlanSpec(
+            checked.plan_section,
+            layout,
+            columns.passthrough,
+            group_starts=tuple(group.units[0].ordinal for group in scan.groups),
+        ),
+        answer=AnswerSpec(
+            layout=layout,
+            engine=checked.engine.config,
+            terms=checked.terms,
+            accounting=accounting,
+            repair=job.repair,
+            schema_in_prompt=job.output.schema_in_prompt,
+            is_constrained=job.output.constrain == "auto",
+            output_type=checked.output_type,
+            limits=SpendingLimits.from_section(job.limits, time.time()),
+            failures=job.failures,
+            reuse=checked.request.reuse,
+        ),
+        publish=PublishSpec(
+            run_id,
+            layout,
+            columns.passthrough,
+            scan.num_rows,
+            _describe_run(checked),
+            checked.output_type,
+            _VIEWS.read_text(encoding="utf-8"),
+            accounting,
+        ),
+        has_ids=checked.has_ids,
+        planned=planned,
+        resources=job.model.resource_hints,
+    )
+
+
+def _describe_run(checked: CheckedJob) -> dict[str, Json]:
+    """The manifest entries that are known before any row is answered."""
+    request, scan, engine = checked.request, checked.scan, checked.engine.config
+    retry, reuse = request.retry_of, request.reuse
+    return {
+        "product_version": version("moebeam"),
+        "job_fingerprint": checked.identity.fingerprint,
+        "input": {
+            "path": request.job.input.path,
+            "format": scan.format,
+            "num_files": scan.num_files,
+            "num_rows": scan.num_rows,
+            "fingerprint": scan.fingerprint,
+            "limit": request.limit,
+        },
+        "model": {"engine": engine.engine, "name": engine.name, "revision": engine.revision},
+        "price_book": checked.prices.version if checked.prices else None,
+        "retry_of": retry and {"output": retry.output, "run_id": retry.run_id, "kinds": list(retry.kinds)},
+        "reuse": reuse and {"output": reuse.output, "run_id": reuse.run_id},
+        "warnings": list(checked.warnings),
+    }
