@@ -6,7 +6,7 @@ DEMO_ROWS ?= 2000
 DEMO_FOLDER ?= demo_run
 MODEL ?= v3
 
-.PHONY: setup demo test test-integration lint bench bench-engine lock clean
+.PHONY: setup demo test test-integration test-floors lint bench bench-engine lock clean
 
 setup: .venv/.installed
 
@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/python -m moebeam.jobs.demo.run_demo --rows $(DEMO_ROWS) --folder $(DEMO_FOLDER)
 
 test: setup
-	$(BIN)/python -m pytest -m "not integration"
+	$(BIN)/python -m pytest -m "not integration" --numprocesses=2 --dist=worksteal
 
 # Go, from PyPI, builds the S3 server that the tests talk to, and npm brings an LLM server; both are kept in ~/.cache.
 test-integration: setup
@@ -32,8 +32,15 @@ test-integration: setup
 	$(BIN)/python -m tests.support.gcs_server
 	$(BIN)/python -m tests.support.beam_boot
 	$(BIN)/python -m tests.support.aimock_server
-	$(BIN)/python -m tests.support.flink_cluster
-	$(BIN)/python -m pytest -m integration
+	$(BIN)/python -m tests.support.flink.built_cluster
+	$(BIN)/python -m pytest -m integration --numprocesses=2 --dist=loadfile
+
+# The suite's core with the oldest versions that pyproject.toml allows, in an environment of its own.
+test-floors: setup
+	test -x .venv-floors/bin/python || $(BIN)/python -m venv --without-pip .venv-floors
+	$(BIN)/uv pip install --quiet --python .venv-floors/bin/python --resolution lowest-direct --editable '.[duckdb,pandas,torch]'
+	$(BIN)/uv pip install --quiet --python .venv-floors/bin/python $$(grep -E '^(pytest|pytest-xdist|hypothesis)==' requirements.lock)
+	.venv-floors/bin/python -m pytest -m "not integration" tests/schemas tests/transforms tests/end_to_end/test_same_answers.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -56,8 +63,8 @@ lock:
 	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --extra dev --python-version 3.11 pyproject.toml --output-file requirements.lock
 	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --extra dev --extra integration --python-version 3.11 \
 	  --constraints requirements.lock pyproject.toml --output-file requirements-integration.lock
-	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --no-annotate --extra gcp --extra s3 --python-version 3.11 \
+	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --no-annotate --extra gcp --extra s3 --extra torch --python-version 3.11 \
 	  --constraints requirements-integration.lock pyproject.toml --output-file jobs/containers/requirements.lock
 
 clean:
-	rm -rf .venv $(DEMO_FOLDER) build dist *.egg-info
+	rm -rf .venv .venv-floors $(DEMO_FOLDER) build dist *.egg-info
