@@ -26,9 +26,7 @@ class ChatCompletions(BaseHTTPRequestHandler):
                 "object": "chat.completion",
                 "created": 0,
                 "model": request["model"],
-                "choices": [
-                    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}
-                ],
+                "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}],
                 "usage": {
                     "prompt_tokens": num_prompt,
                     "completion_tokens": num_answer,

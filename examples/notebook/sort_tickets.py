@@ -23,7 +23,7 @@ tickets = pd.DataFrame(
         for t in generate_tickets(4, seed=1, split="held_out", num_customers=2)
     ]
 )
-tickets
+tickets.head()
 
 # %% [markdown]
 # Tables are kept where `[output] path` says; here in a folder of this session.

@@ -15,14 +15,12 @@ import pyarrow.parquet as pq
 from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from moebeam import MoebeamModelHandler, load_job
+from moebeam import MoebeamModelHandler, ReadPrompts, RenderPrompts, load_job
 from moebeam.jobs.check.preflight import check_job
-from moebeam.jobs.demo.tickets import generate_tickets, tickets_table
+from moebeam.jobs.demo.tickets import generate_tickets, make_tickets_table
 from moebeam.model_runner.prefix_tree import token_ids_of
 from moebeam.schemas.records import Completion, Request, Sampling
-from moebeam.transforms.read.step import ReadPrompts
 from moebeam.transforms.render.chat_messages import parse_messages
-from moebeam.transforms.render.step import RenderPrompts
 
 HERE = Path(__file__).parent
 
@@ -34,14 +32,14 @@ def main() -> None:
     arguments, beam_args = parser.parse_known_args()
 
     tickets = HERE / "tickets.parquet"
-    pq.write_table(tickets_table(generate_tickets(arguments.rows, seed=1, split="held_out")), tickets)
-    job = check_job(load_job(str(HERE / "job.toml"))).main_job(None)
+    pq.write_table(make_tickets_table(generate_tickets(arguments.rows, seed=1, split="held_out")), tickets)
+    checked = check_job(load_job(str(HERE / "job.toml")))
     sampling = Sampling(max_tokens=160)
 
     with beam.Pipeline(options=PipelineOptions(beam_args)) as pipeline:
-        rows = pipeline | ReadPrompts(job.scan, job.columns) | RenderPrompts(job.render)
+        rows = pipeline | ReadPrompts(checked.scan, checked.columns) | RenderPrompts(checked.render_spec)
         requests = rows | beam.FlatMap(make_requests, sampling).with_outputs("rejects", main="requests")
-        answers = requests.requests | RunInference(KeyedModelHandler(MoebeamModelHandler(job.answer.engine)))
+        answers = requests.requests | RunInference(KeyedModelHandler(MoebeamModelHandler(checked.engine.config)))
         answers | "FormatAnswers" >> beam.MapTuple(format_answer) | "Write" >> beam.io.WriteToText(arguments.output)
         requests.rejects | "WriteRejects" >> beam.io.WriteToText(f"{arguments.output}.rejects")
 
