@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from moebeam.model_runner.openai_engine.prefix_gate import PrefixGate, WarmPrefixes
-from moebeam.model_runner.openai_engine.profiles import profile_of
+from moebeam.model_runner.openai_engine.profiles import find_profile
 from moebeam.model_runner.prefix_tree import common_prefix_length
 from moebeam.schemas.records import Message, Request, Sampling, TokenIds
 
@@ -92,7 +92,7 @@ class Outcome:
 
 def simulate(requests: Sequence[Request], *, concurrency: int, num_leaders: int, seed: int = 0) -> Outcome:
     """Send requests in the order given, as places come free; answers take around one unit of time."""
-    profile = profile_of("deepseek")
+    profile = find_profile("deepseek")
     gate = PrefixGate(num_leaders=num_leaders, min_prefix_tokens=profile.min_prefix_tokens, warm=WarmPrefixes())
     draw, cache = random.Random(seed), PrefixCache()
     waiting = list(reversed(requests))
@@ -110,7 +110,7 @@ def simulate(requests: Sequence[Request], *, concurrency: int, num_leaders: int,
             heapq.heappush(away, (now + draw.uniform(0.5, 1.5), request.request_id))
         now, request_id = heapq.heappop(away)
         cache.store(by_id[request_id].prompt_token_ids)
-        ready += gate.finished(request_id)
+        ready += gate.finish(request_id)
     return Outcome(num_hit / num_tokens, now)
 
 

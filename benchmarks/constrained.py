@@ -1,11 +1,11 @@
-"""Whether constrained answers keep their schemas: `python -m benchmarks.constrained --schemas DIR --json OUT.json`.
+"""Checks that constrained answers are valid: `python -m benchmarks.constrained --schemas DIR --json OUT.json`.
 
-DIR holds `*.json`, each `{"schema": ...}`, other keys ignored. Each schema becomes a grammar as a job's would
-(`enforceable_schema`), and answers are drawn under it: logits are random, as of a model with random weights, and the
-masks are those of the engines, over a synthetic vocabulary of 129,280 tokens or the demo's. Complete answers are
-validated by jsonschema-rs with formats asserted. Random logits would ramble on, so tokens that begin with a closing
-quote or bracket, and the end, are preferred, the more the longer an answer is; white space between JSON's tokens is
-avoided. Nothing outside a mask is ever drawn.
+DIR holds `*.json`, each `{"schema": ...}`; other keys are ignored. Each schema becomes a grammar as a job's would
+(`enforceable_schema`), and answers are drawn under it: random logits, as of a model with random weights, under the
+engines' own masks, over a synthetic vocabulary of 129,280 tokens or the demo's. jsonschema-rs validates the complete
+answers with formats asserted. So that answers end, tokens that begin with a closing quote or bracket and the end token
+are preferred, the more the longer an answer is; white space between JSON tokens is avoided. Only tokens that the mask
+allows are drawn.
 
 OUT has for each schema `status` (`compiled`, `relaxed`: `keywords` names what is left to validation, `unsupported`:
 `reason`), `valid` of `attempts`, and `completed`, the answers that ended before `--max-tokens`; then totals, compile
@@ -99,7 +99,7 @@ class RandomModel:
         """An answer, and whether it came to its end."""
         token_ids: list[int] = []
         while len(token_ids) < max_tokens:
-            forced = constraint.forced_token_ids()
+            forced = constraint.find_forced_token_ids()
             token_id = forced[0] if forced else self._pick(self._allowed(constraint), rng, len(token_ids) / max_tokens)
             if token_id == END_TOKEN_ID:
                 return self._text(token_ids), True
@@ -150,7 +150,7 @@ def check_schema(
         "relaxed" if enforceable.relaxed else "compiled",
         attempts,
         keyword=enforceable.relaxed[0].keyword if enforceable.relaxed else None,
-        keywords=[_described(relaxation) for relaxation in enforceable.relaxed],
+        keywords=[_describe(relaxation) for relaxation in enforceable.relaxed],
         rewrite_ms=rewrite_ms,
         compile_ms=compile_ms,
     )
@@ -172,7 +172,7 @@ def check_schema(
     return found
 
 
-def _described(relaxation: Relaxation) -> dict[str, str]:
+def _describe(relaxation: Relaxation) -> dict[str, str]:
     return {"pointer": relaxation.pointer, "keyword": relaxation.keyword, "reason": relaxation.reason}
 
 
@@ -191,7 +191,7 @@ def read_schemas(folder: Path) -> tuple[dict[str, Json], dict[str, str]]:
     return schemas, problems
 
 
-def totals_of(results: Sequence[SchemaResult], mask_ms: Sequence[float]) -> dict[str, Any]:
+def compute_totals(results: Sequence[SchemaResult], mask_ms: Sequence[float]) -> dict[str, Any]:
     """Sums and percentiles over all schemas."""
     exact = [found for found in results if found.status == "compiled"]
     completed = sum(found.completed for found in exact)
@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--vocab-size: {error}")
     options = {"attempts": args.attempts, "max_tokens": args.max_tokens, "seed": args.seed}
     results = [check_schema(file, schema, model, **options) for file, schema in schemas.items()]
-    totals = totals_of(results, model.mask_ms)
+    totals = compute_totals(results, model.mask_ms)
     print("\n".join(result_lines(totals, results)))
     found = {
         "benchmark": "constrained",

@@ -19,8 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tests.support.engine_configs import engine_config
-
 TRANSFORMERS_BATCH_SIZE = 8
 VLLM_CACHE_GIB = 2
 """What vLLM gets on a CPU where nothing is asked for; its own default is a share of the machine."""
@@ -283,6 +281,7 @@ def run_vllm_runner(work: Work, python: str) -> Run:
         EngineLoadError: vLLM could not be started.
     """
     from moebeam.model_runner.vllm_engine.runner import VllmRunner
+    from tests.support.engine_configs import engine_config
 
     os.environ.update(vllm_environment(work))
     started = time.perf_counter()

@@ -27,9 +27,9 @@ from benchmarks.prompts import BenchmarkFiles, write_files
 from benchmarks.report import machine_facts, machine_line
 from benchmarks.sharding_plot import can_plot
 from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
-from moebeam.jobs.deploy.flink.cluster import ClusterSize, LocalCluster, read_processes
 from moebeam.jobs.deploy.flink.worker_pool import WORKER_MODULE
-from tests.support.flink_cluster import make_cluster
+from tests.support.flink.built_cluster import make_cluster
+from tests.support.flink.cluster import ClusterSize, LocalCluster, read_processes
 
 MAX_RATIO = 1.5
 """Goal: the whole way in at most so many times the seconds of the bare pipeline."""

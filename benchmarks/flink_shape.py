@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.contenders.plain_loop import results_table
 from benchmarks.prompts import ANSWER, SYSTEM, TEMPLATE, BenchmarkFiles
-from moebeam.jobs.check.beam_options import beam_options
+from moebeam.jobs.check.beam_options import parse_beam_options
 from moebeam.jobs.deploy.job_service import prepare_job_service
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.schemas.contract.answer_schema import AnswerSchema
@@ -40,7 +40,7 @@ _PROMPTS = pa.schema([pa.field("prompt", pa.string()), pa.field("length", pa.int
 def run(contender: Contender, files: BenchmarkFiles, output: Path, checkpoint: str, args: Sequence[str]) -> int:
     """Run a pipeline to its end; rows in the files written."""
     assert isinstance(beam.coders.registry.get_coder(pa.RecordBatch), RecordBatchCoder)
-    options = beam_options(args)
+    options = parse_beam_options(args)
     prepare_job_service(options)
     output.mkdir(parents=True)
     path = str(files.prompts)

@@ -4,8 +4,9 @@
 
 DIR of `--suite` is the official test suite's `draft2020-12`. Each of its groups becomes a grammar twice: as it stands
 (native) and after `enforceable_schema` (rewritten). A group is refused where no grammar can be made of it, wrong where
-the grammar admits an instance that the suite calls invalid or where a random answer under it fails validation by
-jsonschema-rs, and relaxed where the rewriting says that it leaves something to validation.
+the grammar admits an instance that the suite calls invalid or where a random answer under it breaks the schema for
+jsonschema-rs, and relaxed where the rewriting says that it leaves something to validation. Answers with numbers beyond
+a double (1e999) count apart: natively, they are possible wherever a number is unbounded.
 
 DIR of `--sample` holds `*.json` and JSON Lines: schemas, `{"schema": ...}` (MaskBench) or tools with `parameters`
 (BFCL). Equal schemas count once. Printed are how many schemas of each sample use a keyword, and what becomes of
@@ -26,13 +27,59 @@ from moebeam.model_runner.grammar.constraint import Constraint
 from moebeam.model_runner.grammar.json_grammar import enforceable_schema, json_schema_grammar
 from moebeam.schemas.canonical import Json, canonical_json
 from moebeam.schemas.contract.answer_schema import AnswerSchema
-from moebeam.schemas.errors import EngineFailed, InvalidGrammar, JobFileError, RowError
+from moebeam.schemas.errors import EngineFailed, InvalidGrammar, JobFileError, NotJson, RowError
 from tests.support.grammar_sampling import byte_tokenizer, compiler, draw_answers
 
 _FILES = {"if": ["if-then-else"], "$ref": ["ref", "anchor", "defs"], "$dynamicRef": ["dynamicRef"]}
 _FORMATS = "optional/format/*"
+_SIDE = {"type": "number", "minimum": 0}
+_OWN: dict[str, list[dict[str, Any]]] = {
+    "oneOf (disjoint)": [
+        {
+            "schema": {
+                "oneOf": [
+                    {"type": "object", "properties": {"kind": {"const": kind}, side: _SIDE}, "required": ["kind", side]}
+                    for kind, side in (("circle", "radius"), ("square", "side"))
+                ]
+            },
+            "tests": [
+                {"data": {"kind": "circle", "radius": 1}, "valid": True},
+                {"data": {"kind": "circle", "side": 1}, "valid": False},
+            ],
+        },
+        {
+            "schema": {"oneOf": [{"type": "integer"}, {"type": "string"}]},
+            "tests": [{"data": 1, "valid": True}, {"data": None, "valid": False}],
+        },
+    ],
+    "oneOf (overlapping)": [
+        {
+            "schema": {"type": "object", "oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
+            "tests": [{"data": {"a": 1, "b": 1}, "valid": False}, {"data": {"a": None}, "valid": True}],
+        },
+        {
+            "schema": {"oneOf": [{"type": "integer"}, {"minimum": 2}]},
+            "tests": [{"data": 1, "valid": True}, {"data": 3, "valid": False}],
+        },
+    ],
+}
+"""Groups beside the suite's, which has hardly a `oneOf` whose schemas exclude one another."""
+
 KEYWORDS = (
-    *("type", "enum", "const", "allOf", "anyOf", "oneOf", "not", "if", "$ref", "$dynamicRef"),
+    *(
+        "type",
+        "enum",
+        "const",
+        "allOf",
+        "anyOf",
+        "oneOf",
+        "oneOf (disjoint)",
+        "oneOf (overlapping)",
+        "not",
+        "if",
+        "$ref",
+        "$dynamicRef",
+    ),
     *("properties", "required", "additionalProperties", "patternProperties", "propertyNames"),
     *("minProperties", "maxProperties", "dependentRequired", "dependentSchemas"),
     *("unevaluatedProperties", "unevaluatedItems", "items", "prefixItems"),
@@ -57,6 +104,7 @@ class Outcome:
     num_valid_refused: int = 0
     num_drawn: int = 0
     num_drawn_invalid: int = 0
+    num_beyond_double: int = 0
 
     @property
     def is_wrong(self) -> bool:
@@ -93,27 +141,29 @@ def try_schema(schema: Json, *, is_rewritten: bool, tests: Sequence[Mapping[str,
     try:
         constraint, status = compile_schema(schema, is_rewritten)
         contract = AnswerSchema.from_json(schema, formats="assert", source="schema")
-    except (InvalidGrammar, JobFileError) as error:
+    except (InvalidGrammar, JobFileError, ArithmeticError) as error:
         return Outcome("refused", str(error))
     answers = {bool(test["valid"]): Counter[bool]() for test in tests} | {True: Counter(), False: Counter()}
     for test in tests:
         answers[test["valid"]][admits(constraint, test["data"])] += 1
-    num_invalid, num_drawn = 0, 0
+    num_invalid, num_beyond_double = 0, 0
     try:
         drawn = draw_answers(constraint, 0, num_draws)
     except (AssertionError, EngineFailed):  # llguidance ran past one of its limits
         drawn = []
     for text in drawn:
-        num_drawn += 1
         try:
             contract.check(text)
+        except NotJson:
+            num_beyond_double += 1
         except RowError:
             num_invalid += 1
-    return Outcome(status, "", answers[False][True], answers[True][False], num_drawn, num_invalid)
+    return Outcome(status, "", answers[False][True], answers[True][False], len(drawn), num_invalid, num_beyond_double)
 
 
 def read_suite(suite: Path, keyword: str) -> Iterator[Mapping[str, Any]]:
     """The groups of the official suite that are about a keyword; those that need other documents are left out."""
+    yield from _OWN.get(keyword, ())
     names = [_FORMATS] if keyword == "format" else _FILES.get(keyword, [keyword])
     for path in sorted(path for name in names for path in suite.glob(f"{name}.json")):
         yield from (group for group in json.loads(path.read_text()) if "localhost" not in json.dumps(group))
@@ -202,6 +252,8 @@ def count_outcomes(outcomes: Sequence[Outcome]) -> dict[str, int]:
         "admitted": sum(outcome.num_admitted for outcome in exact),
         "drawn": sum(outcome.num_drawn for outcome in exact),
         "drawn_invalid": sum(outcome.num_drawn_invalid for outcome in exact),
+        "beyond_double": sum(outcome.num_beyond_double for outcome in exact),
+        "only_beyond_double": sum(outcome.num_beyond_double > 0 and not outcome.is_wrong for outcome in exact),
     }
 
 
@@ -215,17 +267,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(argv)
     samples = {name: read_sample(Path(folder)) for name, _, folder in (text.partition("=") for text in args.sample)}
-    uses = {name: Counter(word for schema in found for word in set(keywords_in(schema))) for name, found in samples.items()}
+    uses = {
+        name: Counter(word for schema in found for word in set(keywords_in(schema))) for name, found in samples.items()
+    }
     rows = {keyword: suite_row(list(read_suite(args.suite, keyword)), args.draws) for keyword in KEYWORDS}
     heads = " | ".join(f"{name} ({len(found)})" for name, found in samples.items())
-    print(f"keyword | groups | native: refused, wrong | rewritten: refused, relaxed, wrong | {heads}")
+    print(f"keyword | groups | native: refused, wrong, 1e999 | rewritten: refused, relaxed, wrong | {heads}")
     for keyword, row in rows.items():
-        native, ours = row["native"], row["rewritten"]
+        native = ", ".join(str(row["native"][name]) for name in ("refused", "wrong", "only_beyond_double"))
+        rewritten = ", ".join(str(row["rewritten"][name]) for name in ("refused", "relaxed", "wrong"))
         counts = " | ".join(str(found[keyword]) for found in uses.values())
-        print(
-            f"{keyword} | {native['groups']} | {native['refused']}, {native['wrong']} | "
-            f"{ours['refused']}, {ours['relaxed']}, {ours['wrong']} | {counts}"
-        )
+        print(f"{keyword} | {row['native']['groups']} | {native} | {rewritten} | {counts}")
     real: dict[str, Any] = {}
     for name, found in samples.items():
         small = [schema for schema in found if len(json.dumps(schema)) <= MAX_SCHEMA_BYTES]

@@ -24,13 +24,13 @@ import pyarrow as pa
 from benchmarks.sharding_simulator import most_prefill_tokens
 from benchmarks.sharding_workloads import zipf
 from moebeam.model_runner.prefix_tree import common_prefix_lengths, num_tokens_of, num_tree_tokens, prefix_key
-from moebeam.schemas.arrow import values_of
+from moebeam.schemas.arrow import list_values
 from moebeam.schemas.job.sections import PlanSection
-from moebeam.schemas.records import Sampling, sampling_json, sampling_of
+from moebeam.schemas.records import Sampling, parse_sampling_json, sampling_json
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import plan_schema
 from moebeam.transforms.plan.build_shards import PlanSpec, build_shards, write_plan
-from moebeam.transforms.plan.shard_cut import expected_output_tokens
+from moebeam.transforms.plan.shard_cut import estimate_output_tokens
 from moebeam.transforms.plan.shard_ranges import cut_ranges
 from moebeam.transforms.plan.sorted_runs import MAX_SORTED_RUN_BYTES, RunFile, read_rows, write_runs
 from moebeam.transforms.read.input_scan import GROUP_ROWS
@@ -220,9 +220,10 @@ def plan_input(name: str, num_rows: int, section: PlanSection) -> PlanFigures:
         expected: list[int] = []
         for shard in shards:
             planned = read_rows(spec.layout.shard_plan(shard.shard), ["prefix_key", "sampling"])
-            keys += values_of(planned, "prefix_key")
+            keys += list_values(planned, "prefix_key")
             outputs = sum(
-                expected_output_tokens(sampling_of(text).max_tokens) for text in values_of(planned, "sampling")
+                estimate_output_tokens(parse_sampling_json(text).max_tokens)
+                for text in list_values(planned, "sampling")
             )
             expected.append(shard.num_tree_tokens + outputs)
     lengths = np.array([num_tokens_of(key) for key in keys], dtype=np.int64)

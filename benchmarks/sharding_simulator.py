@@ -23,17 +23,17 @@ from moebeam.model_runner.prefix_tree import common_prefix_lengths, num_tree_tok
 from moebeam.schemas.job.sections import PlanSection
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.plan.row_order import RowKey
-from moebeam.transforms.plan.shard_cut import RowCosts, cut_rows, expected_output_tokens
+from moebeam.transforms.plan.shard_cut import RowCosts, cut_rows, estimate_output_tokens
 from moebeam.transforms.plan.shard_ranges import cut_ranges
 from moebeam.transforms.plan.sorted_runs import (
     MAX_SORTED_RUN_BYTES,
     ROW_BYTES,
     SHARD_WEIGHT,
     RunFile,
+    hash_share,
+    pick_sample_rows,
     sample_places,
-    sampled_rows,
     samples_table,
-    share_of,
     write_rows,
 )
 from moebeam.transforms.read.input_scan import GROUP_ROWS
@@ -158,7 +158,7 @@ def _shared_tokens(workload: Workload, keys: Sequence[bytes], rows: Ints) -> Int
 
 def expected_outputs(workload: Workload) -> Ints:
     """Output tokens that the plan expects of each row; shape (num_rows,)."""
-    return np.array([expected_output_tokens(most) for most in workload.max_tokens.tolist()], dtype=np.int64)
+    return np.array([estimate_output_tokens(most) for most in workload.max_tokens.tolist()], dtype=np.int64)
 
 
 def planned_starts(order: TokenOrder, folder: Path, section: PlanSection) -> Ints:
@@ -169,7 +169,7 @@ def planned_starts(order: TokenOrder, folder: Path, section: PlanSection) -> Int
     """
     layout = RunLayout(str(folder))
     runs = [_sampled(run, f"{number:06d}-requests", layout, section) for number, run in enumerate(order.runs)]
-    lower = [RowKey.of_text(part.lower).key for part in cut_ranges(runs, layout)]
+    lower = [RowKey.from_text(part.lower).key for part in cut_ranges(runs, layout)]
     keys = np.array(order.keys, dtype=object)
     ranges = np.unique(np.searchsorted(keys, np.array(lower, dtype=object), side="left"))
     starts: list[int] = []
@@ -192,7 +192,7 @@ def _sampled(run: Run, name: str, layout: RunLayout, section: PlanSection) -> Ru
         }
     )
     bytes_before = np.append(0, np.cumsum(run.num_bytes))
-    picked = sampled_rows(bytes_before, offset_share=share_of(name))
+    picked = pick_sample_rows(bytes_before, offset_share=hash_share(name))
     unmerged = section.model_copy(update={"merge": "never"})
     samples = samples_table(sample_places(rows, picked, unmerged), bytes_before, batch_rows=1)
     write_rows(layout.sorted_run_samples(name), samples)

@@ -20,7 +20,7 @@ from benchmarks.sharding_plans import INPUTS, rendered_batches, write_all_runs
 from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
 from moebeam.model_runner.prefix_tree import token_ids_of
 from moebeam.model_runner.protocol import ModelRunner, load_runner
-from moebeam.schemas.arrow import values_of
+from moebeam.schemas.arrow import list_values
 from moebeam.schemas.job.sections import PlanSection
 from moebeam.schemas.records import Request, Sampling
 from moebeam.schemas.store.run_layout import RunLayout
@@ -92,7 +92,7 @@ def _answer(plan_path: str) -> ShardAnswers:
     planned = read_rows(plan_path)
     requests = [
         Request(custom_id, token_ids_of(key), (), SAMPLING)
-        for custom_id, key in zip(values_of(planned, "custom_id"), values_of(planned, "prefix_key"), strict=True)
+        for custom_id, key in zip(list_values(planned, "custom_id"), list_values(planned, "prefix_key"), strict=True)
     ]
     texts: dict[str, str] = {}
     computed = 0
@@ -136,7 +136,7 @@ def compare(name: str, num_rows: int, checkpoint: str, *, num_shards: int, num_w
         many = plan_prompts(name, num_rows, vocab_size, many_spec)
         (alone,) = answer_shards(one, one_spec.layout, checkpoint, 1)
         parts = answer_shards(many, many_spec.layout, checkpoint, num_workers)
-        keys = values_of(read_rows(one_spec.layout.shard_plan(one[0].shard)), "prefix_key")
+        keys = list_values(read_rows(one_spec.layout.shard_plan(one[0].shard)), "prefix_key")
     texts = {row: text for part in parts for row, text in part.texts.items()}
     return Comparison(
         name=name,

@@ -17,6 +17,7 @@ import pyarrow as pa
 from benchmarks.contenders.whole_way import benchmark_job
 from benchmarks.prompts import BenchmarkFiles
 from moebeam.jobs.check.preflight import check_job
+from moebeam.jobs.run.main_job import make_main_job
 from moebeam.pipelines.main_job import MainJob
 from moebeam.transforms.answer.answer_shard import LoadedEngine, answer_shard
 from moebeam.transforms.plan.build_shards import build_shards, write_plan
@@ -60,8 +61,8 @@ def walk_stages(files: BenchmarkFiles, output: Path, checkpoint: str) -> dict[st
     clock = StageClock()
     with clock.timed("check"):
         checked = check_job(benchmark_job(files, output, checkpoint))
-        checked.identity.claim_output(checked.layout, checked.kept)
-        job = checked.main_job(None)
+        checked.claim_output()
+        job = make_main_job(checked, None)
     runs = list(_write_runs(job, clock))
     shards = _build_shards(job, runs, clock)
     with clock.timed("answer"):
@@ -125,7 +126,7 @@ def _own_functions(profile: cProfile.Profile) -> list[FunctionCost]:
         code = entry.code
         if not isinstance(code, CodeType):  # a built-in function, which comes as text
             continue
-        place = Path(code.co_filename)
+        place = Path(code.co_filename).resolve()
         if place.is_relative_to(_ROOT) and place.relative_to(_ROOT).parts[0] in PACKAGES:
             name = f"{place.relative_to(_ROOT)}:{code.co_qualname}"
             found.append(FunctionCost(name, entry.callcount, entry.totaltime, entry.inlinetime))

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from moebeam.model_runner.encoding.chat.strict_arguments import parse_object
 from moebeam.model_runner.encoding.deepseek.deepseek_v4 import DeepSeekV4
-from moebeam.model_runner.encoding.strict_arguments import parse_object
 from moebeam.schemas.canonical import Json, canonical_json
 from moebeam.schemas.chat_options import Tool, parse_tools
 from moebeam.schemas.contract.answer_schema import AnswerSchema

@@ -42,7 +42,7 @@ every digit a token.
 {num_steps:,} steps of 16 sequences, {num_tokens:,} tokens ({num_answer_tokens:,} of them in answers, which alone carry
 loss), {trained_minutes:.0f} minutes on 2 CPU cores that other work shared ({tokens_per_s:,.0f} tokens/s). Muon for
 matrices, AdamW for the rest, bfloat16 autocast, learning rate falling linearly to zero; the first layer begins with
-heads that look back (`layout.py`), and drills are mixed in (`drills.py`).
+heads that look back (`training/layout.py`), and drills are mixed in (`training/drills.py`).
 
 The run was steered by hand, in six segments, each resumed from the one before. Drills: repetition and customer blocks
 in steps 0-599, none to 1,138, single facts in whole training sentences to 1,669, single facts among fillers to 1,947,

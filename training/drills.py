@@ -32,7 +32,7 @@ from moebeam.jobs.demo.wordings import (
     TRAIN,
     Wordings,
 )
-from training.tokenizer import ASSISTANT, END_THINK, EOS, SPECIAL_TOKENS, USER, token_id
+from training.tokenizer import ASSISTANT, END_THINK, EOS, SPECIAL_TOKENS, USER, get_token_id
 
 Turn = tuple[list[int], list[int]]
 
@@ -54,7 +54,7 @@ def draw_drill(tokenizer: PreTrainedTokenizerFast, rng: random.Random, *, num_co
 
 def _draw_repetition(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Turn:
     """Random tokens, half of the time digits only, to be said again."""
-    digits = [token_id(tokenizer, digit) for digit in "0123456789"]
+    digits = [get_token_id(tokenizer, digit) for digit in "0123456789"]
     pool = digits if rng.random() < 0.5 else range(len(SPECIAL_TOKENS), len(tokenizer))
     tokens = [rng.choice(pool) for _ in range(rng.randrange(4, 17))]
     return _turn(tokenizer, tokens, tokens)
@@ -104,7 +104,7 @@ def _draw_question(rng: random.Random) -> tuple[str, Mapping[str, object]]:
             return _scatter([enumerate_names(regions)], rng), {"regions": regions}
 
 
-def scattered_wordings(rng: random.Random, *, num_variants: int = 40) -> Wordings:
+def scatter_wordings(rng: random.Random, *, num_variants: int = 40) -> Wordings:
     """Wordings for whole tickets in which half of the sentences are key phrases scattered among fillers.
 
     Against learning sentences by heart: the words decide, in whatever order.
@@ -142,5 +142,5 @@ def _scatter(phrases: Sequence[str], rng: random.Random) -> str:
 
 
 def _turn(tokenizer: PreTrainedTokenizerFast, question: list[int], answer: list[int]) -> Turn:
-    user, assistant, end_think, eos = (token_id(tokenizer, token) for token in (USER, ASSISTANT, END_THINK, EOS))
+    user, assistant, end_think, eos = (get_token_id(tokenizer, token) for token in (USER, ASSISTANT, END_THINK, EOS))
     return [user, *question, assistant, end_think], [*answer, eos]

@@ -3,7 +3,7 @@
 import torch
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, PreTrainedTokenizerFast
 
-from training.tokenizer import BOS, EOS, PAD, token_id
+from training.tokenizer import BOS, EOS, PAD, get_token_id
 
 LAYER_TYPES: tuple[str, ...] = (
     "sliding_attention",
@@ -57,9 +57,9 @@ def demo_config(tokenizer: PreTrainedTokenizerFast) -> DeepseekV4Config:
         index_head_dim=32,
         index_topk=64,
         num_nextn_predict_layers=0,
-        bos_token_id=token_id(tokenizer, BOS),
-        eos_token_id=token_id(tokenizer, EOS),
-        pad_token_id=token_id(tokenizer, PAD),
+        bos_token_id=get_token_id(tokenizer, BOS),
+        eos_token_id=get_token_id(tokenizer, EOS),
+        pad_token_id=get_token_id(tokenizer, PAD),
     )
 
 

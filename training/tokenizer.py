@@ -96,7 +96,7 @@ def render_prompt(user_text: str) -> str:
     return f"{BOS}{SYSTEM_PROMPT}{USER}{user_text}{ASSISTANT}{END_THINK}"
 
 
-def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+def get_token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
     """Id of one token of the vocabulary."""
     found = tokenizer.convert_tokens_to_ids(token)
     assert isinstance(found, int)

@@ -23,12 +23,12 @@ from torch.nn import functional
 from transformers import DeepseekV4ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from moebeam.jobs.demo.tickets import Split, Ticket, draw_customer, draw_ticket, generate_tickets
-from training.drills import Turn, draw_drill, scattered_wordings
+from training.drills import Turn, draw_drill, scatter_wordings
 from training.layout import build_model, demo_config
 from training.muon import Muon
-from training.tokenizer import EOS, PAD, render_prompt, save_tokenizer, token_id, train_tokenizer
+from training.tokenizer import EOS, PAD, get_token_id, render_prompt, save_tokenizer, train_tokenizer
 
-logger = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 
 SEED = 20
 BATCH_SIZE = 16
@@ -74,7 +74,7 @@ def encode_ticket(ticket: Ticket, tokenizer: PreTrainedTokenizerFast) -> tuple[l
     """Token ids of the prompt, and of the answer with its end token."""
     prompt = tokenizer.encode(render_prompt(ticket.user_text), add_special_tokens=False)
     answer = tokenizer.encode(ticket.answer_json, add_special_tokens=False)
-    return prompt, [*answer, token_id(tokenizer, EOS)]
+    return prompt, [*answer, get_token_id(tokenizer, EOS)]
 
 
 def collate(rows: Sequence[Sequence[Turn]], num_columns: int, pad_token_id: int) -> Batch:
@@ -98,19 +98,19 @@ def drill_batch(tokenizer: PreTrainedTokenizerFast, *, step: int) -> Batch:
     rng = random.Random(f"drill:{step}")
     num_columns = BUCKET_LENGTHS[0]
     rows = [draw_drill(tokenizer, rng, num_columns=num_columns) for _ in range(BATCH_SIZE)]
-    return collate(rows, num_columns, token_id(tokenizer, PAD))
+    return collate(rows, num_columns, get_token_id(tokenizer, PAD))
 
 
-def scattered_batch(tokenizer: PreTrainedTokenizerFast, *, step: int) -> Batch:
+def make_scattered_batch(tokenizer: PreTrainedTokenizerFast, *, step: int) -> Batch:
     """A step's batch of whole tickets with scattered wordings, in the longest bucket."""
     rng = random.Random(f"scattered:{step}")
-    sentences = scattered_wordings(rng)
+    sentences = scatter_wordings(rng)
     rows: list[list[Turn]] = []
     while len(rows) < BATCH_SIZE:
         prompt, answer = encode_ticket(draw_ticket("scattered", draw_customer(rng), sentences, rng), tokenizer)
         if len(prompt) + len(answer) <= BUCKET_LENGTHS[-1]:
             rows.append([(prompt, answer)])
-    return collate(rows, BUCKET_LENGTHS[-1], token_id(tokenizer, PAD))
+    return collate(rows, BUCKET_LENGTHS[-1], get_token_id(tokenizer, PAD))
 
 
 def is_drill_step(step: int) -> bool:
@@ -124,7 +124,7 @@ def training_batches(tokenizer: PreTrainedTokenizerFast, *, first_step: int) -> 
     A chunk of batches is sorted by length before it is cut, so that short tickets meet short ones. The few sequences
     longer than the largest bucket are left out.
     """
-    pad_token_id = token_id(tokenizer, PAD)
+    pad_token_id = get_token_id(tokenizer, PAD)
     chunk, skip = divmod(first_step, BATCHES_A_CHUNK)
     while True:
         tickets = generate_tickets(BATCH_SIZE * (BATCHES_A_CHUNK + 1), seed=chunk, split="train")
@@ -254,7 +254,7 @@ def train(out: Path, state_path: Path, *, max_minutes: float, max_steps: int, ex
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         progress = Progress(**state["progress"])
-        logger.info("resumed at step %d", progress.num_steps)
+        _LOGGER.info("resumed at step %d", progress.num_steps)
 
     def run_backbone(input_ids: torch.Tensor) -> torch.Tensor:
         return model.model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -275,7 +275,7 @@ def train(out: Path, state_path: Path, *, max_minutes: float, max_steps: int, ex
         batch = next(batches)
         is_drill = is_drill_step(progress.num_steps)
         if is_drill:
-            draw = drill_batch if progress.num_steps < NUM_SHORT_DRILL_STEPS else scattered_batch
+            draw = drill_batch if progress.num_steps < NUM_SHORT_DRILL_STEPS else make_scattered_batch
             batch = draw(tokenizer, step=progress.num_steps)
         loss = answer_loss(model, backbone, batch)
         loss.backward()
@@ -293,7 +293,7 @@ def train(out: Path, state_path: Path, *, max_minutes: float, max_steps: int, ex
         losses[is_drill].append(float(loss.detach()))
         if progress.num_steps % LOG_EVERY_STEPS == 0:
             rate = progress.num_tokens / progress.trained_s
-            logger.info(
+            _LOGGER.info(
                 "step %d loss %.4f drill %.4f rate %.2f tokens/s %.0f minutes %.1f",
                 progress.num_steps, *(sum(part) / max(1, len(part)) for part in losses.values()),
                 factor, rate, progress.trained_s / 60,
@@ -305,7 +305,7 @@ def train(out: Path, state_path: Path, *, max_minutes: float, max_steps: int, ex
             export_checkpoint(model, tokenizer, out, progress)
             for split in ("train", "held_out"):
                 exact, token_share = check_exact(model, tokenizer, split)
-                logger.info("step %d %s exact %.3f tokens %.4f", progress.num_steps, split, exact, token_share)
+                _LOGGER.info("step %d %s exact %.3f tokens %.4f", progress.num_steps, split, exact, token_share)
     save_state(state_path, model, optimizers, progress)
     export_checkpoint(model, tokenizer, out, progress)
     return progress
@@ -348,7 +348,7 @@ def main() -> None:
         max_steps=options.max_steps,
         export_minutes=options.export_minutes,
     )
-    logger.info("done: %s", progress)
+    _LOGGER.info("done: %s", progress)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from apache_beam.io.parquetio import ReadFromParquet, WriteToParquet
 from apache_beam.ml.inference.base import ModelHandler, RunInference
 
 from benchmarks.prompts import BenchmarkFiles
-from moebeam.jobs.check.beam_options import beam_options
+from moebeam.jobs.check.beam_options import parse_beam_options
 
 
 class ReturnRows(ModelHandler[dict[str, str], dict[str, str], object]):
@@ -31,7 +31,7 @@ def run(files: BenchmarkFiles, output: Path, checkpoint: str) -> int:
     """Write the rows as they are; rows in the files written. `checkpoint` is not used."""
     del checkpoint
     output.mkdir(parents=True)
-    with beam.Pipeline(options=beam_options(())) as pipeline:
+    with beam.Pipeline(options=parse_beam_options(())) as pipeline:
         answered: Any = pipeline | "Read" >> ReadFromParquet(str(files.prompts)) | RunInference(ReturnRows())
         sink = WriteToParquet(str(output / "part"), pq.read_schema(files.prompts), file_name_suffix=".parquet")
         _ = answered | "Write" >> sink

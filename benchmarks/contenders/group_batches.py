@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.prompts import BenchmarkFiles
-from moebeam.jobs.check.beam_options import beam_options
+from moebeam.jobs.check.beam_options import parse_beam_options
 from moebeam.transforms.beam.coders import RecordBatchCoder
 from moebeam.transforms.read.input_rows import MAX_BATCH_ROWS
 
@@ -25,7 +25,7 @@ def run(files: BenchmarkFiles, output: Path, checkpoint: str) -> int:
     assert isinstance(beam.coders.registry.get_coder(pa.RecordBatch), RecordBatchCoder)
     output.mkdir(parents=True)
     path = str(files.prompts)
-    with beam.Pipeline(options=beam_options(())) as pipeline:
+    with beam.Pipeline(options=parse_beam_options(())) as pipeline:
         counts: Any = (
             pipeline
             | "ListRowGroups" >> beam.Create(list(range(pq.read_metadata(path).num_row_groups)))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import toolcalls
-from moebeam.model_runner.encoding.answers import ParsedAnswer
+from moebeam.model_runner.encoding.chat.answers import ParsedAnswer
 from moebeam.model_runner.encoding.deepseek.deepseek_v4 import DeepSeekV4
 from moebeam.schemas.records import ToolCall
 

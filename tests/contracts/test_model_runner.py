@@ -19,7 +19,7 @@ from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.testing.util import assert_that, equal_to
 
-from moebeam.model_runner.checkpoint.files import checkpoint_revision
+from moebeam.model_runner.checkpoint.files import compute_checkpoint_revision
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.model_runner.protocol import ENGINES as LOADERS
 from moebeam.model_runner.protocol import EngineConfig, ModelRunner, load_runner
@@ -53,7 +53,7 @@ def config(
         if "provider" in values:
             values["base_url"] = served.base_url
         path = str(tiny_checkpoint)
-        yield engine_config(request.param, path, name="tiny", revision=checkpoint_revision(path), **values)
+        yield engine_config(request.param, path, name="tiny", revision=compute_checkpoint_revision(path), **values)
 
 
 def _endpoint(checkpoint: Path) -> FakeEndpoint:

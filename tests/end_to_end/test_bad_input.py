@@ -436,7 +436,7 @@ def test_of_two_jobs_that_start_at_once_on_one_output_one_is_refused(tmp_path: P
     source = write_parquet(tmp_path / "in.parquet", {"text": ["a"]})
     first = check_job(fake_job(source, tmp_path / "out", tiny_checkpoint))
     second = check_job(fake_job(source, tmp_path / "out", tiny_checkpoint, prompt={"template": "B {{ text }}"}))
-    first.identity.claim_output(first.layout, first.kept)
-    first.identity.claim_output(first.layout, first.kept)
+    first.claim_output()
+    first.claim_output()
     with pytest.raises(OutputError, match=r"belongs to another job; different: \[prompt\]"):
-        second.identity.claim_output(second.layout, second.kept)
+        second.claim_output()

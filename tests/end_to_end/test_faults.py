@@ -13,6 +13,8 @@ from moebeam.jobs.run.launch import launch
 from tests.support.disturbed_runs import Tables, Work, problems_of, tables_of
 from tests.support.faulty_storage import Fault, faults_of, operations_of, outcome_of
 
+pytestmark = pytest.mark.integration
+
 NUM_SAMPLES = 20
 
 

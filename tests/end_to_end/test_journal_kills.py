@@ -19,6 +19,8 @@ from tests.support.jobs_for_tests import read_table
 from tests.support.killed_runs import RUN_TIMEOUT_S, kill, run_to_end, start
 from tests.support.remote_jobs import KEY, KEY_VARIABLE, Answers, remote_job, write_tickets
 
+pytestmark = pytest.mark.integration
+
 NUM_ROWS = 150
 MAX_IN_FLIGHT = 6
 BROKEN, REFUSED = frozenset(range(0, NUM_ROWS, 10)), frozenset(range(5, NUM_ROWS, 40))
@@ -86,6 +88,5 @@ def test_a_killed_run_asks_again_at_most_what_was_in_flight(tmp_path: Path) -> N
     check_killed_runs(tmp_path, num_kills=2, seed=7)
 
 
-@pytest.mark.integration
 def test_many_killed_runs_ask_again_at_most_what_was_in_flight(tmp_path: Path) -> None:
     check_killed_runs(tmp_path, num_kills=int(os.environ.get("MOEBEAM_KILLS", "20")), seed=11)

@@ -5,11 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
 from tests.support.disturbed_runs import tables_of
 from tests.support.jobs_for_tests import write_parquet
 from tests.support.killed_runs import RUN_TIMEOUT_S
 from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.integration
 
 JOB = """\
 [input]

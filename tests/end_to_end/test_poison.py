@@ -13,6 +13,8 @@ from moebeam.jobs.commands.cli import run_command
 from tests.support.disturbed_runs import tables_of
 from tests.support.jobs_for_tests import run_fake_job, write_parquet, write_script
 
+pytestmark = pytest.mark.integration
+
 NUM_ROWS = 40
 
 

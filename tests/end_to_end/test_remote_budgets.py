@@ -14,6 +14,8 @@ from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
 from tests.support.jobs_for_tests import read_table
 from tests.support.remote_jobs import KEY, KEY_VARIABLE, remote_job, write_tickets
 
+pytestmark = pytest.mark.integration
+
 NUM_ROWS, NUM_IN_FLIGHT, MAX_TOKENS = 600, 64, 200
 PROMPT_TOKENS = 100
 DEAREST = (PROMPT_TOKENS * Decimal("0.14") + MAX_TOKENS * Decimal("0.28")) / 10**6

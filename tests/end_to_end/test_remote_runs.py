@@ -17,6 +17,7 @@ from rich.console import Console
 from moebeam.jobs.check.preflight import check_job
 from moebeam.jobs.output.run_record import read_record
 from moebeam.jobs.run.launch import launch, resume
+from moebeam.jobs.run.main_job import make_main_job
 from moebeam.jobs.run.progress import print_summary
 from moebeam.jobs.run.retry_failed import prepare_retry, retry_job
 from moebeam.schemas.errors import JobFileError, OutputError, PipelineFailed
@@ -101,7 +102,7 @@ def test_no_key_is_in_any_file_nor_in_the_pickled_pipeline_nor_in_an_error(
         with FakeEndpoint(Answers()) as endpoint:
             job = remote_job(folder, folder / "out", endpoint)
             checked = check_job(job)
-            pickled = cloudpickle.dumps(checked.main_job(None))
+            pickled = cloudpickle.dumps(make_main_job(checked, None))
             launch(job)
         with FakeEndpoint(refused) as endpoint, pytest.raises(PipelineFailed) as caught:
             launch(remote_job(folder, folder / "out-2", endpoint))
@@ -120,7 +121,7 @@ def test_a_wrong_key_leaves_rows_unanswered_and_another_endpoint_goes_on(folder:
     with FakeEndpoint(answers) as endpoint:
         record = read_record(str(output))
         changed = {"base_url": endpoint.base_url, "max_concurrency": 2, "timeout_s": 5.0}
-        job = record.job.model_copy(update={"model": record.job.model.model_copy(update=changed)})
+        job = record.request.job.model_copy(update={"model": record.request.job.model.model_copy(update=changed)})
         summary = resume(record, job)
     assert (summary.status, summary.num_results) == ("succeeded", NUM_ROWS)
     assert answers.num_calls == Counter(range(NUM_ROWS))
@@ -133,7 +134,7 @@ def test_a_wrong_key_leaves_rows_unanswered_and_another_endpoint_goes_on(folder:
 def test_who_answers_and_how_cannot_change_within_a_run(folder: Path, section: str, changed: dict[str, str]) -> None:
     with FakeEndpoint(Answers()) as endpoint:
         check = check_job(job := remote_job(folder, folder / "out", endpoint))
-        check.identity.claim_output(check.layout, check.kept)
+        check.claim_output()
         values = {**getattr(job, section).model_dump(exclude_unset=True), **changed}
         part = "[model]" if section == "model" else "[thinking] and [tools]"
         with pytest.raises(OutputError, match=rf"belongs to another job; different: {re.escape(part)}\."):
@@ -200,8 +201,8 @@ def claim(job: Job) -> None:
     Path(job.output.path, "_moebeam").rename(Path(job.output.path).with_name("kept"))
     Path(job.output.path).rmdir()
     checked = check_job(job)
-    checked.identity.claim_output(checked.layout, checked.kept)
-    Path(job.output.path).with_name("kept").joinpath("journal").rename(checked.layout.journal)
+    checked.claim_output()
+    Path(job.output.path).with_name("kept").joinpath("journal").rename(RunLayout(job.output.path).journal)
 
 
 def test_rejects_of_a_remote_run_are_retried(folder: Path) -> None:
@@ -210,7 +211,7 @@ def test_rejects_of_a_remote_run_are_retried(folder: Path) -> None:
     answers = Answers()
     with FakeEndpoint(answers) as endpoint:
         retry = prepare_retry(str(folder / "out"), ["refused"])
-        job = retry_job(retry, retry.source.job, str(folder / "again"))
+        job = retry_job(retry, retry.source.request.job, str(folder / "again"))
         job = job.model_copy(update={"model": job.model.model_copy(update={"base_url": endpoint.base_url})})
         job = job.model_copy(update={"sampling": job.sampling.model_copy(update={"max_tokens": 128})})
         summary = launch(job, retry_of=retry.retry_of, retried=retry.retried)

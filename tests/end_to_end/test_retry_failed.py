@@ -14,6 +14,8 @@ from tests.end_to_end.test_stopped_runs import manifest_of, spoken
 from tests.support.disturbed_runs import Work
 from tests.support.jobs_for_tests import read_table, write_script
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Work:

@@ -18,6 +18,8 @@ from moebeam.transforms.answer.answer_shard import LoadedEngine
 from tests.support.disturbed_runs import tables_of
 from tests.support.jobs_for_tests import TEMPLATE, fake_job, priced, run_fake_job, write_parquet, write_script
 
+pytestmark = pytest.mark.integration
+
 PARAGRAPH = "the same long beginning of every prompt, " * 3
 YESTERDAY = [f"{PARAGRAPH} row {row}" for row in range(60)] + ["BAD", "again", "again"]
 TODAY = [f"{PARAGRAPH} new {row}" for row in range(5)] + YESTERDAY[20:] + ["again"]
@@ -119,7 +121,7 @@ def test_an_interrupted_run_goes_on_reusing(folder: Path, yesterday: Path, tiny_
     stopped = today(folder, "stopped", tiny_checkpoint, yesterday, limits={"max_requests": 2})
     assert stopped.status == "incomplete"
     record = read_record(str(folder / "stopped"))
-    job = record.job.model_copy(update={"limits": type(record.job.limits)()})
+    job = record.request.job.model_copy(update={"limits": type(record.request.job.limits)()})
     ended = resume(record, job)
     assert (ended.status, ended.num_reused) == ("succeeded", len(TODAY) - 6)
 

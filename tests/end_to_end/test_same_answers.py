@@ -176,6 +176,7 @@ def test_a_finished_job_does_nothing_again(tmp_path: Path, tiny_checkpoint: Path
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.integration
 def test_stopping_drains_to_a_state_that_the_same_command_finishes(tmp_path: Path, tiny_checkpoint: Path) -> None:
     source = tickets(tmp_path / "in")
     script = write_script(tmp_path / "script.json", {"latency_ms": 20})
@@ -206,6 +207,7 @@ def test_stopping_drains_to_a_state_that_the_same_command_finishes(tmp_path: Pat
         assert tables[0] == tables[1]
 
 
+@pytest.mark.integration
 def test_kill_9_in_mid_run_loses_nothing_and_leaves_only_whole_files(tmp_path: Path, tiny_checkpoint: Path) -> None:
     source = tickets(tmp_path / "in")
     script = write_script(tmp_path / "script.json", {"latency_ms": 50})

@@ -14,6 +14,8 @@ from moebeam.jobs.commands.cli import run_command
 from moebeam.transforms.read import input_scan
 from tests.support.disturbed_runs import Tables, Work, problems_of, tables_of
 
+pytestmark = pytest.mark.integration
+
 NUM_ROWS = 120
 
 

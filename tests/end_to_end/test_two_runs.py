@@ -17,6 +17,8 @@ from tests.support.disturbed_runs import Work, problems_of
 from tests.support.killed_runs import RUN_TIMEOUT_S, undisturbed_run
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.integration
+
 COUNTED = """
 import os, sys
 from moebeam.model_runner.fake_engine.runner import FakeRunner

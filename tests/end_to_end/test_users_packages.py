@@ -1,12 +1,13 @@
-"""A job whose folder has packages of the same names as the checkout's folders, and whose schema lives in one of them."""
+"""A job whose folder has packages named like the checkout's folders; its schema lives in one of them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.jobs_for_tests import column, read_table, write_parquet
+from tests.support.jobs_for_tests import column, read_table, write_parquet, write_script
 from tests.support.killed_runs import RUN_TIMEOUT_S
 from tests.support.paths import ROOT
 
@@ -24,21 +25,24 @@ max_reject_share = 1.0
 
 [model]
 engine = "fake"
+script = "script.json"
+
+[repair]
+max_attempts = 1
 """
 REVIEW = """\
 import pydantic
 from transforms.words import REFUSED
 
 class Review(pydantic.BaseModel):
-    echo: str
-    num_prompt_tokens: int
+    word: str
 
-    @pydantic.field_validator("echo")
+    @pydantic.field_validator("word")
     @classmethod
-    def check(cls, echo: str) -> str:
-        if echo in REFUSED:
+    def check(cls, word: str) -> str:
+        if word in REFUSED:
             raise ValueError("refused by the user's own code")
-        return echo
+        return word
 """
 
 
@@ -51,7 +55,10 @@ def test_schema_of_a_users_package_validates_in_every_worker(tmp_path: Path, mod
     (tmp_path / "schemas" / "review.py").write_text(REVIEW)
     (tmp_path / "transforms" / "words.py").write_text("REFUSED = {'bad'}\n")
     (tmp_path / "job.toml").write_text(JOB)
-    write_parquet(tmp_path / "in.parquet", {"text": ["good", "bad", "fair"]})
+    words = ["good", "bad", "fair"]
+    rules = [{"contains": word, "text": json.dumps({"word": word})} for word in words]
+    write_script(tmp_path / "script.json", {"rules": rules})
+    write_parquet(tmp_path / "in.parquet", {"text": words})
     main = "from moebeam.jobs.commands.cli import main; main()"
     workers = ["--direct_num_workers", "2" if mode == "multi_processing" else "1", "--direct_running_mode", mode]
     # `-c` puts the working directory, the checkout, on the path; workers inherit it.

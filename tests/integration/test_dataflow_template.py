@@ -27,6 +27,7 @@ from tests.support.gcs_server import GcsServer
 from tests.support.paths import ROOT
 from tests.support.s3_jobs import NUM_ROWS, tables, write_job
 from tests.support.staged_pipelines import Image, run_staged
+from tests.support.user_project import SCHEMA, write_packages
 
 pytestmark = pytest.mark.integration
 
@@ -39,9 +40,10 @@ ACCELERATOR, MIN_RAM = "beam:resources:accelerator:v1", "beam:resources:min_ram_
 
 @dataclass(frozen=True)
 class Launcher:
-    """A machine that starts jobs: the wheel's environment, a folder of its own, and a bucket.
+    """A machine that starts jobs: the wheel's environment, a project of its own, and a bucket.
 
     Attributes:
+        folder: the project, whose packages are named like moebeam's and found before any other.
         job: the job's folder on this machine, of which input, script and checkpoint lie in the bucket too.
     """
 
@@ -58,6 +60,7 @@ class Launcher:
             **self.server.environment,
             "PATH": path,
             "HOME": str(self.folder),
+            "PYTHONPATH": str(self.folder),
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "200",
             "DEEPSEEK_API_KEY": SECRET,
@@ -103,6 +106,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) ->
     folder = tmp_path_factory.mktemp("dataflow")
     for name in ("server", "environment", "home"):
         (folder / name).mkdir()
+    write_packages(folder / "home")
     server = GcsServer(folder / "server")
     server.start()
     try:
@@ -248,16 +252,13 @@ def test_nothing_staged_leads_to_a_file_of_the_launcher(launcher: Launcher, stag
         assert str(folder).encode() not in read
 
 
-def test_the_staged_pipeline_gives_the_tables_of_the_local_runner(
-    launcher: Launcher, staged: Staged, tmp_path: Path
-) -> None:
-    on_disk = launcher.run("moebeam", "run", str(launcher.job / "job.toml"), "--set", f"output.path={tmp_path}/direct")
-    assert on_disk.returncode == 0, on_disk.stderr
-    pipeline = tmp_path / "pipeline.pb"
-    pipeline.write_bytes(staged.content)
+def answer_in_containers(launcher: Launcher, pipeline_pb: bytes, folder: Path) -> None:
+    """Run a staged pipeline, whose workers know nothing of the launcher's machine."""
+    pipeline = folder / "pipeline.pb"
+    pipeline.write_bytes(pipeline_pb)
     image = Image(
         name=IMAGE,
-        folder=str(tmp_path),
+        folder=str(folder),
         environment={
             **image_variables("worker-cpu"),
             **launcher.server.environment,
@@ -268,16 +269,42 @@ def test_the_staged_pipeline_gives_the_tables_of_the_local_runner(
         entry_point=image_entry_point("worker-cpu"),
     )
     assert run_staged(pipeline, image).strip() == "DONE"
+
+
+def download(launcher: Launcher, prefix: str, folder: Path) -> None:
+    for name, content in launcher.objects(prefix).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def test_the_staged_pipeline_gives_the_tables_of_the_local_runner(
+    launcher: Launcher, staged: Staged, tmp_path: Path
+) -> None:
+    on_disk = launcher.run("moebeam", "run", str(launcher.job / "job.toml"), "--set", f"output.path={tmp_path}/direct")
+    assert on_disk.returncode == 0, on_disk.stderr
+    answer_in_containers(launcher, staged.content, tmp_path)
     assert len([*tmp_path.glob("container-*")]) == 2  # one that answers, one for all else
-    for name, content in launcher.objects("job/out/").items():
-        (tmp_path / "dataflow" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "dataflow" / name).write_bytes(content)
+    download(launcher, "job/out/", tmp_path / "dataflow")
     found = tables(tmp_path / "dataflow")
     assert found == tables(tmp_path / "direct")
     assert len(found["results"]) + len(found["rejects"]) == NUM_ROWS
     assert json.loads((tmp_path / "dataflow" / "manifest.json").read_text())["status"] == "complete"
     status = launcher.run("moebeam", "status", f"{launcher.bucket}/job/out")
     assert status.returncode == 0, status.stderr
+
+
+def test_a_class_of_the_projects_own_travels_with_the_staged_pipeline(launcher: Launcher, tmp_path: Path) -> None:
+    job = [f"{launcher.bucket}/job/job.toml", "--set", f"output.schema={SCHEMA}"]
+    job += ["--set", f"output.path={launcher.bucket}/job/reviewed"]
+    ended = launcher.run("moebeam", "run", *job, *launcher.dataflow("reviewed"))
+    assert ended.returncode == 0, ended.stderr
+    staged = launcher.objects("staging/reviewed")
+    (pipeline,) = [name for name in staged if name.endswith("/pipeline.pb")]
+    answer_in_containers(launcher, staged[pipeline], tmp_path)
+    download(launcher, "job/reviewed/", tmp_path / "dataflow")
+    rows = tables(tmp_path / "dataflow")["results"]
+    assert rows
+    assert all(row["output"]["num_prompt_tokens"] >= 1 for row in rows)
 
 
 def test_the_flex_template_stages_the_same_pipeline_and_ends(launcher: Launcher, staged: Staged) -> None:

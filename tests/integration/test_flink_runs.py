@@ -6,20 +6,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 
-from moebeam.jobs.deploy.flink.cluster import LocalCluster
 from moebeam.jobs.deploy.flink.worker_pool import WORKER_MODULE
 from tests.support.disturbed_runs import Tables, Work, problems_of, tables_of
-from tests.support.flink_cluster import make_cluster
+from tests.support.flink.built_cluster import make_cluster
+from tests.support.flink.cluster import LocalCluster
 from tests.support.killed_runs import run_to_end, start
 from tests.support.local_servers import free_port
 from tests.support.paths import ROOT
+from tests.support.user_project import NUM_ROWS as NUM_PROJECT_ROWS
+from tests.support.user_project import project_environment, write_project
 
 pytestmark = pytest.mark.integration
 
@@ -95,10 +98,10 @@ def worker_of(cluster: LocalCluster, index: int) -> psutil.Process:
     return max(workers, key=lambda worker: worker.create_time())
 
 
-def command(*args: str) -> subprocess.CompletedProcess[str]:
+def command(*args: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """A command line of moebeam, run to its end."""
     words = [sys.executable, "-c", "from moebeam.jobs.commands.cli import main; main()", *args]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_TIMEOUT_S, check=False)
+    return subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=WAIT_TIMEOUT_S, check=False)
 
 
 def test_flink_gives_the_tables_of_the_local_runner_row_for_row(
@@ -217,6 +220,17 @@ def test_the_torch_engine_answers_on_flink_as_it_does_locally(
         tables.append(without_measured_times(tables_of(output)))
     assert tables[1] == tables[0]
     assert any(row["completion_tokens"] for row in [*tables[0]["results"], *tables[0]["rejects"]])
+
+
+def test_a_project_with_folders_named_like_ours_runs_on_flink(
+    cluster: LocalCluster, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    project = write_project(tmp_path / "project", tiny_checkpoint).parent
+    done = command("run", "job.toml", *cluster.beam_options, cwd=project, env=project_environment(project))
+    assert done.returncode == 0, done.stderr
+    rows = pq.read_table(project / "out" / "results").to_pylist()
+    assert [row["status"] for row in rows] == ["ok"] * NUM_PROJECT_ROWS
+    assert all(row["output"]["num_prompt_tokens"] >= 1 for row in rows)
 
 
 def without_measured_times(tables: Tables) -> Tables:

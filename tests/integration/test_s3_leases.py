@@ -18,6 +18,6 @@ def test_of_racing_copies_one_takes_over_from_a_dead_one_on_s3(bucket: str) -> N
 def test_a_living_holder_elsewhere_is_waited_for_on_s3(bucket: str) -> None:
     layout = RunLayout(f"{bucket}/out")
     write_lease(layout, 0, expires_at=4e9)
-    with ShardLease(layout, "s0").claimed() as is_ours:
+    with ShardLease(layout, "s0").hold() as is_ours:
         assert not is_ours
     assert read_leases(layout)["s0"].host == "elsewhere" != host_identity()

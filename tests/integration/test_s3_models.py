@@ -7,7 +7,7 @@ import pytest
 
 from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH as CHECKPOINT
 from moebeam.jobs.run.launch import launch
-from moebeam.model_runner.checkpoint.files import checkpoint_files, checkpoint_revision
+from moebeam.model_runner.checkpoint.files import compute_checkpoint_revision, list_checkpoint_files
 from moebeam.model_runner.checkpoint.model_store import FOLDER_VARIABLE
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.job.sections import Job
@@ -23,7 +23,7 @@ MEASURED = ("latency_ms", "run_id", "source_file")
 def model_url(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "models"))
     url = f"{bucket}/models/demo"
-    for name in checkpoint_files(str(CHECKPOINT)):
+    for name in list_checkpoint_files(str(CHECKPOINT)):
         storage.write_whole(f"{url}/{name}", (CHECKPOINT / name).read_bytes())
     return url
 
@@ -46,7 +46,7 @@ def test_answers_are_those_of_the_same_folder_on_disk(model_url: str, tmp_path: 
     assert launch(job(tmp_path, "remote", model_url)).num_results == 6
     assert rows(tmp_path / "remote") == rows(tmp_path / "local")
     (copy,) = [path for path in (tmp_path / "models").iterdir() if path.is_dir()]
-    assert copy.name == checkpoint_revision(model_url)
+    assert copy.name == compute_checkpoint_revision(model_url)
 
 
 def test_a_checkpoint_that_changed_is_refused_when_the_run_goes_on(model_url: str, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from moebeam.jobs.check.job_file import load_job
 from moebeam.jobs.check.preflight import check_job
+from moebeam.jobs.run.main_job import make_main_job
 from moebeam.pipelines.main_job import build
 from moebeam.schemas.errors import JobError
 from moebeam.schemas.store import storage
@@ -282,7 +283,7 @@ def test_a_path_that_the_store_refuses_is_named_before_anything_runs(
     job = load_job(str(job_folder / "job.toml"), [elsewhere, f"{key}={url}/{path}"])
     with pytest.raises(JobError) as caught:
         checked = check_job(job)
-        checked.identity.claim_output(checked.layout, checked.kept)
+        checked.claim_output()
     message = str(caught.value)
     assert f"{url}/{path}" in message
     assert words in message
@@ -321,7 +322,7 @@ def test_a_store_that_fails_while_footers_are_read_leaves_no_file_out(
 def test_the_pickled_pipeline_holds_no_credential(s3: S3Server, url: str) -> None:
     checked = check_job(load_job(f"{url}/job.toml"))
     pipeline = beam.Pipeline()
-    build(pipeline, checked.main_job(None))
+    build(pipeline, make_main_job(checked, None))
     proto = pipeline.to_runner_api()
     pickles = [_unpacked(payload) for payload in _payloads(proto)]
     assert sum(f"{url}/out".encode() in pickle for pickle in pickles) >= 3

@@ -137,7 +137,7 @@ def test_paths_are_spelled_as_given(bucket: str, name: str) -> None:
     assert storage.read_bytes(path) == b"x"
     assert [found for found, _ in storage.list_files(f"{bucket}/in put/")] == [path]
     assert [found for found, _ in storage.list_files(path)] == [path]
-    assert storage.spelled(f"{bucket}/in put/") == f"{bucket}/in put"
+    assert storage.normalize_path(f"{bucket}/in put/") == f"{bucket}/in put"
     assert storage.exists(path)
     storage.copy_whole(path, f"{bucket}/copy/{name}")
     assert storage.read_bytes(f"{bucket}/copy/{name}") == b"x"

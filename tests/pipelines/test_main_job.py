@@ -7,6 +7,7 @@ import apache_beam as beam
 from apache_beam.pipeline import PipelineVisitor
 
 from moebeam.jobs.check.preflight import check_job
+from moebeam.jobs.run.main_job import make_main_job
 from moebeam.pipelines.main_job import build
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord
 from tests.support.jobs_for_tests import fake_job, write_parquet
@@ -25,7 +26,7 @@ def stages(tmp_path: Path, checkpoint: Path, planned: PlanRecord | None, **secti
     source = write_parquet(tmp_path / "in.parquet", {"id": ["a"], "text": ["x"]})
     job = fake_job(source, tmp_path / "out", checkpoint, **sections)
     pipeline = beam.Pipeline()
-    build(pipeline, check_job(job).main_job(planned))
+    build(pipeline, make_main_job(check_job(job), planned))
     visitor = _Stages()
     pipeline.visit(visitor)
     return visitor.found

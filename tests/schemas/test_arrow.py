@@ -6,7 +6,7 @@ import random
 import pyarrow as pa
 import pytest
 
-from moebeam.schemas.arrow import arrow_file_bytes, open_arrow_file
+from moebeam.schemas.arrow import encode_arrow_file, open_arrow_file
 
 TABLE = pa.table(
     {
@@ -29,17 +29,17 @@ class CountedFile(io.BytesIO):
 
 
 def test_named_columns_come_alone_and_nothing_of_the_others_is_read() -> None:
-    source = CountedFile(arrow_file_bytes(TABLE, max_batch_rows=64))
+    source = CountedFile(encode_arrow_file(TABLE, max_batch_rows=64))
     with open_arrow_file(source, ["row", "key"]) as reader:
         assert reader.read_all().equals(TABLE.select(["key", "row"]))
     assert 0 < source.num_read < 50_000 < 200 * 4000
 
 
 def test_all_columns_come_where_none_is_named() -> None:
-    with open_arrow_file(io.BytesIO(arrow_file_bytes(TABLE, max_batch_rows=64))) as reader:
+    with open_arrow_file(io.BytesIO(encode_arrow_file(TABLE, max_batch_rows=64))) as reader:
         assert reader.read_all().equals(TABLE)
 
 
 def test_a_column_that_the_file_lacks_is_named() -> None:
     with pytest.raises(ValueError, match="'absent'"):
-        open_arrow_file(io.BytesIO(arrow_file_bytes(TABLE, max_batch_rows=64)), ["key", "absent"])
+        open_arrow_file(io.BytesIO(encode_arrow_file(TABLE, max_batch_rows=64)), ["key", "absent"])

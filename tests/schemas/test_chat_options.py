@@ -9,7 +9,7 @@ from moebeam.schemas.chat_options import (
     ResponseFormat,
     ToolChoice,
     options_json,
-    options_of,
+    parse_options_json,
     parse_response_format,
     parse_thinking,
     parse_tool_choice,
@@ -111,7 +111,7 @@ def test_any_values_are_taken_or_refused_by_type(tools: Any, choice: Any, respon
         options = with_own_values(ChatOptions(), own)
     except RowError:
         return
-    assert options_of(options_json(options)) == options
+    assert parse_options_json(options_json(options)) == options
 
 
 def test_options_survive_as_text_with_the_order_of_their_keys() -> None:
@@ -126,6 +126,6 @@ def test_options_survive_as_text_with_the_order_of_their_keys() -> None:
         max_reasoning_tokens=7,
     )
     text = options_json(options)
-    assert options_of(text) == options
+    assert parse_options_json(text) == options
     assert text.index('"b"') < text.index('"a"')
     assert options_json(ChatOptions()) == "{}"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.records import Usage
-from moebeam.schemas.value_chain import Attempt, Money, Rates, Seller, ValueChain, markup_of, rounded
+from moebeam.schemas.value_chain import Attempt, Money, Rates, Seller, ValueChain, parse_markup, round_amount
 
 AT = datetime(2026, 11, 24, 9, tzinfo=UTC)
 
@@ -41,7 +41,7 @@ def test_margins_and_the_first_revenue_are_what_the_customer_pays(
 ) -> None:
     made = chain(
         *(
-            Seller(f"s{place}", None, markup_of(percent), charges_failed=charges_failed)
+            Seller(f"s{place}", None, parse_markup(percent), charges_failed=charges_failed)
             for place, (percent, charges_failed) in enumerate(markups)
         )
     )
@@ -59,7 +59,7 @@ def test_an_agent_recognises_its_margin_and_a_principal_all_that_it_charges() ->
     made.add(attempt(Decimal(8)))
     cloud = made.of_party("cloud")
     assert (cloud.charged, cloud.paid, cloud.margin) == (Decimal(10), Decimal(8), Decimal(2))
-    assert (cloud.recognised("gross"), cloud.recognised("net")) == (Decimal(10), Decimal(2))
+    assert (cloud.recognise_revenue("gross"), cloud.recognise_revenue("net")) == (Decimal(10), Decimal(2))
 
 
 def test_who_charges_answers_alone_bears_what_failed_attempts_cost() -> None:
@@ -88,5 +88,5 @@ def test_amounts_of_other_currencies_need_a_rate_and_keep_what_was_billed() -> N
 
 
 def test_amounts_are_rounded_half_to_even_at_the_twelfth_place() -> None:
-    assert rounded(Decimal("0.0000000000005")) == Decimal(0)
-    assert rounded(Decimal("0.0000000000015")) == Decimal("0.000000000002")
+    assert round_amount(Decimal("0.0000000000005")) == Decimal(0)
+    assert round_amount(Decimal("0.0000000000015")) == Decimal("0.000000000002")

@@ -63,7 +63,7 @@ def kind_of(row: int) -> str:
     return tuple(KINDS)[row % len(KINDS)]
 
 
-def cost_of(row: int) -> Decimal:
+def find_cost(row: int) -> Decimal:
     """What the fixture of a row costs, by the arithmetic of the price list; all its input is charged as missed."""
     prompt, output = KINDS[kind_of(row)]
     return (prompt * Decimal("0.14") + output * Decimal("0.28")) / 10**6
@@ -127,7 +127,7 @@ def run_chaos(folder: Path, num_rows: int) -> ChaosFigures:
         num_twice=sum(times > 1 for _, times, *_ in lines),
         num_wrong_usage=wrong,
         cost=sum((cost for cost in ledger.column("cost").to_pylist() if cost is not None), Decimal(0)),
-        fixtures_cost=sum((cost_of(row) for row in results.column("n").to_pylist()), Decimal(0)),
+        fixtures_cost=sum((find_cost(row) for row in results.column("n").to_pylist()), Decimal(0)),
         num_calls=int(engine["num_calls"]),
         failed_calls={
             kind: int(engine.get(f"num_{kind}", 0))

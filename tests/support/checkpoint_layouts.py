@@ -259,15 +259,15 @@ def with_tensors(layout: Layout, folder: Path, change: Callable[[dict[str, Tenso
     return path
 
 
-def prompt_of(token_ids: Sequence[int], max_tokens: int, prompt_id: str = "0", **values: Any) -> Prompt:
+def make_prompt(token_ids: Sequence[int], max_tokens: int, prompt_id: str = "0", **values: Any) -> Prompt:
     """A greedy prompt."""
     sampling = values.pop("sampling", None) or Sampling(max_tokens)
     return Prompt(prompt_id, np.array(token_ids, dtype=np.int32), max_tokens, sampling, **values)
 
 
-def prompts_of(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Prompt]:
+def make_prompts(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Prompt]:
     """Greedy prompts, named by their place."""
-    return [prompt_of(token_ids, max_tokens, str(i)) for i, token_ids in enumerate(prompts)]
+    return [make_prompt(token_ids, max_tokens, str(i)) for i, token_ids in enumerate(prompts)]
 
 
 def run_all(engine: TorchEngine, prompts: Sequence[Prompt]) -> dict[str, Finished]:
@@ -282,7 +282,7 @@ def run_all(engine: TorchEngine, prompts: Sequence[Prompt]) -> dict[str, Finishe
 
 def greedy(engine: TorchEngine, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """The engine's greedy answers, in the order of the prompts."""
-    found = run_all(engine, prompts_of(prompts, max_tokens))
+    found = run_all(engine, make_prompts(prompts, max_tokens))
     for finished in found.values():
         assert finished.error is None
         assert (finished.finish_reason, len(finished.token_ids)) == ("length", max_tokens)

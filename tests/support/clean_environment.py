@@ -1,10 +1,11 @@
-"""An environment as a worker's image has it: a virtual environment of the images' lock and the wheel, nothing else."""
+"""Environments in which moebeam is the wheel: with the images' lock, as on a worker, or with this one's packages."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from tests.support.paths import ROOT
@@ -14,8 +15,17 @@ TIMEOUT_S = 1200
 
 
 def build_wheel(folder: Path) -> Path:
-    """The wheel of this checkout."""
-    _run(sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(ROOT), cwd=folder)
+    """The wheel, built as the Dockerfile builds it: from what it copies of the checkout, and nothing else."""
+    source = folder / "source"
+    source.mkdir()
+    for names in re.findall(r"^COPY ((?!--).*) \S+$", _stage("wheel"), re.MULTILINE):
+        for name in names.split():
+            if (ROOT / name).is_dir():
+                ignore = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
+            else:
+                shutil.copyfile(ROOT / name, source / name)
+    _run(sys.executable, "-m", "build", "--wheel", "--outdir", str(folder), str(source), cwd=folder)
     (built,) = folder.glob("*.whl")
     return built
 
@@ -27,16 +37,37 @@ def clean_environment(folder: Path) -> Path:
     brings, only links what it has installed before.
     """
     wheel = build_wheel(folder)
+    programs = _new_environment(folder)
+    _install(programs, "--requirement", str(CONTAINERS / "requirements.lock"))
+    _install(programs, str(wheel))
+    return programs
+
+
+def wheel_environment(folder: Path, wheel: Path) -> Path:
+    """A virtual environment in which only the wheel is installed; its folder of programs.
+
+    It sees the packages of this environment through, but not its editable install of moebeam, which is done by a
+    `.pth` file: Python reads those of an environment's own folder only.
+    """
+    programs = _new_environment(folder)
+    _install(programs, str(wheel))
+    (site,) = programs.parent.glob("lib/*/site-packages")
+    (site / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    return programs
+
+
+def _new_environment(folder: Path) -> Path:
+    _run(sys.executable, "-m", "venv", str(folder / "venv"), cwd=folder)
+    return folder / "venv" / "bin"
+
+
+def _install(programs: Path, *wanted: str) -> None:
+    """Install without dependencies, by uv if it is at hand."""
     beside = Path(sys.executable).with_name("uv")
     uv = str(beside) if beside.exists() else shutil.which("uv")
-    venv = folder / "venv"
-    programs = venv / "bin"
-    _run(sys.executable, "-m", "venv", str(venv), cwd=folder)
-    install = [uv, "pip", "install", "--quiet", "--python", str(programs / "python")] if uv else []
-    install = install or [str(programs / "python"), "-m", "pip", "install", "--quiet"]
-    _run(*install, "--no-deps", "--requirement", str(CONTAINERS / "requirements.lock"), cwd=folder)
-    _run(*install, "--no-deps", str(wheel), cwd=folder)
-    return programs
+    python = str(programs / "python")
+    install = [uv, "pip", "install", "--quiet", "--python", python] if uv else [python, "-m", "pip", "install", "-q"]
+    _run(*install, "--no-deps", *wanted, cwd=programs)
 
 
 def image_variables(target: str) -> dict[str, str]:

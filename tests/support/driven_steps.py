@@ -17,7 +17,7 @@ from moebeam.model_runner.torch_engine.memory.cache import Cache, RingKind
 from moebeam.model_runner.torch_engine.memory.segments import SegmentKind
 from moebeam.model_runner.torch_engine.schedule.schedule import Schedule
 from moebeam.model_runner.torch_engine.schedule.steps import Span, Step
-from tests.support.checkpoint_layouts import prompts_of, random_tokens
+from tests.support.checkpoint_layouts import make_prompts, random_tokens
 
 Path = tuple[int, ...]
 ReadStep = Callable[[Step, list[Path]], None]
@@ -33,7 +33,7 @@ prompt_lists = st.lists(
 )
 
 
-def cache_of(kinds: Sequence[SegmentKind] = (), rings: Sequence[RingKind] = ()) -> Cache:
+def make_cache(kinds: Sequence[SegmentKind] = (), rings: Sequence[RingKind] = ()) -> Cache:
     return Cache(kinds, rings, dtype=torch.float32, device=CPU, max_expanded_bytes=0)
 
 
@@ -46,19 +46,19 @@ def run_steps(prompts: Sequence[Sequence[int]], cache: Cache, read_step: ReadSte
     """
     max_tokens = options.pop("max_tokens", 7)
     defaults = {"max_cache_bytes": 1 << 40, "max_running": 100, "max_step_rows": 1_000}
-    schedule = Schedule(prompts_of(prompts, max_tokens), cache, **(defaults | options))
+    schedule = Schedule(make_prompts(prompts, max_tokens), cache, **(defaults | options))
     while schedule.has_work():
         step = schedule.next_step()
         _release(schedule, cache)
         if step.num_rows:
             cache.prepare(step.spans, step.num_rows, schedule.live_spans)
-            paths = [path for span in step.spans for path in _paths_of(span)]
+            paths = [path for span in step.spans for path in _list_paths(span)]
             read_step(step, paths)
             cache.commit(step.spans)
             schedule.mark_computed(step)
         for running in step.sampled:
             path = [*running.prompt.token_ids.tolist(), *running.answer]
-            schedule.append(running, zlib.crc32(bytes(path)) % 2, None)
+            schedule.append_token(running, zlib.crc32(bytes(path)) % 2, None)
         _release(schedule, cache)
     return schedule
 
@@ -68,7 +68,7 @@ def _release(schedule: Schedule, cache: Cache) -> None:
         cache.close(node)
 
 
-def _paths_of(span: Span) -> list[Path]:
+def _list_paths(span: Span) -> list[Path]:
     before = [token for node in list(span.node.path())[:0:-1] for token in node.token_ids.tolist()]
     own = [*span.node.token_ids.tolist(), *(span.running.answer if span.running is not None else [])]
     tokens = before + own

@@ -30,14 +30,14 @@ def compiler() -> ConstraintCompiler:
     return ConstraintCompiler(tokenizer, tokenizer.get_vocab_size(), [tokenizer.token_to_id(EOS)])
 
 
-def constraint_of(schema: Json, *, max_whitespace: int = 2) -> Constraint:
+def compile_constraint(schema: Json, *, max_whitespace: int = 2) -> Constraint:
     """The constraint of a schema as jobs use it: relaxed where it must be."""
     return compiler().compile(json_schema_grammar(enforceable_schema(schema).document, max_whitespace=max_whitespace))
 
 
 def allows(schema: Json, text: str) -> bool:
     """Whether the grammar of a schema allows a text and nothing less."""
-    constraint = constraint_of(schema)
+    constraint = compile_constraint(schema)
     for token_id in byte_tokenizer().encode(text, add_special_tokens=False).ids:
         try:
             constraint.accept(token_id)
@@ -52,7 +52,7 @@ def allows_value(schema: Json, value: Json) -> bool:
 
 def draw(schema: Json, seed: int, num_answers: int) -> list[str]:
     """Random complete answers under the grammar that jobs use for a schema."""
-    return draw_answers(constraint_of(schema), seed, num_answers)
+    return draw_answers(compile_constraint(schema), seed, num_answers)
 
 
 def draw_answers(first: Constraint, seed: int, num_answers: int) -> list[str]:

@@ -24,7 +24,7 @@ def race_for_shard(layout: RunLayout, num_copies: int) -> list[bool]:
 
     def race() -> None:
         barrier.wait()
-        with ShardLease(layout, "s0").claimed() as is_ours:
+        with ShardLease(layout, "s0").hold() as is_ours:
             claims.append(is_ours)
             done.wait()
 

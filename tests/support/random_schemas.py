@@ -46,7 +46,7 @@ _scalars: st.SearchStrategy[Json] = st.one_of(
 )
 
 
-def _composed(inner: st.SearchStrategy[Json]) -> st.SearchStrategy[Json]:
+def _compose(inner: st.SearchStrategy[Json]) -> st.SearchStrategy[Json]:
     pair = st.lists(inner, min_size=1, max_size=2)
     maps = st.dictionaries(names, inner, min_size=1, max_size=3)
     lists = _optional(
@@ -94,9 +94,9 @@ def _composed(inner: st.SearchStrategy[Json]) -> st.SearchStrategy[Json]:
 
 def schemas() -> st.SearchStrategy[Json]:
     """Schemas whose one definition they may refer to, and it to itself."""
-    inner = st.recursive(_scalars, _composed, max_leaves=5)
+    inner = st.recursive(_scalars, _compose, max_leaves=5)
     return st.builds(
         lambda root, definition: {**root, "$defs": {"d": definition}} if isinstance(root, dict) else root,
-        _composed(inner),
+        _compose(inner),
         inner,
     )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV4ForCausalLM, PreTrainedTokenizerFast
@@ -13,6 +14,8 @@ from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
 from moebeam.jobs.demo.tickets import generate_tickets
 from training.evaluate import answer_tickets, score_answers
 from training.tokenizer import train_tokenizer
+
+pytestmark = pytest.mark.integration
 
 Checkpoint = tuple[DeepseekV4ForCausalLM, PreTrainedTokenizerFast]
 

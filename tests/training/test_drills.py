@@ -8,8 +8,8 @@ import pytest
 
 from moebeam.jobs.demo.tickets import answer_schema, draw_customer, draw_ticket
 from moebeam.jobs.demo.wordings import CATEGORY_PHRASES, HELD_OUT, PRIORITY_PHRASES, REFUND_PHRASES, TRAIN
-from training.drills import draw_drill, scattered_wordings
-from training.tokenizer import ASSISTANT, EOS, USER, token_id, train_tokenizer
+from training.drills import draw_drill, scatter_wordings
+from training.tokenizer import ASSISTANT, EOS, USER, get_token_id, train_tokenizer
 
 TOKENIZER = train_tokenizer()
 
@@ -21,9 +21,9 @@ def test_a_row_fits_and_every_turn_is_framed_as_a_chat_turn() -> None:
         assert row
         assert sum(len(prompt) + len(answer) for prompt, answer in row) <= 224
         for prompt, answer in row:
-            assert prompt[0] == token_id(TOKENIZER, USER)
-            assert prompt[-2] == token_id(TOKENIZER, ASSISTANT)
-            assert answer[-1] == token_id(TOKENIZER, EOS)
+            assert prompt[0] == get_token_id(TOKENIZER, USER)
+            assert prompt[-2] == get_token_id(TOKENIZER, ASSISTANT)
+            assert answer[-1] == get_token_id(TOKENIZER, EOS)
 
 
 def test_drawing_is_deterministic() -> None:
@@ -33,14 +33,14 @@ def test_drawing_is_deterministic() -> None:
 
 def test_scattered_tickets_have_valid_answers() -> None:
     rng = random.Random(1)
-    sentences = scattered_wordings(rng)
+    sentences = scatter_wordings(rng)
     validator = jsonschema_rs.Draft202012Validator(dict(answer_schema()), validate_formats=True)
     for _ in range(100):
         validator.validate(json.loads(draw_ticket("scattered", draw_customer(rng), sentences, rng).answer_json))
 
 
 def test_scattered_wordings_contain_no_held_out_sentence() -> None:
-    assert not set(filter(None, scattered_wordings(random.Random(2)).all())) & set(HELD_OUT.all())
+    assert not set(filter(None, scatter_wordings(random.Random(2)).all())) & set(HELD_OUT.all())
 
 
 @pytest.mark.parametrize(

@@ -4,25 +4,25 @@ from apache_beam.options.pipeline_options import DirectOptions, SetupOptions, St
 from apache_beam.runners import create_runner
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-from moebeam.jobs.check.beam_options import LOCAL_RUNNER, beam_options
+from moebeam.jobs.check.beam_options import LOCAL_RUNNER, parse_beam_options
 from moebeam.schemas.errors import JobFileError
 
 
 def problem(*args: str) -> str:
     with pytest.raises(JobFileError) as raised:
-        beam_options(args)
+        parse_beam_options(args)
     return str(raised.value)
 
 
 @pytest.mark.parametrize("args", [[], ["--runner=DirectRunner"], ["--runner", "direct"], ["--runner=FnApiRunner"]])
 def test_the_local_runner_is_the_fn_api_runner_and_never_prism(args: list[str]):
-    options = beam_options(args)
+    options = parse_beam_options(args)
     assert options.view_as(StandardOptions).runner == LOCAL_RUNNER
     assert type(create_runner(LOCAL_RUNNER)) is FnApiRunner
 
 
 def test_a_pipeline_with_these_options_runs_on_the_fn_api_runner():
-    pipeline = beam.Pipeline(options=beam_options([]))
+    pipeline = beam.Pipeline(options=parse_beam_options([]))
     assert type(pipeline.runner) is FnApiRunner
     _ = pipeline | beam.Create([1, 2]) | beam.Map(lambda number: number + 1)
     assert pipeline.run().wait_until_finish() == "DONE"
@@ -30,7 +30,7 @@ def test_a_pipeline_with_these_options_runs_on_the_fn_api_runner():
 
 @pytest.mark.parametrize("runner", ["FlinkRunner", "PortableRunner", "PrismRunner", "DataflowRunner", "flink", "a.b.C"])
 def test_other_runners_are_kept(runner: str):
-    assert beam_options([f"--runner={runner}"]).view_as(StandardOptions).runner == runner
+    assert parse_beam_options([f"--runner={runner}"]).view_as(StandardOptions).runner == runner
 
 
 def test_an_unknown_runner_is_refused_with_the_nearest_one():
@@ -39,17 +39,19 @@ def test_an_unknown_runner_is_refused_with_the_nearest_one():
 
 
 def test_values_reach_beam():
-    options = beam_options(["--direct_num_workers", "2", "--direct_running_mode=multi_processing", "--labels=a=b"])
+    options = parse_beam_options(
+        ["--direct_num_workers", "2", "--direct_running_mode=multi_processing", "--labels=a=b"]
+    )
     assert options.view_as(DirectOptions).direct_num_workers == 2
     assert options.get_all_options()["labels"] == ["a=b"]
 
 
 def test_more_workers_in_memory_are_warned_about(caplog: pytest.LogCaptureFixture):
-    beam_options(["--direct_num_workers=2"])
+    parse_beam_options(["--direct_num_workers=2"])
     assert "no effect" in caplog.text
     caplog.clear()
-    beam_options(["--direct_num_workers=2", "--direct_running_mode=multi_threading"])
-    beam_options([])
+    parse_beam_options(["--direct_num_workers=2", "--direct_running_mode=multi_threading"])
+    parse_beam_options([])
     assert "no effect" not in caplog.text
 
 
@@ -129,11 +131,11 @@ def test_secrets_are_refused_and_never_shown(args: list[str]):
     ],
 )
 def test_harmless_values_are_not_taken_for_secrets(arg: str):
-    beam_options([arg])
+    parse_beam_options([arg])
 
 
 def test_the_main_session_is_never_saved():
-    assert beam_options([]).view_as(SetupOptions).save_main_session is False
+    assert parse_beam_options([]).view_as(SetupOptions).save_main_session is False
     assert "--save_main_session" in problem("--save_main_session")
 
 

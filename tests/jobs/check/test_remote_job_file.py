@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moebeam.jobs.check.job_file import load_job
-from moebeam.jobs.output.run_record import refuse_secrets
+from moebeam.jobs.output.run_record import find_secrets
 from moebeam.model_runner.openai_engine.options import FallbackSection
 from moebeam.schemas.errors import JobFileError
 
@@ -82,6 +82,6 @@ def test_credentials_are_looked_for_in_every_table(tmp_path: Path) -> None:
     job = load_job(written(tmp_path, '[[model.fallbacks]]\nprovider = "vllm"'))
     fallback = job.model.fallbacks[0].model_copy(update={"base_url": f"https://user:{KEY}@host"})
     changed = job.model_copy(update={"model": job.model.model_copy(update={"fallbacks": (fallback,)})})
-    (problem,) = refuse_secrets(changed)
+    (problem,) = find_secrets(changed)
     assert str(problem).startswith("[model] fallbacks.1.base_url: holds credentials")
     assert KEY not in str(problem)

@@ -8,9 +8,9 @@ import pytest
 
 from moebeam.jobs.check.identity import JobIdentity
 from moebeam.jobs.commands.cli import run_command
-from moebeam.jobs.output.run_record import describe_job, read_record, refuse_secrets
+from moebeam.jobs.output.run_record import RunRequest, find_secrets, read_record
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.durable.failure import recorded_failure
+from moebeam.transforms.durable.failure import record_failure
 from moebeam.transforms.plan.build_shards import write_plan
 from moebeam.transforms.plan.plan_record import PlannedShard
 from tests.support.jobs_for_tests import fake_job
@@ -23,11 +23,11 @@ COMMANDS = (
 )
 
 
-def claimed(output: Path) -> RunLayout:
+def make_claimed_output(output: Path) -> RunLayout:
     """An output folder that was claimed for a job, and nothing more."""
     job = fake_job(output.parent / "in", output, output.parent / "checkpoint")
     layout = RunLayout(str(output))
-    kept = describe_job(job, limit=7, currency="USD", retry_of=None)
+    kept = RunRequest(job, limit=7).to_json("USD")
     JobIdentity({"part": "digest"}).claim_output(layout, kept)
     return layout
 
@@ -46,20 +46,20 @@ def foreign(output: Path) -> None:
 
 
 def without_record(output: Path) -> None:
-    layout = claimed(output)
+    layout = make_claimed_output(output)
     write_plan([PlannedShard("s000000", 1, 1, 0, 10, 10)], layout)
     Path(layout.job).unlink()
 
 
 def with_record(content: str) -> Callable[[Path], None]:
     def make(output: Path) -> None:
-        Path(claimed(output).job).write_text(content)
+        Path(make_claimed_output(output).job).write_text(content)
 
     return make
 
 
 def with_foreign_job(output: Path) -> None:
-    layout = claimed(output)
+    layout = make_claimed_output(output)
     record = json.loads(Path(layout.job).read_text())
     record["job"]["input"]["colour"] = "red"
     Path(layout.job).write_text(json.dumps(record))
@@ -103,7 +103,7 @@ def test_what_is_no_run_is_refused_and_left_alone(
 def test_a_damaged_manifest_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
 ) -> None:
-    layout = claimed(tmp_path / "out")
+    layout = make_claimed_output(tmp_path / "out")
     Path(layout.manifest).write_text('{"status": ')
     code = run_command([command[0], layout.output, *command[1:], "--json"])
     assert code == 2
@@ -126,7 +126,7 @@ def test_a_wrong_command_says_why(capsys: pytest.CaptureFixture[str], args: list
 
 
 def test_a_claimed_output_shows_what_became_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    layout = claimed(tmp_path / "out")
+    layout = make_claimed_output(tmp_path / "out")
 
     def state() -> tuple[str, str | None]:
         assert run_command(["status", layout.output, "--json"]) == 0
@@ -136,7 +136,7 @@ def test_a_claimed_output_shows_what_became_of_it(tmp_path: Path, capsys: pytest
     assert state()[0] == "not started"
     write_plan([PlannedShard("s000000", 1, 1, 0, 10, 10)], layout)
     assert state() == ("stopped", "nobody is at work on it, and it did not say why")
-    with pytest.raises(ValueError, match="boom"), recorded_failure(layout, "answer"):
+    with pytest.raises(ValueError, match="boom"), record_failure(layout, "answer"):
         raise ValueError("boom")
     assert state() == ("failed", "ValueError: boom")
     Path(layout.manifest).write_text('{"status": "complete"}')
@@ -144,7 +144,7 @@ def test_a_claimed_output_shows_what_became_of_it(tmp_path: Path, capsys: pytest
 
 
 def test_a_person_reads_the_state_and_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    layout = claimed(tmp_path / "out")
+    layout = make_claimed_output(tmp_path / "out")
     write_plan([PlannedShard("s000000", 3, 3, 0, 10, 10)], layout)
     assert run_command(["status", layout.output]) == 0
     captured = capsys.readouterr()
@@ -155,8 +155,8 @@ def test_a_person_reads_the_state_and_what_to_do(tmp_path: Path, capsys: pytest.
 
 
 def test_nothing_is_removed_without_a_yes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    layout = claimed(tmp_path / "out")
-    left = Path(layout.staged("s000000", "dead", "results"))
+    layout = make_claimed_output(tmp_path / "out")
+    left = Path(layout.staged_file("s000000", "dead", "results"))
     left.parent.mkdir(parents=True)
     left.write_bytes(b"0123")
     assert run_command(["clean", layout.output]) == 2
@@ -172,17 +172,17 @@ def test_nothing_is_removed_without_a_yes(tmp_path: Path, capsys: pytest.Capture
 
 def test_the_record_gives_back_the_job_with_its_folder(tmp_path: Path) -> None:
     job = fake_job(tmp_path / "in", tmp_path / "out", tmp_path / "c", limits={"max_cost": "0.10", "deadline": 5.0})
-    job = job.located(str(tmp_path))
+    job = job.in_folder(str(tmp_path))
     layout = RunLayout(str(tmp_path / "out"))
-    kept = describe_job(job, limit=7, currency="USD", retry_of=None)
+    kept = RunRequest(job, limit=7).to_json("USD")
     identity = JobIdentity({"part": "digest"})
     identity.claim_output(layout, kept)
     record = read_record(layout.output)
-    assert (record.job, record.job.folder, record.limit) == (job, str(tmp_path), 7)
-    assert (record.run_id, record.currency, record.retry_of) == (identity.run_id, "USD", None)
+    assert (record.request.job, record.request.job.folder, record.request.limit) == (job, str(tmp_path), 7)
+    assert (record.run_id, record.currency, record.request.retry_of) == (identity.run_id, "USD", None)
     other = job.model_copy(update={"limits": job.limits.model_copy(update={"max_requests": 3})})
-    identity.claim_output(layout, describe_job(other, limit=7, currency="USD", retry_of=None))
-    assert read_record(layout.output).job == other, "the last attempt's job is kept"
+    identity.claim_output(layout, RunRequest(other, limit=7).to_json("USD"))
+    assert read_record(layout.output).request.job == other, "the last attempt's job is kept"
 
 
 @pytest.mark.parametrize(
@@ -196,6 +196,6 @@ def test_the_record_gives_back_the_job_with_its_folder(tmp_path: Path) -> None:
 )
 def test_a_path_that_carries_a_secret_is_refused_without_showing_it(tmp_path: Path, url: str, is_refused: bool) -> None:
     job = fake_job(Path("in"), tmp_path / "out", tmp_path / "c", input={"path": url})
-    problems = [str(problem) for problem in refuse_secrets(job)]
+    problems = [str(problem) for problem in find_secrets(job)]
     assert bool(problems) == is_refused
     assert "hunter2" not in "".join(problems)

@@ -15,11 +15,11 @@ from rich.console import Console
 from moebeam.jobs.console.report_table import (
     Column,
     ReportTable,
-    csv_text,
-    html_text,
+    encode_parquet,
+    format_csv,
+    format_html,
     print_table,
     printable,
-    table_bytes,
 )
 from moebeam.schemas.tables import MONEY
 
@@ -33,19 +33,19 @@ def table(name: str | None, *cells: object) -> ReportTable:
 
 @pytest.mark.parametrize("mark", ["=", "+", "-", "@", "\t", "\r", "\n"])
 def test_text_that_begins_like_a_formula_is_escaped_in_csv(mark: str) -> None:
-    (_, row) = csv.reader(io.StringIO(csv_text(table(f'{mark}HYPERLINK("x")')), newline=""))
+    (_, row) = csv.reader(io.StringIO(format_csv(table(f'{mark}HYPERLINK("x")')), newline=""))
     assert row[0] == f'\'{mark}HYPERLINK("x")'
 
 
 @given(st.text())
 def test_no_text_cell_of_a_csv_begins_like_a_formula(text: str) -> None:
-    (_, row) = csv.reader(io.StringIO(csv_text(table(text)), newline=""))
+    (_, row) = csv.reader(io.StringIO(format_csv(table(text)), newline=""))
     assert not row[0].startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
     assert row[0].removeprefix("'") == text.removeprefix("'")
 
 
 def test_negative_numbers_stay_numbers_in_csv() -> None:
-    (_, row) = csv.reader(io.StringIO(csv_text(table("x")), newline=""))
+    (_, row) = csv.reader(io.StringIO(format_csv(table("x")), newline=""))
     assert row[1:] == ["3", "-1.500000000001", "-0.25"]
 
 
@@ -77,7 +77,9 @@ class _Tags(HTMLParser):
 def test_markup_in_data_is_text_in_html(markup: str) -> None:
     def page(text: str) -> _Tags:
         parser = _Tags()
-        parser.feed(html_text(f"Run {text}", [ReportTable(*("costs", text, COLUMNS), ((text, 1, None, None),), text)]))
+        parser.feed(
+            format_html(f"Run {text}", [ReportTable(*("costs", text, COLUMNS), ((text, 1, None, None),), text)])
+        )
         return parser
 
     plain, found = page("plain"), page(markup)
@@ -96,9 +98,9 @@ def test_control_sequences_in_data_do_not_reach_the_terminal() -> None:
 
 def test_a_table_keeps_its_types_in_parquet_when_it_is_null_or_empty() -> None:
     for made in (table("x"), table(None, None, None, None), ReportTable("costs", "Costs", COLUMNS, ())):
-        found = pq.read_table(pa.BufferReader(table_bytes(made)))
+        found = pq.read_table(pa.BufferReader(encode_parquet(made)))
         assert found.schema.types == [pa.string(), pa.int64(), MONEY, pa.float64()]
-    assert pq.read_table(pa.BufferReader(table_bytes(table("x")))).column("cost").to_pylist() == [
+    assert pq.read_table(pa.BufferReader(encode_parquet(table("x")))).column("cost").to_pylist() == [
         Decimal("-1.500000000001")
     ]
 

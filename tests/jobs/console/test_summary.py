@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.jobs.console.summary import CheckReport, RunSummary, exit_code_of
+from moebeam.jobs.console.summary import CheckReport, RunSummary, choose_exit_code
 
 
 def summary(**changes: object) -> RunSummary:
@@ -43,7 +43,7 @@ def code(**changes: object) -> int:
         "num_unreadable": 0,
         "max_reject_share": 0.0,
     }
-    return exit_code_of(**{**values, **changes})  # pyright: ignore[reportArgumentType]
+    return choose_exit_code(**{**values, **changes})  # pyright: ignore[reportArgumentType]
 
 
 def test_a_run_without_rejects_exits_with_0_and_one_with_any_with_3():

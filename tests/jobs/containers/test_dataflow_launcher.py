@@ -15,7 +15,7 @@ from moebeam.jobs.containers.worker_start import SECRETS_VARIABLE, secret_variab
 from moebeam.schemas.errors import EngineLoadError, JobFileError
 from tests.support.paths import ROOT
 
-METADATA = ROOT / "jobs" / "dataflow" / "metadata.json"
+METADATA = ROOT / "jobs" / "deploy" / "dataflow" / "metadata.json"
 EXAMPLES: Mapping[str, str] = {
     "job_file": "gs://bucket/jobs/reviews.toml",
     "input": "gs://bucket/in/*.parquet",

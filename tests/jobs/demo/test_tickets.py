@@ -105,7 +105,7 @@ def test_customers_come_back_where_a_customer_base_is_asked_for() -> None:
 
 def test_user_template_renders_what_training_saw() -> None:
     ticket = generate_tickets(1, seed=9, split="held_out")[0]
-    row = subject.tickets_table([ticket]).to_pylist()[0]
+    row = subject.make_tickets_table([ticket]).to_pylist()[0]
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     assert environment.from_string(USER_TEMPLATE).render(row) == ticket.user_text
     assert "json" in SYSTEM_PROMPT.casefold()
@@ -113,11 +113,11 @@ def test_user_template_renders_what_training_saw() -> None:
 
 def test_table_has_text_columns_and_unique_ids() -> None:
     tickets = generate_tickets(40, seed=10, split="held_out", num_customers=5)
-    table = subject.tickets_table(tickets)
+    table = subject.make_tickets_table(tickets)
     assert table.schema.names == ["ticket_id", "customer_id", "tenant", "customer_context", "ticket_text"]
     assert set(table.schema.types) == {pa.string()}
-    assert set(subject.expected_answers(tickets)) == set(table["ticket_id"].to_pylist())
-    assert table.num_rows == len(subject.expected_answers(tickets)) == 40
+    assert set(subject.list_expected_answers(tickets)) == set(table["ticket_id"].to_pylist())
+    assert table.num_rows == len(subject.list_expected_answers(tickets)) == 40
 
 
 def test_committed_schema_is_the_generated_one(tmp_path: Path) -> None:

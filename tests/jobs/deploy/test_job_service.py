@@ -13,7 +13,7 @@ from apache_beam.portability.api import beam_job_api_pb2, beam_job_api_pb2_grpc
 from apache_beam.runners import create_runner
 from apache_beam.runners.portability import flink_runner
 
-from moebeam.jobs.check.beam_options import LOCAL_RUNNER, beam_options
+from moebeam.jobs.check.beam_options import LOCAL_RUNNER, parse_beam_options
 from moebeam.jobs.deploy import job_service
 from moebeam.jobs.deploy.flink.runner import FlinkRunner
 from moebeam.jobs.deploy.job_service import KEEP_WORKERS_MS, check_job_endpoint, prepare_job_service
@@ -37,25 +37,27 @@ def job_endpoint() -> Iterator[str]:
 
 
 def test_a_job_server_passes_and_its_runs_keep_their_workers_between_steps(job_endpoint: str) -> None:
-    options = beam_options(["--runner=PortableRunner", f"--job_endpoint={job_endpoint}"])
+    options = parse_beam_options(["--runner=PortableRunner", f"--job_endpoint={job_endpoint}"])
     prepare_job_service(options)
     assert options.view_as(PortableOptions).environment_cache_millis == KEEP_WORKERS_MS
     assert options.view_as(DebugOptions).lookup_experiment("disable_logging_submission_environment")
 
 
 def test_a_time_that_the_user_names_is_kept(job_endpoint: str) -> None:
-    options = beam_options(["--runner=portable", f"--job_endpoint={job_endpoint}", "--environment_cache_millis=90000"])
+    options = parse_beam_options(
+        ["--runner=portable", f"--job_endpoint={job_endpoint}", "--environment_cache_millis=90000"]
+    )
     prepare_job_service(options)
     assert int(options.view_as(PortableOptions).environment_cache_millis) == 90_000
 
 
 def test_other_runners_are_left_as_they_are() -> None:
     for args in ([], ["--runner=DataflowRunner"]):
-        options = beam_options(args)
+        options = parse_beam_options(args)
         before = options.get_all_options()
         prepare_job_service(options)
         assert options.get_all_options() == before
-    assert beam_options([]).view_as(StandardOptions).runner == LOCAL_RUNNER
+    assert parse_beam_options([]).view_as(StandardOptions).runner == LOCAL_RUNNER
 
 
 def test_a_port_where_nobody_listens_is_refused_by_name() -> None:
@@ -92,13 +94,15 @@ def test_an_address_without_host_or_port_is_refused(address: str) -> None:
 
 def test_a_portable_run_without_an_address_is_refused_before_it_starts() -> None:
     with pytest.raises(JobFileError, match=r"expected --job_endpoint=HOST:PORT"):
-        prepare_job_service(beam_options(["--runner=PortableRunner"]))
+        prepare_job_service(parse_beam_options(["--runner=PortableRunner"]))
 
 
 def test_the_flink_runner_is_ours_and_starts_its_job_server_in_any_thread(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    options = beam_options(["--runner=FlinkRunner", "--flink_master=localhost:1", "--flink_job_server_jar=nothing.jar"])
+    options = parse_beam_options(
+        ["--runner=FlinkRunner", "--flink_master=localhost:1", "--flink_job_server_jar=nothing.jar"]
+    )
     prepare_job_service(options)
     runner = create_runner(options.view_as(StandardOptions).runner)
     assert type(runner) is FlinkRunner

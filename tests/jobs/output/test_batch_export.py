@@ -17,7 +17,7 @@ from openai.types.chat import ChatCompletion
 from moebeam.jobs.check.reuse import prepare_reuse
 from moebeam.jobs.commands.cli import run_command
 from moebeam.jobs.output import batch_export
-from moebeam.jobs.output.batch_export import answer_line, error_line, json_line
+from moebeam.jobs.output.batch_export import answer_line, error_line, format_line
 from moebeam.jobs.run.launch import launch
 from moebeam.schemas.store import storage
 from tests.support.jobs_for_tests import fake_job, priced, run_fake_job, write_script
@@ -316,7 +316,7 @@ def test_what_fails_while_writing_is_not_blamed_on_the_tables(
     def refuse(*unused: object) -> int:
         raise OSError("no space left")
 
-    monkeypatch.setattr(batch_export, "json_line", refuse)
+    monkeypatch.setattr(batch_export, "format_line", refuse)
     code, told = spoken(capsys, "export", str(output), "--openai-batch", str(tmp_path))
     assert code == 2 and told["error"].endswith("the batch files cannot be written: no space left")
 
@@ -352,7 +352,7 @@ ROWS = st.fixed_dictionaries(
 
 @given(ROWS)
 def test_any_text_goes_through_a_line_unchanged(row: dict[str, Any]) -> None:
-    text = json_line(answer_line({**ROW, **row}, {}))
+    text = format_line(answer_line({**ROW, **row}, {}))
     assert text.endswith("\n") and len(text.splitlines()) == 1
     assert text.encode().decode() == text
     found = json.loads(text)

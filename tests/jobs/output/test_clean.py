@@ -10,8 +10,8 @@ import pytest
 
 from moebeam.jobs.check.identity import JobIdentity
 from moebeam.jobs.output.clean import clean, plan_cleaning
-from moebeam.jobs.output.run_record import RunRecord, describe_job, read_record
-from moebeam.jobs.output.run_state import present
+from moebeam.jobs.output.run_record import RunRecord, RunRequest, read_record
+from moebeam.jobs.output.run_state import announce_presence
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.commit import commit_shard
@@ -32,16 +32,16 @@ def make_run(tmp_path: Path) -> MakeRun:
         output = tmp_path / "out"
         layout = RunLayout(str(output))
         job = fake_job(tmp_path / "in", output, tmp_path / "checkpoint")
-        kept = describe_job(job, limit=None, currency=None, retry_of=None)
+        kept = RunRequest(job).to_json(None)
         JobIdentity({"part": "digest"}).claim_output(layout, kept)
         write_plan([PlannedShard(name, 1, 1, 0, 10, 10) for name in ("s000000", "s000001")], layout)
         commit_shard(layout, "r", "s000000", tables([ROW], [LINE]))
         for path in (
             layout.shard_plan("s000000"),
             layout.sorted_run_file("000000-x"),
-            layout.staged("s000001", "dead", "results"),
-            layout.heartbeat("answer", "s000001"),
-            layout.published("results", "s000000"),
+            layout.staged_file("s000001", "dead", "results"),
+            layout.progress_file("answer", "s000001"),
+            layout.published_file("results", "s000000"),
             f"{layout.commits}/.s000001.json.abc.tmp",
             f"{layout.output}/results/.part.parquet.abc.tmp",
         ):
@@ -114,9 +114,9 @@ def test_journals_of_answers_stay_until_a_run_is_finished_and_then_go_with_its_p
 
 def test_a_run_at_work_is_not_cleaned(make_run: MakeRun) -> None:
     record = make_run()
-    with present(record.layout), pytest.raises(OutputError, match=r"is at work .a launcher on .* .process"):
+    with announce_presence(record.layout), pytest.raises(OutputError, match=r"is at work .a launcher on .* .process"):
         plan_cleaning(record)
-    with ShardLease(record.layout, "s000001").claimed(), pytest.raises(OutputError, match="a worker at shard s000001"):
+    with ShardLease(record.layout, "s000001").hold(), pytest.raises(OutputError, match="a worker at shard s000001"):
         plan_cleaning(record)
     assert plan_cleaning(record).num_files
 

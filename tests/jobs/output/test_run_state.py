@@ -14,17 +14,17 @@ import pytest
 
 from moebeam.jobs.output.run_state import (
     LauncherPresence,
+    announce_presence,
     launchers_folder,
-    modified_at,
-    present,
     read_launchers,
     read_manifest,
+    read_modified_at,
 )
-from moebeam.jobs.output.run_state import signs_of_life as life_of
+from moebeam.jobs.output.run_state import find_signs_of_life as life_of
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.durable.heartbeat import Heartbeat, ShardProgress
 from moebeam.transforms.durable.lease import host_identity
+from moebeam.transforms.durable.progress import ProgressWriter, ShardProgress
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def ended_process() -> int:
 
 def test_a_launcher_is_seen_while_it_is_present_and_leaves_nothing(layout: RunLayout) -> None:
     assert not life_of(layout).is_alive
-    with present(layout):
+    with announce_presence(layout):
         assert life_of(layout).is_alive
         assert len(read_launchers(layout)) == 1
     assert not life_of(layout).is_alive
@@ -73,13 +73,13 @@ def test_a_launcher_elsewhere_is_believed_while_it_speaks(layout: RunLayout) -> 
 def test_what_killed_launchers_left_goes_with_the_next_one_and_living_ones_stay(layout: RunLayout) -> None:
     leave(layout, "dead", replace(own_beat(), pid=ended_process()))
     leave(layout, "alive", own_beat())
-    with present(layout):
+    with announce_presence(layout):
         pass
     assert list(read_launchers(layout)) == ["alive.json"]
 
 
 def test_a_worker_that_plans_without_a_launcher_is_seen_by_its_heartbeat(layout: RunLayout) -> None:
-    Heartbeat(layout, "plan").beat("000000", ShardProgress(rows_done=1))
+    ProgressWriter(layout, "plan").write("000000", ShardProgress(rows_done=1))
     assert life_of(layout).who == ("a worker that is planning",)
     Path(layout.failure).write_text("{}")
     assert not life_of(layout).is_alive
@@ -96,7 +96,7 @@ def test_a_worker_that_plans_without_a_launcher_is_seen_by_its_heartbeat(layout:
     ],
 )
 def test_stores_tell_in_their_own_ways_when_a_file_was_written(info: dict[str, Any], instant: float | None) -> None:
-    assert modified_at(info) == instant
+    assert read_modified_at(info) == instant
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"status": "fine"}'])

@@ -9,7 +9,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.jobs.console.report_table import csv_text
+from moebeam.jobs.console.report_table import format_csv
 from moebeam.jobs.reports.focus_export import SCHEMA, focus_report_table, focus_table
 from moebeam.schemas.tables import LEDGER_SCHEMA
 
@@ -104,7 +104,7 @@ def test_a_charge_lies_in_its_day_and_month_in_utc() -> None:
     assert row["ChargePeriodStart"] == datetime(2026, 12, 31, tzinfo=UTC)
     assert row["ChargePeriodEnd"] - row["ChargePeriodStart"] == timedelta(days=1)
     assert (row["BillingPeriodStart"].month, row["BillingPeriodEnd"]) == (12, datetime(2027, 1, 1, tzinfo=UTC))
-    text = csv_text(focus_report_table(table))
+    text = format_csv(focus_report_table(table))
     assert "2026-12-31T00:00:00Z" in text
     assert text.splitlines()[0].split(",") == SCHEMA.names
 

@@ -11,8 +11,8 @@ import pytest
 from moebeam.jobs.reports.reconcile import (
     Billed,
     Tolerance,
+    add_up_ledger,
     comparison_table,
-    ledger_bill,
     parse_columns,
     read_bill,
     reconcile,
@@ -45,7 +45,7 @@ def bill(tmp_path: Path, text: str, columns: str | None = None, currency: str | 
 
 
 def test_days_and_models_are_matched_missing_or_different(tmp_path: Path) -> None:
-    ours, unpriced = ledger_bill(
+    ours, unpriced = add_up_ledger(
         [ledger({}, {}, {"model": "n"}, {"model": "o"}, {"currency": None, "cost": None})], utc_offset=timedelta(0)
     )
     theirs = bill(
@@ -84,14 +84,14 @@ def test_tokens_are_compared_where_both_sides_tell_them(tmp_path: Path) -> None:
         tmp_path,
         "day,model,amount,currency,cache_hit_tokens,output_tokens\n2026-11-23,m,0.5,USD,1,8\n",
     )
-    (known,) = reconcile(ledger_bill([ledger({})], utc_offset=timedelta(0))[0], theirs, Tolerance())
+    (known,) = reconcile(add_up_ledger([ledger({})], utc_offset=timedelta(0))[0], theirs, Tolerance())
     assert (known.verdict, known.tokens) == ("different", ("output_tokens",))
-    unknown = ledger_bill([ledger({"cache_hit_tokens": None, "reasoning_tokens": 5})], utc_offset=timedelta(0))[0]
+    unknown = add_up_ledger([ledger({"cache_hit_tokens": None, "reasoning_tokens": 5})], utc_offset=timedelta(0))[0]
     assert reconcile(unknown, theirs, Tolerance())[0].verdict == "matched"
 
 
 def test_the_bill_counts_days_where_its_provider_does() -> None:
-    beijing, _ = ledger_bill([ledger({})], utc_offset=timedelta(hours=8))
+    beijing, _ = add_up_ledger([ledger({})], utc_offset=timedelta(hours=8))
     assert list(beijing) == [("2026-11-24", "m", "USD")]
 
 

@@ -11,7 +11,7 @@ import pytest
 from moebeam.jobs.commands.cli import run_command
 from moebeam.jobs.console.report_table import ReportTable
 from moebeam.jobs.output.run_record import read_record
-from moebeam.jobs.reports.report import report_of
+from moebeam.jobs.reports.report import make_report
 from moebeam.jobs.run.launch import launch
 from moebeam.schemas.errors import JobFileError, OutputError
 from tests.support.jobs_for_tests import fake_job, priced, write_parquet, write_script
@@ -56,7 +56,7 @@ def output(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> P
 
 
 def tables_of(output: Path, **arguments: Any) -> dict[str, ReportTable]:
-    return {table.name: table for table in report_of(read_record(str(output)), **arguments).tables}
+    return {table.name: table for table in make_report(read_record(str(output)), **arguments).tables}
 
 
 def column(table: ReportTable, name: str) -> list[Any]:
@@ -166,7 +166,7 @@ def test_a_bill_that_matches_gives_0_and_one_that_does_not_gives_1(
 
 def test_a_wrong_column_and_a_folder_without_a_run_are_named(output: Path, tmp_path: Path) -> None:
     with pytest.raises(JobFileError, match="found 'tennant'"):
-        report_of(read_record(str(output)), by="tennant")
+        make_report(read_record(str(output)), by="tennant")
     with pytest.raises(OutputError, match="found no such folder"):
         read_record(str(tmp_path / "none"))
 
@@ -178,10 +178,10 @@ def test_a_damaged_ledger_is_named(output: Path, tmp_path: Path) -> None:
     shutil.copytree(output, copy)
     next((copy / "ledger").glob("*.parquet")).write_bytes(b"no")
     with pytest.raises(OutputError, match=r"the ledger cannot be read: .*expected a file of the ledger"):
-        report_of(read_record(str(copy)))
+        make_report(read_record(str(copy)))
     shutil.rmtree(copy / "ledger")
     with pytest.raises(OutputError, match="found no such file"):
-        report_of(read_record(str(copy)))
+        make_report(read_record(str(copy)))
     (copy / "manifest.json").unlink()
     with pytest.raises(OutputError, match="expected the manifest of a run, found none; moebeam status"):
-        report_of(read_record(str(copy)))
+        make_report(read_record(str(copy)))

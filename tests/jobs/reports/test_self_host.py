@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from moebeam.jobs.reports.self_host import Work, break_even_tokens_per_day, load_profile, self_host, work_of
+from moebeam.jobs.reports.self_host import Work, break_even_tokens_per_day, load_profile, read_work, self_host
 from moebeam.schemas.errors import JobFileError
 from tests.support.paths import ROOT
 
-PROFILES = ROOT / "jobs" / "profiles"
+PROFILES = ROOT / "jobs" / "reports" / "profiles"
 
 WHOLE = """\
 name = "ours"
@@ -134,7 +134,7 @@ MANIFEST: dict[str, Any] = {
 
 
 def test_the_work_of_a_run_is_what_its_engine_counted() -> None:
-    assert work_of(MANIFEST) == Work(Decimal("4.0"), 2, 5, 2, 3)
+    assert read_work(MANIFEST) == Work(Decimal("4.0"), 2, 5, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,6 @@ def test_the_work_of_a_run_is_what_its_engine_counted() -> None:
     ],
 )
 def test_work_that_is_not_known_says_why(changes: dict[str, Any], expected: str) -> None:
-    found = work_of({**MANIFEST, **changes})
+    found = read_work({**MANIFEST, **changes})
     assert isinstance(found, str)
     assert expected in found

@@ -11,7 +11,7 @@ import pytest
 
 from moebeam.jobs.check.job_file import load_job
 from moebeam.jobs.console.report_table import ReportTable
-from moebeam.jobs.reports.value_chain_report import PricedModel, chain_of, chain_tables, load_chain
+from moebeam.jobs.reports.value_chain_report import PricedModel, chain_tables, charge_chain, load_chain
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import ValueChainSection
 from moebeam.schemas.tables import LEDGER_SCHEMA
@@ -47,7 +47,7 @@ def job_with(tmp_path: Path, chain: str) -> ValueChainSection:
 
 
 def tables(section: ValueChainSection, *ledgers: pa.Table) -> tuple[ReportTable, ReportTable]:
-    chain = chain_of(section, ledgers, PricedModel())
+    chain = charge_chain(section, ledgers, PricedModel())
     assert chain is not None
     return chain_tables(chain)
 
@@ -100,7 +100,7 @@ def test_a_chain_of_its_own_file_finds_books_beside_it(tmp_path: Path) -> None:
 
 
 def test_without_parties_there_is_no_chain(tmp_path: Path) -> None:
-    assert chain_of(job_with(tmp_path, ""), [ledger({})], PricedModel()) is None
+    assert charge_chain(job_with(tmp_path, ""), [ledger({})], PricedModel()) is None
 
 
 PARTY = "[[value_chain.parties]]\n"

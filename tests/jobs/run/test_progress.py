@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moebeam.jobs.console.formats import format_duckdb_command, format_duration, format_money
 from moebeam.jobs.console.summary import CheckReport, ProgressSnapshot, RunSummary
-from moebeam.jobs.run.progress import Rates, print_report, print_summary, show_progress
+from moebeam.jobs.run.progress import StageRates, print_report, print_summary, show_progress
 
 START = ProgressSnapshot(
     stage="answer",
@@ -71,7 +71,7 @@ def shown(summary: RunSummary) -> str:
 
 
 def test_the_eta_follows_the_last_half_minute():
-    rates = Rates()
+    rates = StageRates()
     for second in range(101):
         # Ten rows a second at first, one a second for the last 50 seconds.
         rates.add(at(second, 10 * second if second <= 50 else 450 + second))
@@ -79,7 +79,7 @@ def test_the_eta_follows_the_last_half_minute():
 
 
 def test_rates_start_again_at_every_stage():
-    rates = Rates()
+    rates = StageRates()
     rates.add(at(0, 0, stage="render"))
     rates.add(at(1, 2000, stage="render"))
     rates.add(at(2, 0))
@@ -90,7 +90,7 @@ def test_rates_start_again_at_every_stage():
 
 
 def test_rates_are_unknown_without_time_or_total():
-    rates = Rates()
+    rates = StageRates()
     rates.add(at(1, 0, rows_total=None))
     rates.add(at(1, 5, rows_total=None))
     assert (rates.eta_s, rates.tokens_per_s) == (None, None)

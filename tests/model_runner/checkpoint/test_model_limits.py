@@ -4,15 +4,14 @@ from typing import Any
 import pytest
 
 from moebeam.model_runner.checkpoint.model_limits import (
-    EFFORTS,
-    LIMITS,
     EffortMapping,
     ModelLimits,
-    limits_of,
-    mapped_effort,
-    parameter_warnings,
-    strict_tool_problems,
+    find_limits,
+    map_effort,
+    read_model_limits,
 )
+from moebeam.model_runner.checkpoint.parameter_warnings import parameter_warnings
+from moebeam.model_runner.checkpoint.strict_tools import strict_tool_problems
 from moebeam.schemas.chat_options import ChatOptions, ResponseFormat, Tool, ToolChoice
 from moebeam.schemas.errors import InvalidSampling
 from moebeam.schemas.records import Sampling
@@ -32,7 +31,7 @@ STRICT = {
 
 
 def limits(model: str, at: date = NOVEMBER) -> ModelLimits:
-    found = limits_of(model, at)
+    found = find_limits(model, at)
     assert found is not None
     return found
 
@@ -61,12 +60,12 @@ def test_v4_has_the_documented_limits(model: str) -> None:
 
 @pytest.mark.parametrize("model", ["deepseek-chat", "deepseek-reasoner"])
 def test_old_names_hold_until_the_minute_of_their_withdrawal(model: str) -> None:
-    assert limits_of(model, date(2026, 4, 23)) is None
-    assert limits_of(model, date(2026, 7, 24)) is not None
-    assert limits_of(model, datetime(2026, 7, 24, 15, 58, tzinfo=UTC)) is not None
-    assert limits_of(model, datetime(2026, 7, 24, 15, 59, tzinfo=UTC)) is None
-    assert limits_of(model, datetime(2026, 7, 24, 23, 58, tzinfo=timezone(timedelta(hours=8)))) is not None
-    assert limits_of(model, datetime(2026, 7, 24, 15, 59)) is None
+    assert find_limits(model, date(2026, 4, 23)) is None
+    assert find_limits(model, date(2026, 7, 24)) is not None
+    assert find_limits(model, datetime(2026, 7, 24, 15, 58, tzinfo=UTC)) is not None
+    assert find_limits(model, datetime(2026, 7, 24, 15, 59, tzinfo=UTC)) is None
+    assert find_limits(model, datetime(2026, 7, 24, 23, 58, tzinfo=timezone(timedelta(hours=8)))) is not None
+    assert find_limits(model, datetime(2026, 7, 24, 15, 59)) is None
     [warning] = warnings(model)
     assert warning.startswith(f"{model} was withdrawn at 2026-07-24 15:59 UTC; use deepseek-v4-flash with thinking")
 
@@ -81,12 +80,12 @@ def test_open_weights_know_only_their_context() -> None:
 
 
 def test_nothing_is_said_of_unknown_models() -> None:
-    assert limits_of("moebeam-tickets-v4", NOVEMBER) is None
+    assert find_limits("moebeam-tickets-v4", NOVEMBER) is None
     assert warnings("moebeam-tickets-v4", sampling=Sampling(10**9), reasoning_effort="enormous") == []
-    assert mapped_effort("moebeam-tickets-v4", "enormous", NOVEMBER) == "enormous"
+    assert map_effort("moebeam-tickets-v4", "enormous", NOVEMBER) == "enormous"
 
 
-@pytest.mark.parametrize("lines", [LIMITS, EFFORTS])
+@pytest.mark.parametrize("lines", [read_model_limits().limits, read_model_limits().efforts])
 def test_no_two_lines_hold_at_once_and_all_name_their_source(lines: tuple[ModelLimits | EffortMapping, ...]) -> None:
     held: list[tuple[str, datetime, datetime]] = []
     for line in lines:
@@ -116,7 +115,7 @@ def test_efforts_are_mapped_as_of_their_date(model: str, at: date, expected: str
     found: list[str] = []
     for effort in efforts:
         try:
-            found.append(f"{effort}>{mapped_effort(model, effort, at)}")
+            found.append(f"{effort}>{map_effort(model, effort, at)}")
         except InvalidSampling as error:
             assert f"found '{effort}'" in str(error)
     assert " ".join(found) == expected
@@ -124,9 +123,9 @@ def test_efforts_are_mapped_as_of_their_date(model: str, at: date, expected: str
 
 def test_unknown_effort_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(InvalidSampling, match=r"expected one of low, medium, high, xhigh, max \(.*\), found 'ultra'"):
-        mapped_effort("deepseek-v4-flash", "ultra", APRIL)
+        map_effort("deepseek-v4-flash", "ultra", APRIL)
     with pytest.raises(InvalidSampling, match="expected none"):
-        mapped_effort("deepseek-ai/DeepSeek-R1", "high", NOVEMBER)
+        map_effort("deepseek-ai/DeepSeek-R1", "high", NOVEMBER)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moebeam.model_runner.encoding.chat_encoding import encoding_of
+from moebeam.model_runner.encoding.chat_encoding import load_encoding
 from moebeam.schemas.chat_options import ChatOptions
 from moebeam.schemas.errors import EngineLoadError, InvalidMessages
 from moebeam.schemas.records import Message
@@ -34,7 +34,7 @@ def put(folder: Path, file: str, source: str = RELEASE) -> None:
 
 
 def prompt(folder: Path, effort: str | None = None, name: str = "auto") -> str:
-    return encoding_of(str(folder), name).render(CHAT, ChatOptions(reasoning_effort=effort))
+    return load_encoding(str(folder), name).render(CHAT, ChatOptions(reasoning_effort=effort))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def prompt(folder: Path, effort: str | None = None, name: str = "auto") -> str:
 )
 def test_family_is_known_by_the_name_of_its_encoder(folder: Path, file: str, name: str) -> None:
     put(folder, file, "")
-    assert encoding_of(str(folder)).name == name
+    assert load_encoding(str(folder)).name == name
 
 
 def test_chat_template_comes_first(folder: Path) -> None:
@@ -58,25 +58,25 @@ def test_chat_template_comes_first(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "S"}))
     assert prompt(folder) == "S"
-    assert encoding_of(str(folder), "deepseek_v4").name == "deepseek_v4"
+    assert load_encoding(str(folder), "deepseek_v4").name == "deepseek_v4"
 
 
 def test_nothing_to_go_by_is_refused_with_what_was_looked_for(folder: Path) -> None:
     with pytest.raises(EngineLoadError, match=r"chat_template\.jinja.*encoding/encoding_dsv4\.py.*not guessed"):
-        encoding_of(str(folder))
+        load_encoding(str(folder))
 
 
 def test_encoders_of_two_families_are_refused(folder: Path) -> None:
     put(folder, "encoding/encoding_dsv4.py")
     put(folder, "encoding_dsv41.py")
     with pytest.raises(EngineLoadError, match=r"dsv4\.py.*dsv41\.py|dsv41\.py.*dsv4\.py"):
-        encoding_of(str(folder))
-    assert encoding_of(str(folder), "deepseek_v4").name == "deepseek_v4"
+        load_encoding(str(folder))
+    assert load_encoding(str(folder), "deepseek_v4").name == "deepseek_v4"
 
 
 def test_unknown_name_is_refused(folder: Path) -> None:
     with pytest.raises(EngineLoadError, match=r"expected one of auto, chat_template, deepseek_v3_2.*'v5'"):
-        encoding_of(str(folder), "v5")
+        load_encoding(str(folder), "v5")
 
 
 def test_encoding_forced_without_a_file_has_the_releases_efforts(folder: Path) -> None:
@@ -136,4 +136,4 @@ def test_encoder_is_never_run(folder: Path) -> None:
 def test_damaged_encoder_is_named(folder: Path, source: str, found: str) -> None:
     put(folder, "encoding/encoding_dsv4.py", source)
     with pytest.raises(EngineLoadError, match=rf"encoding_dsv4\.py: {found}"):
-        encoding_of(str(folder))
+        load_encoding(str(folder))

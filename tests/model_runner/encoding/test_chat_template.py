@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from moebeam.model_runner.encoding.chat.token_marks import MARK, TokenMarks
 from moebeam.model_runner.encoding.chat_template import ChatTemplate
-from moebeam.model_runner.encoding.token_marks import MARK, TokenMarks
 from moebeam.schemas.chat_options import ChatOptions, ToolChoice, parse_tools
 from moebeam.schemas.errors import InvalidMessages
 from moebeam.schemas.records import Message, ToolCall
@@ -70,7 +70,7 @@ def test_r1_leaves_the_model_inside_its_reasoning() -> None:
     prompt = r1.render(CHAT)
     assert prompt.endswith("<｜Assistant｜><think>\n")
     assert r1.starts_in_reasoning(prompt)
-    assert r1.thinking_of(ChatOptions())
+    assert r1.is_thinking(ChatOptions())
     assert r1.parse(f"why\n</think>\n\nso{EOS}", starts_in_reasoning=True, has_tools=False).content == "\n\nso"
 
 
@@ -80,7 +80,7 @@ def test_r1_leaves_the_model_inside_its_reasoning() -> None:
 )
 def test_thinking_of_is_what_the_template_makes_of_the_switch(source: str, thinking: bool | None, opens: bool) -> None:
     options = ChatOptions(thinking=thinking)
-    assert template(source).thinking_of(options) is opens
+    assert template(source).is_thinking(options) is opens
     assert template(source).starts_in_reasoning(template(source).render(CHAT, options)) is opens
 
 

@@ -14,8 +14,8 @@ from apache_beam.internal import cloudpickle_pickler
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moebeam.model_runner.encoding.chat.token_marks import MARK
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
-from moebeam.model_runner.encoding.token_marks import MARK
 from moebeam.schemas.chat_options import ChatOptions
 from moebeam.schemas.errors import EngineLoadError, InvalidMessages
 from moebeam.schemas.records import Message

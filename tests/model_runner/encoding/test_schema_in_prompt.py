@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moebeam.model_runner.encoding.schema_in_prompt import example_of, with_schema_in_prompt
+from moebeam.model_runner.encoding.schema_in_prompt import make_example, with_schema_in_prompt
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.records import Message
 
@@ -52,7 +52,7 @@ def test_system_message_is_put_first_where_there_is_none() -> None:
     ],
 )
 def test_example_keeps_its_schema(schema: Any) -> None:
-    example = example_of(schema)
+    example = make_example(schema)
     assert example is not None
     AnswerSchema.from_json(schema, formats="assert", source="test").check(json.dumps(example))
 
@@ -71,7 +71,7 @@ def test_example_keeps_its_schema(schema: Any) -> None:
     ],
 )
 def test_no_example_is_shown_where_none_was_found(schema: Any) -> None:
-    assert example_of(schema) is None
+    assert make_example(schema) is None
     (system,) = with_schema_in_prompt([Message("system", "")], schema)
     assert "example" not in system.content
     assert "JSON" in system.content

@@ -25,6 +25,8 @@ from moebeam.schemas.records import Completion, Message, Request, Sampling
 from tests.support.engine_configs import engine_config
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.integration
+
 WAIT_S = 60
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def test_answers_are_those_of_the_engine_in_process(tmp_path: Path, isolated: li
     assert list(runner.generate([])) == []
 
 
+@pytest.mark.integration
 def test_torch_answers_the_same_and_counts_the_same(tiny_checkpoint: Path, isolated: list[IsolatedRunner]) -> None:
     given = engine_config("torch", str(tiny_checkpoint), "tiny", "r", dtype="float32", device="cpu")
     encoder = PromptEncoder.load(str(tiny_checkpoint))
@@ -92,7 +94,7 @@ def test_requests_are_pulled_no_further_than_the_engine_pulls(tmp_path: Path, is
     assert len(list(runner.generate(requests("d")))) == 1, "a call that was left does not stand in the way"
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 7])
+@pytest.mark.parametrize("num_rows", [2, *(pytest.param(num, marks=pytest.mark.integration) for num in (1, 7))])
 def test_only_the_row_that_kills_the_engine_fails(
     tmp_path: Path, isolated: list[IsolatedRunner], num_rows: int
 ) -> None:
@@ -107,6 +109,7 @@ def test_only_the_row_that_kills_the_engine_fails(
         assert all('"echo"' in text for text in found.values())
 
 
+@pytest.mark.integration
 def test_of_two_calls_side_by_side_only_the_row_that_kills_the_engine_fails(
     tmp_path: Path, isolated: list[IsolatedRunner]
 ) -> None:
@@ -134,6 +137,7 @@ def test_of_two_calls_side_by_side_only_the_row_that_kills_the_engine_fails(
     assert [len(found[name]) for name in ("one", "two", "three")] == [4, 40, 1]
 
 
+@pytest.mark.integration
 def test_an_engine_that_pulls_all_at_once_and_dies_late_is_bisected(
     tmp_path: Path, isolated: list[IsolatedRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,8 +155,9 @@ def test_an_engine_that_pulls_all_at_once_and_dies_late_is_bisected(
     (tmp_path / "sitecustomize.py").write_text(
         "from moebeam.model_runner.protocol import ENGINES\nENGINES['greedy'] = 'greedy_engine:load'\n"
     )
-    script = config(tmp_path, rules=[{"contains": "poison", "accident": "crash"}]).script
-    isolated.append(runner := IsolatedRunner(engine_config("greedy", "", "model", "revision", script=script)))
+    given = config(tmp_path, rules=[{"contains": "poison", "accident": "crash"}])
+    given = replace(given, options=given.options.model_copy(update={"engine": "greedy"}))
+    isolated.append(runner := IsolatedRunner(given))
     texts = [f"row {row}" for row in range(33)]
     texts[5] = texts[6] = texts[32] = "poison"
     found = said(list(runner.generate(requests(*texts))))
@@ -169,6 +174,7 @@ def test_a_process_that_is_killed_once_costs_no_row(tmp_path: Path, isolated: li
     assert all('"echo"' in text for text in said(found).values()) and len(found) == 8
 
 
+@pytest.mark.integration
 def test_an_engine_that_hangs_is_ended_and_its_row_times_out(tmp_path: Path, isolated: list[IsolatedRunner]) -> None:
     given = config(tmp_path, rules=[{"contains": "stuck", "accident": "hang"}])
     isolated.append(runner := IsolatedRunner(given, max_silence_s=0.5))
@@ -187,6 +193,7 @@ def test_an_engine_that_waits_for_work_is_not_silent(tmp_path: Path, isolated: l
     assert runner._supervisor.last is process
 
 
+@pytest.mark.integration
 def test_an_engine_that_dies_over_everything_stops_the_job(
     tmp_path: Path, isolated: list[IsolatedRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:

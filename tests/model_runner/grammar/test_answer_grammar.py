@@ -123,7 +123,7 @@ def test_reasoning_must_end_when_its_budget_is_used_up(reader: Reader, schema: J
     built = reader.build(ChatOptions(max_reasoning_tokens=5), schema=schema, starts_in_reasoning=True)
     constraint = reader.compiler.compile(built.text)
     assert reader.reads(constraint, longest)
-    forced = reader.tokenizer.decode(constraint.forced_token_ids(), skip_special_tokens=False)
+    forced = reader.tokenizer.decode(constraint.find_forced_token_ids(), skip_special_tokens=False)
     assert forced.startswith("</think>")
     assert not reader.allows(built, f'{longest}f</think>{{"n": 1}}')
     assert reader.allows(built, f'{longest}</think>{{"n": 1}}')

@@ -9,8 +9,8 @@ import pytest
 import tokenizers
 
 from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
-from moebeam.model_runner.encoding.answers import END_OF_THINKING as THINK_END
-from moebeam.model_runner.encoding.call_formats import DEEPSEEK_V3, DEEPSEEK_V3_1, HERMES, CallFormat
+from moebeam.model_runner.encoding.chat.answers import END_OF_THINKING as THINK_END
+from moebeam.model_runner.encoding.chat.call_formats import DEEPSEEK_V3, DEEPSEEK_V3_1, HERMES, CallFormat
 from moebeam.model_runner.encoding.deepseek.dsml import V3_2_CALLS, V4_1_CALLS, V4_CALLS
 from moebeam.model_runner.grammar.answer_grammar import BuiltGrammar, build_answer_grammar
 from moebeam.model_runner.grammar.constraint import ConstraintCompiler, MaskFiller
@@ -72,7 +72,7 @@ class Sampler:
         constraint = self.compiler.compile(grammar.text)
         token_ids: list[int] = []
         while len(token_ids) < max_tokens and not constraint.is_over:
-            forced = constraint.forced_token_ids()
+            forced = constraint.find_forced_token_ids()
             token_id = forced[0] if forced else self._pick(constraint, rng, len(token_ids))
             constraint.accept(token_id)
             if token_id == EOS:

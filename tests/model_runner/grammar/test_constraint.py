@@ -222,7 +222,7 @@ def test_forced_tokens_are_the_only_ones_that_masks_allow(tongue: Tongue, name: 
     random = np.random.default_rng(seed)
     token_ids: list[int] = []
     while not constraint.is_over:
-        for token_id in constraint.forced_token_ids():
+        for token_id in constraint.find_forced_token_ids():
             assert tongue.allowed(constraint) == {token_id}
             constraint.accept(token_id)
             token_ids.append(token_id)
@@ -241,22 +241,22 @@ def test_most_of_a_rigid_answer_is_forced(demo: Tongue):
         "additionalProperties": False,
     }
     constraint = demo.compile(schema, max_whitespace=0)
-    assert demo.text(constraint.forced_token_ids()).startswith('{"refund_requested')
+    assert demo.text(constraint.find_forced_token_ids()).startswith('{"refund_requested')
 
 
 def test_forcing_accepts_nothing_by_itself(demo: Tongue):
     constraint = demo.compile({"const": "abc"})
-    assert constraint.forced_token_ids() == constraint.forced_token_ids() != []
-    for token_id in constraint.forced_token_ids():
+    assert constraint.find_forced_token_ids() == constraint.find_forced_token_ids() != []
+    for token_id in constraint.find_forced_token_ids():
         constraint.accept(token_id)
-    assert constraint.forced_token_ids() == []
+    assert constraint.find_forced_token_ids() == []
     assert constraint.is_over
 
 
 def test_names_of_special_tokens_are_spelled_as_text(demo: Tongue):
     text = f"a<think>b{END}"
     constraint = demo.compile({"const": text})
-    forced = constraint.forced_token_ids()
+    forced = constraint.find_forced_token_ids()
     assert not {demo.tokenizer.token_to_id("<think>"), demo.eos_token_id} & set(forced)
     assert json.loads(demo.text(forced)) == text
 
@@ -266,7 +266,7 @@ def test_added_tokens_that_look_special_are_spelled_as_text_too():
     tokenizer.add_tokens([tokenizers.AddedToken("<tool>", special=False)])
     before = tokenizer.to_str()
     tongue = Tongue(tokenizer, 1)
-    forced = tongue.compile({"const": "a<tool>"}).forced_token_ids()
+    forced = tongue.compile({"const": "a<tool>"}).find_forced_token_ids()
     tongue.filler.close()
     assert tokenizer.token_to_id("<tool>") not in forced
     assert tokenizer.decode(forced) == '"a<tool>"'
@@ -318,7 +318,7 @@ def test_a_grammar_too_complex_for_its_limits_ends_no_answer(demo: Tongue, monke
     constraint.accept(demo.tokenizer.token_to_id('"'))
     assert demo.allowed(constraint) == set()
     assert constraint.failure is not None
-    assert constraint.forced_token_ids() == []
+    assert constraint.find_forced_token_ids() == []
 
 
 def test_an_end_token_is_refused_before_the_grammar_can_stop(demo: Tongue):
@@ -370,7 +370,7 @@ def test_a_constraint_is_left_alone_while_its_mask_is_filled(demo: Tongue):
     with pytest.raises(AssertionError, match="being filled"):
         constraint.accept(demo.tokenizer.token_to_id("7"))
     with pytest.raises(AssertionError, match="being filled"):
-        constraint.forced_token_ids()
+        constraint.find_forced_token_ids()
     with pytest.raises(AssertionError, match="being filled"):
         demo.filler.start([constraint])
     masks = pending.result()
@@ -411,4 +411,4 @@ def test_a_grammar_names_a_special_token_by_number(demo: Tongue):
     constraint = demo.compiler.compile(f'start: <[{think}]> "x"')
     assert demo.allowed(constraint) == {think}
     constraint.accept(think)
-    assert demo.text(constraint.forced_token_ids()) == "x"
+    assert demo.text(constraint.find_forced_token_ids()) == "x"

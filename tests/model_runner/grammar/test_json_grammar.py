@@ -266,11 +266,11 @@ def test_a_schema_that_cannot_be_compiled_loses_only_what_is_at_fault(monkeypatc
     from moebeam.model_runner.grammar import json_grammar
 
     refused = re.compile('"maxItems"')
-    real = json_grammar._refusal
-    monkeypatch.setattr(json_grammar, "_refusal", lambda text: "too large" if refused.search(text) else real(text))
-    json_grammar._enforceable.cache_clear()
+    real = json_grammar._find_refusal
+    monkeypatch.setattr(json_grammar, "_find_refusal", lambda text: "too large" if refused.search(text) else real(text))
+    json_grammar._make_enforceable.cache_clear()
     found = enforceable_schema(schema)
-    json_grammar._enforceable.cache_clear()
+    json_grammar._make_enforceable.cache_clear()
     assert [(entry.pointer, entry.keyword) for entry in found.relaxed] == [("/properties/b", "maxItems")]
     assert '"minLength": 2' in json.dumps(found.document)
 
@@ -278,10 +278,10 @@ def test_a_schema_that_cannot_be_compiled_loses_only_what_is_at_fault(monkeypatc
 def test_where_nothing_can_be_compiled_any_object_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     from moebeam.model_runner.grammar import json_grammar
 
-    monkeypatch.setattr(json_grammar, "_refusal", lambda text: "too large")
-    json_grammar._enforceable.cache_clear()
+    monkeypatch.setattr(json_grammar, "_find_refusal", lambda text: "too large")
+    json_grammar._make_enforceable.cache_clear()
     found = enforceable_schema({"type": "object", "properties": {"a": {"type": "integer", "minimum": 3}}})
-    json_grammar._enforceable.cache_clear()
+    json_grammar._make_enforceable.cache_clear()
     assert found.document["type"] == "object"
     assert {(entry.pointer, entry.keyword) for entry in found.relaxed} == {
         ("", "properties"),

@@ -88,7 +88,7 @@ def test_those_who_wait_are_let_in_one_after_the_other_in_their_order() -> None:
             await asyncio.sleep(0)
             await asyncio.sleep(0)
             assert entered == list(range(name + 1))
-            queue.settle(Completion.failed(str(name), EngineFailed("broke")))
+            queue.settle(Completion.from_error(str(name), EngineFailed("broke")))
         found = await asyncio.gather(*tasks, return_exceptions=True)
         assert [type(one) for one in found] == [type(None)] * 5 + [NotAdmitted] * 2
         return entered

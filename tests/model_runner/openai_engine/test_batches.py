@@ -22,7 +22,7 @@ from moebeam.model_runner.openai_engine.batch_runner import BatchRunner
 from moebeam.model_runner.openai_engine.batch_service import BatchPolling, BatchService
 from moebeam.model_runner.openai_engine.endpoint import EndpointSpec
 from moebeam.model_runner.openai_engine.options import FallbackSection
-from moebeam.model_runner.openai_engine.profiles import profile_of
+from moebeam.model_runner.openai_engine.profiles import find_profile
 from moebeam.schemas.errors import EngineLoadError, EngineUnavailable
 from moebeam.schemas.records import Completion, Message, Request, Sampling, ToolCall
 from tests.support.batch_endpoint import BatchEndpoint, Fault
@@ -80,7 +80,7 @@ Make = Callable[..., BatchRunner]
 def make() -> Make:
     def runner(endpoint: BatchEndpoint, provider: str = "alibaba", **values: Any) -> BatchRunner:
         spec = EndpointSpec(
-            profile=profile_of(provider),
+            profile=find_profile(provider),
             model="deepseek-v4-flash",
             base_url=endpoint.base_url,
             max_concurrency=1,
@@ -91,8 +91,8 @@ def make() -> Make:
         config = engine_config(
             engine="openai", path="", name="deepseek-v4-flash", revision="", **values.pop("config", {})
         )
-        patience = BatchPolling(first_look_s=0.001, max_look_s=0.002, max_failed_looks=3, queue_wait_s=0.001)
-        service = BatchService(spec, KEY, patience, values.pop("sleep", lambda seconds: None))
+        polling = BatchPolling(first_poll_s=0.001, max_poll_s=0.002, max_failed_polls=3, queue_wait_s=0.001)
+        service = BatchService(spec, KEY, polling, values.pop("sleep", lambda seconds: None))
         return BatchRunner(config, service, **values)
 
     return runner
@@ -542,7 +542,7 @@ def test_the_remaining_window_has_the_waiting_lines_only() -> None:
 
 def test_a_line_id_depends_on_all_that_is_sent_and_nothing_else() -> None:
     (request,) = requests(1)
-    profile = profile_of("alibaba")
+    profile = find_profile("alibaba")
     assert request_line(request, profile, "m", scope="s") == request_line(request, profile, "m", scope="s")
     others = [
         request_line(request, profile, "other", scope="s"),
@@ -563,7 +563,7 @@ def test_half_a_surrogate_pair_in_a_chat_is_sent_as_it_is(make: Make) -> None:
 
 def test_at_most_four_batches_are_away(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_lines, "MAX_LINES", 2)
-    monkeypatch.setattr(batches, "_MAX_AWAY", 4)
+    monkeypatch.setattr(batches, "_MAX_WINDOWS_IN_FLIGHT", 4)
     with BatchEndpoint(echo) as endpoint:
         stream = make(endpoint).generate(requests(20))
         next(stream)

@@ -22,7 +22,7 @@ async def work(limit: AdaptiveLimit, outcomes: list[bool], num_tasks: int) -> No
             assert limit.num_in_flight <= most_ever
             await asyncio.sleep(0)
             if outcomes:
-                limit.note(is_refused=outcomes.pop())
+                limit.record_outcome(is_refused=outcomes.pop())
         finally:
             limit.release()
 
@@ -75,7 +75,7 @@ def test_outcomes_sent_before_the_limit_shrank_do_not_shrink_it_again() -> None:
         for _ in range(100):
             await limit.acquire()
         for _ in range(200):
-            limit.note(is_refused=True)
+            limit.record_outcome(is_refused=True)
         return limit.limit
 
     assert asyncio.run(check()) == 75
@@ -148,17 +148,17 @@ def now(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_processes_divide_an_endpoint_and_a_killed_one_leaves_its_part(tmp_path: Path, now: None) -> None:
     share = MachineShare("there", tmp_path)
-    assert share.part_of(100) == 100
+    assert share.divide(100) == 100
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, "there", str(tmp_path)], stdin=-1, stdout=-1, text=True
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "2\n"
-        assert share.part_of(100) == 50
-        assert share.part_of(1) == 1
+        assert share.divide(100) == 50
+        assert share.divide(1) == 1
         other.kill()
         other.wait()
-    assert share.part_of(100) == 100
+    assert share.divide(100) == 100
     share.close()
     assert list((tmp_path / "endpoints").glob("*/*")) == []
 

@@ -29,22 +29,22 @@ def test_one_leader_goes_first_and_the_rest_follows_together() -> None:
     assert ids(rest.offer(request("b", 1, 3))) == []
     assert ids(rest.offer(request("c", 1, 4))) == []
     assert rest.num_held == 2
-    assert ids(rest.finished("a")) == ["b", "c"]
+    assert ids(rest.finish("a")) == ["b", "c"]
     assert rest.num_held == 0
 
 
 def test_two_leaders_go_one_after_the_other() -> None:
     rest = gate(2)
     assert [ids(rest.offer(request(name, 1, part))) for part, name in enumerate("abcd", 2)] == [["a"], [], [], []]
-    assert ids(rest.finished("a")) == ["b"]
-    assert ids(rest.finished("b")) == ["c", "d"]
+    assert ids(rest.finish("a")) == ["b"]
+    assert ids(rest.finish("b")) == ["c", "d"]
 
 
 def test_prefixes_that_share_nothing_do_not_wait_for_each_other() -> None:
     rest = gate()
     offered = [request("a", 1, 2), request("b", 1, 3), request("x", 5, 6), request("y", 5, 7)]
     assert [ids(rest.offer(each)) for each in offered] == [["a"], [], ["x"], []]
-    assert ids(rest.finished("x")) == ["y"]
+    assert ids(rest.finish("x")) == ["y"]
 
 
 def test_prefix_that_was_shown_before_is_not_waited_for_in_the_next_shard() -> None:
@@ -52,7 +52,7 @@ def test_prefix_that_was_shown_before_is_not_waited_for_in_the_next_shard() -> N
     first = gate(1, warm)
     first.offer(request("a", 1, 2))
     first.offer(request("b", 1, 3))
-    first.finished("a")
+    first.finish("a")
     second = gate(1, warm)
     assert ids(second.offer(request("c", 1, 4))) == ["c"]
     assert ids(second.offer(request("d", 1, 5))) == ["d"]
@@ -61,7 +61,7 @@ def test_prefix_that_was_shown_before_is_not_waited_for_in_the_next_shard() -> N
 def test_leader_that_is_through_before_the_next_comes_is_not_waited_for() -> None:
     rest = gate(1)
     rest.offer(request("a", 1, 2))
-    rest.finished("a")
+    rest.finish("a")
     assert ids(rest.offer(request("b", 1, 3))) == ["b"]
 
 
@@ -98,7 +98,7 @@ def test_every_request_leaves_once_whatever_the_order_of_answers(num_leaders: in
         if offered and (not away or data.draw(st.booleans())):
             leaving = rest.offer(offered.pop(0))
         else:
-            leaving = rest.finished(away.pop(data.draw(st.integers(0, len(away) - 1))))
+            leaving = rest.finish(away.pop(data.draw(st.integers(0, len(away) - 1))))
         away += ids(leaving)
         left += ids(leaving)
     assert sorted(left, key=int) == [str(number) for number in range(len(parts))]

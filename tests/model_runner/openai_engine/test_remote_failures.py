@@ -11,11 +11,11 @@ from moebeam.model_runner.openai_engine.failures import (
     MAX_MESSAGE_CHARACTERS,
     CallFailure,
     Consequence,
-    failure_of,
-    redacted,
+    classify_failure,
+    redact,
     retry_after_s,
 )
-from moebeam.model_runner.openai_engine.profiles import profile_of
+from moebeam.model_runner.openai_engine.profiles import find_profile
 from moebeam.schemas.errors import (
     ContentRefused,
     EngineFailed,
@@ -39,7 +39,7 @@ def refusal(
 ) -> CallFailure:
     response = httpx2.Response(status, headers=headers or {}, request=REQUEST)
     body = {"message": message, "code": code}
-    return failure_of(openai.APIStatusError(message, response=response, body=body), profile_of(provider), KEY)
+    return classify_failure(openai.APIStatusError(message, response=response, body=body), find_profile(provider), KEY)
 
 
 @pytest.mark.parametrize(
@@ -91,16 +91,16 @@ def test_text_of_a_refusal_decides_nothing() -> None:
 
 
 def test_silence_and_broken_connections_may_be_tried_again() -> None:
-    deepseek = profile_of("deepseek")
+    deepseek = find_profile("deepseek")
     for cause, kind in ((httpx2.ReadTimeout("x"), EngineTimeout), (httpx2.ConnectError("x"), EngineFailed)):
         error = openai.APIConnectionError(request=REQUEST)
         error.__cause__ = cause
-        failure = failure_of(error, deepseek, KEY)
+        failure = classify_failure(error, deepseek, KEY)
         assert (failure.consequence, type(failure.error)) == ("retry", kind)
-    malformed = failure_of(MalformedResponse("choices: no"), deepseek, KEY)
+    malformed = classify_failure(MalformedResponse("choices: no"), deepseek, KEY)
     assert (malformed.consequence, type(malformed.error)) == ("retry", MalformedResponse)
-    assert isinstance(failure_of(httpx2.ReadTimeout("x"), deepseek, KEY).error, EngineTimeout)
-    assert isinstance(failure_of(httpx2.RemoteProtocolError("x"), deepseek, KEY).error, EngineFailed)
+    assert isinstance(classify_failure(httpx2.ReadTimeout("x"), deepseek, KEY).error, EngineTimeout)
+    assert isinstance(classify_failure(httpx2.RemoteProtocolError("x"), deepseek, KEY).error, EngineFailed)
 
 
 def test_no_message_holds_the_key_or_a_long_prompt() -> None:
@@ -108,8 +108,8 @@ def test_no_message_holds_the_key_or_a_long_prompt() -> None:
     assert KEY not in told
     assert "[key]" in told
     assert len(told) < MAX_MESSAGE_CHARACTERS + 50
-    assert KEY not in str(failure_of(MalformedResponse(f"found {KEY}"), profile_of("deepseek"), KEY).error)
-    assert redacted("a\n b", "") == "a b"
+    assert KEY not in str(classify_failure(MalformedResponse(f"found {KEY}"), find_profile("deepseek"), KEY).error)
+    assert redact("a\n b", "") == "a b"
 
 
 def test_retry_after_is_read_in_all_its_forms() -> None:

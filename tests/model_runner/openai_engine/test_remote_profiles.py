@@ -5,7 +5,7 @@ from importlib import resources
 import pytest
 from pydantic import ValidationError
 
-from moebeam.model_runner.openai_engine.profiles import Profile, profile_of, profiles
+from moebeam.model_runner.openai_engine.profiles import Profile, find_profile, profiles
 from moebeam.schemas.errors import EngineLoadError
 
 
@@ -24,7 +24,7 @@ def test_no_profile_holds_a_key() -> None:
 
 
 def test_deepseek_limits_are_those_of_its_models() -> None:
-    deepseek = profile_of("deepseek")
+    deepseek = find_profile("deepseek")
     assert deepseek.concurrency_for("deepseek-v4-flash") == 2500
     assert deepseek.concurrency_for("DeepSeek-V4-Pro") == 500
     assert deepseek.concurrency_for("something-new") == 500
@@ -32,10 +32,10 @@ def test_deepseek_limits_are_those_of_its_models() -> None:
 
 def test_unknown_provider_is_refused_naming_the_known_ones() -> None:
     with pytest.raises(EngineLoadError, match=r"provider: expected one of alibaba, deepinfra, .*found 'nobody'"):
-        profile_of("nobody")
+        find_profile("nobody")
 
 
 def test_misspelt_key_of_a_profile_is_refused() -> None:
-    values = profile_of("deepseek").model_dump() | {"cached_token": ("x",)}
+    values = find_profile("deepseek").model_dump() | {"cached_token": ("x",)}
     with pytest.raises(ValidationError, match="cached_token"):
         Profile.model_validate(values)

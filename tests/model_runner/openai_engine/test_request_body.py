@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moebeam.model_runner.openai_engine import request_body
-from moebeam.model_runner.openai_engine.profiles import profile_of
+from moebeam.model_runner.openai_engine.profiles import find_profile
 from moebeam.model_runner.openai_engine.request_body import ChatBody, chat_body
 from moebeam.schemas.chat_options import ChatOptions, ResponseFormat, Tool, ToolChoice
 from moebeam.schemas.errors import InvalidSampling, RequestRefused
@@ -29,7 +29,7 @@ STRICT: Any = {
 
 @pytest.fixture(autouse=True)
 def forget_what_was_told() -> None:
-    request_body._tell_once.cache_clear()
+    request_body._warn_once.cache_clear()
 
 
 def request(tenant: str = "", sampling: Sampling | None = None, **options: Any) -> Request:
@@ -45,7 +45,7 @@ def request(tenant: str = "", sampling: Sampling | None = None, **options: Any) 
 
 
 def body(provider: str, wanted: Request, model: str = "deepseek-v4-flash", *, is_stream: bool = False) -> ChatBody:
-    return chat_body(wanted, profile_of(provider), model, is_stream=is_stream)
+    return chat_body(wanted, find_profile(provider), model, is_stream=is_stream)
 
 
 def test_plain_request_says_no_more_than_it_needs() -> None:

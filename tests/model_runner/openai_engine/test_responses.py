@@ -7,18 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.model_runner.openai_engine.profiles import profile_of
+from moebeam.model_runner.openai_engine.profiles import find_profile
 from moebeam.model_runner.openai_engine.responses import Answer, StreamedAnswer, read_answer
 from moebeam.schemas.errors import AnswerInterrupted, EngineFailed, MalformedResponse
 from moebeam.schemas.records import ToolCall, Usage
 from tests.support.fake_endpoint import ALIBABA_USAGE, VLLM_USAGE, VOLCANO_USAGE, as_events, deepseek, with_usage
 
-DEEPSEEK = profile_of("deepseek")
+DEEPSEEK = find_profile("deepseek")
 CALLS = [{"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"q": "über"}'}}]
 
 
 def read(answer: Any, provider: str = "deepseek") -> Answer:
-    return read_answer(json.dumps(answer).encode(), profile_of(provider))
+    return read_answer(json.dumps(answer).encode(), find_profile(provider))
 
 
 def streamed(answer: Any, provider: str = "deepseek", **values: Any) -> Answer:
@@ -26,7 +26,7 @@ def streamed(answer: Any, provider: str = "deepseek", **values: Any) -> Answer:
     for event in as_events(answer, **values):
         reader.add_line(event if isinstance(event, str) else f"data: {json.dumps(event)}")
         reader.add_line("")
-    return reader.answer(profile_of(provider))
+    return reader.answer(find_profile(provider))
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ from tests.support.checkpoint_layouts import (
     Layout,
     OpenLayout,
     greedy,
-    prompt_of,
-    prompts_of,
+    make_prompt,
+    make_prompts,
     random_tokens,
     run_all,
 )
@@ -72,10 +72,10 @@ def branches_everywhere() -> Prompts:
 def _no_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that fails is done again in halves, which would hide a fault of ours here."""
 
-    def retreat(run: Any, failure: EngineFailed) -> Any:
+    def recover(run: Any, failure: EngineFailed) -> Any:
         raise AssertionError(str(failure))
 
-    monkeypatch.setattr(engine_module._Run, "_retreat", retreat)
+    monkeypatch.setattr(engine_module._Run, "_recover", recover)
 
 
 CASES: list[Callable[[], Prompts]] = [
@@ -195,7 +195,7 @@ def test_siblings_of_a_fork_do_not_change_each_other(open_layout: OpenLayout, na
     layout = open_layout(name)
     lengths = [25, 1, 25, 12]
     forks = [[*BASE[:21], 30 + i] for i in range(4)]
-    prompts = [prompt_of(fork, n, str(i)) for i, (fork, n) in enumerate(zip(forks, lengths, strict=True))]
+    prompts = [make_prompt(fork, n, str(i)) for i, (fork, n) in enumerate(zip(forks, lengths, strict=True))]
     together = run_all(layout.engine(), prompts)
     late = run_all(layout.engine(batch_size=2), prompts)
     for prompt in prompts:
@@ -229,13 +229,13 @@ def test_contexts_of_thousands_of_tokens_give_the_answers_of_transformers(open_l
 def test_logprobs_are_the_log_softmax_of_transformers(open_layout: OpenLayout, name: str) -> None:
     layout = open_layout(name)
     prompts = mixed_prompts(4)
-    asked = [prompt_of(p, 6, str(i), sampling=Sampling(6, logprobs=True)) for i, p in enumerate(prompts)]
+    asked = [make_prompt(p, 6, str(i), sampling=Sampling(6, logprobs=True)) for i, p in enumerate(prompts)]
     for i, finished in run_all(layout.engine(max_step_rows=20), asked).items():
         answer = finished.token_ids
         logits = layout.oracle.logits([*prompts[int(i)], *answer[:-1]], len(answer))
         expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
         torch.testing.assert_close(torch.tensor(finished.logprobs), expected, atol=1e-4, rtol=0)
-    without = run_all(layout.engine(), prompts_of(prompts, 2)).values()
+    without = run_all(layout.engine(), make_prompts(prompts, 2)).values()
     assert all(finished.logprobs == [] for finished in without)
 
 
@@ -245,7 +245,7 @@ def test_bfloat16_drifts_little_from_float32(open_layout: OpenLayout, name: str)
     layout = open_layout(name)
     prompts = mixed_prompts(5)
     engine = TorchEngine.load(str(layout.path), dtype="bfloat16", device="cpu")
-    asked = [prompt_of(p, 3, str(i), sampling=Sampling(3, logprobs=True)) for i, p in enumerate(prompts)]
+    asked = [make_prompt(p, 3, str(i), sampling=Sampling(3, logprobs=True)) for i, p in enumerate(prompts)]
     drifts: list[float] = []
     for i, finished in run_all(engine, asked).items():
         assert finished.error is None
@@ -263,7 +263,7 @@ def test_bfloat16_drifts_little_from_float32(open_layout: OpenLayout, name: str)
 def test_counters_add_up(open_layout: OpenLayout) -> None:
     engine = open_layout("v3").engine()
     prompts = branches_everywhere()
-    found = run_all(engine, prompts_of(prompts, 3))
+    found = run_all(engine, make_prompts(prompts, 3))
     counters = engine.counters
     num_prompt_tokens = sum(map(len, prompts))
     num_cached = sum(finished.num_cached_tokens for finished in found.values())
@@ -279,7 +279,7 @@ def test_counters_add_up(open_layout: OpenLayout) -> None:
     )
     assert counters.peak_live_bytes > 0
     assert all(seconds > 0 for seconds in counters.seconds.values())
-    run_all(engine, prompts_of(prompts, 3))
+    run_all(engine, make_prompts(prompts, 3))
     assert (counters.num_prompts, counters.num_tree_tokens) == (2 * len(prompts), 2 * num_tree_tokens)
 
 
@@ -312,7 +312,7 @@ def test_any_batch_gives_the_answers_of_transformers(
 ) -> None:
     layout = open_layout(name)
     engine = layout.engine(batch_size=batch_size, max_step_rows=max_step_rows, max_cache_bytes=max_cache_bytes)
-    asked = [prompt_of(p, n, str(i)) for i, (p, n) in enumerate(zip(prompts, lengths, strict=False))]
+    asked = [make_prompt(p, n, str(i)) for i, (p, n) in enumerate(zip(prompts, lengths, strict=False))]
     for i, finished in run_all(engine, asked).items():
         assert len(finished.token_ids) == lengths[int(i)]
         layout.oracle.check(prompts[int(i)], finished.token_ids)

@@ -18,8 +18,8 @@ from tests.support.checkpoint_layouts import (
     Layout,
     OpenLayout,
     load_engine,
-    prompt_of,
-    prompts_of,
+    make_prompt,
+    make_prompts,
     random_tokens,
     run_all,
     with_tensors,
@@ -47,8 +47,8 @@ def test_prompt_that_cannot_run_is_refused_while_others_go_on(
     open_layout: OpenLayout, token_ids: list[int], max_tokens: int, error: type[RowError], message: str
 ) -> None:
     layout = open_layout("v3")
-    good = prompts_of([[5], random_tokens(1, 20)], 4)
-    bad = prompt_of(token_ids, max_tokens, "bad")
+    good = make_prompts([[5], random_tokens(1, 20)], 4)
+    bad = make_prompt(token_ids, max_tokens, "bad")
     found = run_all(layout.engine(), [good[0], bad, good[1]])
     refused = found["bad"]
     assert type(refused.error) is error
@@ -59,14 +59,14 @@ def test_prompt_that_cannot_run_is_refused_while_others_go_on(
 
 
 def test_only_bad_prompts_all_get_their_error(open_layout: OpenLayout) -> None:
-    found = run_all(open_layout("v3").engine(), [prompt_of([], 1, str(i)) for i in range(5)])
+    found = run_all(open_layout("v3").engine(), [make_prompt([], 1, str(i)) for i in range(5)])
     assert all(isinstance(finished.error, EngineFailed) for finished in found.values())
 
 
 def test_whole_context_may_be_used(open_layout: OpenLayout) -> None:
     layout = open_layout("v3")
     token_ids = [5, 6] * 4095
-    (finished,) = run_all(layout.engine(), [prompt_of(token_ids, 2)]).values()
+    (finished,) = run_all(layout.engine(), [make_prompt(token_ids, 2)]).values()
     assert (finished.error, len(finished.token_ids)) == (None, 2)
 
 
@@ -118,8 +118,8 @@ def test_prompts_with_a_poisoned_token_fail_and_no_others(
         [0, UNSAID_TOKEN, *random_tokens(22, 27), 2],
         [0, UNSAID_TOKEN, *random_tokens(22, 27)],
     ]
-    prompts = prompts_of(good, 9) + [prompt_of(token_ids, 9, f"bad {i}") for i, token_ids in enumerate(bad)]
-    expected = answers(run_all(layout.engine(), prompts_of(good, 9)))
+    prompts = make_prompts(good, 9) + [make_prompt(token_ids, 9, f"bad {i}") for i, token_ids in enumerate(bad)]
+    expected = answers(run_all(layout.engine(), make_prompts(good, 9)))
     found = run_all(load_engine(poisoned[name], **options), prompts)
     assert_all_poisoned(found, len(bad))
     assert answers(found) == expected
@@ -134,8 +134,8 @@ def test_memory_of_poisoned_prompts_serves_others(
     layout = open_layout(name)
     good = [[i + 1, *random_tokens(i, 1 + i % 4 // 2 if i % 2 else 27 + i % 8 // 2)] for i in range(20)]
     bad = [[0, UNSAID_TOKEN, *random_tokens(0, 10), i, *random_tokens(i, 30)] for i in range(3)]
-    prompts = prompts_of(good, 9) + [prompt_of(token_ids, 9, f"bad {i}") for i, token_ids in enumerate(bad)]
-    expected = answers(run_all(layout.engine(), prompts_of(good, 9)))
+    prompts = make_prompts(good, 9) + [make_prompt(token_ids, 9, f"bad {i}") for i, token_ids in enumerate(bad)]
+    expected = answers(run_all(layout.engine(), make_prompts(good, 9)))
     found = run_all(load_engine(poisoned[name], batch_size=5), prompts)
     assert_all_poisoned(found, len(bad))
     assert answers(found) == expected
@@ -143,7 +143,7 @@ def test_memory_of_poisoned_prompts_serves_others(
 
 def test_answer_that_runs_into_a_poisoned_token_is_kept_with_its_error(open_layout: OpenLayout, tmp_path: Path) -> None:
     layout = open_layout("v3")
-    prompt = prompt_of([5], 9)
+    prompt = make_prompt([5], 9)
     (expected,) = run_all(layout.engine(), [prompt]).values()
     token = next(token for token in expected.token_ids[2:] if token not in (5, *expected.token_ids[:2]))
     num_good = expected.token_ids.index(token) + 1
@@ -195,9 +195,9 @@ def test_step_that_fails_for_one_prompt_bisects_to_it(
     layout = open_layout(name)
     shared = random_tokens(3, 19)
     good = [[*shared, i] for i in range(7)] + [random_tokens(i, 10 + i) for i in range(4)] + [shared]
-    prompts = prompts_of(good, 6)
+    prompts = make_prompts(good, 6)
     expected = answers(run_all(layout.engine(), prompts))
-    bad = prompt_of([*shared, UNSAID_TOKEN, 3], 6, "bad")
+    bad = make_prompt([*shared, UNSAID_TOKEN, 3], 6, "bad")
     engine, model = fragile(layout, lambda token_ids: UNSAID_TOKEN in token_ids, error=error)
     found = run_all(engine, [*prompts[:5], bad, *prompts[5:]])
     assert isinstance(found["bad"].error, EngineFailed)
@@ -211,7 +211,7 @@ def test_step_that_fails_for_one_prompt_bisects_to_it(
 def test_answers_continue_where_a_failed_step_left_them(open_layout: OpenLayout) -> None:
     # The step fails once, in the middle of all answers.
     layout = open_layout("v4")
-    prompts = prompts_of([random_tokens(i, 5 + 3 * i) for i in range(5)], 20)
+    prompts = make_prompts([random_tokens(i, 5 + 3 * i) for i in range(5)], 20)
     expected = answers(run_all(layout.engine(), prompts))
     engine, model = fragile(layout, lambda token_ids: model.num_failed == 0 and len(model.step_rows) == 8)
     assert answers(run_all(engine, prompts)) == expected
@@ -220,7 +220,7 @@ def test_answers_continue_where_a_failed_step_left_them(open_layout: OpenLayout)
 
 def test_steps_too_large_for_the_device_become_smaller_and_no_prompt_fails(open_layout: OpenLayout) -> None:
     layout = open_layout("v3")
-    prompts = prompts_of([random_tokens(i, 60) for i in range(12)], 4)
+    prompts = make_prompts([random_tokens(i, 60) for i in range(12)], 4)
     expected = answers(run_all(layout.engine(), prompts))
     engine, model = fragile(layout, lambda token_ids: len(token_ids) > 100)
     assert answers(run_all(engine, prompts)) == expected
@@ -229,7 +229,7 @@ def test_steps_too_large_for_the_device_become_smaller_and_no_prompt_fails(open_
 
 def test_long_prompt_alone_is_tried_in_smaller_steps_before_it_fails(open_layout: OpenLayout) -> None:
     layout = open_layout("v3")
-    prompts = prompts_of([random_tokens(1, 300)], 4)
+    prompts = make_prompts([random_tokens(1, 300)], 4)
     expected = answers(run_all(layout.engine(), prompts))
     engine, _ = fragile(layout, lambda token_ids: len(token_ids) > 100)
     assert answers(run_all(engine, prompts)) == expected
@@ -237,7 +237,7 @@ def test_long_prompt_alone_is_tried_in_smaller_steps_before_it_fails(open_layout
 
 def test_steps_do_not_become_larger_after_a_failure(open_layout: OpenLayout) -> None:
     layout = open_layout("v3")
-    prompts = prompts_of([random_tokens(i, 60) for i in range(4)], 2)
+    prompts = make_prompts([random_tokens(i, 60) for i in range(4)], 2)
     engine, model = fragile(layout, lambda token_ids: len(model.step_rows) == 3, max_step_rows=10)
     run_all(engine, prompts)
     assert max(model.step_rows) <= 10
@@ -245,9 +245,9 @@ def test_steps_do_not_become_larger_after_a_failure(open_layout: OpenLayout) -> 
 
 def test_batch_grows_again_once_the_culprit_is_gone(open_layout: OpenLayout) -> None:
     layout = open_layout("v3")
-    good = prompts_of([[1, *random_tokens(i, 6)] for i in range(64)], 8)
+    good = make_prompts([[1, *random_tokens(i, 6)] for i in range(64)], 8)
     engine, model = fragile(layout, lambda token_ids: UNSAID_TOKEN in token_ids)
-    found = run_all(engine, [prompt_of([0, UNSAID_TOKEN], 2, "bad"), *good])  # first in order: all others follow it
+    found = run_all(engine, [make_prompt([0, UNSAID_TOKEN], 2, "bad"), *good])  # first in order: all others follow it
     assert len(answers(found)) == 64
     # One at a time they take 64 * 8 steps.
     assert len(model.step_rows) < 256
@@ -255,10 +255,10 @@ def test_batch_grows_again_once_the_culprit_is_gone(open_layout: OpenLayout) -> 
 
 def test_engine_serves_the_next_run_after_failures(open_layout: OpenLayout) -> None:
     layout = open_layout("v4")
-    prompts = prompts_of([random_tokens(i, 12) for i in range(4)], 5)
+    prompts = make_prompts([random_tokens(i, 12) for i in range(4)], 5)
     expected = answers(run_all(layout.engine(), prompts))
     engine, _ = fragile(layout, lambda token_ids: UNSAID_TOKEN in token_ids)
-    failed = run_all(engine, [prompt_of([UNSAID_TOKEN], 2, "bad")])["bad"]
+    failed = run_all(engine, [make_prompt([UNSAID_TOKEN], 2, "bad")])["bad"]
     assert isinstance(failed.error, EngineFailed)
     assert answers(run_all(engine, prompts)) == expected
 
@@ -266,8 +266,8 @@ def test_engine_serves_the_next_run_after_failures(open_layout: OpenLayout) -> N
 @pytest.mark.parametrize("name", ["v3", "v4"])
 def test_run_that_is_left_early_does_not_disturb_the_next(open_layout: OpenLayout, name: str) -> None:
     layout = open_layout(name)
-    prompts = prompts_of([[*random_tokens(0, 70), i, *random_tokens(i, 50)] for i in range(6)], 12)
-    prompts[0] = prompt_of([*random_tokens(0, 70), 0], 1, "0")
+    prompts = make_prompts([[*random_tokens(0, 70), i, *random_tokens(i, 50)] for i in range(6)], 12)
+    prompts[0] = make_prompt([*random_tokens(0, 70), 0], 1, "0")
     engine = layout.engine()
     expected = answers(run_all(engine, prompts))
     run = engine.run(prompts)
@@ -280,7 +280,7 @@ def test_run_that_is_left_early_does_not_disturb_the_next(open_layout: OpenLayou
 def test_runs_that_are_under_way_together_do_not_disturb_each_other(open_layout: OpenLayout, name: str) -> None:
     layout = open_layout(name)
     engine = layout.engine()
-    batches = [prompts_of([[*random_tokens(seed, 60), i] for i in range(5)], 3 + seed) for seed in range(2)]
+    batches = [make_prompts([[*random_tokens(seed, 60), i] for i in range(5)], 3 + seed) for seed in range(2)]
     expected = [answers(run_all(engine, batch)) for batch in batches]
     found: list[dict[str, Finished]] = [{}, {}]
     for pair in zip(*map(engine.run, batches), strict=True):

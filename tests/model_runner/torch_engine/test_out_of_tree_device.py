@@ -10,16 +10,18 @@ import pytest
 from tests.support.checkpoint_layouts import OpenLayout
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.integration
+
 ANSWERS = """
 import json, sys
 from tests.support.out_of_tree_device import NAME, calls
 from moebeam.model_runner.torch_engine.engine import TorchEngine
-from tests.support.checkpoint_layouts import prompts_of
+from tests.support.checkpoint_layouts import make_prompts
 
 def answers(device):
     engine = TorchEngine.load(sys.argv[1], device=device, max_cache_bytes=10**8)
     # Two that share much, one that shares nothing, and a pause in which the first grow.
-    prompts = prompts_of([[*range(1, 40)], [*range(1, 30), 50, 51], [7, 8, 9]], 3)
+    prompts = make_prompts([[*range(1, 40)], [*range(1, 30), 50, 51], [7, 8, 9]], 3)
     found = {done.prompt_id: (done.token_ids, str(done.error)) for done in engine.run(iter(prompts))}
     return str(engine.placement.device), sorted(found.items())
 

@@ -39,10 +39,10 @@ def batches(draw: st.DrawFn, max_rows: int = 6) -> tuple[Tensor, list[Draw], Ten
         return logits, settings, None
     is_allowed = torch.rand(len(settings), vocab_size, generator=generator) < 0.5
     is_allowed[torch.arange(len(settings)), torch.randint(vocab_size, (len(settings),), generator=generator)] = True
-    return logits, settings, packed(is_allowed)
+    return logits, settings, pack_mask(is_allowed)
 
 
-def packed(is_allowed: Tensor) -> Tensor:
+def pack_mask(is_allowed: Tensor) -> Tensor:
     """llguidance's layout, by numpy: bit `i` of word `w` is token `32 * w + i`."""
     num_bits = -(-is_allowed.shape[1] // 32) * 32
     bits = np.zeros((is_allowed.shape[0], num_bits), dtype=bool)
@@ -50,7 +50,7 @@ def packed(is_allowed: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").view("<i4").copy())
 
 
-def unpacked(allowed: Tensor | None, shape: torch.Size) -> np.ndarray:
+def unpack_mask(allowed: Tensor | None, shape: torch.Size) -> np.ndarray:
     if allowed is None:
         return np.ones(shape, dtype=bool)
     return np.unpackbits(allowed.numpy().view(np.uint8), axis=1, bitorder="little")[:, : shape[1]].astype(bool)
@@ -75,7 +75,7 @@ def kept_probabilities(logits: Tensor, draw: Draw, is_allowed: np.ndarray) -> np
 @given(batches())
 def test_greedy_rows_take_the_first_of_the_likeliest_allowed_tokens(batch: tuple[Tensor, list[Draw], Tensor | None]):
     logits, settings, allowed = batch
-    scores = np.where(unpacked(allowed, logits.shape), logits.double().numpy(), -np.inf)
+    scores = np.where(unpack_mask(allowed, logits.shape), logits.double().numpy(), -np.inf)
     found = sample(logits, [replace(draw, temperature=0.0) for draw in settings], allowed)
     assert [drawn.token_id for drawn in found] == scores.argmax(axis=1).tolist()
     assert not any(drawn.is_broken for drawn in found)
@@ -84,7 +84,7 @@ def test_greedy_rows_take_the_first_of_the_likeliest_allowed_tokens(batch: tuple
 @given(batches())
 def test_sampled_rows_agree_with_float64(batch: tuple[Tensor, list[Draw], Tensor | None]):
     logits, settings, allowed = batch
-    is_allowed = unpacked(allowed, logits.shape)
+    is_allowed = unpack_mask(allowed, logits.shape)
     for row, (draw, drawn) in enumerate(zip(settings, sample(logits, settings, allowed), strict=True)):
         if draw.temperature == 0.0:
             continue
@@ -154,7 +154,7 @@ def test_equals_enter_the_nucleus_in_order_of_token_id():
 def test_the_first_and_last_random_numbers_draw_allowed_tokens(
     monkeypatch: pytest.MonkeyPatch, uniform: int, expected: int
 ):
-    monkeypatch.setattr(sampler, "_uniform", lambda draw: uniform)
+    monkeypatch.setattr(sampler, "_draw_uniform", lambda draw: uniform)
     allowed = torch.tensor([[0b01010]], dtype=torch.int32)
     (drawn,) = sample(torch.zeros(1, 5), [Draw(temperature=1.0)], allowed)
     assert drawn.token_id == expected
@@ -178,7 +178,7 @@ def test_one_bad_logit_breaks_its_row_only(
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(3)).to(dtype)
     is_allowed = torch.ones(3, 40, dtype=torch.bool)
     is_allowed[:, 17] = False
-    allowed = packed(is_allowed) if has_mask else None
+    allowed = pack_mask(is_allowed) if has_mask else None
     settings = [Draw(temperature=temperature, top_p=0.9, seed=row, wants_logprob=True) for row in range(3)]
     expected = sample(logits, settings, allowed)
     logits[1, token_id] = value
@@ -194,7 +194,7 @@ def test_a_row_without_an_allowed_token_is_broken(temperature: float):
     logits[2] = -torch.inf
     is_allowed = torch.ones(3, 40, dtype=torch.bool)
     is_allowed[1] = False
-    found = sample(logits, [Draw(temperature=temperature)] * 3, packed(is_allowed))
+    found = sample(logits, [Draw(temperature=temperature)] * 3, pack_mask(is_allowed))
     assert [drawn.is_broken for drawn in found] == [False, True, True]
 
 

@@ -27,7 +27,7 @@ from tests.support.engine_configs import engine_config
 from tests.support.tiny_requests import CANNOT_RUN, END_ID, FIRST_ID, GRAMMAR, SCHEMA, request_of, run_all, texts
 
 
-def config_of(path: Path | str, **values: Any) -> EngineConfig:
+def make_config(path: Path | str, **values: Any) -> EngineConfig:
     defaults = {"engine": "torch", "path": str(path), "name": "tiny", "revision": "r"}
     return engine_config(**(defaults | {"dtype": "float32", "device": "cpu"} | values))
 
@@ -41,7 +41,7 @@ def random_requests(num_requests: int, num_tokens: int = 9, **values: Any) -> li
 
 @pytest.fixture(scope="module")
 def runner(tiny_checkpoint: Path) -> TorchRunner:
-    return load_torch_runner(config_of(tiny_checkpoint))
+    return load_torch_runner(make_config(tiny_checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def model(tiny_checkpoint: Path) -> PreTrainedModel:
 
 def test_greedy_texts_are_those_of_the_transformers_engine(tiny_checkpoint: Path, runner: TorchRunner) -> None:
     requests = [*random_requests(9), request_of("alone", []), request_of("stopped", [70, 71], 20, stop=("e", "a"))]
-    oracle = load_transformers_runner(replace(config_of(tiny_checkpoint), engine="transformers"))
+    oracle = load_transformers_runner(make_config(tiny_checkpoint, engine="transformers"))
     expected = texts({completion.request_id: completion for completion in oracle.generate(requests)})
     assert texts(run_all(runner, requests)) == expected
     assert len(set(expected.values())) > 8
@@ -76,7 +76,7 @@ def test_sampled_text_depends_on_the_request_alone(tiny_checkpoint: Path, runner
     assert texts(run_all(runner, requests[::-1])) == first
     for one in requests[:3]:
         assert texts(run_all(runner, [one]))[one.request_id] == first[one.request_id]
-    small = load_torch_runner(config_of(tiny_checkpoint, max_cache_bytes=1, batch_size=2))
+    small = load_torch_runner(make_config(tiny_checkpoint, max_cache_bytes=1, batch_size=2))
     assert texts(run_all(small, requests)) == first
 
 
@@ -168,7 +168,7 @@ def test_constrained_answers_are_valid_and_neighbours_unchanged(runner: TorchRun
 
 def test_constrained_answers_are_the_same_when_memory_is_short(tiny_checkpoint: Path, runner: TorchRunner) -> None:
     requests = [replace(one, grammar=GRAMMAR) for one in random_requests(5, max_tokens=90)]
-    small = load_torch_runner(config_of(tiny_checkpoint, max_cache_bytes=1))
+    small = load_torch_runner(make_config(tiny_checkpoint, max_cache_bytes=1))
     assert texts(run_all(small, requests)) == texts(run_all(runner, requests))
 
 
@@ -311,4 +311,4 @@ def test_what_cannot_be_loaded_is_an_engine_load_error(
     tiny_checkpoint: Path, values: dict[str, str], message: str
 ) -> None:
     with pytest.raises(EngineLoadError, match=message):
-        load_torch_runner(replace(config_of(tiny_checkpoint), **values))
+        load_torch_runner(make_config(**({"path": tiny_checkpoint} | values)))

@@ -347,7 +347,7 @@ def test_a_constraint_that_breaks_fails_its_answer_alone(
     runner: TransformersRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = (replace(one, grammar=GRAMMAR) for one in random_requests(2, 9, max_tokens=90))
-    compile_grammar = runner._constraint
+    compile_grammar = runner._compile_constraint
     num_compiled = 0
 
     def compile_or_break(one: Request) -> Any:
@@ -358,7 +358,7 @@ def test_a_constraint_that_breaks_fails_its_answer_alone(
             constraint.matcher.consume_token(EOS_ID)
         return constraint
 
-    monkeypatch.setattr(runner, "_constraint", compile_or_break)
+    monkeypatch.setattr(runner, "_compile_constraint", compile_or_break)
     found = {one.request_id: one for one in runner.generate([good, bad])}
     assert isinstance(found[bad.request_id].error, EngineFailed)
     assert found[bad.request_id].finish_reason == "error"

@@ -259,11 +259,11 @@ def test_answer_is_cut_where_the_oracle_cuts_it(runner: VllmRunner, tiny_checkpo
         oracle = GrowingAnswer(asked.sampling, tokenizer, frozenset({EOS_ID}))
         for token_id in token_ids:
             oracle.append(token_id)
-        answer = runner._answer_to(asked)
+        answer = runner._start_answer(asked)
         answer.extend(vllm_process.TokenUpdate("0", token_ids))
         assert (answer.finish_reason, answer.token_ids) == (oracle.finish_reason, oracle.token_ids)
         if answer.finish_reason is not None:
-            assert runner._completion(answer, None).text == oracle.text
+            assert runner._complete(answer, None).text == oracle.text
 
 
 @pytest.mark.parametrize(

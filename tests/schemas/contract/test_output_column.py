@@ -182,7 +182,7 @@ def grow(cases: st.SearchStrategy[Case]) -> st.SearchStrategy[Case]:
     def map_of(case: Case) -> Case:
         return {"type": "object", "additionalProperties": case[0]}, st.dictionaries(names, case[1], max_size=3)
 
-    def struct_of(fields: dict[str, Case]) -> Case:
+    def make_struct(fields: dict[str, Case]) -> Case:
         schema = {"type": "object", "properties": {name: of for name, (of, _) in fields.items()}}
         return schema, st.fixed_dictionaries({}, optional={name: values for name, (_, values) in fields.items()})
 
@@ -193,7 +193,7 @@ def grow(cases: st.SearchStrategy[Case]) -> st.SearchStrategy[Case]:
         cases.map(nullable)
         | cases.map(list_of)
         | cases.map(map_of)
-        | st.dictionaries(names, cases, max_size=3).map(struct_of)
+        | st.dictionaries(names, cases, max_size=3).map(make_struct)
         | st.tuples(cases, cases).map(union_of)
     )
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebeam.schemas.contract.strict_json import MAX_DEPTH, depth_of, parse_json
+from moebeam.schemas.contract.strict_json import MAX_DEPTH, measure_depth, parse_json
 from moebeam.schemas.errors import NotJson
 
 
@@ -68,7 +68,7 @@ def test_depth_counts_nested_containers_however_many(depth: int) -> None:
     value: Any = 1
     for level in range(depth):
         value = {"a": 0, "b": value} if level % 2 else [value, 0]
-    assert depth_of(value) == depth
+    assert measure_depth(value) == depth
 
 
 def test_depth_limit_is_the_same_whatever_the_callers_stack() -> None:
@@ -77,7 +77,7 @@ def test_depth_limit_is_the_same_whatever_the_callers_stack() -> None:
 
     deepest = "[" * MAX_DEPTH + "]" * MAX_DEPTH
     for levels in (0, sys.getrecursionlimit() // 2):
-        assert depth_of(from_deeper(levels, deepest)) == MAX_DEPTH
+        assert measure_depth(from_deeper(levels, deepest)) == MAX_DEPTH
         with pytest.raises(NotJson, match=f"^nested deeper than {MAX_DEPTH} levels$"):
             from_deeper(levels, f"[{deepest}]")
         with pytest.raises(NotJson, match=f"^nested deeper than {MAX_DEPTH} levels$"):

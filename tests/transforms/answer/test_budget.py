@@ -19,7 +19,8 @@ from moebeam.schemas.job.sections import LimitsSection
 from moebeam.schemas.records import Completion, Request, Sampling, Usage
 from moebeam.transforms.answer.budget import BudgetedRunner, BudgetEnded, ShardBudget, SpendingLimits
 from moebeam.transforms.answer.expectation import Ceiling
-from moebeam.transforms.answer.spending import Pricing, Spent
+from moebeam.transforms.answer.spending import Spent
+from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.plan.plan_record import PlannedShard
 from tests.support.engine_configs import engine_config
@@ -53,28 +54,28 @@ def answer(num_output_tokens: int) -> AccountedAnswer:
     ],
 )
 def test_a_limit_is_reached_when_nothing_is_left_of_it(limits: SpendingLimits, spent: Spent, kind: str | None) -> None:
-    reason = limits.reached(spent, NOW)
+    reason = limits.find_reached(spent, NOW)
     assert (reason and reason.kind) == kind
     assert reason is None or reason.message.startswith(f"[limits] {kind}: ")
 
 
 def test_a_shard_that_cannot_be_finished_is_not_begun() -> None:
-    assert SpendingLimits(max_requests=10).refused(Spent(num_requests=2), SHARD) is None
-    reason = SpendingLimits(max_requests=10).refused(Spent(num_requests=3), SHARD)
+    assert SpendingLimits(max_requests=10).find_refusal(Spent(num_requests=2), SHARD) is None
+    reason = SpendingLimits(max_requests=10).find_refusal(Spent(num_requests=3), SHARD)
     assert reason is not None
     assert reason.message == "[limits] max_requests: 10 allowed, 3 spent, and shard s1 needs at least 8"
-    assert SpendingLimits(max_input_tokens=80).refused(Spent(), SHARD) is None
-    reason = SpendingLimits(max_input_tokens=79).refused(Spent(), SHARD)
+    assert SpendingLimits(max_input_tokens=80).find_refusal(Spent(), SHARD) is None
+    reason = SpendingLimits(max_input_tokens=79).find_refusal(Spent(), SHARD)
     assert reason is not None and reason.kind == "max_input_tokens"
 
 
 def test_what_output_a_shard_will_take_is_not_guessed() -> None:
-    assert SpendingLimits(max_output_tokens=1, max_cost=Decimal("0.000001")).refused(Spent(), SHARD) is None
+    assert SpendingLimits(max_output_tokens=1, max_cost=Decimal("0.000001")).find_refusal(Spent(), SHARD) is None
 
 
 def test_a_deadline_is_minutes_from_the_start_or_an_instant() -> None:
-    assert SpendingLimits.of(LimitsSection(deadline=1.5), NOW).deadline_at == NOW + 90
-    assert SpendingLimits.of(LimitsSection(deadline="1970-01-01T01:00:00+00:00"), NOW).deadline_at == 3600
+    assert SpendingLimits.from_section(LimitsSection(deadline=1.5), NOW).deadline_at == NOW + 90
+    assert SpendingLimits.from_section(LimitsSection(deadline="1970-01-01T01:00:00+00:00"), NOW).deadline_at == 3600
     for wrong in ("tomorrow", "2026-10-01T06:00:00", 0, -1):
         with pytest.raises(ValueError, match="deadline"):
             LimitsSection(deadline=wrong)
@@ -154,8 +155,8 @@ fake,m,2020-01-01T00:00:00Z,,,USD,10,10,10,made up,
 
 
 def priced(limits: SpendingLimits) -> ShardBudget:
-    pricing = Pricing(PriceBook.parse(BOOK, "prices.csv"))
-    return ShardBudget(limits, Spent, Ceiling(pricing, (("fake", "m"),)))
+    accounting = Accounting("run", PriceBook.parse(BOOK, "prices.csv"))
+    return ShardBudget(limits, Spent, Ceiling(accounting, (("fake", "m"),)))
 
 
 def arrived(name: int, num_output_tokens: int) -> Completion:
@@ -179,7 +180,7 @@ def test_a_request_waits_while_what_is_on_its_way_may_reach_the_limit_and_stops_
 def test_a_wait_ends_where_nothing_is_on_its_way() -> None:
     shard = priced(SpendingLimits(max_cost=MOST / 2))
     assert [shard.admit(request(name)) for name in (0, 1)] == ["send", "wait"]
-    failed = Completion.failed("0", EngineFailed("broke"))
+    failed = Completion.from_error("0", EngineFailed("broke"))
     shard.settle(failed)
     assert shard.admit(request(1)) == "send"
 
@@ -229,7 +230,7 @@ def test_the_ceiling_is_the_dearest_of_those_who_may_answer() -> None:
         provider="a",
         fallbacks=(FallbackSection(provider="b"), FallbackSection(provider="c", name="other")),
     )
-    ceiling = Ceiling.of(Pricing(book), engine)
+    ceiling = Ceiling.from_engine(Accounting("run", book), engine)
     assert ceiling.candidates == (("a", "m"), ("b", "m"), ("c", "other"))
     assert ceiling.most(request(0)) == Spent(1, 10, 5, (10 * 9 + 5 * 10) * Decimal("0.000001"))
-    assert Ceiling.of(Pricing(book, "p", "q"), engine).candidates == (("p", "q"),)
+    assert Ceiling.from_engine(Accounting("run", book, "p", "q"), engine).candidates == (("p", "q"),)

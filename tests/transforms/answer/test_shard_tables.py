@@ -18,9 +18,10 @@ from moebeam.schemas.prices import PriceLine
 from moebeam.schemas.records import Completion, Sampling, Usage, sampling_json
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import plan_schema
-from moebeam.transforms.answer.shard_tables import PlannedRows, ShardNames, shard_tables
-from moebeam.transforms.durable.commit import commit_shard, totals_of
-from moebeam.transforms.money.account import charge
+from moebeam.transforms.answer.shard_tables import PlannedRows, shard_tables
+from moebeam.transforms.durable.commit import commit_shard, sum_tables
+from moebeam.transforms.money.account import Accounting, charge
+from moebeam.transforms.money.price_book import PriceBook
 
 LINE = PriceLine(
     line_id="7",
@@ -34,7 +35,7 @@ LINE = PriceLine(
     cache_miss=Decimal(1),
     output=Decimal(2),
 )
-NAMES = ShardNames("run", "s0", "book@1")
+RUN = Accounting("run", PriceBook("book@1", (), {}))
 
 
 def planned(prompts: list[list[int] | None], merged_into: list[str | None]) -> PlannedRows:
@@ -58,7 +59,7 @@ def planned(prompts: list[list[int] | None], merged_into: list[str | None]) -> P
         }
         for row, tokens in enumerate(prompts)
     ]
-    return PlannedRows.of(pa.Table.from_pylist(rows, schema=plan_schema([pa.field("extra", pa.int64())])))
+    return PlannedRows.from_table(pa.Table.from_pylist(rows, schema=plan_schema([pa.field("extra", pa.int64())])))
 
 
 def accounted(
@@ -74,7 +75,7 @@ def accounted(
 def test_the_row_that_was_asked_pays_and_the_cost_is_allocated_to_all_who_used_it() -> None:
     rows = planned([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 9]], [None, "r0", None])
     answers = {0: [accounted(0, Usage(4, 2, 0))], 2: [accounted(2, Usage(3, 1, 2))]}
-    tables = shard_tables(rows, answers, NAMES)
+    tables = shard_tables("s0", rows, answers, RUN)
     results = {row["custom_id"]: row for row in tables["results"].to_pylist()}
     assert [results[name]["output_text"] for name in ("r0", "r1", "r2")] == ["answer 0", "answer 0", "answer 2"]
     assert (results["r0"]["cost"], results["r1"]["cost"]) == (Decimal("0.000008"), Decimal(0))
@@ -98,7 +99,7 @@ def test_the_row_that_was_asked_pays_and_the_cost_is_allocated_to_all_who_used_i
 
 def test_a_failed_request_rejects_its_merged_rows_and_is_still_paid() -> None:
     rows = planned([[1], [1]], [None, "r0"])
-    tables = shard_tables(rows, {0: [accounted(0, Usage(1, 0, 0), error=EngineFailed("broke"))]}, NAMES)
+    tables = shard_tables("s0", rows, {0: [accounted(0, Usage(1, 0, 0), error=EngineFailed("broke"))]}, RUN)
     assert tables["results"].num_rows == 0
     rejects = tables["rejects"].to_pylist()
     assert [row["error_type"] for row in rejects] == ["engine_failed"] * 2
@@ -109,7 +110,7 @@ def test_a_failed_request_rejects_its_merged_rows_and_is_still_paid() -> None:
 
 def test_rows_come_out_in_input_order_with_their_passthrough_columns() -> None:
     rows = planned([[1], [2], None], [None, None, None])
-    tables = shard_tables(rows, {0: [accounted(0, Usage(1, 1, 0))], 1: [accounted(1, Usage(1, 1, 0))]}, NAMES)
+    tables = shard_tables("s0", rows, {0: [accounted(0, Usage(1, 1, 0))], 1: [accounted(1, Usage(1, 1, 0))]}, RUN)
     assert tables["results"].column("custom_id").to_pylist() == ["r1", "r0"]
     assert tables["results"].column("extra").to_pylist() == [1, 0]
     (reject,) = tables["rejects"].to_pylist()
@@ -125,7 +126,7 @@ def test_every_attempt_is_in_the_ledger_and_the_row_pays_for_all_of_them() -> No
     rows = planned([[1, 2], [1, 2], [1, 9]], [None, "r0", None])
     first = accounted(0, Usage(2, 1, 0), error=NotJson("no"))
     second = accounted(0, Usage(5, 2, 2), attempt=2)
-    tables = shard_tables(rows, {0: [first, second], 2: [accounted(2, Usage(2, 1, 1))]}, NAMES)
+    tables = shard_tables("s0", rows, {0: [first, second], 2: [accounted(2, Usage(2, 1, 1))]}, RUN)
     results = {row["custom_id"]: row for row in tables["results"].to_pylist()}
     paid = results["r0"]
     assert (paid["attempts"], paid["prompt_tokens"], paid["cached_tokens"], paid["computed_tokens"]) == (2, 7, 2, 5)
@@ -151,7 +152,7 @@ def test_every_attempt_is_in_the_ledger_and_the_row_pays_for_all_of_them() -> No
 def test_attempts_without_a_price_are_named_and_never_zero() -> None:
     rows = planned([[1], [2]], [None, None])
     priced, unpriced = accounted(0, Usage(1, 1, 0)), accounted(0, Usage(1, 1, 0), priced=False, error=NotJson("no"))
-    tables = shard_tables(rows, {0: [unpriced, priced], 1: [unpriced, unpriced]}, NAMES)
+    tables = shard_tables("s0", rows, {0: [unpriced, priced], 1: [unpriced, unpriced]}, RUN)
     rows_found = {row["custom_id"]: row for name in ("results", "rejects") for row in tables[name].to_pylist()}
     known = rows_found["r0"]
     assert (known["cost"], known["cost_allocated"], known["cost_basis"]) == (*[priced.charge.cost] * 2, "partial")
@@ -167,7 +168,7 @@ def test_attempts_priced_in_two_currencies_have_no_sum_and_still_agree_with_the_
         0: [first, replace(again, charge=charge(Usage(5, 2, 2), yuan))],
         2: [accounted(2, Usage(2, 1, 1))],
     }
-    tables = shard_tables(rows, answers, NAMES)
+    tables = shard_tables("s0", rows, answers, RUN)
     results = {row["custom_id"]: row for row in tables["results"].to_pylist()}
     for name in ("r0", "r1"):
         row = results[name]
@@ -195,8 +196,8 @@ def test_rows_and_ledger_agree_whatever_currencies_attempts_have(first: list[Any
             one = accounted(row, Usage(2, output, 1), attempt=number, priced=False)
             line = None if currency is None else replace(LINE, currency=currency)
             answers.setdefault(row, []).append(replace(one, charge=line and charge(Usage(2, output, 1), line)))
-    tables = shard_tables(planned(prompts, [None, "r0", None]), answers, NAMES)
-    costs = totals_of(tables).costs or {}
+    tables = shard_tables("s0", planned(prompts, [None, "r0", None]), answers, RUN)
+    costs = sum_tables(tables).costs or {}
     for currency in ("USD", "CNY"):
         charges = [a.charge for attempts in answers.values() for a in attempts if a.charge is not None]
         expected = sum((c.cost for c in charges if c.line.currency == currency), Decimal(0))
@@ -204,7 +205,7 @@ def test_rows_and_ledger_agree_whatever_currencies_attempts_have(first: list[Any
 
 
 def test_the_amounts_of_the_token_classes_are_the_cost() -> None:
-    tables = shard_tables(planned([[1, 2, 3]], [None]), {0: [accounted(0, Usage(3, 5, 1, 2))]}, NAMES)
+    tables = shard_tables("s0", planned([[1, 2, 3]], [None]), {0: [accounted(0, Usage(3, 5, 1, 2))]}, RUN)
     (line,) = tables["ledger"].to_pylist()
     amounts = [line[f"{name}_cost"] for name in ("cache_hit", "cache_miss", "visible_output", "reasoning")]
     assert amounts == [Decimal(text) for text in ("0.0000001", "0.000002", "0.000006", "0.000004")]
@@ -213,20 +214,21 @@ def test_the_amounts_of_the_token_classes_are_the_cost() -> None:
 
 def test_tags_are_the_columns_that_are_not_null() -> None:
     rows = planned([[1], None], [None, None])
-    names = ShardNames("run", "s0", None, ("extra",))
-    tables = shard_tables(rows, {0: [accounted(0, Usage(1, 1), priced=False, error=NotJson("no"))]}, names)
+    accounting = Accounting("run", tag_columns=("extra",))
+    tables = shard_tables("s0", rows, {0: [accounted(0, Usage(1, 1), priced=False, error=NotJson("no"))]}, accounting)
     (line,) = tables["ledger"].to_pylist()
     assert (line["tags"], line["error_type"], line["finish_reason"]) == ([("extra", "0")], "not_json", "stop")
 
 
 def test_without_a_price_nothing_is_zero() -> None:
     rows = planned([[1]], [None])
-    names = ShardNames("run", "s0", None)
-    (row,) = shard_tables(rows, {0: [accounted(0, Usage(1, 1), priced=False)]}, names)["results"].to_pylist()
+    (row,) = shard_tables("s0", rows, {0: [accounted(0, Usage(1, 1), priced=False)]}, Accounting("run"))[
+        "results"
+    ].to_pylist()
     assert (row["cost"], row["cost_allocated"], row["currency"], row["cost_basis"]) == (None,) * 4
     assert (row["cached_tokens"], row["computed_tokens"]) == (None, None)
 
 
 def test_a_shard_of_rejects_needs_no_answers(tmp_path: Path) -> None:
-    tables = shard_tables(planned([None, None], [None, None]), {}, NAMES)
+    tables = shard_tables("s0", planned([None, None], [None, None]), {}, RUN)
     assert [tables[name].num_rows for name in ("results", "rejects", "ledger")] == [0, 2, 0]

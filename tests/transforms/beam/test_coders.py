@@ -8,6 +8,7 @@ import pytest
 from apache_beam import coders
 from apache_beam.pipeline import PipelineVisitor
 
+import moebeam.pipelines.main_job  # noqa: F401  each step registers what it sends
 from moebeam.schemas.answers import ShardCommit, StagedFile, Totals
 from moebeam.transforms.beam.coders import RecordBatchCoder, RecordCoder
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord
@@ -44,13 +45,14 @@ def test_record_batches_come_back_equal_with_their_schema() -> None:
 
 def test_no_element_of_the_main_job_falls_back_to_pickle(tmp_path: Any, tiny_checkpoint: Any) -> None:
     from moebeam.jobs.check.preflight import check_job
+    from moebeam.jobs.run.main_job import make_main_job
     from moebeam.pipelines.main_job import build
     from tests.support.jobs_for_tests import fake_job, write_parquet
 
     source = write_parquet(tmp_path / "in.parquet", {"id": ["a"], "text": ["x"]})
     job = fake_job(source, tmp_path / "out", tiny_checkpoint, input={"id_column": "id"})
     pipeline = beam.Pipeline()
-    build(pipeline, check_job(job).main_job(None))
+    build(pipeline, make_main_job(check_job(job), None))
     visitor = _ElementTypes()
     pipeline.visit(visitor)
     assert set(visitor.found) == OUR_STEPS

@@ -9,8 +9,9 @@ import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from moebeam.jobs.check.preflight import check_job
+from moebeam.jobs.run.main_job import make_main_job
 from moebeam.pipelines.main_job import build
-from moebeam.transforms.beam import observe
+from moebeam.transforms.answer import shard_events
 from moebeam.transforms.log_events import log_event
 from tests.support.jobs_for_tests import fake_job, priced, write_parquet, write_script
 
@@ -34,9 +35,9 @@ def run(folder: Path, checkpoint: Path, num_broken: int = 3) -> tuple[dict[tuple
             plan={"max_shard_rows": 10},
         )
     )
-    checked.identity.claim_output(checked.layout, checked.kept)
+    checked.claim_output()
     pipeline = beam.Pipeline(FnApiRunner())
-    build(pipeline, checked.main_job(None))
+    build(pipeline, make_main_job(checked, None))
     result = pipeline.run()
     result.wait_until_finish()
     counters = result.metrics().query()["counters"]
@@ -80,7 +81,7 @@ def test_events_name_run_shard_and_request(
 def test_of_many_rejects_only_the_first_are_told(
     tmp_path: Path, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(observe, "MAX_REJECT_EVENTS", 2)
+    monkeypatch.setattr(shard_events, "MAX_REJECT_EVENTS", 2)
     with caplog.at_level(logging.INFO, logger="moebeam"):
         run(tmp_path, tiny_checkpoint, num_broken=NUM_ROWS)
     by_shard: dict[str, list[str]] = {}

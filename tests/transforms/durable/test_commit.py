@@ -14,7 +14,7 @@ from moebeam.schemas.answers import ShardCommit, Totals
 from moebeam.schemas.errors import CommitError
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA, RESULT_SCHEMA, Table
-from moebeam.transforms.durable.commit import commit_shard, ledger_totals, read_commit, totals_of
+from moebeam.transforms.durable.commit import commit_shard, ledger_totals, read_commit, sum_tables
 from moebeam.transforms.publish.manifest import publish_shard
 
 ROW: dict[str, Any] = {
@@ -122,7 +122,7 @@ def test_totals_count_rows_tokens_and_reasons() -> None:
         "scope": "row_group",
         "num_rows": 7,
     }
-    totals = totals_of(
+    totals = sum_tables(
         tables([ROW, reject, group], [LINE, {**LINE, "cache_hit_tokens": None, "cache_miss_tokens": 10}])
     )
     assert (totals.num_results, totals.num_rejects, totals.num_unreadable, totals.num_unreadable_rows) == (1, 1, 1, 7)

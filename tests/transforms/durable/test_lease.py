@@ -31,7 +31,7 @@ FAR = 4e9
 
 
 def test_a_free_shard_is_claimed_and_the_lease_is_removed_at_the_end(layout: RunLayout) -> None:
-    with ShardLease(layout, "s0").claimed() as is_ours:
+    with ShardLease(layout, "s0").hold() as is_ours:
         assert is_ours
         held = read_leases(layout)["s0"]
         assert (held.pid, held.host) == (os.getpid(), host_identity())
@@ -39,10 +39,10 @@ def test_a_free_shard_is_claimed_and_the_lease_is_removed_at_the_end(layout: Run
 
 
 def test_while_one_copy_holds_a_shard_another_gets_nothing(layout: RunLayout) -> None:
-    with ShardLease(layout, "s0").claimed():
-        with ShardLease(layout, "s0").claimed() as is_ours:
+    with ShardLease(layout, "s0").hold():
+        with ShardLease(layout, "s0").hold() as is_ours:
             assert not is_ours
-        with ShardLease(layout, "s1").claimed() as is_ours:
+        with ShardLease(layout, "s1").hold() as is_ours:
             assert is_ours
 
 
@@ -52,9 +52,9 @@ def test_of_racing_copies_exactly_one_claims(layout: RunLayout) -> None:
 
 
 def test_an_error_gives_the_shard_back_at_once(layout: RunLayout) -> None:
-    with pytest.raises(ValueError, match="broke"), ShardLease(layout, "s0").claimed():
+    with pytest.raises(ValueError, match="broke"), ShardLease(layout, "s0").hold():
         raise ValueError("broke")
-    with ShardLease(layout, "s0").claimed() as is_ours:
+    with ShardLease(layout, "s0").hold() as is_ours:
         assert is_ours
 
 
@@ -65,38 +65,38 @@ def test_a_lease_whose_end_could_not_be_written_does_not_block_its_own_process(
         raise OSError(28, "No space left on device", path)
 
     monkeypatch.setattr(storage, "write_note", full)
-    with pytest.raises(ValueError, match="broke"), ShardLease(layout, "s0").claimed():
+    with pytest.raises(ValueError, match="broke"), ShardLease(layout, "s0").hold():
         raise ValueError("broke")
-    with ShardLease(layout, "s0").claimed() as is_ours:
+    with ShardLease(layout, "s0").hold() as is_ours:
         assert is_ours
 
 
 def test_a_dead_process_of_this_host_is_succeeded_before_its_lease_ends(layout: RunLayout) -> None:
     write_lease(layout, 0, host=host_identity(), pid=dead_process(), expires_at=FAR)
-    with ShardLease(layout, "s0").claimed() as is_ours:
+    with ShardLease(layout, "s0").hold() as is_ours:
         assert is_ours
         assert read_leases(layout)["s0"].pid == os.getpid()
 
 
 def test_a_process_that_got_the_number_of_a_dead_one_does_not_count_as_it(layout: RunLayout) -> None:
     write_lease(layout, 0, host=host_identity(), pid=os.getppid(), process_started=5.0, expires_at=FAR)
-    with ShardLease(layout, "s0").claimed() as is_ours:
+    with ShardLease(layout, "s0").hold() as is_ours:
         assert is_ours
 
 
 def test_a_living_process_of_this_host_is_waited_for(layout: RunLayout) -> None:
     started = lease_module.process_started(os.getppid())
     write_lease(layout, 0, host=host_identity(), pid=os.getppid(), process_started=started, expires_at=FAR)
-    with ShardLease(layout, "s0").claimed() as is_ours:
+    with ShardLease(layout, "s0").hold() as is_ours:
         assert not is_ours
 
 
 def test_a_holder_elsewhere_counts_until_its_lease_ends(layout: RunLayout) -> None:
     write_lease(layout, 0, expires_at=FAR)
-    with ShardLease(layout, "s0").claimed() as is_ours:
+    with ShardLease(layout, "s0").hold() as is_ours:
         assert not is_ours
     write_lease(layout, 0, expires_at=1.0)
-    with ShardLease(layout, "s0").claimed() as is_ours:
+    with ShardLease(layout, "s0").hold() as is_ours:
         assert is_ours
 
 
@@ -110,10 +110,10 @@ def test_a_holder_that_falls_silent_is_succeeded_whatever_its_clock_says(
     for num_renewals in range(4):
         write_lease(layout, 0, expires_at=FAR, num_renewals=num_renewals)
         clock[0] += lease_module.LEASE_S / 2
-        with waiting.claimed() as is_ours:
+        with waiting.hold() as is_ours:
             assert not is_ours
     clock[0] += lease_module.LEASE_S + 1
-    with waiting.claimed() as is_ours:
+    with waiting.hold() as is_ours:
         assert is_ours
 
 
@@ -121,7 +121,7 @@ def test_the_last_lease_of_a_chain_counts(layout: RunLayout) -> None:
     write_lease(layout, 0)
     write_lease(layout, 1)
     write_lease(layout, 2, expires_at=FAR)
-    with ShardLease(layout, "s0").claimed() as is_ours:
+    with ShardLease(layout, "s0").hold() as is_ours:
         assert not is_ours
     assert read_leases(layout)["s0"].expires_at == FAR
 
@@ -136,7 +136,7 @@ def test_a_holder_renews_while_it_works(layout: RunLayout, monkeypatch: pytest.M
         renewed.set()
 
     monkeypatch.setattr(storage, "write_note", note)
-    with ShardLease(layout, "s0").claimed():
+    with ShardLease(layout, "s0").hold():
         first = read_leases(layout)["s0"]
         assert renewed.wait(30)
         later = read_leases(layout)["s0"]
@@ -152,8 +152,8 @@ def test_a_lease_that_cannot_be_read_is_waited_for_until_it_is_silent(
     monkeypatch.setattr(lease_module.time, "monotonic", lambda: clock[0])
     storage.write_note(layout.lease("s0", 0), b"{")
     waiting = ShardLease(layout, "s0")
-    with waiting.claimed() as is_ours:
+    with waiting.hold() as is_ours:
         assert not is_ours
     clock[0] += lease_module.LEASE_S + 1
-    with waiting.claimed() as is_ours:
+    with waiting.hold() as is_ours:
         assert is_ours

@@ -13,7 +13,7 @@ from moebeam.schemas.errors import EngineFailed
 from moebeam.schemas.prices import PriceLine
 from moebeam.schemas.records import Completion, LostCall, Usage
 from moebeam.schemas.tables import MONEY
-from moebeam.transforms.money.account import account, charge
+from moebeam.transforms.money.account import Accounting, account, charge
 from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.money.price_file import COLUMNS
 
@@ -93,7 +93,7 @@ def test_usage_that_contradicts_itself_is_refused(usage: Usage) -> None:
 
 def test_price_is_that_of_the_start() -> None:
     peak, off_peak = (answer(at=NOON.replace(hour=hour)) for hour in (1, 2))
-    charges = [accounted.charge for accounted in account([peak, off_peak], BOOK, None, None)]
+    charges = [accounted.charge for accounted in account([peak, off_peak], Accounting("run", BOOK))]
     assert [made and made.line.line_id for made in charges] == ["3", "2"]
 
 
@@ -102,23 +102,23 @@ def test_price_is_that_of_the_start() -> None:
     [(None, None, "2"), (None, "n", "4"), ("q", None, "5"), ("q", "m", "5"), ("q", "n", None), ("x", None, None)],
 )
 def test_job_may_name_another_provider_and_model(provider: str | None, model: str | None, line_id: str | None) -> None:
-    (accounted,) = account([answer()], BOOK, provider, model)
+    (accounted,) = account([answer()], Accounting("run", BOOK, provider, model))
     assert (accounted.charge and accounted.charge.line.line_id) == line_id
 
 
 def test_no_price_is_no_charge_and_never_zero() -> None:
-    made = [*account([answer()], None, None, None), *account([answer(model="unheard-of")], BOOK, None, None)]
+    made = [*account([answer()], Accounting("run")), *account([answer(model="unheard-of")], Accounting("run", BOOK))]
     assert [accounted.charge for accounted in made] == [None, None]
 
 
 def test_free_line_is_a_charge_of_zero_not_none() -> None:
-    (accounted,) = account([answer()], book_of("p,m,2026-01-01T00:00:00Z,,,USD,0,0,0"), None, None)
+    (accounted,) = account([answer()], Accounting("run", book_of("p,m,2026-01-01T00:00:00Z,,,USD,0,0,0")))
     assert accounted.charge is not None
     assert accounted.charge.cost == 0
 
 
 def test_failed_answer_is_charged_like_a_good_one() -> None:
-    good, failed = account([answer(), answer(error=EngineFailed("broke"))], BOOK, None, None)
+    good, failed = account([answer(), answer(error=EngineFailed("broke"))], Accounting("run", BOOK))
     assert good.charge == failed.charge is not None
     assert isinstance(failed.answer.error, EngineFailed)
 
@@ -150,7 +150,11 @@ def test_the_length_of_the_prompt_chooses_the_tier_of_its_price() -> None:
     usages = [Usage(prompt_tokens=tokens, completion_tokens=0, cached_tokens=0) for tokens in (9, 10)]
     given = answer()
     answers = [replace(given, completion=replace(given.completion, usage=usage)) for usage in usages]
-    ids = [accounted.charge.line.line_id for accounted in account(answers, book, "p", "m") if accounted.charge]
+    ids = [
+        accounted.charge.line.line_id
+        for accounted in account(answers, Accounting("run", book, "p", "m"))
+        if accounted.charge
+    ]
     assert ids == ["2", "3"]
 
 
@@ -175,9 +179,9 @@ def test_calls_without_a_usage_cost_at_most_a_missed_prompt_and_all_of_max_token
 ) -> None:
     one = answer()
     one = replace(one, completion=replace(one.completion, lost_calls=calls))
-    (found,) = account([one], BOOK, None, None)
+    (found,) = account([one], Accounting("run", BOOK))
     assert found.lost_cost_at_most == (None if expected is None else Decimal(expected))
-    (plain,) = account([answer()], BOOK, None, None)
+    (plain,) = account([answer()], Accounting("run", BOOK))
     assert found.charge == plain.charge, "it is in no amount that was billed"
-    (unpriced,) = account([one], None, None, None)
+    (unpriced,) = account([one], Accounting("run"))
     assert unpriced.lost_cost_at_most is None

@@ -12,7 +12,7 @@ from moebeam.model_runner.prefix_tree import common_prefix_lengths, num_tokens_o
 from moebeam.schemas.prices import PriceLine
 from moebeam.schemas.records import Usage
 from moebeam.transforms.money.account import charge
-from moebeam.transforms.money.allocate import Allocation, Bill, allocate, bill_of, from_units, to_units
+from moebeam.transforms.money.allocate import Allocation, Bill, allocate, bill_charge, from_units, to_units
 
 Prompts = list[tuple[str, list[int]]]
 """(tenant, token ids), in any order."""
@@ -231,7 +231,7 @@ def test_bill_of_a_charge_costs_what_was_charged(
         output=Decimal("0.28"),
     )
     made = charge(Usage(1000, 100, cached, 50), line)
-    bill = bill_of(made, num_rows=2)
+    bill = bill_charge(made, num_rows=2)
     assert bill == Bill("USD", 1000, cached_of_bill, hit_units, 140_000, 28_000_000, 2)
     assert from_units(bill.total_units) == made.cost
 

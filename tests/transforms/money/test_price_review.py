@@ -2,7 +2,7 @@ from datetime import datetime
 
 from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.money.price_file import COLUMNS
-from moebeam.transforms.money.price_review import Finding, changed_fields, diff, prices_at, review
+from moebeam.transforms.money.price_review import Finding, diff, list_changed_fields, prices_at, review
 
 HEADER = ",".join((*COLUMNS, "days", "mode"))
 NOW = datetime.fromisoformat("2026-11-24T00:00:00Z")
@@ -86,5 +86,5 @@ def test_a_diff_names_what_changed_wherever_lines_stand() -> None:
     assert set(changes) == {"added", "removed", "changed"}
     assert changes["added"].line.windows == ((60, 240),)
     assert changes["removed"].line.mode == "batch"
-    assert changed_fields(changes["changed"]) == ["cache_miss"]
+    assert list_changed_fields(changes["changed"]) == ["cache_miss"]
     assert diff(before, before) == []

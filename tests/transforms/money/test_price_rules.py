@@ -12,7 +12,7 @@ from moebeam.jobs.prices.shipped import SHIPPED_BOOK
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.prices import DayRule
 from moebeam.transforms.money.price_book import PriceBook
-from moebeam.transforms.money.price_calendar import is_on_days, parse_day_rule, parse_holidays, spell_day_rule
+from moebeam.transforms.money.price_calendar import format_day_rule, is_on_days, parse_day_rule, parse_holidays
 from moebeam.transforms.money.price_file import COLUMNS
 
 HEADER = ",".join((*COLUMNS, "days", "mode", "prompt_tokens", "batch_percent"))
@@ -102,7 +102,7 @@ def test_a_holiday_of_another_calendar_changes_nothing() -> None:
 )
 def test_a_rule_of_days_reads_as_it_is_spelled(first: int, length: int, minutes: int, calendar: str) -> None:
     rule = DayRule(frozenset((first + step) % 7 for step in range(length)), minutes, calendar)
-    assert parse_day_rule(spell_day_rule(rule)) == rule
+    assert parse_day_rule(format_day_rule(rule)) == rule
 
 
 @pytest.mark.parametrize("text", ["monday", "mon-", "mon-fri +8", "mon-fri +15:00", "except CN", "mon-fri except"])

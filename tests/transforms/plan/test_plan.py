@@ -20,8 +20,9 @@ from moebeam.schemas.records import Sampling, sampling_json
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import plan_schema
-from moebeam.transforms.answer.answer_shard import AnswerSpec, requests_of
+from moebeam.transforms.answer.answer_shard import AnswerSpec, make_requests
 from moebeam.transforms.answer.shard_tables import PlannedRows
+from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.plan import shard_cut, shard_ranges, sorted_runs
 from moebeam.transforms.plan.build_shards import PlanSpec, build_shards, write_plan
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_plan
@@ -34,7 +35,7 @@ GREEDY = sampling_json(Sampling(max_tokens=16))
 HOT = sampling_json(Sampling(max_tokens=16, temperature=1.0))
 
 
-def planned_rows(
+def prepare_rows(
     prompts: Sequence[Sequence[int] | None],
     *,
     unit: int = 0,
@@ -105,7 +106,7 @@ def test_every_row_is_in_exactly_one_shard_in_token_order(
 ) -> None:
     folder = tmp_path_factory.mktemp("plan")
     size = -(-len(prompts) // num_batches)
-    batches = [planned_rows(prompts[start : start + size], first_row=start) for start in range(0, len(prompts), size)]
+    batches = [prepare_rows(prompts[start : start + size], first_row=start) for start in range(0, len(prompts), size)]
     shards = plan(folder, batches, max_shard_rows=max_shard_rows)
     planned = rows_of(folder, shards)
     keys = [row["prefix_key"] for rows in planned for row in rows]
@@ -135,7 +136,7 @@ def test_many_small_ranges_hold_every_row_once_in_the_order_of_one(
     folder = tmp_path_factory.mktemp("plan")
     size = -(-len(prompts) // num_batches)
     batches = [
-        planned_rows(prompts[start : start + size], first_row=start, samplings=samplings[start : start + size])
+        prepare_rows(prompts[start : start + size], first_row=start, samplings=samplings[start : start + size])
         for start in range(0, len(prompts), size)
     ]
     one = rows_of(folder / "one", plan(folder / "one", batches, max_shard_rows=max_shard_rows))
@@ -151,7 +152,7 @@ def test_many_small_ranges_hold_every_row_once_in_the_order_of_one(
 
 
 def test_shards_of_all_ranges_have_names_in_token_order(tmp_path: Path) -> None:
-    batches = [planned_rows([[row, 1] for row in range(unit, 90, 3)], unit=unit) for unit in range(3)]
+    batches = [prepare_rows([[row, 1] for row in range(unit, 90, 3)], unit=unit) for unit in range(3)]
     with small_ranges(range_bytes=20 * 1200, sample_bytes=1200):
         shards = plan(tmp_path, batches, max_shard_rows=4)
     names = [shard.shard for shard in shards]
@@ -162,7 +163,7 @@ def test_shards_of_all_ranges_have_names_in_token_order(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_is_asked_again_and_again_is_cut_in_the_order_of_its_rows(tmp_path: Path) -> None:
-    batches = [planned_rows([[1, 2, 3]] * 40, unit=unit, sampling=HOT) for unit in (2, 0, 1)]
+    batches = [prepare_rows([[1, 2, 3]] * 40, unit=unit, sampling=HOT) for unit in (2, 0, 1)]
     names: list[list[str]] = []
     for range_rows in (1000, 13):
         with small_ranges(range_bytes=range_rows * 1200, sample_bytes=1200):
@@ -175,7 +176,7 @@ def test_a_prompt_that_is_asked_again_and_again_is_cut_in_the_order_of_its_rows(
 
 
 def test_a_prompt_that_is_merged_is_never_cut(tmp_path: Path) -> None:
-    batches = [planned_rows([[1, 2, 3]] * 40, unit=unit) for unit in range(3)]
+    batches = [prepare_rows([[1, 2, 3]] * 40, unit=unit) for unit in range(3)]
     with small_ranges(range_bytes=10 * 1200, sample_bytes=1200):
         (shard,) = plan(tmp_path, batches, max_shard_rows=10)
     assert (shard.num_rows, shard.num_requests) == (120, 1)
@@ -183,10 +184,10 @@ def test_a_prompt_that_is_merged_is_never_cut(tmp_path: Path) -> None:
 
 def test_what_prompts_of_different_runs_share_is_reckoned_once(tmp_path: Path) -> None:
     prompts = [[document] * 50 + [row] for row in range(12) for document in range(20)]
-    runs = [planned_rows(prompts[start : start + 20], first_row=start) for start in range(0, 240, 20)]
+    runs = [prepare_rows(prompts[start : start + 20], first_row=start) for start in range(0, 240, 20)]
     # Each run of 20 holds every document once: alone it shares nothing.
     apart = plan(tmp_path / "apart", runs, max_shard_tokens=1000)
-    together = plan(tmp_path / "together", [planned_rows(prompts)], max_shard_tokens=1000)
+    together = plan(tmp_path / "together", [prepare_rows(prompts)], max_shard_tokens=1000)
     assert [(shard.shard, shard.num_rows, shard.num_tree_tokens) for shard in apart] == [
         (shard.shard, shard.num_rows, shard.num_tree_tokens) for shard in together
     ]
@@ -195,7 +196,7 @@ def test_what_prompts_of_different_runs_share_is_reckoned_once(tmp_path: Path) -
 
 def test_a_shard_is_within_the_limit_but_for_the_path_it_begins_with(tmp_path: Path) -> None:
     prompts = [[row % 3] * 30 + [row, *range(row % 40)] for row in range(400)]
-    batches = [planned_rows(prompts[start : start + 50], first_row=start) for start in range(0, 400, 50)]
+    batches = [prepare_rows(prompts[start : start + 50], first_row=start) for start in range(0, 400, 50)]
     shards = plan(tmp_path, batches, max_shard_tokens=1500)
     costs = [shard.num_tree_tokens + 16 * shard.num_requests for shard in shards]
     assert max(costs) <= 1500 + 30
@@ -205,7 +206,7 @@ def test_a_shard_is_within_the_limit_but_for_the_path_it_begins_with(tmp_path: P
 
 def test_there_are_several_shards_for_each_of_many_workers_where_the_input_is_large_enough(tmp_path: Path) -> None:
     prompts = [[row % 5] * 10 + [row] for row in range(2000)]
-    shards = plan(tmp_path, [planned_rows(prompts)], max_shard_tokens=500)
+    shards = plan(tmp_path, [prepare_rows(prompts)], max_shard_tokens=500)
     num_workers = 16
     assert sum(shard.num_tree_tokens + 16 * shard.num_requests for shard in shards) >= 4 * num_workers * 500
     assert len(shards) >= 4 * num_workers
@@ -214,7 +215,7 @@ def test_there_are_several_shards_for_each_of_many_workers_where_the_input_is_la
 def test_no_shard_is_larger_than_a_worker_may_hold(tmp_path: Path) -> None:
     prompts = [[row] * 300 for row in range(100)]
     with small_ranges(range_bytes=60_000, sample_bytes=3000, shard_bytes=60_000):
-        shards = plan(tmp_path, [planned_rows(prompts)], max_shard_tokens=1 << 40, max_shard_rows=1 << 40)
+        shards = plan(tmp_path, [prepare_rows(prompts)], max_shard_tokens=1 << 40, max_shard_rows=1 << 40)
     sizes = [len(rows) for rows in rows_of(tmp_path, shards)]
     row_size = 300 * 4 + len(json.dumps([{"role": "user", "content": str(prompts[0])}])) + ROW_BYTES
     assert len(sizes) > 1
@@ -222,18 +223,18 @@ def test_no_shard_is_larger_than_a_worker_may_hold(tmp_path: Path) -> None:
 
 
 def test_a_shard_goes_into_the_engine_one_request_at_a_time(tmp_path: Path) -> None:
-    (shard,) = plan(tmp_path, [planned_rows([[row] for row in range(500)])])
-    rows = PlannedRows.of(read_rows(RunLayout(str(tmp_path)).shard_plan(shard.shard)))
+    (shard,) = plan(tmp_path, [prepare_rows([[row] for row in range(500)])])
+    rows = PlannedRows.from_table(read_rows(RunLayout(str(tmp_path)).shard_plan(shard.shard)))
     made: list[str | None] = []
 
     class CountedTerms(TermsCache):
-        def of(self, options: str | None) -> AnswerTerms:
+        def find(self, options: str | None) -> AnswerTerms:
             made.append(options)
-            return super().of(options)
+            return super().find(options)
 
     engine = engine_config("fake", "", "made", "none")
-    spec = AnswerSpec("run", RunLayout(str(tmp_path)), engine, CountedTerms(ChatOptions(), None), None)
-    requests = requests_of(shard.shard, rows, spec, cast("Any", None))
+    spec = AnswerSpec(RunLayout(str(tmp_path)), engine, CountedTerms(ChatOptions(), None), Accounting("run"))
+    requests = make_requests(shard.shard, rows, spec, cast("Any", None))
     assert made == []
     assert [next(requests).request_id for _ in range(3)] == ["0", "1", "2"]
     assert len(made) == 3, "a request is made when the engine asks for it"
@@ -259,9 +260,9 @@ def test_a_plan_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 def test_the_plan_does_not_depend_on_how_rows_came(tmp_path: Path) -> None:
     prompts = [[row % 7, row % 5, row] for row in range(80)]
     one = plan(
-        tmp_path / "one", [planned_rows(prompts[:50]), planned_rows(prompts[50:], first_row=50)], max_shard_rows=9
+        tmp_path / "one", [prepare_rows(prompts[:50]), prepare_rows(prompts[50:], first_row=50)], max_shard_rows=9
     )
-    batches = [planned_rows(prompts[50:], first_row=50), planned_rows(prompts[:50])]
+    batches = [prepare_rows(prompts[50:], first_row=50), prepare_rows(prompts[:50])]
     two = plan(tmp_path / "two", batches, max_shard_rows=9)
     assert one == two
     assert len(one) == 9
@@ -272,7 +273,7 @@ def test_the_plan_does_not_depend_on_how_rows_came(tmp_path: Path) -> None:
 
 def test_shards_are_balanced_by_expected_cost(tmp_path: Path) -> None:
     prompts = [[row, *range(50 if row < 20 else 5)] for row in range(100)]
-    shards = plan(tmp_path, [planned_rows(prompts)], max_shard_tokens=600)
+    shards = plan(tmp_path, [prepare_rows(prompts)], max_shard_tokens=600)
     costs = [shard.num_tree_tokens + 16 * shard.num_requests for shard in shards]
     assert len(shards) > 4
     assert max(costs) <= 600 + 2 * 67
@@ -280,7 +281,7 @@ def test_shards_are_balanced_by_expected_cost(tmp_path: Path) -> None:
 
 
 def test_identical_greedy_requests_merge_into_the_first_of_the_input(tmp_path: Path) -> None:
-    batches = [planned_rows([[1, 2], [3], [1, 2]], unit=1), planned_rows([[1, 2]], unit=0)]
+    batches = [prepare_rows([[1, 2], [3], [1, 2]], unit=1), prepare_rows([[1, 2]], unit=0)]
     (shard,) = plan(tmp_path, batches)
     rows = {row["custom_id"]: row["merged_into"] for row in rows_of(tmp_path, [shard])[0]}
     assert rows == {"u0:0": None, "u1:0": "u0:0", "u1:2": "u0:0", "u1:1": None}
@@ -290,21 +291,21 @@ def test_identical_greedy_requests_merge_into_the_first_of_the_input(tmp_path: P
 def test_requests_never_merge_across_tenants_cost_centres_or_samplings(tmp_path: Path) -> None:
     same = [[1, 2], [1, 2]]
     for name, batch in {
-        "tenants": planned_rows(same, tenants=["a", "b"]),
-        "cost_centers": planned_rows(same, cost_centers=["a", "b"]),
-        "hot": planned_rows(same, sampling=HOT),
+        "tenants": prepare_rows(same, tenants=["a", "b"]),
+        "cost_centers": prepare_rows(same, cost_centers=["a", "b"]),
+        "hot": prepare_rows(same, sampling=HOT),
     }.items():
         (shard,) = plan(tmp_path / name, [batch])
         assert shard.num_requests == 2, name
-    shards = plan(tmp_path / "mixed", [planned_rows([[1]]), planned_rows([[1]], unit=1, sampling=HOT)])
+    shards = plan(tmp_path / "mixed", [prepare_rows([[1]]), prepare_rows([[1]], unit=1, sampling=HOT)])
     assert sum(shard.num_requests for shard in shards) == 2
-    (merged,) = plan(tmp_path / "always", [planned_rows(same, sampling=HOT)], merge="always")
-    (kept,) = plan(tmp_path / "never", [planned_rows(same)], merge="never")
+    (merged,) = plan(tmp_path / "always", [prepare_rows(same, sampling=HOT)], merge="always")
+    (kept,) = plan(tmp_path / "never", [prepare_rows(same)], merge="never")
     assert (merged.num_requests, kept.num_requests) == (1, 2)
 
 
 def test_rejects_form_shards_of_their_own(tmp_path: Path) -> None:
-    shards = plan(tmp_path, [planned_rows([[1], None, None]), planned_rows([None], unit=1)])
+    shards = plan(tmp_path, [prepare_rows([[1], None, None]), prepare_rows([None], unit=1)])
     assert [(shard.shard, shard.num_requests, shard.num_rejects) for shard in shards] == [
         ("s000000", 1, 0),
         ("x000000", 0, 3),
@@ -314,7 +315,7 @@ def test_rejects_form_shards_of_their_own(tmp_path: Path) -> None:
 def test_the_plan_record_tells_the_hit_rate_and_ends_planning(tmp_path: Path) -> None:
     layout = RunLayout(str(tmp_path))
     assert read_plan(layout) is None
-    plan(tmp_path, [planned_rows([[1, 2, 3, 4], [1, 2, 3, 5]])])
+    plan(tmp_path, [prepare_rows([[1, 2, 3, 4], [1, 2, 3, 5]])])
     record = read_plan(layout)
     assert record is not None
     assert record.max_hit_rate == 3 / 8

@@ -36,8 +36,8 @@ def test_places_come_back_from_their_texts(rows: list[tuple[Any, ...]]) -> None:
     places = Places(table_of(rows))
     for place in (places[row] for row in range(len(places))):
         for part in (place, RowKey(place.key), RowKey(place.key, place.request)):
-            assert RowKey.of_text(part.text) == part
-    assert RowKey.of_text("") == RowKey() <= places[0]
+            assert RowKey.from_text(part.text) == part
+    assert RowKey.from_text("") == RowKey() <= places[0]
 
 
 @given(ROWS, st.data())

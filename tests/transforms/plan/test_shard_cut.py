@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebeam.schemas.job.sections import PlanSection
-from moebeam.transforms.plan.shard_cut import RowCosts, cut_rows, expected_output_tokens
+from moebeam.transforms.plan.shard_cut import RowCosts, cut_rows, estimate_output_tokens
 
 PATHS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=9)
 
@@ -114,9 +114,9 @@ def test_no_rows_make_no_shard() -> None:
 
 @given(st.integers(1, 1 << 20), st.integers(0, 1000))
 def test_expected_output_grows_with_what_is_allowed_and_stays_within_it(max_tokens: int, more: int) -> None:
-    expected = expected_output_tokens(max_tokens)
+    expected = estimate_output_tokens(max_tokens)
     assert 1 <= expected <= max_tokens
-    assert expected <= expected_output_tokens(max_tokens + more)
+    assert expected <= estimate_output_tokens(max_tokens + more)
     if max_tokens <= 256:
         assert expected == max_tokens
     else:

@@ -78,7 +78,7 @@ def write_all(layout: RunLayout, batches: Sequence[pa.RecordBatch], section: Pla
 
 
 def halves(part: ShardRange) -> tuple[RowKey, RowKey | None]:
-    return RowKey.of_text(part.lower), RowKey.of_text(part.upper) if part.upper else None
+    return RowKey.from_text(part.lower), RowKey.from_text(part.upper) if part.upper else None
 
 
 @settings(max_examples=60)
@@ -149,7 +149,7 @@ def test_samples_of_long_prompts_are_as_short_as_what_tells_them_apart(tmp_path:
     batch = rendered([([row, *[5] * 1000], "greedy", 0) for row in range(50)])
     with small_runs():
         (run,) = write_all(layout, [batch], PlanSection())
-    keys = [RowKey.of_text(text).key for text in read_samples(layout, run.run_id).column("place").to_pylist()]
+    keys = [RowKey.from_text(text).key for text in read_samples(layout, run.run_id).column("place").to_pylist()]
     assert len(keys) == 50
     assert {len(key) for key in keys[1:]} == {8 + 4}, "tenant and one token"
 

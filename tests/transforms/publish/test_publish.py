@@ -30,7 +30,7 @@ def test_what_was_published_may_be_published_again_after_staging_is_gone(work: W
     assert commit is not None
     assert not Path(layout.staging).exists()
     publish_shard(commit, layout)
-    Path(layout.published(commit.files[0].table, commit.shard)).unlink()
+    Path(layout.published_file(commit.files[0].table, commit.shard)).unlink()
     with pytest.raises(CommitError, match="found no file"):
         publish_shard(commit, layout)
 

@@ -122,7 +122,7 @@ def test_the_transform_gives_the_roll_up_of_all_shards(tmp_path: Path, max_group
     ]
     commits: list[ShardCommit] = []
     for number, table in enumerate(tables):
-        path = Path(layout.published("ledger", f"s{number}"))
+        path = Path(layout.published_file("ledger", f"s{number}"))
         path.parent.mkdir(exist_ok=True)
         pq.write_table(table, path)
         file = StagedFile("ledger", "x", table.num_rows, 1, "x")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.transforms.quote.cache_rules import NONE, TREE, UNITS, UNKNOWN, CacheRule, expected_hits, rule_of
+from moebeam.transforms.quote.cache_rules import NONE, TREE, UNITS, UNKNOWN, CacheRule, estimate_hits, find_rule
 from moebeam.transforms.quote.prompt_survey import PromptSurvey
 
 Prompts = list[tuple[int, ...]]
@@ -53,24 +53,24 @@ prompts_of_few_tokens = st.lists(st.lists(st.integers(0, 2), min_size=1, max_siz
 
 @given(prompts_of_few_tokens)
 def test_stored_units_hit_what_the_documented_rule_hits(prompts: Prompts) -> None:
-    assert expected_hits(survey_of(prompts), UNITS).tolist() == units_one_by_one(prompts)
+    assert estimate_hits(survey_of(prompts), UNITS).tolist() == units_one_by_one(prompts)
 
 
 @given(prompts_of_few_tokens)
 @pytest.mark.parametrize("rule", [TREE, UNITS, NONE, UNKNOWN])
 def test_no_rule_hits_more_than_the_tree_shares(rule: CacheRule, prompts: Prompts) -> None:
     survey = survey_of(prompts)
-    assert (expected_hits(survey, rule) <= survey.num_shared_tokens).all()
+    assert (estimate_hits(survey, rule) <= survey.num_shared_tokens).all()
 
 
 def test_the_third_request_hits_what_two_were_found_to_share() -> None:
     prefix = (1,) * 6
-    hits = expected_hits(survey_of([(*prefix, 2), (*prefix, 3), (*prefix, 4)]), UNITS)
+    hits = estimate_hits(survey_of([(*prefix, 2), (*prefix, 3), (*prefix, 4)]), UNITS)
     assert hits.tolist() == [0, 0, 6]
 
 
 def test_only_what_runs_here_or_is_documented_has_a_rule() -> None:
-    assert rule_of("local", "torch") == rule_of("local", "fake") == TREE
-    assert rule_of("local", "transformers") == NONE
-    assert rule_of("deepseek", "") == UNITS
-    assert rule_of("azure", "") == rule_of("local", "vllm") == UNKNOWN
+    assert find_rule("local", "torch") == find_rule("local", "fake") == TREE
+    assert find_rule("local", "transformers") == NONE
+    assert find_rule("deepseek", "") == UNITS
+    assert find_rule("azure", "") == find_rule("local", "vllm") == UNKNOWN

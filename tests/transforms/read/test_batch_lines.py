@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebeam.schemas.errors import InvalidId, InvalidLine, RowError, UnsupportedRequest
-from moebeam.transforms.read.batch_lines import custom_id_of, parse_batch_line
+from moebeam.transforms.read.batch_lines import parse_batch_line, read_custom_id
 
 
 def line(**changes: Any) -> bytes:
@@ -52,7 +52,7 @@ def test_every_wrong_line_is_a_typed_reject_that_names_the_field(
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_parsed_or_refused_by_type(raw: bytes) -> None:
-    custom_id_of(raw)
+    read_custom_id(raw)
     with pytest.raises(RowError):
         parse_batch_line(raw)
 

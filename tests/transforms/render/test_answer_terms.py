@@ -14,7 +14,7 @@ TOOLS = parse_tools([{"name": "weather", "parameters": CITY}, {"name": "time"}])
 
 def terms(choice: ToolChoice | None = None, *, is_parallel: bool = True) -> AnswerTerms:
     options = ChatOptions(tools=TOOLS, tool_choice=choice or ToolChoice(), parallel_tool_calls=is_parallel)
-    return TermsCache(options, None).of(None)
+    return TermsCache(options, None).find(None)
 
 
 def call(name: str = "weather", arguments: str = '{"city": "Rome"}') -> ToolCall:
@@ -55,20 +55,20 @@ def test_rows_bring_terms_of_their_own_and_others_keep_the_jobs() -> None:
     number = AnswerSchema.from_json({"type": "integer"}, formats="assert", source="number.json")
     job = ChatOptions(response_format=ResponseFormat("json_schema", number.document))
     book: TermsCache = pickle.loads(pickle.dumps(TermsCache(job, number)))
-    assert book.of(None).schema is book.schema
-    assert book.of(options_json(ChatOptions())).schema is None
-    own = book.of(options_json(ChatOptions(response_format=ResponseFormat("json_object")))).schema
+    assert book.find(None).schema is book.schema
+    assert book.find(options_json(ChatOptions())).schema is None
+    own = book.find(options_json(ChatOptions(response_format=ResponseFormat("json_object")))).schema
     assert own is not None
     assert own.check('{"a": 1}') == {"a": 1}
     # The job's own schema stays the job's, pydantic model and all, where a row only says something else.
     thinking = ChatOptions(response_format=job.response_format, thinking=True)
-    assert book.of(options_json(thinking)).schema is book.schema
+    assert book.find(options_json(thinking)).schema is book.schema
 
 
 def test_terms_that_cannot_be_compiled_are_the_rows_error() -> None:
     book = TermsCache(ChatOptions(), None)
     bad = ChatOptions(response_format=ResponseFormat("json_schema", {"type": "strin"}))
     with pytest.raises(InvalidResponseFormat, match="response_format: "):
-        book.of(options_json(bad))
+        book.find(options_json(bad))
     with pytest.raises(InvalidTools, match="tool f"):
-        book.of(options_json(ChatOptions(tools=parse_tools([{"name": "f", "parameters": {"type": "strin"}}]))))
+        book.find(options_json(ChatOptions(tools=parse_tools([{"name": "f", "parameters": {"type": "strin"}}]))))

@@ -10,7 +10,7 @@ import pyarrow as pa
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.model_runner.prefix_tree import prefix_key, token_ids_of
 from moebeam.schemas.job.sections import PromptSection, SamplingSection
-from moebeam.schemas.records import Message, Sampling, sampling_json, sampling_of
+from moebeam.schemas.records import Message, Sampling, parse_sampling_json, sampling_json
 from moebeam.schemas.tables import plan_schema, read_schema
 from moebeam.transforms.render.render_rows import Renderer, RenderSpec
 
@@ -43,7 +43,7 @@ def test_the_prompt_is_the_chat_template_of_the_rendered_messages(tiny_checkpoin
     assert np.array_equal(token_ids_of(row["prefix_key"]), expected)
     assert row["num_prompt_tokens"] == len(expected)
     assert json.loads(row["messages"])[1] == {"role": "user", "content": "hi"}
-    assert sampling_of(row["sampling"]) == Sampling(max_tokens=16)
+    assert parse_sampling_json(row["sampling"]) == Sampling(max_tokens=16)
 
 
 def test_rejects_of_read_pass_through_and_later_rows_keep_their_own_tokens(tiny_checkpoint: Path) -> None:
@@ -70,8 +70,8 @@ def test_a_row_of_its_own_sampling_overrides_the_job_and_is_checked(tiny_checkpo
     ]
     prompt = {"prompt": PromptSection(), "messages_column": "messages", "sampling_column": "sampling"}
     rendered = render(tiny_checkpoint, rows, **prompt)
-    assert sampling_of(rendered[0]["sampling"]) == Sampling(max_tokens=16, temperature=0.5, stop=("x",))
-    assert sampling_of(rendered[1]["sampling"]) == Sampling(max_tokens=16)
+    assert parse_sampling_json(rendered[0]["sampling"]) == Sampling(max_tokens=16, temperature=0.5, stop=("x",))
+    assert parse_sampling_json(rendered[1]["sampling"]) == Sampling(max_tokens=16)
     assert (rendered[2]["error_type"], "top_p" in rendered[2]["error_message"]) == ("invalid_sampling", True)
     assert rendered[3]["error_type"] == "context_overflow"
 

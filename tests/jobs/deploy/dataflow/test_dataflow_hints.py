@@ -8,6 +8,7 @@ import pytest
 from moebeam.jobs.check.identity import why_not_resumable
 from moebeam.jobs.check.preflight import check_job
 from moebeam.jobs.run.launch import launch
+from moebeam.jobs.run.main_job import make_main_job
 from moebeam.pipelines.main_job import build
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import Job
@@ -25,7 +26,7 @@ def job(folder: Path, checkpoint: Path, output: str = "out", **model: str) -> Jo
 
 def hinted_steps(found: Job) -> dict[str, list[str]]:
     pipeline = beam.Pipeline()
-    build(pipeline, check_job(found).main_job(None))
+    build(pipeline, make_main_job(check_job(found), None))
     components = pipeline.to_runner_api().components
     steps = [step for step in components.transforms.values() if step.environment_id and not step.subtransforms]
     hints = {step.unique_name: components.environments[step.environment_id].resource_hints for step in steps}

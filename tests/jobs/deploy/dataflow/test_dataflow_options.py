@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from apache_beam.options.pipeline_options import DebugOptions, PipelineOptions
 
-from moebeam.jobs.check.beam_options import beam_options
+from moebeam.jobs.check.beam_options import parse_beam_options
 from moebeam.jobs.deploy.dataflow import dataflow_options
-from moebeam.jobs.deploy.dataflow.dataflow_options import is_dataflow, settle_options
+from moebeam.jobs.deploy.dataflow.dataflow_options import complete_dataflow_options, is_dataflow
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import Job
 
@@ -20,7 +20,7 @@ L4 = "type:nvidia-l4;count:1;install-nvidia-driver"
 @pytest.fixture(autouse=True)
 def _beam_is_content(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Beam's own client asks for is tested where that client is installed."""
-    monkeypatch.setattr(dataflow_options, "_client_problems", lambda _options: iter(()))
+    monkeypatch.setattr(dataflow_options, "_check_client", lambda _options: iter(()))
 
 
 def job(**model: Any) -> Job:
@@ -35,8 +35,8 @@ def job(**model: Any) -> Job:
 
 
 def settled(*args: str, of: Job | None = None, reuse: str | None = None) -> PipelineOptions:
-    options = beam_options(["--runner=DataflowRunner", *args])
-    settle_options(options, of or job(), reuse)
+    options = parse_beam_options(["--runner=DataflowRunner", *args])
+    complete_dataflow_options(options, of or job(), reuse)
     return options
 
 
@@ -57,13 +57,13 @@ def problem(*args: str, of: Job | None = None, reuse: str | None = None) -> str:
     ],
 )
 def test_dataflow_is_known_by_every_spelling_that_beam_takes(runner: str, is_it: bool) -> None:
-    assert is_dataflow(beam_options([f"--runner={runner}"])) is is_it
+    assert is_dataflow(parse_beam_options([f"--runner={runner}"])) is is_it
 
 
 def test_options_for_other_runners_are_left_alone() -> None:
-    options = beam_options([])
+    options = parse_beam_options([])
     before = options.get_all_options()
-    settle_options(options, job(path="checkpoints/v3"))
+    complete_dataflow_options(options, job(path="checkpoints/v3"))
     assert options.get_all_options() == before
 
 

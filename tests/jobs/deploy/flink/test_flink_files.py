@@ -8,14 +8,14 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from moebeam.jobs.deploy.flink.cluster import ClusterSize, LocalCluster
-from moebeam.jobs.deploy.flink.java_commands import FlinkFiles, job_server
 from moebeam.jobs.deploy.flink.worker_pool import DEFAULT_ADDRESS
 from moebeam.jobs.deploy.job_service import KEEP_WORKERS_MS
 from moebeam.schemas.errors import ClusterUnavailable
+from tests.support.flink.cluster import ClusterSize, LocalCluster
+from tests.support.flink.java_commands import FlinkFiles, job_server
 from tests.support.paths import ROOT
 
-FOLDER = ROOT / "jobs" / "flink"
+FOLDER = ROOT / "jobs" / "deploy" / "flink"
 
 
 def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, str]:

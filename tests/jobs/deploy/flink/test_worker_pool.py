@@ -103,6 +103,7 @@ def test_a_task_manager_that_does_not_answer_is_the_pools_answer(
     assert "UNAVAILABLE" in answer.error
 
 
+@pytest.mark.integration
 def test_a_pool_listens_on_its_address_alone_and_says_when_that_is_taken(tmp_path: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "moebeam.jobs.deploy.flink.worker_pool", "--address", f"127.0.0.2:{port}"]

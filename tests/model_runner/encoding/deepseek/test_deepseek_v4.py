@@ -44,8 +44,8 @@ def result(text: str, call_id: str = "") -> Message:
 def test_thinking_is_on_unless_it_is_switched_off(options: ChatOptions, opening: str) -> None:
     prompt = V4.render([user("hi")], options)
     assert prompt == f"{BOS}{USER}hi{ASSISTANT}{opening}"
-    assert V4.thinking_of(options) is (opening == "<think>")
-    assert V4.starts_in_reasoning(prompt) is V4.thinking_of(options)
+    assert V4.is_thinking(options) is (opening == "<think>")
+    assert V4.starts_in_reasoning(prompt) is V4.is_thinking(options)
 
 
 def test_earlier_reasoning_is_kept_where_tools_are_in_sight() -> None:

@@ -14,7 +14,7 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def bias_of(is_visible: Tensor) -> Tensor:
+def make_bias(is_visible: Tensor) -> Tensor:
     return torch.where(is_visible, 0.0, MASKED)
 
 
@@ -46,7 +46,7 @@ def test_parts_of_keys_merge_to_plain_attention(
     for i in order:
         keys = slice(ends[i] - parts[i], ends[i])
         merged.merge(
-            0, num_rows, attend(query[None], key[None, keys], value[None, keys], bias_of(is_visible[None, :, keys]))
+            0, num_rows, attend(query[None], key[None, keys], value[None, keys], make_bias(is_visible[None, :, keys]))
         )
     torch.testing.assert_close(merged.result(), plain(query, key, value, is_visible), atol=1e-5, rtol=1e-4)
 
@@ -89,7 +89,7 @@ def test_segments_of_one_product_do_not_mix(num_segments: int, num_rows: int, nu
     key, value = normal(seed + 1, num_segments, 5, 6), normal(seed + 2, num_segments, 5, 4)
     is_visible = normal(seed + 3, num_segments, num_rows, 5) > -0.5
     is_visible[..., 0] = True
-    found = attend(query, key, value, bias_of(is_visible))
+    found = attend(query, key, value, make_bias(is_visible))
     out = (found.out / found.total.unsqueeze(-1)).view(num_segments, num_rows, num_heads, 4)
     for i in range(num_segments):
         expected = plain(query[i], key[i], value[i], is_visible[i])
@@ -104,7 +104,7 @@ def test_heads_with_keys_of_their_own_read_them_alone(num_rows: int, num_heads: 
     is_visible[:, 0] = True
     merged = Merged(num_rows, num_heads, 4, CPU)
     for keys in (slice(0, 4), slice(4, 7)):
-        bias = bias_of(is_visible[:, keys]) if has_bias else None
+        bias = make_bias(is_visible[:, keys]) if has_bias else None
         merged.merge(0, num_rows, attend_by_head(query, key[:, keys], value[:, keys], bias))
     for head in range(num_heads):
         expected = plain(query[:, head : head + 1], key[head], value[head], is_visible)

@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moebeam.model_runner.torch_engine.layers.attention import MASKED, Merged, Partials
-from moebeam.model_runner.torch_engine.memory import reading
+from moebeam.model_runner.torch_engine.memory import batch_reads, read_plan
 from moebeam.model_runner.torch_engine.memory.cache import Cache
 from moebeam.model_runner.torch_engine.memory.read_plan import plan_reads
 from moebeam.model_runner.torch_engine.memory.reading import read_shared_keys, write_entries
 from moebeam.model_runner.torch_engine.memory.segments import Columns, SegmentKind
 from moebeam.model_runner.torch_engine.schedule.steps import Step
 from tests.support.checkpoint_layouts import random_tokens
-from tests.support.driven_steps import CPU, Path, cache_of, plain_attention, prompt_lists, run_steps, vector, vectors
+from tests.support.driven_steps import CPU, Path, make_cache, plain_attention, prompt_lists, run_steps, vector, vectors
 
 NUM_HEADS, WIDTH = 2, 6
 
@@ -32,7 +32,7 @@ class Reader:
         self.key = Columns("key", 0, WIDTH)
         self.value = Columns("key", 0, 4) if is_value_in_key else Columns("value", 0, 3)
         self.num_chosen = num_chosen
-        self.cache: Cache = cache_of([self.kind])
+        self.cache: Cache = make_cache([self.kind])
         self.num_wide = self.num_batches = self.num_tiles = 0
 
     def __call__(self, step: Step, paths: list[Path]) -> None:
@@ -98,9 +98,10 @@ def test_rows_read_the_entries_of_their_own_path(
     assert reader.cache.store.num_bytes == 0
 
 
-@pytest.mark.parametrize(("rate", "max_scores"), [(1, 2_000), (4, reading.MAX_SCORES)])
+@pytest.mark.parametrize(("rate", "max_scores"), [(1, 2_000), (4, read_plan.MAX_SCORES)])
 def test_long_segments_are_read_in_tiles(rate: int, max_scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_SCORES", max_scores)
+    for module in (batch_reads, read_plan):
+        monkeypatch.setattr(module, "MAX_SCORES", max_scores)
     base = random_tokens(5, 1_200 if rate == 4 else 540)
     prompts = [base, *([*base[:-20], i] for i in range(25)), base[:100]]
     reader = Reader(rate, is_value_in_key=True)

@@ -27,7 +27,7 @@ KINDS = (
 )
 
 
-def store_of(*kinds: SegmentKind) -> SegmentStore:
+def make_store(*kinds: SegmentKind) -> SegmentStore:
     return SegmentStore(kinds or KINDS, dtype=torch.float32, device=torch.device("cpu"))
 
 
@@ -107,7 +107,7 @@ operations = st.lists(
 def test_what_was_written_survives_growth_and_neighbours(
     operations: list[tuple[str, int, int]], expected_ends: list[int]
 ) -> None:
-    store = store_of()
+    store = make_store()
     store.expect(lambda: [(0, end) for end in expected_ends])
     ends: dict[Node, int] = {}
     marks: dict[Node, list[list[int]]] = {}
@@ -140,7 +140,7 @@ def test_what_was_written_survives_growth_and_neighbours(
 
 
 def test_kind_without_entries_takes_no_memory() -> None:
-    store = store_of(KINDS[2])
+    store = make_store(KINDS[2])
     node = open_node(store, 0)
     store.reserve(node, 999)
     assert store.num_bytes == 0
@@ -149,7 +149,7 @@ def test_kind_without_entries_takes_no_memory() -> None:
 
 
 def test_room_for_what_is_there_moves_nothing() -> None:
-    store = store_of(KINDS[0])
+    store = make_store(KINDS[0])
     node = open_node(store, 10)
     write(store, node, 30, 1.0)
     (extent,) = node.memory.extents
@@ -160,7 +160,7 @@ def test_room_for_what_is_there_moves_nothing() -> None:
 
 
 def test_nodes_that_live_together_share_a_block() -> None:
-    store = store_of(KINDS[0])
+    store = make_store(KINDS[0])
     store.expect(lambda: [(5, 25)] * 7)
     nodes = [open_node(store, 5) for _ in range(7)]
     for node in nodes:
@@ -173,7 +173,7 @@ def test_nodes_that_live_together_share_a_block() -> None:
 
 @pytest.mark.parametrize("num_tokens", [10, 300, 70_000])
 def test_blocks_are_bounded(num_tokens: int) -> None:
-    store = store_of(SegmentKind("thin", 1, 1, (("key", 1),)))
+    store = make_store(SegmentKind("thin", 1, 1, (("key", 1),)))
     store.expect(lambda: [(0, num_tokens)] * 10_000)
     node = open_node(store, 0)
     store.reserve(node, num_tokens)
@@ -183,7 +183,7 @@ def test_blocks_are_bounded(num_tokens: int) -> None:
 
 
 def test_freed_slots_serve_others_and_the_last_one_frees_the_block() -> None:
-    store = store_of(KINDS[0])
+    store = make_store(KINDS[0])
     store.expect(lambda: [(0, 8)] * 2)
     first, second = (open_node(store, 0) for _ in range(2))
     for node in (first, second):

@@ -8,7 +8,7 @@ from moebeam.model_runner.torch_engine.layers.attention import Merged
 from moebeam.model_runner.torch_engine.memory.cache import RingKind
 from moebeam.model_runner.torch_engine.memory.windows import plan_compression, plan_window
 from moebeam.model_runner.torch_engine.schedule.steps import Step
-from tests.support.driven_steps import CPU, Path, cache_of, plain_attention, prompt_lists, run_steps, vectors
+from tests.support.driven_steps import CPU, Path, make_cache, plain_attention, prompt_lists, run_steps, vectors
 
 NUM_HEADS, WIDTH = 2, 5
 options = st.fixed_dictionaries(
@@ -21,7 +21,7 @@ options = st.fixed_dictionaries(
 def test_rows_attend_to_the_last_positions_of_their_own_path(
     prompts: list[list[int]], size: int, options: dict[str, int]
 ) -> None:
-    cache = cache_of(rings=[RingKind("other", 1, 3, 2), RingKind("window", 2, size, WIDTH)])
+    cache = make_cache(rings=[RingKind("other", 1, 3, 2), RingKind("window", 2, size, WIDTH)])
 
     def read_step(step: Step, paths: list[Path]) -> None:
         ring = cache.rings[1]
@@ -49,7 +49,7 @@ def test_each_window_that_a_step_closes_has_the_rows_of_its_own_path(
     prompts: list[list[int]], rate: int, has_overlap: bool, options: dict[str, int]
 ) -> None:
     num_overlap = rate if has_overlap else 0
-    cache = cache_of(rings=[RingKind("open", 2, rate + num_overlap, WIDTH)])
+    cache = make_cache(rings=[RingKind("open", 2, rate + num_overlap, WIDTH)])
 
     def read_step(step: Step, paths: list[Path]) -> None:
         ring = cache.rings[0]
@@ -72,7 +72,7 @@ def test_each_window_that_a_step_closes_has_the_rows_of_its_own_path(
 
 def test_children_start_from_what_their_parent_had_kept() -> None:
     # Both children write over the ring that they got; each has a copy of its own.
-    cache = cache_of(rings=[RingKind("open", 1, 8, WIDTH)])
+    cache = make_cache(rings=[RingKind("open", 1, 8, WIDTH)])
     seen: list[tuple[int, ...]] = []
 
     def read_step(step: Step, paths: list[Path]) -> None:

@@ -48,7 +48,7 @@ def next_token(path: Sequence[int]) -> int:
     return zlib.crc32(bytes(path)) % 10
 
 
-def answer_of(prompt: Prompt) -> list[int]:
+def answer_alone(prompt: Prompt) -> list[int]:
     """What the model answers to a prompt alone."""
     path = prompt.token_ids.tolist()
     answer: list[int] = []
@@ -89,7 +89,7 @@ class FakeModel:
         assert 0 < schedule.num_running <= schedule.max_running
         self._check_step(step)
         if self.breaks(step):
-            return self._retreat()
+            return self._recover()
         for span in step.spans:
             self._extend(span.node, step.token_ids[span.first_row : span.end_row].tolist())
         if step.num_rows:
@@ -102,10 +102,10 @@ class FakeModel:
         for running in step.full_hits:
             assert running.node.parent is not None
             drawn.append((running, running.node.parent.last_logits))
-        finished = [schedule.append(running, token, None) for running, token in drawn]
+        finished = [schedule.append_token(running, token, None) for running, token in drawn]
         return [one for one in finished if one is not None]
 
-    def _retreat(self) -> list[Finished]:
+    def _recover(self) -> list[Finished]:
         schedule = self.schedule
         finished: list[Finished] = []
         if schedule.num_running == 1:
@@ -156,11 +156,11 @@ class FakeModel:
         assert needed <= schedule.live_bytes <= schedule.peak_bytes
 
 
-def prompt_of(prompt_id: object, token_ids: Sequence[int], max_tokens: int = 4, **values: object) -> Prompt:
+def make_prompt(prompt_id: object, token_ids: Sequence[int], max_tokens: int = 4, **values: object) -> Prompt:
     return Prompt(str(prompt_id), np.array(token_ids, dtype=np.int32), max_tokens, Sampling(max_tokens), **values)
 
 
-def schedule_of(prompts: Iterable[Prompt], options: Options = Options()) -> Schedule:
+def make_schedule(prompts: Iterable[Prompt], options: Options = Options()) -> Schedule:
     return Schedule(
         prompts,
         options.costs,
@@ -174,7 +174,7 @@ def run_all(
     prompts: Sequence[Prompt], options: Options = Options(), breaks: Callable[[Step], bool] = lambda step: False
 ) -> tuple[dict[str, Finished], FakeModel]:
     """What becomes of each prompt, exactly one result each, and the model after the run."""
-    model = FakeModel(schedule_of(prompts, options), breaks)
+    model = FakeModel(make_schedule(prompts, options), breaks)
     found: dict[str, Finished] = {}
     for finished in model.run():
         assert finished.prompt_id not in found
@@ -193,7 +193,7 @@ def path_bytes(prompt: Prompt, options: Options) -> int:
 token_lists = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 # Answers longer than what is set aside at first make prompts preempt each other.
 prompt_lists = st.lists(st.tuples(token_lists, st.integers(1, 150) | st.integers(1, 6)), max_size=9).map(
-    lambda batch: [prompt_of(i, *item) for i, item in enumerate(batch)]
+    lambda batch: [make_prompt(i, *item) for i, item in enumerate(batch)]
 )
 options = st.builds(
     Options,
@@ -210,7 +210,7 @@ def test_every_prompt_gets_the_answer_that_it_gets_alone(prompts: list[Prompt], 
     for prompt in prompts:
         finished = found[prompt.prompt_id]
         assert finished.error is None
-        assert (finished.token_ids, finished.finish_reason) == (answer_of(prompt), "length")
+        assert (finished.token_ids, finished.finish_reason) == (answer_alone(prompt), "length")
     assert model.schedule.live_bytes == 0
     assert not model.kept
 
@@ -238,7 +238,7 @@ def test_with_memory_to_spare_each_token_of_the_tree_is_computed_once(
 
 @given(prompt_lists, options, st.integers(0, 40))
 # The second prompt leaves a shared node behind when it is preempted, and the first one grows beside it.
-@example([prompt_of(0, [0] * 6, 150), prompt_of(1, [1] * 6, 150), prompt_of(2, [1] * 5 + [2], 150)], Options(), 0)
+@example([make_prompt(0, [0] * 6, 150), make_prompt(1, [1] * 6, 150), make_prompt(2, [1] * 5 + [2], 150)], Options(), 0)
 def test_memory_stays_within_a_budget_that_holds_each_prompt_alone(
     prompts: list[Prompt], options: Options, num_spare_bytes: int
 ) -> None:
@@ -249,7 +249,7 @@ def test_memory_stays_within_a_budget_that_holds_each_prompt_alone(
 
 def test_node_of_prompts_that_only_wait_makes_room_for_those_that_run() -> None:
     # The second prompt is over, and its node waits for the third, which does not fit beside the first as that grows.
-    prompts = [prompt_of(0, [0] * 6, 150), prompt_of(1, [1] * 81, 1), prompt_of(2, [*[1] * 80, 2], 75)]
+    prompts = [make_prompt(0, [0] * 6, 150), make_prompt(1, [1] * 81, 1), make_prompt(2, [*[1] * 80, 2], 75)]
     _, model = run_all(prompts, Options(max_cache_bytes=156))
     assert all(path_bytes(prompt, Options()) <= 156 for prompt in prompts)
     assert model.schedule.peak_bytes <= 156
@@ -270,31 +270,31 @@ def test_failed_steps_change_no_answer_but_that_of_a_prompt_that_fails_alone(
     for prompt in prompts:
         finished = found[prompt.prompt_id]
         if finished.error is None:
-            assert finished.token_ids == answer_of(prompt)
+            assert finished.token_ids == answer_alone(prompt)
         else:
-            assert finished.token_ids == answer_of(prompt)[: len(finished.token_ids)]
+            assert finished.token_ids == answer_alone(prompt)[: len(finished.token_ids)]
     assert all(one.error is None for name, one in found.items() if name != "3")
     assert model.schedule.live_bytes == 0
 
 
 def test_answers_that_outgrow_the_budget_are_continued_and_not_lost() -> None:
-    prompts = [prompt_of(i, [i, i], 150) for i in range(4)]
+    prompts = [make_prompt(i, [i, i], 150) for i in range(4)]
     found, model = run_all(prompts, Options(max_cache_bytes=300))
     assert model.schedule.num_preemptions > 0
-    assert [found[str(i)].token_ids for i in range(4)] == [answer_of(prompt) for prompt in prompts]
+    assert [found[str(i)].token_ids for i in range(4)] == [answer_alone(prompt) for prompt in prompts]
     # What a preempted prompt had answered goes through the model again, but is not drawn again.
     assert model.num_computed_prompt_tokens > model.schedule.num_tree_tokens == 8
 
 
 def test_admission_is_in_token_order_so_that_shared_prefixes_live_together() -> None:
-    prompts = [prompt_of(i, [i % 3, i % 3, i % 3, i], 1) for i in range(30)]
-    model = FakeModel(schedule_of(prompts, Options(max_running=4)))
+    prompts = [make_prompt(i, [i % 3, i % 3, i % 3, i], 1) for i in range(30)]
+    model = FakeModel(make_schedule(prompts, Options(max_running=4)))
     order = [int(finished.prompt_id) for finished in model.run()]
     assert [i % 3 for i in order] == sorted(i % 3 for i in range(30))
 
 
 def test_finished_prompts_make_room_at_once() -> None:
-    prompts = [prompt_of(i, [i], 1 + 9 * (i == 0)) for i in range(10)]
+    prompts = [make_prompt(i, [i], 1 + 9 * (i == 0)) for i in range(10)]
     _, model = run_all(prompts, Options(max_running=2))
     # One prompt decodes for ten steps while nine pass through the other place.
     assert model.num_steps == 10
@@ -302,7 +302,9 @@ def test_finished_prompts_make_room_at_once() -> None:
 
 @pytest.mark.parametrize("max_step_rows", [1, 5, 64])
 def test_decodes_do_not_wait_for_prefills_of_others(max_step_rows: int) -> None:
-    schedule = schedule_of([prompt_of(0, [0], 30), prompt_of(1, [1] * 40, 2)], Options(max_step_rows=max_step_rows))
+    schedule = make_schedule(
+        [make_prompt(0, [0], 30), make_prompt(1, [1] * 40, 2)], Options(max_step_rows=max_step_rows)
+    )
     model = FakeModel(schedule)
     num_decoded: list[int] = []
     for _ in range(20):
@@ -312,11 +314,11 @@ def test_decodes_do_not_wait_for_prefills_of_others(max_step_rows: int) -> None:
 
 
 def test_answer_ends_at_a_stop_token_that_is_its_last() -> None:
-    prompts = [prompt_of(i, [i, 1], 60, stop_token_ids=frozenset({END_TOKEN})) for i in range(12)]
+    prompts = [make_prompt(i, [i, 1], 60, stop_token_ids=frozenset({END_TOKEN})) for i in range(12)]
     found, _ = run_all(prompts)
     for prompt in prompts:
         finished = found[prompt.prompt_id]
-        expected = answer_of(prompt)
+        expected = answer_alone(prompt)
         assert finished.token_ids == expected
         assert finished.finish_reason == ("stop" if expected[-1] == END_TOKEN else "length")
     assert {finished.finish_reason for finished in found.values()} == {"stop"}
@@ -329,16 +331,16 @@ def test_answer_ends_when_its_caller_says_that_it_is_over() -> None:
         seen.append(len(answer))
         return sum(answer) > 20
 
-    (finished,) = run_all([prompt_of(0, [5], 60, is_over=is_over)])[0].values()
+    (finished,) = run_all([make_prompt(0, [5], 60, is_over=is_over)])[0].values()
     assert finished.finish_reason == "stop"
     assert sum(finished.token_ids[:-1]) <= 20 < sum(finished.token_ids)
     assert seen == list(range(1, len(finished.token_ids) + 1))
 
 
 def test_stop_on_the_last_token_that_is_allowed_is_a_stop() -> None:
-    prompt = prompt_of(0, [5], 60, stop_token_ids=frozenset({END_TOKEN}))
-    num_tokens = len(answer_of(prompt))
-    (finished,) = run_all([prompt_of(0, [5], num_tokens, stop_token_ids=frozenset({END_TOKEN}))])[0].values()
+    prompt = make_prompt(0, [5], 60, stop_token_ids=frozenset({END_TOKEN}))
+    num_tokens = len(answer_alone(prompt))
+    (finished,) = run_all([make_prompt(0, [5], num_tokens, stop_token_ids=frozenset({END_TOKEN}))])[0].values()
     assert (len(finished.token_ids), finished.finish_reason) == (num_tokens, "stop")
 
 
@@ -349,10 +351,10 @@ def test_prompts_are_pulled_one_window_at_a_time(monkeypatch: pytest.MonkeyPatch
     def endless() -> Iterator[Prompt]:
         nonlocal num_pulled
         while True:
-            yield prompt_of(num_pulled, [num_pulled % 7, num_pulled % 3], 3)
+            yield make_prompt(num_pulled, [num_pulled % 7, num_pulled % 3], 3)
             num_pulled += 1
 
-    schedule = schedule_of(endless(), Options(max_running=4))
+    schedule = make_schedule(endless(), Options(max_running=4))
     assert num_pulled == 0
     run = FakeModel(schedule).run()
     for num_finished in range(1, 60):
@@ -369,9 +371,9 @@ def test_windows_are_bounded_by_tokens_too(monkeypatch: pytest.MonkeyPatch) -> N
     def source() -> Iterator[Prompt]:
         for i in range(50):
             pulled.append(i)
-            yield prompt_of(i, [i] * 30, 1)
+            yield make_prompt(i, [i] * 30, 1)
 
-    schedule = schedule_of(source(), Options(max_running=1))
+    schedule = make_schedule(source(), Options(max_running=1))
     assert schedule.has_work()
     assert len(pulled) == 4
     assert len(list(FakeModel(schedule).run())) == 50
@@ -382,11 +384,11 @@ def test_windows_lose_sharing_but_no_prompt(prompts: list[Prompt], num_prompts: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule_module, "MAX_WINDOW_PROMPTS", num_prompts)
         found, model = run_all(prompts)
-    assert all(found[prompt.prompt_id].token_ids == answer_of(prompt) for prompt in prompts)
+    assert all(found[prompt.prompt_id].token_ids == answer_alone(prompt) for prompt in prompts)
     assert model.num_computed_prompt_tokens == model.schedule.num_tree_tokens
 
 
 def test_run_without_prompts_has_no_work() -> None:
-    schedule = schedule_of([])
+    schedule = make_schedule([])
     assert not schedule.has_work()
     assert (schedule.num_planned, schedule.num_tree_tokens) == (0, 0)

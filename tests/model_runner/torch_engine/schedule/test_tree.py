@@ -15,20 +15,20 @@ batches = st.lists(st.tuples(st.sampled_from(["", "a"]), token_lists), max_size=
 Batch = list[tuple[str, list[int]]]
 
 
-def prompts_of(batch: Batch) -> list[Prompt]:
+def make_prompts(batch: Batch) -> list[Prompt]:
     return [
         Prompt(str(i), np.array(token_ids, dtype=np.int32), 1, Sampling(1), tenant=tenant)
         for i, (tenant, token_ids) in enumerate(batch)
     ]
 
 
-def nodes_of(leaves: list[Node]) -> set[Node]:
+def list_nodes(leaves: list[Node]) -> set[Node]:
     return {node for leaf in leaves for node in leaf.path()}
 
 
 @given(batches)
 def test_every_path_spells_its_prompt(batch: Batch) -> None:
-    prompts = prompts_of(batch)
+    prompts = make_prompts(batch)
     tree = build_prefix_tree(prompts)
     assert sorted(prompt.prompt_id for prompt in tree.prompts) == sorted(prompt.prompt_id for prompt in prompts)
     for prompt, leaf in zip(tree.prompts, tree.leaves, strict=True):
@@ -42,18 +42,18 @@ def test_every_path_spells_its_prompt(batch: Batch) -> None:
 
 @given(batches)
 def test_tree_holds_each_distinct_prefix_of_a_tenant_once(batch: Batch) -> None:
-    tree = build_prefix_tree(prompts_of(batch))
+    tree = build_prefix_tree(make_prompts(batch))
     prefixes = {(tenant, tuple(token_ids[: i + 1])) for tenant, token_ids in batch for i in range(len(token_ids))}
     # Equal prompts end on one shared node.
-    assert tree.num_tokens == len(prefixes) == sum(node.num_tokens for node in nodes_of(tree.leaves))
+    assert tree.num_tokens == len(prefixes) == sum(node.num_tokens for node in list_nodes(tree.leaves))
     assert tree.num_prompt_tokens == sum(len(token_ids) for _, token_ids in batch)
 
 
 @given(batches)
 def test_shared_nodes_have_more_than_one_prompt_and_private_ones_their_own(batch: Batch) -> None:
-    tree = build_prefix_tree(prompts_of(batch))
+    tree = build_prefix_tree(make_prompts(batch))
     assert len(set(tree.leaves)) == len(batch)
-    for node in nodes_of(tree.leaves):
+    for node in list_nodes(tree.leaves):
         below = sum(node in leaf.path() for leaf in tree.leaves)
         assert node.num_prompts == below
         assert below == 1 if node.is_private else below > 1
@@ -62,16 +62,16 @@ def test_shared_nodes_have_more_than_one_prompt_and_private_ones_their_own(batch
 
 @given(batches)
 def test_logits_are_kept_where_a_prompt_ends_on_a_shared_node(batch: Batch) -> None:
-    tree = build_prefix_tree(prompts_of(batch))
+    tree = build_prefix_tree(make_prompts(batch))
     ends = {leaf.parent for leaf in tree.leaves if leaf.num_tokens == 0}
-    assert {node for node in nodes_of(tree.leaves) if node.wants_logits} == ends
+    assert {node for node in list_nodes(tree.leaves) if node.wants_logits} == ends
 
 
 @given(batches, st.integers(0, 100))
 def test_orders_are_depth_first_in_token_order(batch: Batch, first_order: int) -> None:
-    tree = build_prefix_tree(prompts_of(batch), first_order)
+    tree = build_prefix_tree(make_prompts(batch), first_order)
     assert [leaf.order for leaf in tree.leaves] == list(range(first_order, first_order + len(batch)))
-    for node in nodes_of(tree.leaves):
+    for node in list_nodes(tree.leaves):
         below = [leaf.order for leaf in tree.leaves if node in leaf.path()]
         assert node.order == below[0]
         assert below == list(range(below[0], below[0] + len(below)))
@@ -82,13 +82,13 @@ def test_orders_are_depth_first_in_token_order(batch: Batch, first_order: int) -
 
 
 def test_prompts_of_different_tenants_share_nothing() -> None:
-    tree = build_prefix_tree(prompts_of([("a", [1, 2, 3]), ("b", [1, 2, 3])]))
+    tree = build_prefix_tree(make_prompts([("a", [1, 2, 3]), ("b", [1, 2, 3])]))
     assert tree.num_tokens == 6
     assert all(leaf.parent is None for leaf in tree.leaves)
 
 
 def test_node_is_split_where_a_later_prompt_leaves_it() -> None:
-    tree = build_prefix_tree(prompts_of([("", [1, 2, 3, 4]), ("", [1, 2, 3, 5]), ("", [1, 7])]))
+    tree = build_prefix_tree(make_prompts([("", [1, 2, 3, 4]), ("", [1, 2, 3, 5]), ("", [1, 7])]))
     first, second, third = tree.leaves
     assert first.parent is second.parent
     assert first.parent is not None

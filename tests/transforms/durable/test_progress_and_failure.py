@@ -7,40 +7,40 @@ import pytest
 
 from moebeam.schemas.errors import CommitError
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.durable.failure import WorkerWatch, read_failure, recorded_failure
-from moebeam.transforms.durable.heartbeat import Heartbeat, ShardProgress, read_progress
+from moebeam.transforms.durable.failure import WorkerWatch, read_failure, record_failure
+from moebeam.transforms.durable.progress import ProgressWriter, ShardProgress, read_progress
 
 
-def test_beats_come_back_by_stage_and_name_and_the_last_one_counts(tmp_path: Path) -> None:
+def test_progress_comes_back_by_stage_and_name_and_the_last_one_counts(tmp_path: Path) -> None:
     layout = RunLayout(str(tmp_path))
-    answering = Heartbeat(layout, "answer")
-    answering.beat("s0", ShardProgress(rows_done=1))
-    answering.beat("s0", ShardProgress(rows_done=2, cost="0.5"))
-    Heartbeat(layout, "plan").beat("u-1", ShardProgress(rows_done=9))
+    answering = ProgressWriter(layout, "answer")
+    answering.write("s0", ShardProgress(rows_done=1))
+    answering.write("s0", ShardProgress(rows_done=2, cost="0.5"))
+    ProgressWriter(layout, "plan").write("u-1", ShardProgress(rows_done=9))
     assert read_progress(layout, "answer") == {"s0": ShardProgress(rows_done=2, cost="0.5")}
     assert read_progress(layout, "plan") == {"u-1": ShardProgress(rows_done=9)}
 
 
-def test_a_torn_or_foreign_beat_is_passed_over(tmp_path: Path) -> None:
+def test_a_torn_or_foreign_file_is_passed_over(tmp_path: Path) -> None:
     layout = RunLayout(str(tmp_path))
-    Heartbeat(layout, "answer").beat("s0", ShardProgress(rows_done=1))
-    Path(layout.heartbeat("answer", "s1")).write_text("{")
-    Path(layout.heartbeat("answer", "s2")).write_text('{"rows_done": 3, "unknown": 1}')
+    ProgressWriter(layout, "answer").write("s0", ShardProgress(rows_done=1))
+    Path(layout.progress_file("answer", "s1")).write_text("{")
+    Path(layout.progress_file("answer", "s2")).write_text('{"rows_done": 3, "unknown": 1}')
     assert read_progress(layout, "answer") == {"s0": ShardProgress(rows_done=1), "s2": ShardProgress(rows_done=3)}
 
 
-def test_a_beat_is_due_once_an_interval(tmp_path: Path) -> None:
-    heartbeat = Heartbeat(RunLayout(str(tmp_path)), "answer")
-    assert heartbeat.is_due("s0")
-    heartbeat.beat("s0", ShardProgress())
-    assert not heartbeat.is_due("s0")
-    assert heartbeat.is_due("s1")
+def test_progress_is_due_once_an_interval(tmp_path: Path) -> None:
+    progress = ProgressWriter(RunLayout(str(tmp_path)), "answer")
+    assert progress.is_due("s0")
+    progress.write("s0", ShardProgress())
+    assert not progress.is_due("s0")
+    assert progress.is_due("s1")
 
 
 def test_the_reason_of_a_failure_is_kept_and_the_error_goes_on(tmp_path: Path) -> None:
     layout = RunLayout(str(tmp_path))
     assert read_failure(layout) is None
-    with pytest.raises(CommitError, match="they differ"), recorded_failure(layout, "answer"):
+    with pytest.raises(CommitError, match="they differ"), record_failure(layout, "answer"):
         raise CommitError("they differ")
     failure = read_failure(layout)
     assert failure is not None
@@ -49,7 +49,7 @@ def test_the_reason_of_a_failure_is_kept_and_the_error_goes_on(tmp_path: Path) -
 
 def test_a_failure_that_cannot_be_kept_still_goes_on(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="first"), recorded_failure(RunLayout(str(tmp_path / "file")), "plan"):
+    with pytest.raises(ValueError, match="first"), record_failure(RunLayout(str(tmp_path / "file")), "plan"):
         raise ValueError("first")
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.model_runner.encoding.answers import ParsedAnswer, parse_answer, without_end_marker
-from moebeam.model_runner.encoding.call_formats import DEEPSEEK_V3, DEEPSEEK_V3_1, HERMES, CallFormat
+from moebeam.model_runner.encoding.chat.answers import ParsedAnswer, parse_answer, strip_end_marker
+from moebeam.model_runner.encoding.chat.call_formats import DEEPSEEK_V3, DEEPSEEK_V3_1, HERMES, CallFormat
 from moebeam.model_runner.encoding.deepseek.deepseek_v4 import DeepSeekV4
 from moebeam.model_runner.encoding.deepseek.dsml import V4_1_CALLS, V4_CALLS
 from moebeam.schemas.records import ToolCall
@@ -56,7 +56,7 @@ def test_any_text_is_parsed_and_every_character_is_accounted_for(
         call_format=call_format,
         end_marker=EOS,
     )
-    assert_accounted(without_end_marker(text, EOS), answer, call_format, has_reasoning)
+    assert_accounted(strip_end_marker(text, EOS), answer, call_format, has_reasoning)
 
 
 def assert_accounted(text: str, answer: ParsedAnswer, call_format: CallFormat | None, has_reasoning: bool) -> None:

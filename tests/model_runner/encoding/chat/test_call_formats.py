@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.model_runner.encoding.call_formats import (
+from moebeam.model_runner.encoding.chat.call_formats import (
     DEEPSEEK_V3,
     DEEPSEEK_V3_1,
     HERMES,
     CallFormat,
     format_of_template,
 )
+from moebeam.model_runner.encoding.chat.token_marks import TokenMarks
 from moebeam.model_runner.encoding.deepseek.dsml import V3_2_CALLS, V4_1_CALLS, V4_CALLS
-from moebeam.model_runner.encoding.token_marks import TokenMarks
 from moebeam.schemas.canonical import canonical_json
 from moebeam.schemas.errors import InvalidMessages, MalformedToolCall
 from moebeam.schemas.records import ToolCall

@@ -1,6 +1,7 @@
 """A Flink cluster on this machine with worker pools of its own, of jars that PyPI and Maven Central bring.
 
-`python -m tests.support.flink_cluster` fetches the jars ahead of the tests; else the first test that needs them does.
+`python -m tests.support.flink.built_cluster` fetches the jars ahead of the tests; else the first test that needs them
+does.
 """
 
 import hashlib
@@ -15,8 +16,8 @@ from pathlib import Path, PurePosixPath
 
 import httpx2
 
-from moebeam.jobs.deploy.flink.cluster import ClusterSize, LocalCluster
-from moebeam.jobs.deploy.flink.java_commands import FlinkFiles
+from tests.support.flink.cluster import ClusterSize, LocalCluster
+from tests.support.flink.java_commands import FlinkFiles
 from tests.support.local_servers import cache_folder, guarded
 from tests.support.paths import ROOT
 

@@ -15,8 +15,8 @@ from moebeam.jobs.commands.cli import run_command
 from moebeam.jobs.commands.prices_command import parse_instant
 from moebeam.jobs.console.summary import RunSummary
 from moebeam.jobs.quotes.earlier_run import read_earlier_run
-from moebeam.jobs.quotes.estimate import EstimateTerms, Quote, estimate
-from moebeam.jobs.quotes.quote_record import quote_beside_actual, save_quote
+from moebeam.jobs.quotes.quote_job import Quote, QuoteTerms, quote_job
+from moebeam.jobs.quotes.quote_record import compare_quote_with_run, save_quote
 from moebeam.jobs.run.launch import launch
 from moebeam.schemas.errors import JobFileError, OutputError
 from moebeam.schemas.job.sections import Job
@@ -27,7 +27,7 @@ TEXTS = [f"the printer on floor {number % 7} is broken, ticket {number * number}
 
 
 def quote_of(job: Job, **terms: Any) -> Quote:
-    return estimate(job, EstimateTerms(at=parse_instant("2026-11-24T00:00:00Z"), **terms))[0]
+    return quote_job(job, QuoteTerms(at=parse_instant("2026-11-24T00:00:00Z"), **terms))[0]
 
 
 def job_of(folder: Path, checkpoint: Path, texts: list[str], name: str = "out", **sections: Any) -> Job:
@@ -78,6 +78,7 @@ def test_a_quote_with_repairs_takes_them_from_the_earlier_run(tmp_path: Path, ti
     max_tokens=st.integers(1, 64),
     merge=st.sampled_from(["auto", "never"]),
 )
+@pytest.mark.integration
 def test_what_a_run_costs_lies_within_the_bounds_of_its_quote(
     texts: list[str], max_tokens: int, merge: str, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -118,10 +119,10 @@ def test_a_sample_is_a_fixed_draw_with_bounds_around_the_whole(tmp_path: Path, t
 
 def test_a_saved_quote_stands_beside_what_the_run_took(tmp_path: Path, tiny_checkpoint: Path) -> None:
     job = job_of(tmp_path, tiny_checkpoint, TEXTS)
-    quote, checked = estimate(job, EstimateTerms(at=parse_instant(None)))
-    save_quote(quote, checked)
+    quote, identity = quote_job(job, QuoteTerms(at=parse_instant(None)))
+    save_quote(quote, identity)
     summary = launch(job)
-    figures = {figure.name: figure for figure in quote_beside_actual(RunLayout(job.output.path))}
+    figures = {figure.name: figure for figure in compare_quote_with_run(RunLayout(job.output.path))}
     assert figures["cost"].actual == summary.cost
     assert figures["cost"].is_within is True
     assert figures["prompt tokens"].relative_error == 0
@@ -131,7 +132,7 @@ def test_a_saved_quote_stands_beside_what_the_run_took(tmp_path: Path, tiny_chec
 def test_without_a_quote_the_plan_stands_beside_the_run(tmp_path: Path, tiny_checkpoint: Path) -> None:
     job = job_of(tmp_path, tiny_checkpoint, TEXTS)
     launch(job)
-    figures = {figure.name: figure for figure in quote_beside_actual(RunLayout(job.output.path))}
+    figures = {figure.name: figure for figure in compare_quote_with_run(RunLayout(job.output.path))}
     assert set(figures) == {"prompt tokens", "cache hits"}
     assert figures["cache hits"].relative_error == 0
     assert figures["cache hits"].is_within is None
@@ -140,9 +141,9 @@ def test_without_a_quote_the_plan_stands_beside_the_run(tmp_path: Path, tiny_che
 def test_a_quote_is_not_saved_into_another_jobs_output(tmp_path: Path, tiny_checkpoint: Path) -> None:
     launch(job_of(tmp_path, tiny_checkpoint, TEXTS))
     other = job_of(tmp_path, tiny_checkpoint, TEXTS, sampling={"max_tokens": 3})
-    quote, checked = estimate(other, EstimateTerms(at=parse_instant(None)))
+    quote, identity = quote_job(other, QuoteTerms(at=parse_instant(None)))
     with pytest.raises(OutputError, match="belongs to another job"):
-        save_quote(quote, checked)
+        save_quote(quote, identity)
 
 
 def test_an_unknown_provider_and_a_folder_without_a_run_are_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.model_runner.encoding.token_marks import MARK, NO_MARKS, TokenMarks
+from moebeam.model_runner.encoding.chat.token_marks import MARK, NO_MARKS, TokenMarks
 
 TOKENS = ["<｜User｜>", "<｜User｜>>", "<think>", "</think>", "<ab>", "ab", "b>", "aba", "[[", "  ", "\n", "｜DSML｜"]
 MARKS = TokenMarks(TOKENS)
@@ -25,7 +25,7 @@ def test_marks_can_be_taken_away_and_leave_the_text(text: str, but: set[str]) ->
 def test_marked_text_spells_no_token(text: str) -> None:
     marked = MARKS.mark(text)
     assert not [token for token in MARKS.texts if token in marked]
-    assert MARKS.spells_token(text) is (marked != text)
+    assert MARKS.has_token_text(text) is (marked != text)
 
 
 @given(pieces=st.lists(st.tuples(texts, st.sampled_from(sorted(MARKS.texts)))))
