@@ -33,7 +33,8 @@ test-integration: setup
 	$(BIN)/python -m tests.support.beam_boot
 	$(BIN)/python -m tests.support.aimock_server
 	$(BIN)/python -m tests.support.flink.built_cluster
-	$(BIN)/python -m pytest -m integration --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest -m integration --ignore=tests/integration --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest -m integration tests/integration
 
 # The suite's core with the oldest versions that pyproject.toml allows, in an environment of its own.
 test-floors: setup

@@ -109,12 +109,13 @@ def test_flink_gives_the_tables_of_the_local_runner_row_for_row(
 ) -> None:
     output = work.folder / "on-flink"
     assert run_to_end(work.write_job_file(output), cluster.beam_options) == UNREADABLE_EXIT_CODE, log_of(work, output)
+    # Looked at first: idle workers end after some seconds.
+    folders = {Path(worker_of(cluster, index).cwd()).parent for index in (0, 1)}
     assert problems_of(output, work, local_tables) == []
     counts = shards_answered_by_task_manager(cluster)
     assert set(counts) == {"task-manager-0", "task-manager-1"}
     assert all(counts.values())
     assert sum(counts.values()) == num_commits(output)
-    folders = {Path(worker_of(cluster, index).cwd()).parent for index in (0, 1)}
     assert len(folders) == 2
 
 

@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -31,12 +32,12 @@ WAIT_S = 60
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The host's folder; a short one, as a socket's address must be."""
-    place = tmp_path / "h"
-    place.mkdir()
-    monkeypatch.setattr(host_runner, "host_folder", lambda: place)
-    return place
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The host's folder; a short one: a socket's address has at most 107 bytes, and `tmp_path` is long under xdist."""
+    with tempfile.TemporaryDirectory(prefix="h") as name:
+        place = Path(name)
+        monkeypatch.setattr(host_runner, "host_folder", lambda: place)
+        yield place
 
 
 def config(tmp_path: Path, **script: Any) -> EngineConfig:
