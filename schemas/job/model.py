@@ -148,15 +148,11 @@ def default_model() -> ModelSection:
     return load_options(DEFAULT_ENGINE)()
 
 
-def read_model(values: object, *, is_json: bool) -> object:
-    """The section as its engine declares it; of an unknown engine only the name, which `check_engine` refuses.
+def check_model(values: object, info: ValidationInfo) -> object:
+    """Read `[model]` as its engine declares it: a validator of the job's field `model`, to be called before pydantic's.
 
-    An option of another engine is refused by name. One that says what it says by default there is dropped: records of
-    earlier versions hold the options of all engines.
+    Of an unknown engine only the name is kept, which `check_engine` refuses. A section that is one already passes.
 
-    Args:
-        values: the section's keys, or a section that is one already.
-        is_json: whether the values come from JSON, and are held to its types.
     Raises:
         ValidationError: with the place of every key that is wrong.
     """
@@ -169,26 +165,30 @@ def read_model(values: object, *, is_json: bool) -> object:
     if engine not in ENGINE_OPTIONS:
         return ModelSection(engine=engine)
     options = load_options(engine)
-    problems: list[InitErrorDetails] = []
-    for key in [key for key in given if key not in options.model_fields]:
-        declared = {other: load_options(other) for other in ENGINE_OPTIONS}
-        owners = {name: other for name, other in declared.items() if key in other.model_fields}
-        if not owners:
-            continue
-        value = given.pop(key)
-        if value not in (default := next(iter(owners.values())).model_fields[key].default, _plain(default)):
-            error = PydanticCustomError("value_error", "{error}", {"error": _refusal(owners, engine)})
-            problems.append(InitErrorDetails(type=error, loc=(key,), input=value))
-    if problems:
+    if problems := _drop_foreign_options(given, engine, options):
         raise ValidationError.from_exception_data("[model]", problems)
-    if is_json:
+    if info.mode == "json":
         return options.model_validate_json(json.dumps(given), strict=True)
     return options.model_validate(given)
 
 
-def check_model(values: object, info: ValidationInfo) -> object:
-    """`read_model` as a validator of the job's field `model`."""
-    return read_model(values, is_json=info.mode == "json")
+def _drop_foreign_options(given: dict[str, Any], engine: str, options: type[ModelSection]) -> list[InitErrorDetails]:
+    """Take the options of other engines out of `given`; returns a refusal for each that has another than its default.
+
+    Defaults are dropped in silence, since records of earlier versions hold the options of all engines.
+    """
+    foreign = [key for key in given if key not in options.model_fields]
+    declared = {name: load_options(name) for name in ENGINE_OPTIONS} if foreign else {}
+    problems: list[InitErrorDetails] = []
+    for key in foreign:
+        owners = {name: other for name, other in declared.items() if key in other.model_fields}
+        if not owners:
+            continue
+        value, default = given.pop(key), next(iter(owners.values())).model_fields[key].default
+        if value not in (default, _plain(default)):
+            error = PydanticCustomError("value_error", "{error}", {"error": _refusal(owners, engine)})
+            problems.append(InitErrorDetails(type=error, loc=(key,), input=value))
+    return problems
 
 
 def _refusal(owners: Mapping[str, type[ModelSection]], engine: str) -> str:
