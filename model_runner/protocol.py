@@ -4,13 +4,15 @@ Stands inside the *answer* stage: `transforms/answer/run.py` pulls completions f
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from importlib import import_module
 from typing import Protocol, TypeVar, cast, runtime_checkable
 
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.extras import require_extra
 from moebeam.schemas.job.model import ENGINE_OPTIONS, ModelSection, load_options
+from moebeam.schemas.job.sections import FailuresSection
 from moebeam.schemas.records import Completion, Request
 
 Options = TypeVar("Options", bound=ModelSection)
@@ -27,6 +29,8 @@ class EngineConfig:
         name: the model's name as written to tables and looked up in price books.
         revision: digest that pins the checkpoint's files; see `compute_checkpoint_revision`.
         run_id: whose batches are taken up after a crash; set where the engine is loaded.
+        failures: how long an outage is waited for, and how many equal refusals are borne; set where the engine is
+            loaded.
     """
 
     options: ModelSection
@@ -34,6 +38,7 @@ class EngineConfig:
     name: str
     revision: str
     run_id: str = ""
+    failures: FailuresSection = field(default_factory=FailuresSection)
 
     @property
     def engine(self) -> str:
@@ -65,6 +70,44 @@ class CountingRunner(Protocol):
 
     def counters(self) -> Mapping[str, float]:
         """Sums since the engine was loaded, by name; names that begin with `peak_` are maxima."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """Why a remote engine waits: its provider answers nobody at present.
+
+    Attributes:
+        since: when the provider last stopped answering; UTC.
+        next_try_at: when it is asked again; UTC.
+        message: the provider's own words or the network's, redacted, on one line.
+    """
+
+    provider: str
+    since: datetime
+    next_try_at: datetime
+    message: str
+
+
+@runtime_checkable
+class OutageReporter(Protocol):
+    """An engine that waits for its provider instead of failing requests."""
+
+    def find_outage(self) -> Outage | None:
+        """The outage that the engine waits for now; None while its provider answers. Safe from any thread."""
+        ...
+
+
+@runtime_checkable
+class StoppableRunner(Protocol):
+    """An engine that can give up requests in flight."""
+
+    def give_back(self) -> None:
+        """End what is in flight, in all calls of `generate` and for good; safe from any thread.
+
+        Each call of `generate` ends soon, after the completions that have arrived. A request that a provider may bill
+        comes out with the error `RequestGivenUp` and its lost call; the others have no completion.
+        """
         ...
 
 

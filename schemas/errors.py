@@ -19,7 +19,7 @@
         ├── render    TemplateFailed, TemplateBudgetExceeded, NullValue, InvalidMessages,
         │             InvalidSampling, InvalidTools, InvalidResponseFormat, ContextOverflow
         ├── plan      DuplicateId
-        ├── run       EngineFailed, EngineCrashed, EngineOverloaded, EngineTimeout, ContentRefused,
+        ├── run       EngineFailed, EngineCrashed, RequestGivenUp, EngineOverloaded, EngineTimeout, ContentRefused,
         │             RequestRefused, MalformedResponse
         └── validate  AnswerInterrupted, EmptyAnswer, TruncatedAnswer, NotJson, SchemaViolation, ModelRejected,
                       MalformedToolCall, MissingToolCall, ToolArgumentsInvalid
@@ -226,6 +226,12 @@ class EngineFailed(RowError):
     """The engine failed on this request."""
 
     error_type = "engine_failed"
+
+
+class RequestGivenUp(RowError):
+    """The run was stopped while the request was in flight; it is asked again by the next start, never a reject."""
+
+    error_type = "given_up"
 
 
 class EngineCrashed(RowError):

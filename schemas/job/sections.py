@@ -222,6 +222,25 @@ class FailuresSection(Section):
         "`auto` where a provider is paid for answers",
     )
 
+    max_outage_s: float = Field(
+        default=600.0,
+        ge=0,
+        description="How long a run waits for a provider that answers nobody before it ends unfinished; no row is "
+        "rejected for an outage",
+    )
+    max_same_refusals: int = Field(
+        default=20,
+        ge=1,
+        description="Rows that one provider may refuse with the same error, with no answer between them, before the "
+        "run stops",
+    )
+    drain_s: float = Field(
+        default=5.0,
+        ge=0,
+        le=600,
+        description="Seconds for which answers that are on their way are still awaited once a run is asked to stop",
+    )
+
     @model_validator(mode="after")
     def _check_silence(self) -> "FailuresSection":
         if self.max_silence_s is not None and self.engine_process == "shared":

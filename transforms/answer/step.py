@@ -118,7 +118,8 @@ class _AnswerShard(beam.DoFn):
         return commit
 
     def _load(self) -> LoadedEngine:
-        engine, failures = replace(self._spec.engine, run_id=self._spec.accounting.run_id), self._spec.failures
+        failures = self._spec.failures
+        engine = replace(self._spec.engine, run_id=self._spec.accounting.run_id, failures=failures)
         return LoadedEngine.load(engine, self._engine_process(), failures.max_silence_s)
 
     def _engine_process(self) -> EngineProcess:
