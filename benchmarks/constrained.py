@@ -1,6 +1,7 @@
 """Checks that constrained answers are valid: `python -m benchmarks.constrained --schemas DIR --json OUT.json`.
 
-DIR holds `*.json`, each `{"schema": ...}`; other keys are ignored. Each schema becomes a grammar as a job's would
+DIR holds `*.json`, each `{"schema": ...}`, as MaskBench has them; of its `tests` (`{"data": ..., "valid": ...}`)
+each instance is given to the grammar, token by token. Each schema becomes a grammar as a job's would
 (`enforceable_schema`), and answers are drawn under it: random logits, as of a model with random weights, under the
 engines' own masks, over a synthetic vocabulary of 129,280 tokens or the demo's. jsonschema-rs validates the complete
 answers with formats asserted. So that answers end, tokens that begin with a closing quote or bracket and the end token
@@ -8,8 +9,9 @@ are preferred, the more the longer an answer is; white space between JSON tokens
 allows are drawn.
 
 OUT has for each schema `status` (`compiled`, `relaxed`: `keywords` names what is left to validation, `unsupported`:
-`reason`), `valid` of `attempts`, and `completed`, the answers that ended before `--max-tokens`; then totals, compile
-time and mask time. Exit code 0, or 2 where no schema could be read.
+`reason`), what is `narrowed`, `valid_refused` and `invalid_accepted` of its instances, `valid` of `attempts`, and
+`completed`, the answers that ended before `--max-tokens`; then totals, compile time and mask time. `--attempts 0` only
+compiles and asks for the instances. Exit code 0, or 2 where no schema could be read.
 """
 
 import argparse
@@ -49,6 +51,8 @@ class SchemaResult:
     Attributes:
         keyword: the first of `keywords`, which hold pointer, keyword and reason of all that is left to validation.
         reason: why it is unsupported.
+        num_narrowed: keywords by which valid values or spellings are left out.
+        valid_refused, invalid_accepted: of the file's instances, as validation judges them.
         failures: the first answers that completed and are not valid, with the reason.
         rewrite_ms, compile_ms: making the grammar's text, and its automata for the tokenizer.
     """
@@ -61,6 +65,10 @@ class SchemaResult:
     keyword: str | None = None
     keywords: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
     reason: str | None = None
+    num_narrowed: int = 0
+    instances: int = 0
+    valid_refused: int = 0
+    invalid_accepted: int = 0
     failures: list[dict[str, str]] = field(default_factory=list[dict[str, str]])
     rewrite_ms: float | None = None
     compile_ms: float | None = None
@@ -94,6 +102,16 @@ class RandomModel:
     def compile(self, grammar: str) -> Constraint:
         """The constraint of a new answer."""
         return self._compiler.compile(grammar)
+
+    def accepts(self, grammar: str, text: str) -> bool:
+        """Whether a grammar allows a text, token by token, and an end after it."""
+        constraint = self.compile(grammar)
+        try:
+            for token_id in self.tokenizer.encode(text, add_special_tokens=False).ids:
+                constraint.accept(token_id)
+        except RowError:
+            return False
+        return constraint.can_end
 
     def draw(self, constraint: Constraint, rng: np.random.Generator, max_tokens: int) -> tuple[str, bool]:
         """An answer, and whether it came to its end."""
@@ -131,9 +149,16 @@ class RandomModel:
 
 
 def check_schema(
-    file: str, schema: Json, model: RandomModel, *, attempts: int, max_tokens: int, seed: int
+    file: str,
+    schema: Json,
+    model: RandomModel,
+    *,
+    attempts: int,
+    max_tokens: int,
+    seed: int,
+    instances: Sequence[Json] = (),
 ) -> SchemaResult:
-    """Draw answers under one schema and validate them."""
+    """Draw answers under one schema and validate them; give its grammar instances of which validation judges too."""
     try:
         contract = AnswerSchema.from_json(schema, formats="assert", source=file)
         start = time.perf_counter()
@@ -151,9 +176,16 @@ def check_schema(
         attempts,
         keyword=enforceable.relaxed[0].keyword if enforceable.relaxed else None,
         keywords=[_describe(relaxation) for relaxation in enforceable.relaxed],
+        num_narrowed=len(enforceable.narrowed),
         rewrite_ms=rewrite_ms,
         compile_ms=compile_ms,
     )
+    for value in instances:
+        text = json.dumps(value, ensure_ascii=False)
+        is_valid, is_accepted = _keeps(contract, text), model.accepts(grammar, text)
+        found.instances += 1
+        found.valid_refused += is_valid and not is_accepted
+        found.invalid_accepted += is_accepted and not is_valid
     for attempt in range(attempts):
         rng = np.random.default_rng([seed, attempt])
         try:
@@ -172,20 +204,29 @@ def check_schema(
     return found
 
 
+def _keeps(contract: AnswerSchema, text: str) -> bool:
+    try:
+        contract.check(text)
+    except RowError:
+        return False
+    return True
+
+
 def _describe(relaxation: Relaxation) -> dict[str, str]:
     return {"pointer": relaxation.pointer, "keyword": relaxation.keyword, "reason": relaxation.reason}
 
 
-def read_schemas(folder: Path) -> tuple[dict[str, Json], dict[str, str]]:
-    """The schemas of a folder by file name, in order, and why other files cannot be read."""
-    schemas: dict[str, Json] = {}
+def read_schemas(folder: Path) -> tuple[dict[str, tuple[Json, list[Json]]], dict[str, str]]:
+    """The schemas of a folder by file name, in order, with their instances; and why other files cannot be read."""
+    schemas: dict[str, tuple[Json, list[Json]]] = {}
     problems: dict[str, str] = {}
     for path in sorted(folder.glob("*.json")):
         try:
             document: object = json.loads(path.read_text(encoding="utf-8-sig"))
             if not isinstance(document, dict) or "schema" not in document:
                 raise ValueError('expected {"schema": ...}, found no key `schema`')
-            schemas[path.name] = document["schema"]
+            instances = [test["data"] for test in document.get("tests", ()) if "data" in test]
+            schemas[path.name] = document["schema"], instances
         except (OSError, ValueError, RecursionError) as error:
             problems[path.name] = f"{type(error).__name__}: {error}"
     return schemas, problems
@@ -198,6 +239,12 @@ def compute_totals(results: Sequence[SchemaResult], mask_ms: Sequence[float]) ->
     return {
         "num_schemas": len(results),
         **{status: sum(found.status == status for found in results) for status in STATUSES},
+        "narrowed": sum(found.num_narrowed > 0 for found in results),
+        "instances": sum(found.instances for found in results),
+        "valid_refused": sum(found.valid_refused for found in results),
+        "valid_refused_unnamed": sum(found.valid_refused for found in results if not found.num_narrowed),
+        "invalid_accepted": sum(found.invalid_accepted for found in results),
+        "invalid_accepted_unnamed": sum(found.invalid_accepted for found in exact),
         "attempts": sum(found.attempts for found in results),
         "completed": sum(found.completed for found in results),
         "valid": sum(found.valid for found in results),
@@ -227,11 +274,14 @@ def result_lines(totals: dict[str, Any], results: Sequence[SchemaResult]) -> lis
         f"{totals['num_schemas']} schemas: "
         + ", ".join(f"{totals[status]} {status}" for status in STATUSES)
         + f"; {totals['completed']} of {totals['attempts']} answers complete, {totals['valid']} of them valid",
+        f"{totals['narrowed']} narrowed; of {totals['instances']} instances {totals['valid_refused']} valid refused "
+        f"({totals['valid_refused_unnamed']} where nothing is narrowed), {totals['invalid_accepted']} invalid accepted "
+        f"({totals['invalid_accepted_unnamed']} where nothing is relaxed)",
         f"not relaxed: {totals['compiled_valid']} of {totals['compiled_completed']} complete answers valid",
     ]
     for name in ("rewrite_ms", "compile_ms", "mask_ms"):
         if totals[name] is not None:
-            lines.append(f"{name}: p50 {totals[name]['p50']:.3f}, p99 {totals[name]['p99']:.3f}")
+            lines.append(f"{name}: " + ", ".join(f"{part} {value:.3f}" for part, value in totals[name].items()))
     for found in results:
         if found.status == "unsupported":
             lines.append(f"{found.file}: unsupported: {found.reason}")
@@ -257,8 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check all schemas of a folder; 2 if there is none that can be read."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.attempts < 1 or args.max_tokens < 1 or args.seed < 0:
-        parser.error("--attempts and --max-tokens: expected at least 1; --seed: expected at least 0")
+    if args.attempts < 0 or args.max_tokens < 1 or args.seed < 0:
+        parser.error("--max-tokens: expected at least 1; --attempts and --seed: expected at least 0")
     schemas, problems = read_schemas(args.schemas)
     for file, problem in problems.items():
         print(f"{file}: cannot be read: {problem}", file=sys.stderr)
@@ -270,7 +320,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(f"--vocab-size: {error}")
     options = {"attempts": args.attempts, "max_tokens": args.max_tokens, "seed": args.seed}
-    results = [check_schema(file, schema, model, **options) for file, schema in schemas.items()]
+    results = [
+        check_schema(file, schema, model, instances=instances, **options)
+        for file, (schema, instances) in schemas.items()
+    ]
     totals = compute_totals(results, model.mask_ms)
     print("\n".join(result_lines(totals, results)))
     found = {

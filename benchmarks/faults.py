@@ -2,8 +2,9 @@
 
 Kills: runs of the command line are killed with SIGKILL at seeded instants of every phase, alone, with their workers, or
 workers alone, and run again until they are done. Sweep: every file operation and every engine call of a small run fails
-once, in every way it can. Either way the tables must equal those of an undisturbed run. Exits with 1 if anything was
-lost, doubled or left over.
+once, in every way it can. Endpoint: `--endpoint` runs 50 scripts (`benchmarks/endpoint_chaos/`) of 40 rows each against
+a provider that fails in every way it can, while the runs are stopped by signals and budgets. The tables must always
+equal those of an undisturbed run. Exits with 1 if anything was lost, doubled or left over.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.endpoint_chaos.figures import count_endpoint_faults
 from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
 from moebeam.jobs.run.launch import launch
 from tests.support.disturbed_runs import Tables, Work, tables_of
@@ -106,6 +108,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rows", type=int, default=600, help="rows of the runs that are killed")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--endpoint", action="store_true", help="scripts of a provider that fails")
+    parser.add_argument("--scripts", type=int, default=50)
+    parser.add_argument("--requests", type=int, default=2000, help="rows of all scripts together")
+    parser.add_argument("--time-scale", type=float, default=1.0, help="multiplies outages of 1 to 90 s")
+    parser.add_argument("--parallel", type=int, default=4, help="scripts at a time")
+    parser.add_argument("--keep", type=Path, help="folder for the files of scripts with a problem")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
     found: dict[str, Any] = {}
@@ -116,6 +124,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             _be_quiet()
             folder = Path(name) / "sweep"
             found["sweep"] = sweep(folder, num_rows=60, num_processes=args.processes, sample=args.sample)
+        if args.endpoint:
+            found["endpoint"] = count_endpoint_faults(
+                args.keep or Path(name) / "endpoint",
+                num_scripts=args.scripts,
+                num_requests=args.requests,
+                seed=args.seed,
+                time_scale=args.time_scale,
+                num_parallel=args.parallel,
+            )
     text = json.dumps(found, indent=2)
     print(text)
     if args.json is not None:

@@ -30,7 +30,6 @@ from moebeam.model_runner.protocol import ModelRunner
 from moebeam.schemas.records import Message, Request, Sampling
 from moebeam.transforms.answer.budget import BudgetedRunner, ShardBudget, SpendingLimits
 from moebeam.transforms.answer.expectation import Ceiling
-from moebeam.transforms.answer.spending import Spent
 from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.money.price_book import PriceBook
 from tests.support.engine_configs import engine_config
@@ -93,7 +92,7 @@ def measure_engine(base_url: str, num: int, concurrency: int, *, is_budgeted: bo
     asking: ModelRunner = runner
     if is_budgeted:
         ceiling = Ceiling.from_engine(Accounting("run", PriceBook.parse(PRICES, "prices.csv")), config)
-        asking = BudgetedRunner(runner, ShardBudget(SpendingLimits(max_cost=Decimal(10**6)), Spent, ceiling))
+        asking = BudgetedRunner(runner, ShardBudget(SpendingLimits(max_cost=Decimal(10**6)), ceiling=ceiling))
     before, started, requests_s = _cpu_s(), time.perf_counter(), 0.0
     num_ahead = num // 10
     for num_done, completion in enumerate(asking.generate(requests(num + num_ahead)), 1):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moebeam.jobs.check.job_file import load_job
-    from moebeam.jobs.commands.notebook import run_job
+    from moebeam.jobs.notebook.run_job import run_job
     from moebeam.model_runner.protocol import EngineConfig
     from moebeam.model_runner.run_inference.handler import MoebeamModelHandler
     from moebeam.schemas.errors import (
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         OutputError,
         PipelineFailed,
         RowError,
+        RunStopped,
     )
     from moebeam.schemas.job.sections import Job
     from moebeam.schemas.tables import LEDGER_SCHEMA, PLAN_SCHEMA, READ_SCHEMA, RESULT_SCHEMA, TABLES_VERSION
@@ -66,6 +67,7 @@ __all__ = [
     "ReadPrompts",
     "RenderPrompts",
     "RowError",
+    "RunStopped",
     "__version__",
     "load_job",
     "run_job",
@@ -86,7 +88,7 @@ _MODULES = {
     "RenderPrompts": "transforms.render.step",
     "TABLES_VERSION": "schemas.tables",
     "load_job": "jobs.check.job_file",
-    "run_job": "jobs.commands.notebook",
+    "run_job": "jobs.notebook.run_job",
 }
 """Where the public names are defined; the others are errors."""
 

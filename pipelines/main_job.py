@@ -11,7 +11,7 @@ from moebeam.transforms.answer.step import AnswerShards
 from moebeam.transforms.plan.build_shards import PlanSpec
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord
 from moebeam.transforms.plan.step import FindDuplicates, PlanShards
-from moebeam.transforms.publish.manifest import PublishSpec
+from moebeam.transforms.publish.publish_spec import PublishSpec
 from moebeam.transforms.publish.step import PublishRun
 from moebeam.transforms.read.input_rows import ReadColumns
 from moebeam.transforms.read.input_scan import InputScan

@@ -20,7 +20,8 @@ class ValidatedAnswer:
     """A completion after validation.
 
     Attributes:
-        output_json: the answer's JSON as the model wrote it, stripped; None without a schema or with an error.
+        output_json: the answer's JSON as the model wrote it, stripped, each key once (the last of equal ones counts);
+            None without a schema or with an error.
         error: why the answer is not valid; None if it is.
         value: the parsed JSON where `output_json` is set.
         attempt: number of this attempt at the request, from 1.
@@ -73,7 +74,7 @@ class StagedFile:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums over a shard or a run, from its tables.
+    """Sums over a shard or a run, from its tables. Tokens are those of the ledger's classes, as far as they are known.
 
     Attributes:
         num_reused: results copied from an earlier run's answers.
@@ -81,7 +82,9 @@ class Totals:
         num_unreadable_rows: rows in those, as far as footers tell.
         cached_tokens: None if unknown for any attempt.
         costs: currency -> sum, as decimal text; empty without prices.
-        num_unpriced: attempts without a price.
+        num_unpriced: attempts whose cost is unknown: without a price, or without a usage.
+        num_unknown_usage: those without a usage; their tokens are in no sum of tokens.
+        estimated_prompt_tokens, estimated_completion_tokens: what was counted here in place of the unknown tokens.
         num_lost_calls: provider calls that returned no usage but may still be billed.
         lost_costs_at_most: currency -> most that may be billed for them, not part of `costs`; excludes calls without a
             price.
@@ -103,6 +106,9 @@ class Totals:
     rejects_by_type: Mapping[str, int] | None = None
     num_lost_calls: int = 0
     lost_costs_at_most: Mapping[str, str] | None = None
+    num_unknown_usage: int = 0
+    estimated_prompt_tokens: int = 0
+    estimated_completion_tokens: int = 0
 
     def __add__(self, other: "Totals") -> "Totals":
         unknown = self.cached_tokens is None or other.cached_tokens is None
@@ -123,6 +129,9 @@ class Totals:
             rejects_by_type=_add_counts(self.rejects_by_type or {}, other.rejects_by_type or {}),
             num_lost_calls=self.num_lost_calls + other.num_lost_calls,
             lost_costs_at_most=_add_costs(self.lost_costs_at_most or {}, other.lost_costs_at_most or {}),
+            num_unknown_usage=self.num_unknown_usage + other.num_unknown_usage,
+            estimated_prompt_tokens=self.estimated_prompt_tokens + other.estimated_prompt_tokens,
+            estimated_completion_tokens=self.estimated_completion_tokens + other.estimated_completion_tokens,
         )
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import InvalidResponseFormat, InvalidSampling, InvalidTools, abbreviate
@@ -19,8 +19,13 @@ MAX_TOOLS = 128
 
 ToolChoiceMode: TypeAlias = Literal["auto", "none", "required", "named"]
 ResponseType: TypeAlias = Literal["text", "json_object", "json_schema"]
+ServiceTier: TypeAlias = Literal["auto", "default", "flex", "priority"]
 
 _RESPONSE_TYPES: tuple[ResponseType, ...] = ("text", "json_object", "json_schema")
+ORDINARY_TIERS: tuple[ServiceTier, ...] = ("auto", "default")
+"""Service tiers that mean what an engine or a provider without tiers does anyway."""
+
+_SERVICE_TIERS: tuple[ServiceTier, ...] = get_args(ServiceTier)
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
@@ -72,6 +77,8 @@ class ChatOptions:
         thinking: None is the default of the model's encoding.
         reasoning_effort: as the job or the row spells it; the encoder maps it to what the model supports.
         max_reasoning_tokens: an in-process engine closes the reasoning after this many tokens.
+        service_tier: how soon, and at which price, a provider answers; None leaves the choice to it.
+        model: the route to another model than the job's; None asks the job's.
     """
 
     tools: tuple[Tool, ...] = ()
@@ -81,6 +88,8 @@ class ChatOptions:
     thinking: bool | None = None
     reasoning_effort: str | None = None
     max_reasoning_tokens: int | None = None
+    service_tier: ServiceTier | None = None
+    model: str | None = None
 
     @property
     def callable_tools(self) -> tuple[Tool, ...]:
@@ -197,7 +206,20 @@ _PLAIN_VALUES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("parallel_tool_calls", "true or false", lambda found: isinstance(found, bool)),
     ("reasoning_effort", "a word", lambda found: isinstance(found, str) and bool(found)),
     ("max_reasoning_tokens", "a positive integer", lambda found: type(found) is int and found > 0),
+    ("service_tier", f"one of {', '.join(_SERVICE_TIERS)}", lambda found: found in _SERVICE_TIERS),
+    ("model", "the name of a model", lambda found: isinstance(found, str) and bool(found)),
 )
+
+
+_PLAIN_NAMES = (
+    "parallel_tool_calls",
+    "thinking",
+    "reasoning_effort",
+    "max_reasoning_tokens",
+    "service_tier",
+    "model",
+)
+"""Options whose value is their JSON."""
 
 
 def with_own_values(options: ChatOptions, own: Mapping[str, object]) -> ChatOptions:
@@ -237,9 +259,7 @@ def _check_tool_choice(choice: ToolChoice, tools: Sequence[Tool]) -> ToolChoice:
 def options_json(options: ChatOptions) -> str:
     """Options as JSON text, equal for equal options. Keys of tools and schemas keep their order."""
     values: dict[str, Any] = {
-        name: value
-        for name in ("parallel_tool_calls", "thinking", "reasoning_effort", "max_reasoning_tokens")
-        if (value := getattr(options, name)) != getattr(DEFAULT_OPTIONS, name)
+        name: value for name in _PLAIN_NAMES if (value := getattr(options, name)) != getattr(DEFAULT_OPTIONS, name)
     }
     if options.tools:
         values["tools"] = [tool.document for tool in options.tools]

@@ -13,6 +13,7 @@
     │   ├── CommitError             exit 1: durable state is missing or contradicts itself
     │   ├── PipelineFailed          exit 1: a step failed on a worker
     │   └── JobInterrupted          exit 4: stopped by a signal or a budget, can be resumed
+    │       └── RunStopped          the same of `run_job`, with what was answered
     └── RowError                    a row's problem; becomes a reject, never leaves a stage as an exception
         ├── read      UnreadableFile, UnreadableRowGroup, RowCountMismatch, InvalidLine,
         │             UnsupportedRequest, InvalidId, InvalidValue
@@ -27,7 +28,8 @@
 Third-party errors are mapped to this tree by type, where they are caught.
 """
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 Stage = Literal["read", "render", "plan", "run", "validate"]
 
@@ -39,9 +41,14 @@ class MoebeamError(Exception):
 
 
 class JobError(MoebeamError):
-    """A problem that stops the whole job."""
+    """A problem that stops the whole job.
+
+    `account` is what the run had paid by then, by state, as `--json` prints it; None where nothing was asked, or where
+    nobody knows.
+    """
 
     exit_code: ClassVar[int] = 1
+    account: Mapping[str, object] | None = None
 
 
 class JobFileError(JobError):
@@ -101,6 +108,24 @@ class JobInterrupted(JobError):
     """A signal or a budget stopped the run; it can be resumed."""
 
     exit_code = 4
+
+
+class RunStopped(JobInterrupted):
+    """A signal or a budget stopped `run_job`; the same call goes on, and so does `moebeam resume`.
+
+    Attributes:
+        answers: the rows answered so far, in the form in which `run_job` returns them.
+        summary: what `moebeam run --json` prints of the run; empty if it stopped before anything was asked.
+        output: folder of the run.
+    """
+
+    def __init__(
+        self, message: str, *, answers: Any = None, summary: Mapping[str, object] | None = None, output: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.answers = answers
+        self.summary: Mapping[str, object] = summary or {}
+        self.output = output
 
 
 class RowError(MoebeamError):

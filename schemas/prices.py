@@ -3,11 +3,25 @@
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Context, Decimal, Inexact, InvalidOperation, Overflow
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 CostBasis: TypeAlias = Literal["exact", "upper_bound"]
-PriceMode: TypeAlias = Literal["online", "batch"]
-"""How requests are sent: one at a time, or as a batch file that the provider answers later."""
+PriceMode: TypeAlias = Literal["online", "batch", "flex", "priority"]
+"""At which of a provider's prices requests are answered: one at a time, as a batch file that the provider answers
+later, or one at a time in a service tier with a price of its own."""
+
+PRICE_MODES: tuple[PriceMode, ...] = get_args(PriceMode)
+
+
+def find_tier_mode(service_tier: str | None) -> PriceMode:
+    """The mode at which a service tier is priced; all but `flex` and `priority` have the ordinary price."""
+    match service_tier:
+        case "flex":
+            return "flex"
+        case "priority":
+            return "priority"
+        case _:
+            return "online"
 
 
 @dataclass(frozen=True, slots=True)

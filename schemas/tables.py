@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-TABLES_VERSION = 4
+TABLES_VERSION = 5
 
 MONEY = pa.decimal128(38, 12)
 """Type of every price, cost and sum of costs."""
@@ -16,6 +16,9 @@ MONEY = pa.decimal128(38, 12)
 TOOL_CALLS = pa.list_(
     pa.struct([pa.field("id", pa.string()), pa.field("name", pa.string()), pa.field("arguments", pa.string())])
 )
+
+TOP_LOGPROBS = pa.list_(pa.list_(pa.struct([pa.field("token", pa.string()), pa.field("logprob", pa.float64())])))
+"""For each token of an answer the likeliest ones at its place."""
 
 FAILED_ATTEMPTS = pa.list_(
     pa.struct(
@@ -79,6 +82,11 @@ RESULT_SCHEMA = pa.schema(
         pa.field("num_rows", pa.int64()),
         pa.field("costs_by_currency", COSTS_BY_CURRENCY),
         pa.field("reused_from", pa.string()),
+        pa.field("provider_finish_reason", pa.string()),
+        pa.field("usage_status", pa.string()),
+        pa.field("estimated_prompt_tokens", pa.int64()),
+        pa.field("estimated_completion_tokens", pa.int64()),
+        pa.field("top_logprobs", TOP_LOGPROBS),
     ]
 )
 """Columns shared by `results/` and `rejects/`, before the input's passthrough columns.
@@ -89,6 +97,12 @@ a reject covers (null for an unreadable file of unknown length). `attempts` coun
 were priced in several has null `cost`, `cost_allocated` and `currency`, `cost_basis = "mixed_currency"`, and its
 amounts in `costs_by_currency`, which is null otherwise. `reused_from` names the row of an earlier run, as
 `run_id/custom_id`, whose answer was copied; such a row has no tokens, no cost and no ledger line.
+
+`provider_finish_reason` is the provider's own word for `finish_reason`. `usage_status` is `reported`, `missing` (the
+provider did not count the tokens of some attempt: they and the cost are null) or `contradictory` (it did, but the
+counts cannot all be right; they stand as it reported them), null for a row that no engine answered. Where a sum of
+tokens is null, the column `estimated_...` has what was counted here in place of the provider, added to what it did
+count; null elsewhere.
 """
 
 LEDGER_SCHEMA = pa.schema(
@@ -131,6 +145,9 @@ LEDGER_SCHEMA = pa.schema(
         pa.field("tags", pa.map_(pa.string(), pa.string())),
         pa.field("num_lost_calls", pa.int32()),
         pa.field("lost_cost_at_most", MONEY),
+        pa.field("usage_status", pa.string()),
+        pa.field("estimated_prompt_tokens", pa.int64()),
+        pa.field("estimated_completion_tokens", pa.int64()),
     ]
 )
 """One line per attempt at a request, with disjoint token classes; prices are per 1,000,000 tokens.
@@ -141,7 +158,26 @@ abandoned). With unknown cached tokens, `cache_hit_tokens` is null and all promp
 the engine's seconds, by computed tokens; null if the engine does not count them. `journal` names the file that
 recorded a remote answer on arrival. `tags` holds the non-null columns of `[accounting] tag_columns`. `num_lost_calls`
 counts the attempt's calls that returned no usage though the provider may have worked on them; `lost_cost_at_most` is
-the most it may bill for them, in `currency`, and is part of no other amount; null without a price.
+the most it may bill for them, in `currency`, and is part of no other amount; null without a price. Token classes that
+the provider did not count are null, as is the cost, and `estimated_...` stands beside them. With `usage_status`
+`contradictory`, cached tokens beyond the prompt are added to `cache_miss_tokens` (hits are unknown), reasoning tokens
+beyond the output stand beside it, and `cost_basis` is `upper_bound`.
+"""
+
+PARTIAL_SCHEMA = pa.schema(
+    [
+        *LEDGER_SCHEMA,
+        pa.field("output_text", pa.string()),
+        pa.field("reasoning_content", pa.string()),
+        pa.field("tool_calls", TOOL_CALLS),
+        pa.field("error_message", pa.string()),
+    ]
+)
+"""A line of `partial/`: a journaled answer of a shard that is not committed, as the ledger's line and its text.
+
+`outcome` is `journaled`. The answer is not validated yet; the next attempt of the run uses it or, if another one was
+kept for the same request, turns the line to `wasted`. `error_type` is set where the provider answered with a failure
+that used tokens, or where the request was given up at a stop.
 """
 
 PLAN_SCHEMA = pa.schema(

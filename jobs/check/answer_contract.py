@@ -11,6 +11,7 @@ from moebeam.jobs.check.engine_config import CheckedEngine, thinks
 from moebeam.model_runner.checkpoint.parameter_warnings import parameter_warnings
 from moebeam.model_runner.checkpoint.strict_tools import strict_tool_problems
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
+from moebeam.model_runner.openai_engine.options import OpenAIOptions
 from moebeam.schemas.chat_options import ChatOptions, ResponseFormat, Tool, ToolChoice, parse_tool_choice, parse_tools
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.contract.output_type import OutputType, output_type
@@ -75,6 +76,7 @@ def answer_options(job: Job, schema: AnswerSchema | None) -> ChatOptions:
         thinking={"auto": None, "enabled": True, "disabled": False}[job.thinking.mode],
         reasoning_effort=job.thinking.reasoning_effort,
         max_reasoning_tokens=job.thinking.max_reasoning_tokens,
+        service_tier=job.model.service_tier if isinstance(job.model, OpenAIOptions) else None,
     )
 
 
@@ -114,6 +116,15 @@ def terms_warnings(job: Job, checked: CheckedEngine, terms: TermsCache) -> Itera
             yield (
                 f"{job.output.schema_ or '[tools]'}: {relaxed.keyword} at {relaxed.pointer or '/'} is not enforced "
                 f"while answers are decoded ({relaxed.reason}); validation still checks it"
+            )
+        narrowed: dict[tuple[str, str], list[str]] = {}
+        for entry in built.narrowed if built is not None else ():
+            narrowed.setdefault((entry.keyword, entry.reason), []).append(entry.pointer or "/")
+        for (keyword, reason), pointers in narrowed.items():
+            more = f" and {len(pointers) - 3} more" if len(pointers) > 3 else ""
+            yield (
+                f"{job.output.schema_ or '[tools]'}: of what {keyword} allows, not all can be generated ({reason}): "
+                f"{', '.join(pointers[:3])}{more}"
             )
 
 

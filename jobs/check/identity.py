@@ -15,6 +15,8 @@ from moebeam.schemas.canonical import Json, fingerprint
 from moebeam.schemas.chat_options import options_json
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.job.model import CheckpointSection, ModelSection
+from moebeam.schemas.job.sections import Job
+from moebeam.schemas.providers import name_provider
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import TABLES_VERSION
@@ -69,7 +71,7 @@ class JobIdentity:
         """
         try:
             if not storage.exists(layout.job):
-                if not storage.is_folder(layout.output) or _is_free(layout):
+                if not storage.is_folder(layout.output) or is_free(layout):
                     return
                 # Another launcher of this job may have claimed the folder meanwhile.
                 if not storage.exists(layout.job):
@@ -120,12 +122,14 @@ def why_not_resumable(place: Sequence[str]) -> str | None:
     return f"shapes answers, so a run that has begun cannot change it; free are {free}"
 
 
-def _is_free(layout: RunLayout) -> bool:
-    """Whether a folder holds at most a saved quote and unfinished claims."""
+def is_free(layout: RunLayout) -> bool:
+    """Whether a folder holds at most a saved quote, data frames to answer, and unfinished claims."""
     begun = storage.normalize_path(layout.quote), storage.normalize_path(layout.job)
-    state = storage.normalize_path(layout.state)
+    state, frames = storage.normalize_path(layout.state), storage.normalize_path(layout.frames)
     return all(
-        path in begun or (path.rpartition("/")[0] == state and storage.is_passing(path))
+        path in begun
+        or path.startswith(f"{frames}/")
+        or (path.rpartition("/")[0] == state and storage.is_passing(path))
         for path, _ in storage.list_files(layout.output)
     )
 
@@ -147,7 +151,11 @@ def identify(
     }
     if isinstance(engine.options, OpenAIOptions):
         # Its endpoint and fallbacks may change: each row says who answered.
-        model["provider"] = engine.options.provider
+        provider = engine.options.provider
+        model["provider"] = provider and name_provider(provider)
+        if engine.options.routes:
+            # Which rows are answered at all.
+            model["routes"] = sorted(engine.options.route_names)
     accounting: dict[str, Json] = {
         "price_book": prices.version if prices else None,
         "provider": job.accounting.provider,
@@ -173,7 +181,7 @@ def identify(
         ),
         "[thinking] and [tools]": {"options": options_json(terms.options), "column": job.tools.column},
         "[repair]": job.repair.model_dump(mode="json"),
-        "[sampling]": job.sampling.model_dump(mode="json"),
+        "[sampling]": _sampling(job),
         "[plan]": job.plan.model_dump(mode="json"),
         "[accounting]": accounting,
         "tables version": TABLES_VERSION,
@@ -183,6 +191,16 @@ def identify(
     if request.reuse is not None:
         parts["--reuse"] = request.reuse.run_id
     return JobIdentity({name: fingerprint(part) for name, part in parts.items()})
+
+
+_LATER_SAMPLING = ("top_logprobs", "frequency_penalty", "presence_penalty")
+
+
+def _sampling(job: Job) -> dict[str, Json]:
+    """`[sampling]` as identities of all versions record it: keys that came later only where they are set."""
+    section = job.sampling
+    unset = {name for name in _LATER_SAMPLING if not getattr(section, name)}
+    return section.model_dump(mode="json", exclude=unset)
 
 
 def _dtype(options: ModelSection) -> str:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from moebeam.schemas.errors import JobError, JobFileError
 from moebeam.schemas.job.sections import Job
+from moebeam.schemas.store.run_layout import find_frame_digest
 from moebeam.schemas.tables import OUTPUT, RESULT_SCHEMA, result_schema
 from moebeam.transforms.read.input_rows import JSONL_INPUT_FIELDS, ReadColumns
 from moebeam.transforms.read.input_scan import InputScan
@@ -77,7 +78,8 @@ def find_column_problems(job: Job, scan: InputScan, template: PromptTemplate) ->
         if name not in scan.names:
             near = difflib.get_close_matches(name, scan.names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; its columns are {', '.join(scan.names)}"
-            yield JobFileError(f"{key}: {section.path} has no column {name!r}{hint}")
+            source = section.path if find_frame_digest(section.path) is None else "data"
+            yield JobFileError(f"{key}: {source} has no column {name!r}{hint}")
     for key, name in named:
         is_label = key == "[accounting] tag_columns" or (key.endswith("_column") and key.startswith("[input]"))
         if is_label and name in scan.schema.names:

@@ -17,6 +17,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ValidationError
 
 from moebeam.jobs.check.job_problems import MAX_SHOWN_CHARS, Draft, KeyPath, explain_errors, join_problems
+from moebeam.jobs.prices.shipped import BUILTIN
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.model import model_keys
 from moebeam.schemas.job.sections import Job
@@ -46,15 +47,28 @@ def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
     Raises:
         JobFileError: all problems, one per line.
     """
-    draft = Draft(name=path.rsplit("/", 1)[-1], values=_read_toml(path))
-    _resolve_paths(draft.values, _parent_folder(path))
+    return make_job(read_sections(path), path.rsplit("/", 1)[-1], find_folder(path), overrides)
+
+
+def make_job(sections: Mapping[str, Any], name: str, folder: str, overrides: Sequence[str] = ()) -> Job:
+    """Check a job's sections and apply overrides.
+
+    Args:
+        sections: as TOML reads them.
+        name: of the job, for messages.
+        folder: relative paths are relative to it.
+    Raises:
+        JobFileError: all problems, one per line.
+    """
+    draft = Draft(name, {key: dict(table) if isinstance(table, Mapping) else table for key, table in sections.items()})
+    _resolve_paths(draft.values, folder)
     _apply_overrides(draft, overrides)
     _drop_unknown_keys(draft)
     _check_empty_paths(draft)
     job = _validate(draft)
     if draft.problems or job is None:
         raise JobFileError(join_problems(draft.problems))
-    return job.in_folder(_parent_folder(path))
+    return job.in_folder(folder)
 
 
 def read_job(values: Mapping[str, Any], name: str = "the job") -> Job:
@@ -96,7 +110,12 @@ def override_job(job: Job, overrides: Sequence[str], refusal: Callable[[KeyPath]
     return changed if job.folder is None else changed.in_folder(job.folder)
 
 
-def _read_toml(path: str) -> dict[str, Any]:
+def read_sections(path: str) -> dict[str, Any]:
+    """Read a job file as it is written, unchecked.
+
+    Raises:
+        JobFileError: the file cannot be read or is not TOML.
+    """
     content = _read(path)
     try:
         # Windows editors write a byte order mark, which is not valid TOML.
@@ -146,7 +165,8 @@ def _explain_toml_error(path: str, text: str, message: str) -> str:
     return f"{path}, line {number}, column {place['column']}: not TOML: {reason}{shown}"
 
 
-def _parent_folder(path: str) -> str:
+def find_folder(path: str) -> str:
+    """The folder of a job file, absolute."""
     if storage.is_local(path):
         return os.path.dirname(os.path.abspath(os.path.expanduser(path.removeprefix("file://"))))
     return path.rpartition("/")[0]
@@ -156,16 +176,23 @@ def _resolve_paths(values: Mapping[str, Any], folder: str) -> None:
     for section, key in _PATH_KEYS:
         table = values.get(section)
         if isinstance(table, dict) and isinstance(table.get(key), str) and table[key]:
-            table[key] = _resolve(table[key], folder, may_be_class=(section, key) == ("output", "schema"))
+            table[key] = _resolve_key((section, key), table[key], folder)
     chain: Any = values.get("value_chain")
     parties: Any = chain.get("parties") if isinstance(chain, dict) else None
     for party in cast("list[Any]", parties) if isinstance(parties, list) else []:
         if isinstance(party, dict) and isinstance(party.get("price_book"), str) and party["price_book"]:
-            party["price_book"] = _resolve(party["price_book"], folder, may_be_class=False)
+            party["price_book"] = _resolve_key(("accounting", "price_book"), party["price_book"], folder)
 
 
-def _resolve(path: str, folder: str, *, may_be_class: bool) -> str:
-    if "://" in path or (may_be_class and _CLASS_REFERENCE.fullmatch(path)):
+def _resolve_key(place: KeyPath, path: str, folder: str) -> str:
+    """The path that a key holds, made absolute; names that stand in the place of a path stay as they are."""
+    is_class = place == ("output", "schema") and _CLASS_REFERENCE.fullmatch(path) is not None
+    is_shipped = place == ("accounting", "price_book") and path == BUILTIN
+    return path if is_class or is_shipped else _resolve(path, folder)
+
+
+def _resolve(path: str, folder: str) -> str:
+    if "://" in path:
         return path
     path = os.path.expanduser(path)
     if os.path.isabs(path) or "://" not in folder:
@@ -212,7 +239,7 @@ def _split_table(place: KeyPath, value: Any) -> list[tuple[KeyPath, Any]]:
 def _set_value(draft: Draft, place: KeyPath, value: Any, text: str) -> None:
     draft.set_texts[place] = text
     if isinstance(value, str) and place in _PATH_KEYS and value:
-        value = _resolve(value, os.getcwd(), may_be_class=place == ("output", "schema"))
+        value = _resolve_key(place, value, os.getcwd())
     table: Any = draft.values if len(place) == 1 else draft.values.setdefault(place[0], {})
     if isinstance(table, dict):
         table[place[-1]] = value

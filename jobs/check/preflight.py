@@ -18,6 +18,7 @@ from moebeam.jobs.check.input_columns import check_writable, choose_columns, fin
 from moebeam.jobs.check.reuse import check_reusable
 from moebeam.jobs.console.summary import CheckReport
 from moebeam.jobs.output.run_record import RetryOf, RunRequest, describe_changed_files, find_secrets, read_saved_scan
+from moebeam.jobs.prices.shipped import load_named_book
 from moebeam.schemas.contract.output_type import OutputType, describe_output_type
 from moebeam.schemas.errors import JobError, JobFileError, OutputError
 from moebeam.schemas.job.sections import Job, PlanSection
@@ -83,6 +84,7 @@ class CheckedJob:
             tools_column=job.tools.column,
             schema_in_prompt=job.output.schema_in_prompt,
             model=engine.name,
+            engine=engine.options,
         )
 
     @property
@@ -107,7 +109,9 @@ class CheckedJob:
         job, scan, line = self.request.job, self.scan, self.price_line
         warnings = list(self.warnings)
         if scan.num_unreadable_files:
-            warnings.append(f"{scan.num_unreadable_files} of {scan.num_files} files cannot be read")
+            first = next(unit for unit in scan.units if unit.error is not None)
+            which = f": {first.path}: {first.error}" if first.path else ""
+            warnings.append(f"{scan.num_unreadable_files} of {scan.num_files} files cannot be read{which}")
         if job.accounting.price_book is None:
             warnings.append("no [accounting] price_book: tokens are counted, costs stay null")
         return CheckReport(
@@ -218,7 +222,7 @@ def _join_errors(problems: list[JobError]) -> JobError:
 
 
 def _load_prices(job: Job) -> PriceBook | None:
-    return PriceBook.load(job.accounting.price_book) if job.accounting.price_book is not None else None
+    return load_named_book(job.accounting.price_book) if job.accounting.price_book is not None else None
 
 
 def _find_limit_problems(job: Job, prices: PriceBook | None, line: PriceLine | None) -> Iterable[JobError]:

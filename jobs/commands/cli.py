@@ -6,12 +6,13 @@ Standard output carries one JSON line and only with `--json`; everything for peo
 Beam, torch and pyarrow are imported inside commands, so that `--help` answers at once.
 """
 
+import atexit
 import importlib.metadata
 import os
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Annotated, NoReturn
 
 import typer
@@ -25,22 +26,22 @@ from moebeam.jobs.console.console import (
     Debug,
     Overrides,
     Quiet,
-    draining_signals,
     format_json_line,
     make_failure_answer,
     print_error,
     run_and_report,
     stderr_console,
 )
-from moebeam.jobs.console.summary import EXIT_WRONG_JOB, PIPELINE_THREAD
+from moebeam.jobs.console.signals import draining_command
+from moebeam.jobs.console.summary import EXIT_FAILED, EXIT_WRONG_JOB, PIPELINE_THREAD
 from moebeam.schemas.errors import JobFileError
 
 # Rich keeps the line breaks of all paragraphs but the first: one line a paragraph lets it wrap to any width.
 _RUN_HELP = """Answer every row of a job.
 
 Everything is checked before the first row. Running a finished job again does nothing; running an unfinished one \
-again continues where it stopped, as moebeam resume does. Ctrl-C finishes the shards at work and stops; a second \
-Ctrl-C stops at once.
+again continues where it stopped, as moebeam resume does. After Ctrl-C no request leaves any more; answers on their \
+way are awaited for [failures] drain_s, and the run stops. A second Ctrl-C stops at once.
 
 Beam options follow in Beam's own spelling (--runner, --direct_num_workers, --region, ...). Unknown ones are refused, \
 and so are options that carry secrets.
@@ -74,12 +75,22 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="
 
 def main() -> NoReturn:
     """Entry point of the `moebeam` command."""
+    exit_code = EXIT_FAILED
+
+    def end() -> None:
+        # A reader that went away is no reason to fail.
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(exit_code)
+
+    # Registered first, it runs after all other exit handlers, in place of the interpreter's teardown, which takes 1 to
+    # 2 s to free what Beam and torch have loaded.
+    atexit.register(end)
     exit_code = run_command(sys.argv[1:])
     if any(thread.name == PIPELINE_THREAD and thread.is_alive() for thread in threading.enumerate()):
         # A normal exit would wait for Beam's worker threads to finish their bundles.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
+        end()
     sys.exit(exit_code)
 
 
@@ -138,18 +149,20 @@ def run(
         _check_job_comes_first(job)
         loaded = load_job(job, overrides or ())
         beam_args = list(context.args)
-        with draining_signals() as stop:
+        with draining_command(console, loaded) as stop:
             if beam_args:
                 from moebeam.jobs.check.beam_options import parse_beam_options
 
                 parse_beam_options(beam_args)
             from moebeam.jobs.check.reuse import prepare_reuse
             from moebeam.jobs.run.launch import launch
+            from moebeam.jobs.run.summarize import telling_what_was_paid
 
             source = (
                 None if reuse is None else prepare_reuse(output_commands.parse_output_folder(reuse, "--reuse OUTPUT"))
             )
-            with nullcontext() if is_quiet else show_progress(console) as progress:
+            view = nullcontext() if is_quiet else show_progress(console)
+            with view as progress, telling_what_was_paid(loaded.output.path):
                 summary = launch(loaded, limit=limit, beam_args=beam_args, stop=stop, progress=progress, reuse=source)
         if not is_quiet:
             print_summary(console, summary)
@@ -176,8 +189,8 @@ def validate(
         from moebeam.jobs.check.preflight import check_job
         from moebeam.model_runner.protocol import require_packages
 
-        require_packages(loaded.model)
         report = check_job(loaded, limit=limit).report()
+        require_packages(loaded.model)
         if not is_quiet:
             print_report(console, report)
         return 0, {"status": "valid", "exit_code": 0, **report.to_json()}

@@ -16,7 +16,7 @@ _EXPORT_HELP = """Write a run's answers as the files of OpenAI's Batch API.
 
 output.jsonl has a line for each answer, with a chat completion as its body; error.jsonl has one for each reject. Both \
 are always written, and the same run gives the same bytes. A run that is not finished is refused, unless --partial \
-asks for what is committed.
+asks for what it has: the rows of finished shards, and answers that arrived for others, as the model gave them.
 
 Examples:
   moebeam export out --openai-batch files
@@ -49,6 +49,9 @@ def export(
                 console.print(f"wrote {count:,} {what} to {path}", highlight=False, markup=False, soft_wrap=True)
             if made.run_status == "incomplete":
                 console.print("the run is not finished: the other rows are in neither file", highlight=False)
+            if made.num_journaled:
+                note = "not validated yet: they come from journals of shards that are not finished"
+                console.print(f"{made.num_journaled:,} of these lines are {note}", highlight=False)
         return 0, {"status": "exported", "exit_code": 0, **made.to_json()}
 
     run_and_report(work, is_json=is_json, is_debug=is_debug)

@@ -131,17 +131,17 @@ def reconcile(
         from moebeam.jobs.output.run_record import read_record
         from moebeam.jobs.reports.reconcile import Tolerance, add_up_ledger, comparison_table, parse_columns, read_bill
         from moebeam.jobs.reports.reconcile import reconcile as compare
-        from moebeam.jobs.reports.report import ledger_errors, read_ledgers, require_manifest
+        from moebeam.jobs.reports.report import ledger_errors, require_run
 
         tolerance = Tolerance(
             _decimal("--tolerance-percent", tolerance_percent), _decimal("--tolerance-amount", tolerance_amount)
         )
         layout = read_record(folder).layout
         bill = read_bill(invoice, parse_columns(columns), currency)
-        manifest = require_manifest(layout)
         with ledger_errors(layout):
+            run, _ = require_run(layout)
             ledger, num_unpriced = add_up_ledger(
-                read_ledgers(layout, manifest),
+                run.read_ledgers(),
                 utc_offset=timedelta(hours=utc_offset_hours),
                 provider=provider,
                 model=model,

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moebeam.jobs.console.console import Answer, AsJson, Debug, Overrides, Quiet, draining_signals, run_and_report
+from moebeam.jobs.console.console import Answer, AsJson, Debug, Overrides, Quiet, run_and_report
+from moebeam.jobs.console.signals import draining_command
 from moebeam.schemas.errors import JobFileError
 
 _RESUME_HELP = """Resume a stopped run from its output folder alone.
@@ -34,9 +35,9 @@ Example:
 """
 _RETRY_HELP = """Answer rejected rows of a finished run again, as a run of its own.
 
-Only rows that the model was asked can be retried, by kind of error. They go to an output of their own: the first \
-run's results, rejects and ledger stay as they are; the new run has its own, and its manifest names the first run in \
-retry_of. Read both, for example as '{out,retry}/results/*.parquet'.
+Only rows that the model was asked can be retried, by kind of error or with --kinds all. They go to an output of \
+their own: the first run's results, rejects and ledger stay as they are; the new run has its own, and its manifest \
+names the first run in retry_of. Read both, for example as ['out/results/*.parquet', 'retry/results/*.parquet'].
 
 --set may change sampling and repair beside what resume may; a row's own sampling stays. Interrupted, it goes on by \
 moebeam resume NEW or by the same command.
@@ -44,10 +45,11 @@ moebeam resume NEW or by the same command.
 Examples:
   moebeam retry-failed out --kinds engine_timeout,engine_overloaded --output retry
   moebeam retry-failed out --kinds truncated --output retry --set sampling.max_tokens=2048
+  moebeam retry-failed out --kinds all --output retry
 """
 _CLEAN_HELP = """Remove what ended attempts of a run left behind, and prompts that were kept long enough.
 
-Removes staged tables that were never committed, sorted runs, leases, heartbeats and temporary files; the plan of a \
+Removes staged tables that were never committed, sorted runs, leases, progress and temporary files; the plan of a \
 run that ended --older-than days ago, which holds its prompts and which retry-failed needs. Keeps results, rejects, \
 ledger, manifest, commits, and all that an unfinished run needs to resume. A run at work is left alone.
 
@@ -78,11 +80,13 @@ def resume(
 
         record = read_record(folder)
         job = override_job(record.request.job, overrides or (), why_not_resumable)
-        with draining_signals() as stop:
+        with draining_command(console, job) as stop:
             _check_beam(context.args)
             from moebeam.jobs.run.launch import resume as resume_run
+            from moebeam.jobs.run.summarize import telling_what_was_paid
 
-            with nullcontext() if is_quiet else show_progress(console) as progress:
+            view = nullcontext() if is_quiet else show_progress(console)
+            with view as progress, telling_what_was_paid(folder):
                 summary = resume_run(record, job, beam_args=context.args, stop=stop, progress=progress)
         if not is_quiet:
             print_summary(console, summary)
@@ -108,7 +112,9 @@ def status(output: OutputPath, is_json: AsJson = False, is_debug: Debug = False)
 def retry_failed(
     context: typer.Context,
     output: OutputPath,
-    kinds: Annotated[str, typer.Option("--kinds", metavar="KIND,...", help="Error types, such as engine_timeout.")],
+    kinds: Annotated[
+        str, typer.Option("--kinds", metavar="KIND,...", help="Error types, such as engine_timeout; or all.")
+    ],
     new_output: Annotated[str, typer.Option("--output", metavar="NEW", help="Output folder of the retry.")],
     overrides: Overrides = None,
     is_json: AsJson = False,
@@ -125,11 +131,15 @@ def retry_failed(
         retry = prepare_retry(folder, parse_kinds(kinds))
         job = retry_job(retry, retry.source.request.job, parse_output_folder(new_output, "--output NEW"))
         job = override_job(job, overrides or (), lambda place: why_not_retryable(place, why_not_resumable))
-        with draining_signals() as stop:
+        if retry.note is not None and not is_quiet:
+            console.print(retry.note, soft_wrap=True, markup=False, highlight=False)
+        with draining_command(console, job) as stop:
             _check_beam(context.args)
             from moebeam.jobs.run.launch import launch
+            from moebeam.jobs.run.summarize import telling_what_was_paid
 
-            with nullcontext() if is_quiet else show_progress(console) as progress:
+            view = nullcontext() if is_quiet else show_progress(console)
+            with view as progress, telling_what_was_paid(job.output.path):
                 summary = launch(
                     job,
                     beam_args=context.args,

@@ -10,6 +10,7 @@ from rich.text import Text
 from moebeam.jobs.console.console import Answer, AsJson, Debug, run_and_report
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.prices import PriceLine
+from moebeam.schemas.providers import name_provider, suggest_provider
 from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.money.price_review import Change, diff, format_hours, list_changed_fields, prices_at, review
 
@@ -20,7 +21,7 @@ app = typer.Typer(
 )
 
 BookPath = Annotated[
-    str | None, typer.Argument(metavar="[BOOK]", help="Price book, CSV or TOML; default the one that ships.")
+    str | None, typer.Argument(metavar="[BOOK]", help="Price book, CSV or TOML; default `builtin`, the shipped one.")
 ]
 At = Annotated[
     str | None, typer.Option("--at", metavar="INSTANT", help="Such as 2026-11-24T09:30:00+08:00; default now.")
@@ -44,13 +45,14 @@ def list_prices(
         lines = [
             line
             for line in prices_at(prices, instant)
-            if provider in (None, line.provider) and model in (None, line.model)
+            if (provider is None or line.provider == name_provider(provider)) and model in (None, line.model)
         ]
         if not lines:
             raise JobFileError(
                 f"{prices.version}: expected a price that holds at {instant.isoformat()}"
                 f"{f' of provider {provider!r}' if provider else ''}"
                 f"{f' of model {model!r}' if model else ''}, found none"
+                f"{suggest_provider(provider, sorted({line.provider for line in prices.lines})) if provider else ''}"
             )
         if not is_json:
             console.print(Text(f"prices at {instant.isoformat()} by {prices.version}", style="bold"))
@@ -170,9 +172,9 @@ _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}
 
 def load_book(path: str | None) -> PriceBook:
     """A price book of the user's, or the shipped one."""
-    from moebeam.jobs.prices.shipped import SHIPPED_BOOK
+    from moebeam.jobs.prices.shipped import load_named_book
 
-    return PriceBook.load(str(SHIPPED_BOOK) if path is None else path)
+    return load_named_book(path)
 
 
 def parse_instant(text: str | None, option: str = "--at") -> datetime:
@@ -216,7 +218,7 @@ def _format_rows(lines: list[PriceLine]) -> list[str]:
     rows = [("line", "provider", "model", "hit", "miss", "output", "currency", "holds")]
     for line in lines:
         holds = " ".join(
-            filter(None, (line.mode if line.mode == "batch" else "", _format_tier(line), format_hours(line)))
+            filter(None, ("" if line.mode == "online" else line.mode, _format_tier(line), format_hours(line)))
         )
         hit = "unknown" if line.cache_hit is None else format(line.cache_hit, "f")
         prices = (hit, format(line.cache_miss, "f"), format(line.output, "f"))

@@ -1,4 +1,4 @@
-"""A command's output, signals and common options.
+"""A command's output and common options.
 
 Errors, logs and progress go to standard error, one JSON line to standard output.
 Every command of `jobs/commands/cli.py` and `jobs/commands/output_commands.py` does its work inside `run_and_report`.
@@ -7,19 +7,18 @@ Every command of `jobs/commands/cli.py` and `jobs/commands/output_commands.py` d
 import json
 import logging
 import os
-import signal
+import re
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
-from types import FrameType
+from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, NoReturn, TextIO
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from moebeam.jobs.console.paid_line import format_paid
 from moebeam.jobs.console.summary import EXIT_FAILED, EXIT_STOPPED
 from moebeam.schemas.errors import JobError
 
@@ -38,16 +37,18 @@ def run_and_report(work: Callable[[Console], tuple[int, Answer]], *, is_json: bo
     """Run a command's work, report its errors, print its JSON line and exit with its code."""
     console = stderr_console()
     is_killed = False
-    with _clean_stdout() as stdout, _logging_to(console, is_debug=is_debug):
+    with _clean_stdout() as stdout, logging_to(console, is_debug=is_debug):
         try:
             exit_code, answer = work(console)
         except KeyboardInterrupt:
             is_killed = True
             exit_code, answer = EXIT_STOPPED, make_failure_answer(EXIT_STOPPED, "stopped at once by a signal")
-            print_error(console, "stopped at once; finished shards are kept, run the same command again to go on")
+            print_error(console, "stopped at once; what was answered is kept, run the same command again to go on")
         except JobError as error:
-            exit_code, answer = error.exit_code, make_failure_answer(error.exit_code, str(error))
+            exit_code, answer = error.exit_code, make_failure_answer(error.exit_code, str(error), error.account)
             print_error(console, str(error), error if is_debug else None)
+            if error.account is not None:
+                console.print(f"so far: {format_paid(error.account)}", soft_wrap=True, markup=False, highlight=False)
         except Exception as error:  # anything unexpected: one line, and with --debug the traceback
             message = f"{type(error).__name__}: {error}".splitlines()[0]
             exit_code, answer = EXIT_FAILED, make_failure_answer(EXIT_FAILED, message)
@@ -62,10 +63,11 @@ def run_and_report(work: Callable[[Console], tuple[int, Answer]], *, is_json: bo
     raise typer.Exit(exit_code)
 
 
-def make_failure_answer(exit_code: int, message: str) -> Answer:
-    """The JSON answer of a command that failed or was stopped."""
+def make_failure_answer(exit_code: int, message: str, account: Mapping[str, object] | None = None) -> Answer:
+    """The JSON answer of a command that failed or was stopped; `account` is what its run has paid, if it is known."""
     status = "incomplete" if exit_code == EXIT_STOPPED else "failed"
-    return {"status": status, "exit_code": exit_code, "error": message}
+    answer = {"status": status, "exit_code": exit_code, "error": message}
+    return answer if account is None else {**answer, "account": account}
 
 
 def format_json_line(answer: Answer) -> str:
@@ -120,7 +122,7 @@ def _clean_stdout() -> Generator[TextIO]:
 
 
 @contextmanager
-def _logging_to(console: Console, *, is_debug: bool) -> Generator[None]:
+def logging_to(console: Console, *, is_debug: bool) -> Generator[None]:
     """Show log records as lines above the progress bar: warnings, and with `is_debug` everything from INFO on."""
     root = logging.getLogger()
     handler = _ConsoleHandler(console, is_debug=is_debug)
@@ -134,6 +136,10 @@ def _logging_to(console: Console, *, is_debug: bool) -> Generator[None]:
         root.setLevel(level)
 
 
+_STEP_ERROR = re.compile(r"\[while running '|Error processing instruction |Traceback \(most recent call last\)")
+"""How Beam writes of an error that a step raised."""
+
+
 class _ConsoleHandler(logging.Handler):
     def __init__(self, console: Console, *, is_debug: bool) -> None:
         super().__init__()
@@ -141,9 +147,12 @@ class _ConsoleHandler(logging.Handler):
         self._is_debug = is_debug
 
     def filter(self, record: logging.LogRecord) -> bool:
-        # Beam warns on import about Google clients nobody asked for, and about runners it chose itself.
+        # Beam warns on import about Google clients nobody asked for, and about runners it chose itself. It logs the
+        # error of a step up to three times; the launcher says once why the run failed.
         is_beam = record.name.startswith("apache_beam") or f"{os.sep}apache_beam{os.sep}" in record.pathname
-        return self._is_debug or not is_beam or record.levelno >= logging.ERROR
+        if self._is_debug or not is_beam:
+            return True
+        return record.levelno >= logging.ERROR and not _STEP_ERROR.search(record.getMessage())
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -153,27 +162,3 @@ class _ConsoleHandler(logging.Handler):
             self._console.print(text, soft_wrap=True, markup=False, highlight=False)
         except Exception:  # a broken log record must not end a run; logging says so on its own
             self.handleError(record)
-
-
-@contextmanager
-def draining_signals() -> Generator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into a set event, the second into a KeyboardInterrupt."""
-    stop = threading.Event()
-
-    def drain(signum: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        # The main thread may be in the middle of a print, so no buffered stream can be used here.
-        with suppress(OSError):
-            os.write(2, b"\nstopping: the shards at work are finished first; a second signal stops at once\n")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, drain) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -1,6 +1,11 @@
 """Amounts, durations and sizes as a person reads them; files hold the exact values."""
 
+from datetime import UTC, datetime
 from decimal import Decimal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moebeam.transforms.durable.progress import OutageNote
 
 
 def format_duckdb_command(query: str, path: str) -> str:
@@ -34,3 +39,16 @@ def format_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "bytes" or num_bytes >= 100 else f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:,.3g} TB"
+
+
+def format_outage(outage: "OutageNote", now: datetime | None = None) -> str:
+    """An outage in one line, its start in local time; `now` has a time zone."""
+    left_s = (outage.next_try_at - (now or datetime.now(UTC))).total_seconds()
+    when = f"next try in {left_s:.0f} s" if left_s >= 0.5 else "trying again"
+    return f"{outage.provider} unreachable since {outage.since.astimezone():%H:%M}, {when}: {outage.message}"
+
+
+def format_outage_end(outage: "OutageNote", now: datetime | None = None) -> str:
+    """That an outage is over, and how long it took."""
+    lasted_s = ((now or datetime.now(UTC)) - outage.since).total_seconds()
+    return f"{outage.provider} answers again after {max(0.0, lasted_s):,.0f} s"

@@ -7,7 +7,10 @@ console.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from decimal import Decimal
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from moebeam.transforms.durable.progress import OutageNote
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -35,6 +38,8 @@ class ProgressSnapshot:
         prompt_tokens: tokens of the prompts answered so far, cached ones included.
         cost: what is billed so far; None without a price.
         elapsed_s: seconds since the start of this attempt.
+        stop: why the run is about to end, in words; None while it goes on.
+        outage: the provider that workers wait for; None while it answers.
     """
 
     stage: str
@@ -49,6 +54,8 @@ class ProgressSnapshot:
     cost: Decimal | None
     currency: str | None
     elapsed_s: float
+    stop: str | None = None
+    outage: "OutageNote | None" = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +66,18 @@ class RunSummary:
         rows_in: rows of the input that could be read; None where the run stopped before that was known.
         num_rejects: rejected rows; unreadable files and row groups are not among them.
         num_unreadable: files and row groups that could not be read.
+        prompt_tokens, completion_tokens, reasoning_tokens: as far as they were counted; None where no answer's were.
         cached_tokens: None where the engine does not say, never 0 for unknown.
+        num_unknown_usage: answers whose provider did not count their tokens; they are in no sum, and `cost` neither.
+        estimated_prompt_tokens, estimated_completion_tokens: of those, as counted here.
         max_hit_rate: h* of the plan, the largest share of prompt tokens that sharing can save; 0 to 1.
-        cost: what is billed; None without a price.
+        rejects_by_message: the commonest messages, the commonest first, and how many rows have them.
+        num_answered: rows with a result, a reject or a journaled answer.
+        num_journaled: those whose answer is in a journal; it is in the tables once the run has gone on.
+        cost: what is billed for answers in the tables and in journals, as tokens are theirs; None without a price.
+        cost_journaled: the part of `cost` for answers in journals; None if none.
+        cost_paid: all that is billed, `cost` and `cost_wasted`.
+        account: what was paid by state (`committed`, `journaled`, `wasted` and `paid`, their sum), in all currencies.
         reason: why the run is incomplete: a key of `[limits]`, or `signal`.
         message: for people, for example why the run is incomplete.
         num_reused: how many of `num_results` are answers of an earlier run.
@@ -79,11 +95,14 @@ class RunSummary:
     num_rejects: int = 0
     num_unreadable: int = 0
     rejects_by_type: Mapping[str, int] = field(default_factory=dict[str, int])
-    prompt_tokens: int = 0
+    rejects_by_message: Mapping[str, int] = field(default_factory=dict[str, int])
+    num_answered: int = 0
+    num_journaled: int = 0
+    prompt_tokens: int | None = 0
     cached_tokens: int | None = 0
     computed_tokens: int | None = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0
+    completion_tokens: int | None = 0
+    reasoning_tokens: int | None = 0
     max_hit_rate: float | None = None
     cost: Decimal | None = None
     cost_allocated: Decimal | None = None
@@ -95,8 +114,14 @@ class RunSummary:
     reason: str | None = None
     cost_wasted: Decimal | None = None
     num_reused: int = 0
+    num_unknown_usage: int = 0
+    estimated_prompt_tokens: int = 0
+    estimated_completion_tokens: int = 0
     num_lost_calls: int = 0
     lost_cost_at_most: Decimal | None = None
+    cost_journaled: Decimal | None = None
+    cost_paid: Decimal | None = None
+    account: Mapping[str, object] | None = None
 
     def to_json(self) -> dict[str, object]:
         """The record as JSON values: decimals as plain strings, rejects by type in order of name."""

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moebeam.jobs.output.current_run import read_current_run, read_partials
 from moebeam.jobs.output.run_record import RunRecord
 from moebeam.jobs.output.run_state import read_manifest
 from moebeam.schemas.arrow import list_values
@@ -72,6 +73,12 @@ _COLUMNS = (
     "num_rows",
 )
 
+_LATER_COLUMNS = ("top_logprobs",)
+"""Columns that tables of older versions lack."""
+
+_TIME_COLUMNS = ("custom_id", "started_at", "latency_ms")
+_STATUSES = ("ok", "rejected")
+
 Row: TypeAlias = Mapping[str, Any]
 AnswerTimes: TypeAlias = Mapping[str, int]
 """custom_id -> when its last attempt was answered, in seconds since the epoch."""
@@ -79,13 +86,18 @@ AnswerTimes: TypeAlias = Mapping[str, int]
 
 @dataclass(frozen=True, slots=True)
 class BatchExport:
-    """The written files, and how complete the run is."""
+    """The written files, and how complete the run is.
+
+    Attributes:
+        num_journaled: how many of both come from journals: they are as the model gave them, and not validated yet.
+    """
 
     run_status: Literal["complete", "incomplete"]
     output_file: str
     error_file: str
     num_answers: int
     num_errors: int
+    num_journaled: int = 0
 
     def to_json(self) -> dict[str, Json]:
         return {
@@ -94,6 +106,7 @@ class BatchExport:
             "error_file": self.error_file,
             "num_answers": self.num_answers,
             "num_errors": self.num_errors,
+            "num_journaled": self.num_journaled,
         }
 
 
@@ -112,7 +125,7 @@ def export_batch(record: RunRecord, folder: str, *, is_partial: bool = False) ->
 
     Args:
         folder: on disk or in an object store.
-        is_partial: export the committed shards of an unfinished run.
+        is_partial: export what an unfinished run has: committed shards, and journaled answers of the others.
     Raises:
         JobFileError: the folder is one of the run's own.
         OutputError: the run is unfinished, one of its files is missing or damaged, or the folder cannot be written.
@@ -121,20 +134,28 @@ def export_batch(record: RunRecord, folder: str, *, is_partial: bool = False) ->
     _check_folder(layout, folder)
     status, shards = _find_shards(layout, is_partial=is_partial)
     output_file, error_file = storage.join(folder, OUTPUT_FILE), storage.join(folder, ERROR_FILE)
-    num_answers = num_errors = 0
+    num_answers = num_errors = num_journaled = 0
     try:
         with streamed_file(output_file) as write_answer, streamed_file(error_file) as write_error:
             for shard in shards:
                 times = _read_answer_times(shard)
                 num_answers += _write_rows(shard, "results", write_answer, times)
                 num_errors += _write_rows(shard, "rejects", write_error, times)
-    except OSError as error:
+            for partial in read_partials(layout) if status == "incomplete" else ():
+                times = _list_answer_times(partial.lines)
+                rows = {name: [row for row in partial.rows.to_pylist() if row["status"] == name] for name in _STATUSES}
+                write_answer("".join(format_line(answer_line(row, times)) for row in rows["ok"]).encode())
+                write_error("".join(format_line(error_line(row, times)) for row in rows["rejected"]).encode())
+                num_answers += len(rows["ok"])
+                num_errors += len(rows["rejected"])
+                num_journaled += partial.rows.num_rows
+    except (CommitError, OSError) as error:
         raise OutputError(f"{folder}: the batch files cannot be written: {error}") from error
-    return BatchExport(status, output_file, error_file, num_answers, num_errors)
+    return BatchExport(status, output_file, error_file, num_answers, num_errors, num_journaled)
 
 
 def _check_folder(layout: RunLayout, folder: str) -> None:
-    for own in (layout.state, *map(layout.table, TABLES)):
+    for own in (layout.state, layout.partial, *map(layout.table, TABLES)):
         if f"{storage.normalize_path(folder)}/".startswith(f"{storage.normalize_path(own)}/"):
             raise JobFileError(
                 f"--openai-batch: expected a folder outside of {own}, which is the run's, found {folder}"
@@ -143,14 +164,17 @@ def _check_folder(layout: RunLayout, folder: str) -> None:
 
 def _find_shards(layout: RunLayout, *, is_partial: bool) -> tuple[Literal["complete", "incomplete"], list[_Shard]]:
     """Find the files of a run, shard by shard, in the tables' order."""
-    manifest = read_manifest(layout)
+    try:
+        manifest = read_current_run(layout).manifest if is_partial else read_manifest(layout)
+    except (CommitError, OSError) as error:
+        raise OutputError(f"{layout.output}: cannot be looked at: {error}") from error
     if manifest is not None and manifest["status"] == "complete":
         return "complete", _read_manifest_shards(layout, manifest)
     if is_partial:
         return "incomplete", list(_read_committed_shards(layout))
     raise OutputError(
         f"{layout.output}: expected a finished run, found one that is not; moebeam resume {layout.output} finishes it, "
-        "--partial exports what is committed"
+        "--partial exports what it has"
     )
 
 
@@ -196,7 +220,8 @@ def _read_batches(file: _ShardFile, columns: Sequence[str]) -> Iterator[pa.Recor
                 raise OutputError(f"{file.path}: expected the columns {', '.join(missing)}, found none of these names")
             if parquet.metadata.num_rows != file.num_rows:
                 raise OutputError(f"{file.path}: expected {file.num_rows} rows, found {parquet.metadata.num_rows}")
-            yield from parquet.iter_batches(_BATCH_ROWS, columns=list(columns), use_threads=False)
+            later = [name for name in _LATER_COLUMNS if name in parquet.schema_arrow.names]
+            yield from parquet.iter_batches(_BATCH_ROWS, columns=[*columns, *later], use_threads=False)
     except (pa.ArrowException, ValueError, OSError) as error:
         raise OutputError(f"{file.path}: expected a table of the run, found: {error}") from error
 
@@ -204,13 +229,18 @@ def _read_batches(file: _ShardFile, columns: Sequence[str]) -> Iterator[pa.Recor
 def _read_answer_times(shard: _Shard) -> AnswerTimes:
     """Read when each request of a shard was answered; only rows sent to the model have ledger lines."""
     times: dict[str, int] = {}
-    names = ("custom_id", "started_at", "latency_ms")
-    for batch in _read_batches(shard["ledger"], names) if "ledger" in shard else ():
-        columns = (list_values(batch, name) for name in names)
-        for custom_id, started_at, latency_ms in zip(*columns, strict=True):
-            # A row's attempts are in order, so the last one wins.
-            times[custom_id] = math.floor(started_at.timestamp() + (latency_ms or 0.0) / 1000)
+    for batch in _read_batches(shard["ledger"], _TIME_COLUMNS) if "ledger" in shard else ():
+        times |= _list_answer_times(batch)
     return times
+
+
+def _list_answer_times(ledger: pa.Table | pa.RecordBatch) -> dict[str, int]:
+    columns = (list_values(ledger, name) for name in _TIME_COLUMNS)
+    # A row's attempts are in order, so the last one wins.
+    return {
+        custom_id: math.floor(started_at.timestamp() + (latency_ms or 0.0) / 1000)
+        for custom_id, started_at, latency_ms in zip(*columns, strict=True)
+    }
 
 
 def _write_rows(shard: _Shard, table: Table, write: Write, times: AnswerTimes) -> int:
@@ -296,7 +326,7 @@ def _chat_completion(row: Row, digest: str, times: AnswerTimes) -> Json:
             {
                 "index": 0,
                 "message": message,
-                "logprobs": _logprobs(row["logprobs"]),
+                "logprobs": _logprobs(row["logprobs"], row.get("top_logprobs")),
                 "finish_reason": row["finish_reason"],
             }
         ],
@@ -305,8 +335,8 @@ def _chat_completion(row: Row, digest: str, times: AnswerTimes) -> Json:
     }
 
 
-def _logprobs(logprobs: Sequence[float] | None) -> Json:
-    """Log probabilities without token texts, which a run does not keep."""
+def _logprobs(logprobs: Sequence[float] | None, likeliest: Sequence[Sequence[Row]] | None) -> Json:
+    """Log probabilities; a run keeps the texts of the likeliest tokens, not those of the drawn ones."""
     if logprobs is None:
         return None
     return {
@@ -314,18 +344,26 @@ def _logprobs(logprobs: Sequence[float] | None) -> Json:
             {
                 "token": "",
                 "bytes": None,
-                "logprob": logprob if math.isfinite(logprob) else _LEAST_LOGPROB,
-                "top_logprobs": [],
+                "logprob": _finite(logprob),
+                "top_logprobs": [
+                    {"token": likely["token"], "bytes": None, "logprob": _finite(likely["logprob"])} for likely in place
+                ],
             }
-            for logprob in logprobs
+            for logprob, place in zip(logprobs, likeliest or [()] * len(logprobs), strict=True)
         ],
         "refusal": None,
     }
 
 
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else _LEAST_LOGPROB
+
+
 def _usage(row: Row) -> Json:
-    """Usage of all attempts of a row; unknown cached tokens are null, not zero."""
+    """Usage of all attempts of a row; unknown tokens are null, not zero."""
     prompt, completion, cached = row["prompt_tokens"], row["completion_tokens"], row["cached_tokens"]
+    if prompt is None or completion is None:
+        return None
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

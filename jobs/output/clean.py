@@ -95,9 +95,9 @@ def plan_cleaning(record: RunRecord, older_than_days: float = RETENTION_DAYS) ->
             entry for entry in _list_files(layout.plan) if entry[0].endswith(".arrow") and "/runs/" not in entry[0]
         ]
         journals = _list_files(layout.journal)
-        what = " and ".join(
-            [*(["the plan, with its prompts"] if plans else []), *(["the journals, with answers"] if journals else [])]
-        )
+        frames = _list_files(layout.frames)
+        found = {"the plan, with its prompts": plans, "the journals, with answers": journals, "the data frame": frames}
+        what = " and ".join(name for name, files in found.items() if files)
         if what and not is_complete:
             them = "them" if journals else "it"
             kept.append(f"{what}: the run is not finished and needs {them} to resume")
@@ -106,6 +106,7 @@ def plan_cleaning(record: RunRecord, older_than_days: float = RETENTION_DAYS) ->
             if age_days is not None and age_days >= older_than_days:
                 removals.append(_make_removal("plans, which hold prompts", plans))
                 removals.append(_make_removal("journals of answers, which are in the tables", journals))
+                removals.append(_make_removal("data frames that run_job answered", frames))
             else:
                 age = "an unknown time" if age_days is None else f"{age_days:.0f} days"
                 kept.append(f"{what}: the run ended {age} ago, less than {older_than_days:g} days")
@@ -137,7 +138,7 @@ def clean(plan: CleanPlan) -> None:
         for removal in plan.removals:
             storage.remove_files(removal.paths)
         layout = RunLayout(plan.output)
-        states = (layout.staging, layout.sorted_runs, layout.leases, layout.progress, layout.journal)
+        states = (layout.staging, layout.sorted_runs, layout.leases, layout.progress, layout.journal, layout.frames)
         for folder in (*states, launchers_folder(layout)):
             if not _list_files(folder):
                 storage.remove_tree(folder)

@@ -22,7 +22,7 @@ from moebeam.schemas.errors import InputPatternError, JobFileError, OutputError
 from moebeam.schemas.job.sections import InputSection, Job
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.record_json import RecordJson
-from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.store.run_layout import RunLayout, find_frame_digest
 from moebeam.transforms.answer.reuse import ReuseSource
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.read.input_scan import InputFormat, InputScan, InputUnit, files_fingerprint, identify_files
@@ -111,7 +111,12 @@ def read_record(output: str) -> RunRecord:
                 "run `moebeam run JOB.toml` again instead"
             )
         job = Job.model_validate_json(json.dumps(found["job"]), strict=True)
-        job = job.model_copy(update={"output": job.output.model_copy(update={"path": output})})
+        job = job.model_copy(
+            update={
+                "output": job.output.model_copy(update={"path": output}),
+                "input": _move_frame(job.input, RunLayout(job.output.path), layout),
+            }
+        )
         retry = found["retry_of"]
         return RunRecord(
             layout=layout,
@@ -131,6 +136,14 @@ def read_record(output: str) -> RunRecord:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(f"{layout.job}: expected the record of a run, found a damaged file: {error!r}") from error
+
+
+def _move_frame(section: InputSection, before: RunLayout, now: RunLayout) -> InputSection:
+    """The input of a run whose data frame moved along with its output folder; any other input stays."""
+    digest = find_frame_digest(section.path)
+    if digest is None or section.path != storage.normalize_path(before.frame(digest)):
+        return section
+    return section.model_copy(update={"path": storage.normalize_path(now.frame(digest))})
 
 
 def _explain_missing_run(layout: RunLayout) -> str:

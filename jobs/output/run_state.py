@@ -27,9 +27,10 @@ from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import read_waste, waste_names
 from moebeam.transforms.durable.commit import read_commit
 from moebeam.transforms.durable.lease import LEASE_S, host_identity, read_leases
-from moebeam.transforms.durable.progress import read_progress
+from moebeam.transforms.durable.progress import read_outage, read_progress
 from moebeam.transforms.plan.plan_record import PlanRecord, read_plan
 from moebeam.transforms.publish.manifest import find_cost
+from moebeam.transforms.publish.run_account import RunAccount, sum_totals
 
 LAUNCHER_BEAT_S = 5.0
 """How often a launcher renews its presence file."""
@@ -58,16 +59,18 @@ class RunWatch:
     @property
     def committed(self) -> Totals:
         """Totals of the committed shards, as of the last snapshot."""
-        return _sum(commit.totals for commit in self._commits.values())
+        return sum_totals(commit.totals for commit in self._commits.values())
 
     @property
     def wasted(self) -> Totals:
         """Totals of abandoned attempts, as of the last snapshot."""
-        return _sum(self._wasted.values())
+        return sum_totals(self._wasted.values())
 
-    def snapshot(self) -> ProgressSnapshot:
+    def snapshot(self, account: RunAccount | None = None) -> ProgressSnapshot:
         """Read the plan, the commits and the workers' progress.
 
+        Args:
+            account: of a run at which nobody is at work; what progress files say is then only a moment of its past.
         Raises:
             OSError: the store failed, or files vanished during the read.
         """
@@ -84,6 +87,8 @@ class RunWatch:
         for name in waste_names(layout):
             if name not in self._wasted:
                 self._wasted[name] = read_waste(layout, name).totals
+        if account is not None:
+            return self._snapshot_at_rest(account, self._plan)
         totals = self.committed
         beats = [beat for shard, beat in read_progress(layout, "answer").items() if shard not in self._commits]
         rows_done = totals.num_results + totals.num_rejects + totals.num_unreadable
@@ -97,9 +102,19 @@ class RunWatch:
         if self._currency is not None:
             known = (find_cost(totals)[0] or Decimal(0), find_cost(self.wasted)[0] or Decimal(0))
             cost = sum((*known, *(Decimal(beat.cost) for beat in beats)), Decimal(0))
-        stage = "publish" if len(self._commits) == len(self._plan.shards) else "answer"
         done = rows_done + sum(beat.rows_done for beat in beats)
-        return self._snapshot(stage, done, self._plan.num_rows, totals + answering, cost)
+        return self._snapshot(self._find_stage(self._plan), done, self._plan.num_rows, totals + answering, cost)
+
+    def _snapshot_at_rest(self, account: RunAccount, plan: PlanRecord) -> ProgressSnapshot:
+        cost = None
+        if self._currency is not None:
+            cost = find_cost(account.paid)[0] if account.paid.costs else Decimal(0)
+        rows_done = account.num_answered_rows + account.committed.num_unreadable
+        totals = account.committed + account.journaled
+        return self._snapshot(self._find_stage(plan), rows_done, plan.num_rows, totals, cost)
+
+    def _find_stage(self, plan: PlanRecord) -> str:
+        return "publish" if len(self._commits) == len(plan.shards) else "answer"
 
     def _snapshot(
         self, stage: str, rows_done: int, rows_total: int | None, totals: Totals, cost: Decimal | None
@@ -117,11 +132,8 @@ class RunWatch:
             cost=cost,
             currency=self._currency,
             elapsed_s=time.monotonic() - self._started,
+            outage=read_outage(self._layout) if stage == "answer" else None,
         )
-
-
-def _sum(totals: Any) -> Totals:
-    return sum(totals, Totals(costs={}, rejects_by_type={}))
 
 
 def read_manifest(layout: RunLayout) -> dict[str, Any] | None:

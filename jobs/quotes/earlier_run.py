@@ -25,7 +25,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True)
 class EarlierRun:
-    """Sums of a run's ledger, without wasted work.
+    """Sums of a run's ledger, without wasted work and without attempts whose tokens are unknown.
 
     Attributes:
         engine: as named in the manifest.
@@ -78,6 +78,13 @@ def read_earlier_run(output: str) -> EarlierRun:
     ledger = pa.concat_tables(tables) if tables else None
     if ledger is not None:
         ledger = ledger.filter(pc.not_equal(ledger.column("outcome"), pa.scalar("wasted")))
+        if not ledger.num_rows:
+            ledger = None
+    if ledger is not None:
+        ledger = ledger.filter(pc.is_valid(ledger.column("cache_miss_tokens")))
+        ledger = ledger.filter(pc.is_valid(ledger.column("visible_output_tokens")))
+        if not ledger.num_rows:
+            raise OutputError(f"--like {output}: expected a run with counted tokens, found no usage in its ledger")
     num_requests = 0 if ledger is None else ledger.column("attempt").to_pylist().count(1)
     if ledger is None or num_requests == 0:
         raise OutputError(f"--like {output}: expected a run that asked the model, found no attempt in its ledger")

@@ -9,15 +9,16 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from decimal import Decimal
 
-from moebeam.jobs.check.engine_config import find_provider
+from moebeam.jobs.check.engine_config import find_price_mode, find_provider
 from moebeam.jobs.check.identity import JobIdentity
 from moebeam.jobs.check.preflight import CheckedJob, check_job
-from moebeam.jobs.prices.shipped import SHIPPED_BOOK
+from moebeam.jobs.prices.shipped import BUILTIN, load_named_book
 from moebeam.jobs.quotes.earlier_run import EarlierRun
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.prices import PriceMode
+from moebeam.schemas.providers import name_provider, suggest_provider
 from moebeam.transforms.money.exchange_rates import ExchangeRates
 from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.quote.cache_rules import UNKNOWN, CacheRule, find_rule
@@ -145,7 +146,7 @@ def quote_job(job: Job, terms: QuoteTerms, *, limit: int | None = None) -> tuple
     tokens = forecast_tokens(survey)
     output = _forecast_output(terms)
     repair = RepairTerms(job.repair.max_attempts, _can_fail(checked, survey), renderer.context_length)
-    book = checked.prices or PriceBook.load(str(SHIPPED_BOOK))
+    book = checked.prices or load_named_book(BUILTIN)
     model = terms.model or job.accounting.model or checked.engine.config.name
     offers = [
         _quote_offer(book, survey, tokens, rule, output, repair, terms, checked, (provider, model, mode), is_job)
@@ -157,6 +158,8 @@ def quote_job(job: Job, terms: QuoteTerms, *, limit: int | None = None) -> tuple
             f"{book.version} has no price of {model!r} at {terms.at.isoformat()}: costs are unknown; "
             "--model names another, [accounting] price_book a book"
         )
+    if routes := checked.engine.config.options.route_names:
+        notes.append(f"rows that ask for another model ({', '.join(routes)}) are quoted at the price of {model!r}")
     if survey.is_sample and terms.num_sample_rows is not None and job.input.id_column is not None:
         notes.append("repeated ids are not looked for in a sample; each is a row that is not asked")
     if renderer.is_estimated:
@@ -204,20 +207,25 @@ def _list_candidates(
 ) -> list[tuple[str, PriceMode, CacheRule, bool]]:
     """List provider, mode and cache rule of each offer: the job as written, then the book's other providers."""
     engine = checked.engine.config
-    own = checked.request.job.accounting.provider or find_provider(engine)
+    own, own_mode = (
+        name_provider(checked.request.job.accounting.provider or find_provider(engine)),
+        find_price_mode(engine),
+    )
     is_remote = engine.options.is_remote
     rule = find_rule(own, engine.engine) if is_remote else find_rule("local", engine.engine)
-    found: list[tuple[str, PriceMode, CacheRule, bool]] = [(own, "online", rule, True)]
+    found: list[tuple[str, PriceMode, CacheRule, bool]] = [(own, own_mode, rule, True)]
     lines = [line for line in book.lines if line.model == model]
     known: list[tuple[str, PriceMode]] = list(dict.fromkeys((line.provider, line.mode) for line in lines))
+    names = sorted({name for name, _ in known})
     for provider in wanted:
-        if provider not in (name for name, _ in known):
+        if name_provider(provider) not in names:
             raise JobFileError(
-                f"--provider: expected one of {', '.join(sorted({name for name, _ in known})) or 'none'}, which "
-                f"{book.version} has for {model!r}, found {provider!r}"
+                f"--provider: expected one of {', '.join(names) or 'none'}, which {book.version} has for {model!r}, "
+                f"found {provider!r}{suggest_provider(provider, names)}"
             )
+    wanted = [name_provider(provider) for provider in wanted]
     for provider, mode in known:
-        is_own = provider == own and mode == "online" and (is_remote or provider in ("local", "fake"))
+        is_own = provider == own and mode == own_mode and (is_remote or provider in ("local", "fake"))
         if not is_own and (not wanted or provider in wanted):
             found.append((provider, mode, find_rule(provider, ""), False))
     return found

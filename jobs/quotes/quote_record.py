@@ -67,16 +67,18 @@ def save_quote(quote: Quote, identity: JobIdentity) -> str:
     return layout.quote
 
 
-def compare_quote_with_run(layout: RunLayout) -> list[QuotedFigure]:
+def compare_quote_with_run(layout: RunLayout, manifest: Mapping[str, Any] | None = None) -> list[QuotedFigure]:
     """Compare each quoted figure with the run, without wasted work.
 
     Without a quote of this job, the plan is used instead: its prompt tokens and how many they can share.
 
+    Args:
+        manifest: of a run that may not have published one; None reads it.
     Raises:
         OutputError: the run has no manifest, or its quote is damaged.
     """
     try:
-        manifest: dict[str, Any] = json.loads(storage.read_bytes(layout.manifest))
+        manifest = manifest or dict[str, Any](json.loads(storage.read_bytes(layout.manifest)))
         totals: Mapping[str, Any] = manifest["totals"]
         fingerprint = manifest["job_fingerprint"]
     except FileNotFoundError as error:
@@ -123,7 +125,7 @@ def _compare_with_quote(quote: Mapping[str, Any], totals: Mapping[str, Any]) -> 
             Decimal(cost["low"]),
             Decimal(cost["expected"]),
             None if cost["high"] is None else Decimal(cost["high"]),
-            Decimal(costs[own["currency"]]) if is_comparable else None,
+            Decimal(costs[own["currency"]]) if is_comparable and not totals["num_unpriced"] else None,
             own["currency"],
         )
 
@@ -143,4 +145,7 @@ def _to_decimal(value: object) -> Decimal | None:
 
 
 def _read_total(totals: Mapping[str, Any], name: str) -> Decimal | None:
+    """A sum of tokens; None if some attempt's are unknown."""
+    if totals.get("num_unknown_usage", 0):
+        return None
     return _to_decimal(totals[f"{name}_tokens"])

@@ -1,5 +1,6 @@
 """Prints a quote on standard error."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from decimal import Decimal
@@ -9,6 +10,7 @@ from rich.text import Text
 
 from moebeam.jobs.console.facts_table import facts_table
 from moebeam.jobs.console.formats import format_duration, format_money
+from moebeam.jobs.console.report_table import Cell, Column, ReportTable, print_table
 from moebeam.jobs.quotes.quote_job import Quote, QuotedOffer
 from moebeam.transforms.quote.quote import CONFIDENCE, Forecast
 
@@ -17,9 +19,9 @@ def print_quote(console: Console, quote: Quote) -> None:
     """Print what a job will take and cost."""
     console.print(Text("a quote; no model was asked", style="bold green"))
     console.print(facts_table(_list_facts(quote)))
-    for quoted in quote.offers:
-        for index, line in enumerate(_format_offer(quoted)):
-            console.print(Text(line, style="bold" if index == 0 else ""), soft_wrap=True)
+    print_table(console, offers_table(quote))
+    for rule in dict.fromkeys(quoted.rule for quoted in quote.offers):
+        console.print(Text(f"hits by rule {rule.name}: {rule.meaning}"), soft_wrap=True)
     if quote.plan is not None:
         plan = quote.plan
         took = "" if plan.offer.duration_s is None else f", done after {format_duration(plan.offer.duration_s)}"
@@ -47,38 +49,78 @@ def _list_facts(quote: Quote) -> Iterator[tuple[str, str]]:
     yield "output", f"{quote.expected_output_tokens:,} tokens by {quote.output_basis}"
     if survey.is_sample:
         yield "bounds", f"hold with a probability of {CONFIDENCE:.1%}"
-    yield "prices", f"{quote.price_book}, a start at {_format_instant(quote.terms.at)}"
+    yield "prices", f"of {quote.model} in {quote.price_book}, for a start at {_format_instant(quote.terms.at)}"
     if (duration_s := quote.own.offer.duration_s) is not None:
         yield "time", f"{format_duration(duration_s)} on one engine as fast as the earlier run's"
     else:
         yield "time", "unknown; --like OUTPUT takes it from an earlier run with the same engine"
 
 
-def _format_offer(quoted: QuotedOffer) -> Iterator[str]:
-    name = f"{quoted.offer.name}, {quoted.offer.model}"
-    yield f"this job ({name})" if quoted.is_job else name
-    if quoted.cost is None:
-        yield "  no price"
-        return
-    cost, currency = quoted.cost, quoted.currency
-    high = "unknown" if cost.high is None else format_money(cost.high, currency)
-    once = (
-        ""
-        if cost.high == cost.high_without_repair
-        else (f" ({format_money(cost.high_without_repair, currency)} if no answer is asked for again)")
+def offers_table(quote: Quote) -> ReportTable:
+    """The job as written and every other offer in one table, the cheapest first.
+
+    Offers in a currency that cannot be compared stand below those that can, and those without a price last.
+    """
+    currencies = Counter(found.currency for found in quote.offers if found.currency is not None)
+    into = quote.terms.currency or quote.own.currency or next((name for name, _ in currencies.most_common(1)), None)
+    columns = (
+        Column("offer", "text"),
+        Column("expected", "money"),
+        Column("at least", "money"),
+        Column("at most", "money"),
+        Column("at most, asked once", "money"),
+        Column("currency", "text"),
+        Column("hits", "share"),
+        Column("by hour of start, UTC", "text"),
     )
-    yield (
-        f"  expected {format_money(cost.expected, currency)}, at least {format_money(cost.low, currency)}, "
-        f"at most {high}{once}"
+    offers = sorted(quote.offers, key=lambda quoted: _rank(quoted, quote, into))
+    apart = sorted(
+        {found.currency for found in offers if found.currency is not None and _convert(found, quote, into) is None}
     )
+    return ReportTable(
+        name="offers",
+        title="offers, the cheapest first",
+        columns=columns,
+        rows=tuple(tuple(_offer_cells(quoted)) for quoted in offers),
+        note=f"not compared for want of a rate into {into}: {', '.join(apart)}; --rates names a file"
+        if apart
+        else None,
+    )
+
+
+def _rank(quoted: QuotedOffer, quote: Quote, into: str | None) -> tuple[bool, bool, str, Decimal, bool]:
+    """Priced before unpriced, comparable before others, then by price; the job's own offer first among equals."""
+    converted = _convert(quoted, quote, into)
+    cost = converted if converted is not None or quoted.cost is None else quoted.cost.expected
+    currency = "" if converted is not None else quoted.currency or ""
+    return quoted.cost is None, converted is None, currency, cost or Decimal(0), not quoted.is_job
+
+
+def _convert(quoted: QuotedOffer, quote: Quote, into: str | None) -> Decimal | None:
+    """An offer's expected cost in the currency of comparison; None without a price or a rate."""
+    if quoted.cost is None or quoted.currency is None or into is None:
+        return None
+    if quoted.currency == into:
+        return quoted.cost.expected
+    found = quote.terms.rates and quote.terms.rates.convert(quoted.cost.expected, quoted.currency, into, quote.terms.at)
+    return found.amount if found else None
+
+
+def _offer_cells(quoted: QuotedOffer) -> Iterator[Cell]:
+    yield f"{quoted.offer.name} (this job)" if quoted.is_job else quoted.offer.name
+    cost = quoted.cost
+    if cost is None:
+        yield from (None, None, None, None, "no price")
+    else:
+        yield from (cost.expected, cost.low, cost.high)
+        yield None if cost.high == cost.high_without_repair else cost.high_without_repair
+        yield quoted.currency
     num_tokens = sum(tier.prompt_tokens.expected for tier in quoted.offer.tiers)
-    share = quoted.expected_hits / num_tokens if num_tokens else 0.0
-    yield f"  hits {share:.1%} expected, rule {quoted.rule.name}: {quoted.rule.meaning}"
-    if len({hour for _, hour in quoted.hours}) > 1:
-        yield f"  by hour of start, UTC: {_format_hours(quoted.hours, currency)}"
+    yield quoted.expected_hits / num_tokens if num_tokens else 0.0
+    yield _format_hours(quoted.hours) if len({hour for _, hour in quoted.hours}) > 1 else None
 
 
-def _format_hours(hours: Sequence[tuple[datetime, Decimal | None]], currency: str | None) -> str:
+def _format_hours(hours: Sequence[tuple[datetime, Decimal | None]]) -> str:
     """Format costs by hour, merging adjacent hours of equal cost."""
     spans: list[str] = []
     first = 0
@@ -87,7 +129,7 @@ def _format_hours(hours: Sequence[tuple[datetime, Decimal | None]], currency: st
             continue
         at, cost = hours[first]
         end = (hours[index - 1][0].hour + 1) % 24
-        spans.append(f"{at:%H}-{end:02d} {'no price' if cost is None else format_money(cost, currency)}")
+        spans.append(f"{at:%H}-{end:02d} {'no price' if cost is None else format_money(cost, None)}")
         first = index
     return "; ".join(spans)
 

@@ -18,6 +18,7 @@ from moebeam.jobs.console.report_table import Cell, Column, ReportTable
 from moebeam.schemas.arrow import list_values
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.prices import EXACT
+from moebeam.schemas.providers import name_provider
 from moebeam.schemas.store import storage
 
 Verdict: TypeAlias = Literal["matched", "different", "missing in the bill", "missing in the ledger"]
@@ -206,7 +207,7 @@ def add_up_ledger(
     for ledger in ledgers:
         for values in zip(*(list_values(ledger, name) for name in names), strict=True):
             line = dict(zip(names, values, strict=True))
-            if provider is not None and line["provider"] != provider:
+            if provider is not None and line["provider"] != name_provider(provider):
                 continue
             if line["currency"] is None:
                 num_unpriced += 1

@@ -5,17 +5,16 @@ Reads only the output folder: manifest, ledger and job record. Each part is a `R
 """
 
 import contextlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-
 from moebeam.jobs.console.report_table import Cell, Column, ReportTable, encode_parquet, format_csv, format_html
+from moebeam.jobs.output.current_run import CurrentRun, read_current_run
 from moebeam.jobs.output.run_record import RunRecord
-from moebeam.jobs.output.run_state import read_manifest
 from moebeam.jobs.quotes.quote_record import compare_quote_with_run
 from moebeam.jobs.reports.focus_export import FOCUS_VERSION, focus_report_table, focus_table
+from moebeam.jobs.reports.paid_tables import messages_table, paid_table
 from moebeam.jobs.reports.self_host import SelfHostProfile, self_host_tables
 from moebeam.jobs.reports.value_chain_report import PricedModel, chain_tables, charge_chain
 from moebeam.schemas.arrow import encode_parquet_file
@@ -31,9 +30,9 @@ from moebeam.transforms.publish.rollup import (
     largest_groups,
     merge_groups,
     parse_by,
-    read_ledger,
     roll_up,
 )
+from moebeam.transforms.publish.run_account import RunAccount
 
 DEFAULT_BY = "tenant,day"
 
@@ -93,19 +92,21 @@ def make_report(
     """
     layout, job = record.layout, record.request.job
     columns = parse_by(by, job.accounting.tag_columns)
-    manifest = require_manifest(layout)
     with ledger_errors(layout):
-        groups = merge_groups(roll_up(ledger, columns) for ledger in read_ledgers(layout, manifest))
-        outcomes = merge_groups(roll_up(ledger, ("outcome",)) for ledger in read_ledgers(layout, manifest))
-        made = charge_chain(chain or job.value_chain, read_ledgers(layout, manifest), PricedModel(job.accounting.model))
+        run, manifest = require_run(layout)
+        groups = merge_groups(roll_up(ledger, columns) for ledger in run.read_ledgers())
+        outcomes = merge_groups(roll_up(ledger, ("outcome",)) for ledger in run.read_ledgers())
+        made = charge_chain(chain or job.value_chain, run.read_ledgers(), PricedModel(job.accounting.model))
     costs = largest_groups(groups.items(), columns)
     tables = [
-        _run_table(manifest, merge_groups([groups])),
+        _run_table(manifest, run.account, merge_groups([groups])),
+        paid_table(run.account),
         _costs_table(costs),
         _outcomes_table(outcomes),
         _rejects_table(manifest),
+        messages_table(manifest),
         _checks_table(manifest),
-        _quote_table(layout),
+        _quote_table(layout, manifest),
     ]
     if made is not None:
         tables += chain_tables(made)
@@ -114,29 +115,21 @@ def make_report(
     return RunReport(manifest["run_id"], layout.output, manifest["status"], tuple(tables))
 
 
-def require_manifest(layout: RunLayout) -> dict[str, Any]:
-    """Read the manifest.
+def require_run(layout: RunLayout) -> tuple[CurrentRun, dict[str, Any]]:
+    """Read a run, finished, stopped, killed or at work, and its manifest as of now.
 
     Raises:
-        OutputError: it is missing or damaged.
+        OutputError: nothing is planned yet, or the manifest is damaged.
+        CommitError: a record is damaged.
+        OSError: the store failed.
     """
-    manifest = read_manifest(layout)
-    if manifest is None:
+    run = read_current_run(layout)
+    if run.manifest is None:
         raise OutputError(
-            f"{layout.manifest}: expected the manifest of a run, found none; moebeam status {layout.output} shows a "
-            "run that is at work or was killed"
+            f"{layout.manifest}: expected the manifest of a run, or its plan, found neither; moebeam status "
+            f"{layout.output} shows how far it is"
         )
-    return manifest
-
-
-def read_ledgers(layout: RunLayout, manifest: Mapping[str, Any]) -> Iterator[pa.Table]:
-    """Read the files of a run's ledger one by one, including wasted work.
-
-    Raises:
-        CommitError: a file is missing or damaged.
-    """
-    for file in manifest["files"]["ledger"]:
-        yield read_ledger(storage.join(layout.output, file["path"]))
+    return run, run.manifest
 
 
 @contextlib.contextmanager
@@ -148,9 +141,9 @@ def ledger_errors(layout: RunLayout) -> Generator[None]:
         raise OutputError(f"{layout.output}: the ledger cannot be read: {error}") from error
 
 
-def _run_table(manifest: Mapping[str, Any], groups: Mapping[GroupKey, GroupSums]) -> ReportTable:
+def _run_table(manifest: Mapping[str, Any], account: RunAccount, groups: Mapping[GroupKey, GroupSums]) -> ReportTable:
     whole = sum(groups.values(), GroupSums())
-    totals, wasted = manifest["totals"], manifest.get("wasted", {})
+    totals = manifest["totals"]
     model = manifest["model"]
     rows: list[tuple[str, Cell]] = [
         ("run", manifest["run_id"]),
@@ -161,27 +154,37 @@ def _run_table(manifest: Mapping[str, Any], groups: Mapping[GroupKey, GroupSums]
         ("results", f"{totals['num_results']:,}"),
         ("rejects", f"{totals['num_rejects']:,}"),
         ("unreadable files or row groups", f"{totals['num_unreadable']:,}"),
+        *([("answers in journals", f"{account.num_journaled_rows:,}")] if account.num_journaled_rows else []),
         ("attempts", f"{whole.num_attempts:,}"),
-        ("prompt tokens", f"{whole.prompt_tokens:,}"),
+        ("prompt tokens", f"{whole.prompt_tokens:,}" if _has_tokens(whole) else "unknown"),
         ("cached tokens", "unknown" if whole.num_unknown_hits else f"{whole.cache_hit_tokens:,}"),
         ("hit rate", "unknown" if whole.hit_rate is None else f"{whole.hit_rate:.2%}"),
         ("highest possible hit rate", f"{manifest['max_hit_rate']:.2%}"),
-        ("completion tokens", f"{whole.completion_tokens:,}"),
-        ("reasoning tokens", f"{whole.reasoning_tokens:,}"),
+        ("completion tokens", f"{whole.completion_tokens:,}" if _has_tokens(whole) else "unknown"),
+        ("reasoning tokens", f"{whole.reasoning_tokens:,}" if _has_tokens(whole) else "unknown"),
     ]
-    rows += [(f"cost in {currency}", amount) for currency, amount in (totals["costs"] or {}).items()]
-    rows += [(f"wasted in {currency}", amount) for currency, amount in (wasted.get("costs") or {}).items()]
-    if not totals["costs"]:
-        rows.append(("cost", "unknown: no price"))
-    if whole.num_unpriced:
-        rows.append(("attempts without a price", f"{whole.num_unpriced:,}"))
+    for name, part in (("cost", account.committed), ("journaled", account.journaled), ("wasted", account.wasted)):
+        rows += [(f"{name} in {currency}", amount) for currency, amount in (part.costs or {}).items()]
+    if not account.paid.costs:
+        is_uncounted = 0 < whole.num_attempts == whole.num_unknown_usage
+        rows.append(("cost", "unknown: no answer has a usage" if is_uncounted else "unknown: no price"))
+    if num_priced_not := whole.num_unpriced - whole.num_unknown_usage:
+        rows.append(("attempts without a price", f"{num_priced_not:,}"))
+    if whole.num_unknown_usage:
+        rows.append(("answers without a usage: their tokens and cost are unknown", f"{whole.num_unknown_usage:,}"))
+        for name in ("prompt", "completion"):
+            about: int = getattr(account.paid, f"estimated_{name}_tokens")
+            rows.append((f"their {name} tokens by an estimate, in no sum", f"{about:,}"))
     if whole.num_upper_bound:
         rows.append(("attempts whose cost is an upper bound", f"{whole.num_upper_bound:,}"))
-    if num_lost := sum(part.get("num_lost_calls", 0) for part in (totals, wasted)):
-        rows.append(("calls that ended without a usage", f"{num_lost:,}"))
-    for name, part in (("", totals), (", of wasted work", wasted)):
-        for currency, amount in (part.get("lost_costs_at_most") or {}).items():
+    if account.paid.num_lost_calls:
+        rows.append(("calls that ended without a usage", f"{account.paid.num_lost_calls:,}"))
+    journaled, wasted = (", of answers in journals", account.journaled), (", of wasted work", account.wasted)
+    for name, part in (("", account.committed), journaled, wasted):
+        for currency, amount in (part.lost_costs_at_most or {}).items():
             rows.append((f"billed for these at most, in {currency}{name}", amount))
+    if account.num_damaged:
+        rows.append(("lines of journals that cannot be read", f"{account.num_damaged:,}"))
     return ReportTable("run", "Run", (Column("what", "text"), Column("value", "text")), tuple(rows))
 
 
@@ -191,18 +194,27 @@ def _costs_table(costs: Rollup) -> ReportTable:
     note = None
     if any(sums.num_unpriced for _, sums in costs.groups):
         note = "Lines without a price stand under no currency; their cost is unknown, not zero."
+    if num_unknown := sum(sums.num_unknown_usage for _, sums in costs.groups):
+        note = f"{note or ''} {num_unknown:,} answers have no usage: their tokens are in no sum.".strip()
     rows = tuple((*key, *_measures(key[-1], sums)) for key, sums in costs.groups)
     return ReportTable("costs", f"Costs by {', '.join(costs.by)}", columns, rows, note)
 
 
+def _has_tokens(sums: GroupSums) -> bool:
+    """Whether sums of tokens are more than nothing known."""
+    return sums.num_unknown_usage < sums.num_attempts or not sums.num_attempts
+
+
 def _measures(currency: str | None, sums: GroupSums) -> tuple[Cell, ...]:
+    """The cells of `_SUMS` after the currency; tokens of which nothing is known are null, not zero."""
+    is_known = _has_tokens(sums)
     return (
         sums.num_attempts,
         None if sums.num_unknown_hits else sums.cache_hit_tokens,
-        sums.prompt_tokens,
+        sums.prompt_tokens if is_known else None,
         sums.hit_rate,
-        sums.completion_tokens,
-        sums.reasoning_tokens,
+        sums.completion_tokens if is_known else None,
+        sums.reasoning_tokens if is_known else None,
         None if currency is None else sums.cost,
         None if currency is None else sums.cost_allocated,
         None if sums.num_untimed else sums.accelerator_s,
@@ -214,7 +226,10 @@ def _outcomes_table(groups: Mapping[GroupKey, GroupSums]) -> ReportTable:
         (key[0], key[1], *_measures(key[1], sums))
         for key, sums in sorted(groups.items(), key=lambda group: tuple(part or "" for part in group[0]))
     )
-    note = "rejected: paid, but no valid answer. wasted: paid by work that was given up and done again."
+    note = (
+        "rejected: paid, but no valid answer. wasted: paid for answers that were not used. journaled: paid for answers "
+        "of shards that are not finished."
+    )
     return ReportTable("outcomes", "Costs by outcome of the attempt", (Column("outcome", "text"), *_SUMS), rows, note)
 
 
@@ -229,11 +244,11 @@ def _rejects_table(manifest: Mapping[str, Any]) -> ReportTable:
 def _checks_table(manifest: Mapping[str, Any]) -> ReportTable:
     checks: Mapping[str, str] = manifest.get("checks") or {}
     columns = (Column("accounts", "text"), Column("found", "text"))
-    note = None if checks else "This run was written by a version that did not check them."
+    note = None if checks else "Not checked: the run is at work, or was written by a version that did not check them."
     return ReportTable("checks", "Accounts held against each other", columns, tuple(checks.items()), note)
 
 
-def _quote_table(layout: RunLayout) -> ReportTable:
+def _quote_table(layout: RunLayout, manifest: Mapping[str, Any]) -> ReportTable:
     """Compare the quote, or else the plan, with the actual run."""
     columns = (
         Column("figure", "text"),
@@ -255,7 +270,7 @@ def _quote_table(layout: RunLayout) -> ReportTable:
             figure.currency or figure.unit,
             words[figure.is_within],
         )
-        for figure in compare_quote_with_run(layout)
+        for figure in compare_quote_with_run(layout, manifest)
     )
     note = "`moebeam estimate --save` keeps a quote before the run; without one the plan's own figures stand here."
     return ReportTable("quote", "Quote beside actual", columns, rows, note)
@@ -291,10 +306,9 @@ def write_focus(record: RunRecord, path: str) -> list[str]:
         OutputError: the ledger cannot be read.
         OSError: the store failed.
     """
-    layout = record.layout
-    manifest = require_manifest(layout)
-    with ledger_errors(layout):
-        table, num_unpriced = focus_table(read_ledgers(layout, manifest), f"moebeam run {manifest['run_id']}")
+    with ledger_errors(record.layout):
+        run, manifest = require_run(record.layout)
+        table, num_unpriced = focus_table(run.read_ledgers(), f"moebeam run {manifest['run_id']}")
     is_csv = path.endswith(".csv")
     storage.write_whole(path, format_csv(focus_report_table(table)).encode() if is_csv else encode_parquet_file(table))
     left_out = f"; {num_unpriced:,} attempts without a price are not in it" if num_unpriced else ""

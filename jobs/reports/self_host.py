@@ -15,13 +15,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moebeam.jobs.console.report_table import Column, ReportTable
+from moebeam.jobs.prices.shipped import load_named_book
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.records import Usage
 from moebeam.schemas.store import storage
 from moebeam.transforms.money.accelerator_time import NUM_PROMPTS, engine_seconds
 from moebeam.transforms.money.account import charge
-from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.publish.rollup import GroupSums
 
 _MILLION = Decimal(1_000_000)
@@ -154,6 +154,8 @@ def read_work(manifest: Mapping[str, Any]) -> Work | str:
             f"the engine counted {num_prompts} prompts for {totals['num_attempts']} attempts, so its time is not this "
             "run's alone"
         )
+    if num_unknown := totals.get("num_unknown_usage", 0):
+        return f"the tokens of {num_unknown} attempts are not known"
     cached: int | None = totals["cached_tokens"]
     if cached is None:
         return "cached tokens are not known"
@@ -234,7 +236,7 @@ def api_prices(job: Job, work: Work, at: datetime) -> list[tuple[str, str, Decim
     """
     if job.accounting.price_book is None:
         return []
-    book = PriceBook.load(job.accounting.price_book)
+    book = load_named_book(job.accounting.price_book)
     usage = Usage(work.prompt_tokens, work.completion_tokens, work.cached_tokens)
     found: list[tuple[str, str, Decimal]] = []
     for provider, model in sorted({(line.provider, line.model) for line in book.lines}):

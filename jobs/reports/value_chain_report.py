@@ -14,9 +14,11 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from moebeam.jobs.console.report_table import Column, ReportTable
+from moebeam.jobs.prices.shipped import BUILTIN, load_named_book
 from moebeam.schemas.arrow import list_values
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import PartySection, ValueChainSection
+from moebeam.schemas.providers import name_provider
 from moebeam.schemas.records import Usage
 from moebeam.schemas.store import storage
 from moebeam.schemas.value_chain import (
@@ -30,7 +32,6 @@ from moebeam.schemas.value_chain import (
     parse_markup,
 )
 from moebeam.transforms.money.account import charge
-from moebeam.transforms.money.price_book import PriceBook
 
 _COLUMNS = (
     "tenant",
@@ -72,7 +73,9 @@ def load_chain(path: str) -> ValueChainSection:
     folder = path.rpartition("/")[0]
     for party in found.get("parties", ()):
         book = party.get("price_book") if isinstance(party, dict) else None
-        if isinstance(book, str) and folder and not book.startswith("/") and "://" not in book:
+        if not isinstance(book, str) or book == BUILTIN:
+            continue
+        if folder and not book.startswith("/") and "://" not in book:
             party["price_book"] = storage.join(folder, book)
     try:
         section = ValueChainSection.model_validate(found)
@@ -130,8 +133,8 @@ def _seller(party: PartySection, priced: PricedModel) -> Seller:
 def _make_price_lookup(party: PartySection, priced: PricedModel) -> PriceOf:
     if party.price_book is None:
         return lambda attempt: attempt.cost
-    book = PriceBook.load(party.price_book)
-    provider = party.provider or party.name
+    book = load_named_book(party.price_book)
+    provider = name_provider(party.provider or party.name)
     providers = sorted({line.provider for line in book.lines})
     if provider not in providers:
         raise JobFileError(
@@ -140,11 +143,13 @@ def _make_price_lookup(party: PartySection, priced: PricedModel) -> PriceOf:
         )
 
     def price_of(attempt: Attempt) -> Money | None:
+        if not attempt.usage.is_known:
+            return None
         line = book.find(
             provider,
             party.model or priced.model or attempt.model,
             attempt.started_at,
-            prompt_tokens=attempt.usage.prompt_tokens,
+            prompt_tokens=attempt.usage.classes.num_prompt_tokens,
         )
         if line is None:
             return None
@@ -164,6 +169,9 @@ def read_attempts(ledger: pa.Table) -> Iterator[Attempt]:
         line = dict(zip(_COLUMNS, values, strict=True))
         started: datetime = line["started_at"].astimezone(UTC)
         hits: int | None = line["cache_hit_tokens"]
+        misses: int | None = line["cache_miss_tokens"]
+        visible: int | None = line["visible_output_tokens"]
+        reasoning: int = line["reasoning_tokens"] or 0
         yield Attempt(
             tenant=line["tenant"],
             day=started.date().isoformat(),
@@ -172,10 +180,10 @@ def read_attempts(ledger: pa.Table) -> Iterator[Attempt]:
             model=line["model"],
             is_answered=line["outcome"] == "answered",
             usage=Usage(
-                prompt_tokens=(hits or 0) + line["cache_miss_tokens"],
-                completion_tokens=line["visible_output_tokens"] + line["reasoning_tokens"],
+                prompt_tokens=None if misses is None else (hits or 0) + misses,
+                completion_tokens=None if visible is None else visible + reasoning,
                 cached_tokens=hits,
-                reasoning_tokens=line["reasoning_tokens"],
+                reasoning_tokens=reasoning,
             ),
             cost=None if line["cost"] is None else Money(line["cost"], line["currency"]),
         )

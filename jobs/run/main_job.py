@@ -8,12 +8,13 @@ from moebeam.jobs.check.preflight import CheckedJob
 from moebeam.pipelines.main_job import MainJob
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.tables import result_schema
 from moebeam.transforms.answer.answer_shard import AnswerSpec
 from moebeam.transforms.answer.budget import SpendingLimits
 from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.plan.build_shards import PlanSpec
 from moebeam.transforms.plan.plan_record import PlanRecord
-from moebeam.transforms.publish.manifest import PublishSpec
+from moebeam.transforms.publish.publish_spec import PublishSpec
 
 _VIEWS = Path(__file__).parent / "sql" / "views.sql"
 """DuckDB views over a run's tables, with paths relative to its output folder."""
@@ -51,12 +52,11 @@ def make_main_job(checked: CheckedJob, planned: PlanRecord | None) -> MainJob:
         publish=PublishSpec(
             run_id,
             layout,
-            columns.passthrough,
+            result_schema(columns.passthrough, checked.output_type and checked.output_type.arrow),
             scan.num_rows,
             _describe_run(checked),
-            checked.output_type,
-            _VIEWS.read_text(encoding="utf-8"),
             accounting,
+            _VIEWS.read_text(encoding="utf-8"),
         ),
         has_ids=checked.has_ids,
         planned=planned,

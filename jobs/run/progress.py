@@ -15,7 +15,15 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from moebeam.jobs.console.facts_table import facts_table
-from moebeam.jobs.console.formats import format_duckdb_command, format_duration, format_money
+from moebeam.jobs.console.formats import (
+    format_duckdb_command,
+    format_duration,
+    format_money,
+    format_outage,
+    format_outage_end,
+)
+from moebeam.jobs.console.paid_line import format_paid
+from moebeam.jobs.console.report_table import printable
 from moebeam.jobs.console.summary import EXIT_DONE, EXIT_STOPPED, LIMITS, CheckReport, ProgressSnapshot, RunSummary
 
 ShowSnapshot = Callable[[ProgressSnapshot], None]
@@ -54,7 +62,8 @@ class StageRates:
             return None
         first, last = self._seen[0], self._seen[-1]
         elapsed_s = last.elapsed_s - first.elapsed_s
-        return (count(last) - count(first)) / elapsed_s if elapsed_s > 0 else None
+        # Replayed answers may count less at first than what was journaled.
+        return max(0, count(last) - count(first)) / elapsed_s if elapsed_s > 0 else None
 
 
 @contextmanager
@@ -79,9 +88,11 @@ def _show_bar(console: Console) -> Generator[ShowSnapshot]:
     )
     task = bar.add_task("start", total=None, rows="")
     details = Text()
+    last: ProgressSnapshot | None = None
     with Live(Group(bar, details), console=console, refresh_per_second=4, transient=True):
 
         def show(snapshot: ProgressSnapshot) -> None:
+            nonlocal last
             rates.add(snapshot)
             bar.update(
                 task,
@@ -91,6 +102,8 @@ def _show_bar(console: Console) -> Generator[ShowSnapshot]:
                 rows=_format_rows(snapshot),
             )
             details.plain = "  ".join(_list_details(snapshot, rates))
+            _print_outage_end(console, last, snapshot)
+            last = snapshot
 
         yield show
 
@@ -103,15 +116,16 @@ def _show_lines(console: Console, interval_s: float, clock: Callable[[], float])
     shown_at = 0.0
 
     def write(snapshot: ProgressSnapshot) -> None:
-        line = ", ".join([f"{snapshot.stage}: {_format_rows(snapshot)}", *_list_details(snapshot, rates)])
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
+        console.print(format_progress(snapshot, rates), soft_wrap=True, markup=False, highlight=False)
 
     def show(snapshot: ProgressSnapshot) -> None:
         nonlocal last, shown, shown_at
         rates.add(snapshot)
+        _print_outage_end(console, last, snapshot)
         last = snapshot
         now = clock()
-        if shown is None or shown.stage != snapshot.stage or now - shown_at >= interval_s:
+        is_new = shown is None or shown.stage != snapshot.stage or (snapshot.outage and shown.outage is None)
+        if is_new or now - shown_at >= interval_s:
             write(snapshot)
             shown, shown_at = snapshot, now
 
@@ -122,6 +136,16 @@ def _show_lines(console: Console, interval_s: float, clock: Callable[[], float])
             write(last)
 
 
+def _print_outage_end(console: Console, last: ProgressSnapshot | None, snapshot: ProgressSnapshot) -> None:
+    if last is not None and last.outage is not None and snapshot.outage is None:
+        console.print(format_outage_end(last.outage), soft_wrap=True, markup=False, highlight=False)
+
+
+def format_progress(snapshot: ProgressSnapshot, rates: StageRates) -> str:
+    """A snapshot as one line."""
+    return ", ".join([f"{snapshot.stage}: {_format_rows(snapshot)}", *_list_details(snapshot, rates)])
+
+
 def _format_rows(snapshot: ProgressSnapshot) -> str:
     total = "" if snapshot.rows_total is None else f"/{snapshot.rows_total:,}"
     return f"{snapshot.rows_done:,}{total} rows"
@@ -129,6 +153,10 @@ def _format_rows(snapshot: ProgressSnapshot) -> str:
 
 def _list_details(snapshot: ProgressSnapshot, rates: StageRates) -> Iterator[str]:
     """The parts of a progress line, most important first; unknown parts are left out."""
+    if snapshot.stop is not None:
+        yield snapshot.stop
+    if snapshot.outage is not None:
+        yield format_outage(snapshot.outage)
     if snapshot.num_rejects:
         yield f"{snapshot.num_rejects:,} rejects"
     if snapshot.shards_total is not None:
@@ -146,7 +174,7 @@ def _list_details(snapshot: ProgressSnapshot, rates: StageRates) -> Iterator[str
 def print_summary(console: Console, summary: RunSummary) -> None:
     """Print the outcome of a run: rows, tokens, cost, paths of the tables, and the next command."""
     style = "bold green" if summary.exit_code == EXIT_DONE else "bold yellow"
-    console.print(Text(_format_headline(summary), style=style), soft_wrap=True)
+    console.print(Text(format_headline(summary), style=style), soft_wrap=True)
     if summary.status == "staged":
         console.print(Text(summary.message or ""), soft_wrap=True)
         return
@@ -155,7 +183,8 @@ def print_summary(console: Console, summary: RunSummary) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def _format_headline(summary: RunSummary) -> str:
+def format_headline(summary: RunSummary) -> str:
+    """How a run ended, in one line."""
     if summary.status == "already_done":
         return "already done: nothing was run, nothing was paid"
     if summary.status == "staged":
@@ -170,23 +199,41 @@ def _format_headline(summary: RunSummary) -> str:
 
 
 def _list_facts(summary: RunSummary) -> Iterator[tuple[str, str]]:
-    yield "rows", "unknown" if summary.rows_in is None else f"{summary.rows_in:,}"
+    yield "rows", _format_answered(summary)
     yield "results", f"{summary.num_results:,}"
     by_type = ", ".join(f"{count:,} {name}" for name, count in sorted(summary.rejects_by_type.items()))
     yield "rejects", f"{summary.num_rejects:,}{f' ({by_type})' if by_type else ''}"
+    for message, count in summary.rejects_by_message.items():
+        yield "", f"{count:,} x {printable(message)}"
     if summary.num_unreadable:
         yield "unreadable", f"{summary.num_unreadable:,} files or row groups"
     yield "tokens", _format_tokens(summary)
     yield "cache hits", _format_hits(summary)
-    yield "cost", _format_cost(summary)
+    if summary.exit_code == EXIT_STOPPED and summary.account is not None:
+        yield "cost", format_paid(summary.account)
+    else:
+        yield "cost", _format_cost(summary)
+    if summary.num_unknown_usage:
+        yield "not counted", _format_unknown_usage(summary)
     if summary.num_reused:
         yield "reused", f"{summary.num_reused:,} of the results, answered by an earlier run"
-    if summary.cost_wasted:
+    if summary.cost_wasted and summary.exit_code != EXIT_STOPPED:
         yield "wasted", f"{format_money(summary.cost_wasted, summary.currency)} beside it, for answers not used"
     if summary.num_lost_calls:
         yield "lost calls", _format_lost_calls(summary)
     if summary.message:
         yield "note", summary.message
+
+
+def _format_answered(summary: RunSummary) -> str:
+    """How many rows there are and, of a run that was stopped, how many are answered."""
+    if summary.rows_in is None:
+        return "unknown"
+    if summary.exit_code != EXIT_STOPPED:
+        return f"{summary.rows_in:,}"
+    journaled = f" ({summary.num_journaled:,} of them in the journal)" if summary.num_journaled else ""
+    left = max(0, summary.rows_in - summary.num_answered)
+    return f"{summary.rows_in:,}: {summary.num_answered:,} answered{journaled}, {left:,} left"
 
 
 def _format_lost_calls(summary: RunSummary) -> str:
@@ -195,7 +242,14 @@ def _format_lost_calls(summary: RunSummary) -> str:
     return f"{summary.num_lost_calls:,} ended without a usage; the provider may bill them beside it{billed}"
 
 
+def _format_unknown_usage(summary: RunSummary) -> str:
+    tokens = f"{summary.estimated_prompt_tokens:,} prompt and {summary.estimated_completion_tokens:,} output tokens"
+    return f"{summary.num_unknown_usage:,} answers without a usage: their cost is unknown; by an estimate {tokens}"
+
+
 def _format_tokens(summary: RunSummary) -> str:
+    if summary.prompt_tokens is None or summary.completion_tokens is None:
+        return "unknown: no answer has a usage"
     reasoning = f", of which {summary.reasoning_tokens:,} reasoning" if summary.reasoning_tokens else ""
     output = f"{summary.completion_tokens:,} output{reasoning}"
     if summary.cached_tokens is None:
@@ -205,7 +259,7 @@ def _format_tokens(summary: RunSummary) -> str:
 
 
 def _format_hits(summary: RunSummary) -> str:
-    if summary.cached_tokens is None:
+    if summary.cached_tokens is None or summary.prompt_tokens is None:
         share = "unknown"
     elif summary.prompt_tokens == 0:
         share = "none, no prompt was run"
@@ -216,7 +270,9 @@ def _format_hits(summary: RunSummary) -> str:
 
 def _format_cost(summary: RunSummary) -> str:
     if summary.cost is None:
-        if summary.num_reused and not summary.prompt_tokens + summary.completion_tokens:
+        if summary.prompt_tokens is None:
+            return "unknown: no answer has a usage"
+        if summary.num_reused and not summary.prompt_tokens + (summary.completion_tokens or 0):
             return "none, nothing was asked"
         return "unknown: the job names no price book" if summary.price_book is None else "unknown: no price applies"
     bound = "at most " if summary.cost_basis == "upper_bound" else ""

@@ -31,8 +31,11 @@ _ENGINE_STAGES = ("run", "validate")
 """Stages whose rejects depend on the model; those of the others depend on input and job alone."""
 
 _RETRY_SECTIONS = ("sampling", "repair")
-_FREE_PARTS = {"[sampling]", "[repair]", "[accounting]", "retry of"}
-"""Parts of the identity in which a retry may differ from its source: they do not affect prompts."""
+_FREE_PARTS = {"[sampling]", "[repair]", "[accounting]", "retry of", "--limit", "--reuse"}
+"""Parts of the identity in which a retry may differ from its source: they do not affect its rows' prompts."""
+
+ALL_KINDS = "all"
+"""Stands for every kind that occurs and that the model decided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,13 @@ class Retry:
     Attributes:
         source: the run whose rejects are retried.
         retried: the input of the retry: only those rows.
+        note: which rejects `all` leaves out, and why; None if none.
     """
 
     source: RunRecord
     retry_of: RetryOf
     retried: InputScan
+    note: str | None = None
 
 
 def list_error_kinds() -> dict[str, str]:
@@ -77,21 +82,44 @@ def prepare_retry(output: str, kinds: Sequence[str]) -> Retry:
     if manifest is None or manifest["status"] != "complete":
         raise OutputError(f"{output}: expected a finished run, found one with rows left; moebeam resume {output} first")
     found: dict[str, int] = manifest["totals"]["rejects_by_type"]
+    note = None
+    if ALL_KINDS in kinds:
+        note = _describe_left_out(found)
+        kinds = [kind for kind in _list_retryable_kinds() if found.get(kind)] or kinds
     _check_kinds(kinds, found)
     record = read_input_record(source.layout)
     if record is None:
         raise OutputError(f"{source.layout.state}/input.json: expected what the run kept of its input, found nothing")
     retry_of = RetryOf(output, source.run_id, tuple(sorted(kinds)))
-    return Retry(source, retry_of, record.scan(sum(found.get(kind, 0) for kind in kinds)))
+    return Retry(source, retry_of, record.scan(sum(found.get(kind, 0) for kind in kinds)), note)
+
+
+def _list_retryable_kinds() -> list[str]:
+    return [kind for kind, stage in list_error_kinds().items() if stage in _ENGINE_STAGES]
+
+
+def _describe_left_out(found: Mapping[str, int]) -> str | None:
+    """Say which rejects never had a prompt that the model could be asked again."""
+    stages = list_error_kinds()
+    left_out = [
+        f"{count:,} {kind} (stage {stages[kind]})"
+        for kind, count in sorted(found.items())
+        if count and stages.get(kind, _ENGINE_STAGES[0]) not in _ENGINE_STAGES
+    ]
+    if not left_out:
+        return None
+    return f"not asked again: {', '.join(left_out)}; they were rejected before the model was asked"
 
 
 def _check_kinds(kinds: Sequence[str], found: dict[str, int]) -> None:
     known = list_error_kinds()
-    can_retry = [kind for kind, stage in known.items() if stage in _ENGINE_STAGES]
+    can_retry = _list_retryable_kinds()
     occurring = ", ".join(f"{kind} ({count:,})" for kind, count in sorted(found.items()) if kind in can_retry)
     advice = f"this run has {occurring or 'none that can be retried'}"
     if not kinds:
         raise JobFileError(f"--kinds: expected kinds of rejects, such as --kinds engine_timeout; {advice}")
+    if ALL_KINDS in kinds:
+        raise JobFileError(f"--kinds {ALL_KINDS}: {_describe_left_out(found) or 'no row was rejected'}")
     for kind in kinds:
         if kind not in known:
             raise JobFileError(f"--kinds: unknown kind {kind!r}; there are {', '.join(can_retry)}; {advice}")

@@ -122,11 +122,15 @@ class StopStrings:
 
 
 def derive_seed(request: Request) -> int:
-    """The request's own seed, or a hash of its prompt and attempt: it depends neither on its batch nor on row order."""
-    if request.sampling.seed is not None:
-        return request.sampling.seed % 2**63
+    """A hash of what makes a request's random numbers its own: prompt, row, attempt and the seed that it was given.
+
+    Rows draw apart from each other, also those of one prompt or of a job with one seed, and the same in any batch,
+    order or run.
+    """
+    row_id = (request.row_id or request.request_id).encode("utf-8", "surrogatepass")
     digest = hashlib.sha256(request.prompt_token_ids.astype("<i4").tobytes())
     digest.update(request.attempt.to_bytes(8, "little"))
+    digest.update(f"{len(row_id)} {request.sampling.seed} ".encode() + row_id)
     return int.from_bytes(digest.digest()[:8], "little") % 2**63
 
 

@@ -21,7 +21,7 @@ from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.schemas.canonical import Json, canonical_json
 from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions, options_json
 from moebeam.schemas.errors import InvalidMessages
-from moebeam.schemas.records import Message, TokenIds
+from moebeam.schemas.records import Message, TokenIds, ToolCall
 
 NUM_BYTES_PER_WORD = 4
 LEAST_TOKENS_A_WORD = 0.5
@@ -84,6 +84,12 @@ class RemotePrompts:
         if self.context_length is None:
             return True
         return num_prompt_tokens * LEAST_TOKENS_A_WORD + max_tokens <= self.context_length
+
+
+def estimate_output_tokens(text: str, reasoning: str | None, calls: Sequence[ToolCall]) -> int:
+    """Words of an answer, for one whose provider did not count its tokens."""
+    parts = (text, reasoning or "", *(part for call in calls for part in (call.name, call.arguments)))
+    return sum(-(-len(part.encode("utf-8", "surrogatepass")) // NUM_BYTES_PER_WORD) for part in parts)
 
 
 Encoder: TypeAlias = PromptEncoder | RemotePrompts

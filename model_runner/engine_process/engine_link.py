@@ -22,6 +22,10 @@ from moebeam.schemas.records import Completion, Request
 Messages: TypeAlias = "SimpleQueue[tuple[Any, ...] | EngineExit]"
 
 
+GIVEN_BACK = EngineExit("its calls were given back")
+"""Ends the calls of a process that lives on."""
+
+
 @dataclass(slots=True)
 class CallState:
     """Requests that one engine call has taken and not answered."""
@@ -93,7 +97,7 @@ class EngineLink(ProcessLink):
             while True:
                 message = next_message(messages)
                 if isinstance(message, EngineExit):
-                    is_over = True
+                    is_over = message is not GIVEN_BACK
                     return message
                 match message[0]:
                     case "pull":
@@ -120,6 +124,13 @@ class EngineLink(ProcessLink):
             self._forget([call])
             if not is_over:  # the caller stopped; the engine finishes only what it has begun
                 self._send(("request", call, None))
+
+    def give_back(self) -> None:
+        """End all open calls with `GIVEN_BACK`; the engine still finishes what it has begun, for nobody."""
+        with self._lock:
+            calls = [messages for call, messages in self._calls.items() if call != LOADING]
+        for messages in calls:
+            messages.put(GIVEN_BACK)
 
     def _open(self, messages: Messages) -> int:
         """Open a call; its messages, and the exit, go to `messages`."""

@@ -48,7 +48,13 @@ class HostRunner:
             EngineLoadError: the engine cannot be loaded.
         """
         self.config = config
+        self._is_given_back = threading.Event()
         self._supervisor: Supervisor[EngineLink] = Supervisor(lambda _: _connect(config, max_silence_s))
+
+    def give_back(self) -> None:
+        """See `StoppableRunner`; other processes' requests go on."""
+        self._is_given_back.set()
+        self._supervisor.last.give_back()
 
     def close(self) -> None:
         """Release the engine; it exits when no worker uses it."""
@@ -66,8 +72,11 @@ class HostRunner:
         """
         source = iter(requests)
         for _ in range(MAX_EXITS):
+            if self._is_given_back.is_set():
+                return
             call_state = CallState()
-            if (yield from self._supervisor.running().answers(source, call_state)) is None:
+            engine_exit = yield from self._supervisor.running().answers(source, call_state)
+            if engine_exit is None or self._is_given_back.is_set():
                 return
             _LOGGER.warning("the engine that this host shares ended; it is started again")
             source = chain(list(call_state.in_flight.values()), source)

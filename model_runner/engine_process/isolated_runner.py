@@ -95,7 +95,13 @@ class IsolatedRunner:
         self._lock = threading.Lock()
         self._num_fruitless_restarts = 0
         self._turns = _Turns()
+        self._is_given_back = threading.Event()
         self._supervisor: Supervisor[EngineLink] = Supervisor(lambda last: _start(config, last))
+
+    def give_back(self) -> None:
+        """See `StoppableRunner`; the engine's process ends."""
+        self._is_given_back.set()
+        self._supervisor.close()
 
     def close(self) -> None:
         """End the engine now; `generate` cannot be called afterwards."""
@@ -111,12 +117,19 @@ class IsolatedRunner:
         Raises:
             EngineLoadError: it died `MAX_FRUITLESS_RESTARTS` times without an answer in between, or cannot restart.
         """
-        source = iter(requests)
+        try:
+            yield from self._generate(iter(requests))
+        except EngineLoadError:
+            # A call that was about to begin finds the process ended.
+            if not self._is_given_back.is_set():
+                raise
+
+    def _generate(self, source: Iterator[Request]) -> Iterator[Completion]:
         call_state = CallState()
-        while not call_state.is_exhausted:
+        while not call_state.is_exhausted and not self._is_given_back.is_set():
             call_state = CallState()
             engine_exit = yield from self._call(source, call_state, is_suspect=False)
-            if engine_exit is not None:
+            if engine_exit is not None and not self._is_given_back.is_set():
                 self._record_exit(engine_exit, call_state.has_answered)
                 with self._turns.search():
                     yield from self._bisect(list(call_state.in_flight.values()))
@@ -130,6 +143,8 @@ class IsolatedRunner:
             answered: set[str] = set()
             call = self._call(iter(group.requests), call_state, is_suspect=True)
             engine_exit = yield from _record_answered(call, answered)
+            if self._is_given_back.is_set():
+                return
             if engine_exit is None:
                 continue
             self._record_exit(engine_exit, call_state.has_answered)

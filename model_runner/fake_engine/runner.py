@@ -16,10 +16,9 @@ import os
 import re
 import signal
 import threading
-import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, Literal, Self
 
@@ -149,20 +148,31 @@ class FakeRunner:
     config: EngineConfig
     script: Script
     encoder: PromptEncoder | None = None
+    _is_given_back: threading.Event = field(default_factory=threading.Event, compare=False)
+
+    def give_back(self) -> None:
+        """See `StoppableRunner`: no further answer begins, and one that waits for its latency has none."""
+        self._is_given_back.set()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer each request as it is pulled; pulls nothing ahead."""
         last_token_ids: dict[str, TokenIds] = {}
         for request in requests:
+            if self._wait_for_latency():
+                return
             before = last_token_ids.get(request.tenant)
             num_shared = 0 if before is None else common_prefix_length(before, request.prompt_token_ids)
             last_token_ids[request.tenant] = request.prompt_token_ids
             yield self._answer(request, num_shared)
 
+    def _wait_for_latency(self) -> bool:
+        """Whether the engine was given back, before or meanwhile."""
+        latency_s = self.script.latency_ms / 1000
+        return self._is_given_back.wait(latency_s) if latency_s else self._is_given_back.is_set()
+
     def _answer(self, request: Request, num_shared: int) -> Completion:
-        started_at = datetime.now(UTC)
-        if self.script.latency_ms:
-            time.sleep(self.script.latency_ms / 1000)
+        # The latency has passed by now.
+        started_at = datetime.now(UTC) - timedelta(milliseconds=self.script.latency_ms)
         reply = self._reply_to(request)
         _have_accident(reply.accident)
         error: RowError | None = None

@@ -49,10 +49,12 @@ class BuiltGrammar:
     Attributes:
         text: JSON, as `Request.grammar` takes it.
         relaxed: pointers of a tool's parameters begin with `/tools/NAME/parameters`.
+        narrowed: keywords by which valid values, or a usual way to write them, are left out.
     """
 
     text: str
     relaxed: tuple[Relaxation, ...]
+    narrowed: tuple[Relaxation, ...] = ()
 
 
 def build_answer_grammar(
@@ -91,9 +93,10 @@ def build_answer_grammar(
         return None
     content = None if schema is None or must_call else enforceable_schema(schema, formats=formats)
     if content is not None and not tools and not starts_in_reasoning:
-        return BuiltGrammar(json_schema_grammar(content.document), content.relaxed)
+        return BuiltGrammar(json_schema_grammar(content.document), content.relaxed, content.narrowed)
     writer = LarkWriter(token_id, {END_OF_THINKING} | (style.markup if style is not None else frozenset()))
     relaxed = list(content.relaxed if content is not None else ())
+    narrowed = list(content.narrowed if content is not None else ())
     start: list[str] = []
     if starts_in_reasoning:
         start.append(_write_reasoning(writer, options.max_reasoning_tokens))
@@ -103,7 +106,9 @@ def build_answer_grammar(
         blank = f"{writer.terminal('BLANK', _BLANK)}? " if starts_in_reasoning else ""
         bodies.append(writer.rule("content", blank + writer.json(content.document)))
     if style is not None and tools:
-        opening, calls = _write_calls(writer, tools, style, relaxed, is_single=not options.parallel_tool_calls)
+        opening, calls = _write_calls(
+            writer, tools, style, relaxed, narrowed, is_single=not options.parallel_tool_calls
+        )
         bodies.append(writer.rule("calls", f"{writer.literal(opening)} {calls}"))
         if content is None and not must_call:
             text = writer.text_without("TEXT", style.opening if isinstance(style, JsonCallFormat) else DSML)
@@ -111,7 +116,7 @@ def build_answer_grammar(
     if not bodies:
         bodies.append(writer.terminal("TEXT", "/(?s:.*)/"))
     start.append(writer.rule("body", " | ".join(bodies)))
-    return BuiltGrammar(writer.write(" ".join(start)), tuple(relaxed))
+    return BuiltGrammar(writer.write(" ".join(start)), tuple(relaxed), tuple(narrowed))
 
 
 def _write_reasoning(writer: LarkWriter, max_tokens: int | None) -> str:
@@ -129,13 +134,19 @@ def _write_reasoning(writer: LarkWriter, max_tokens: int | None) -> str:
 
 
 def _write_calls(
-    writer: LarkWriter, tools: Sequence[Tool], style: CallFormat, relaxed: list[Relaxation], *, is_single: bool
+    writer: LarkWriter,
+    tools: Sequence[Tool],
+    style: CallFormat,
+    relaxed: list[Relaxation],
+    narrowed: list[Relaxation],
+    *,
+    is_single: bool,
 ) -> tuple[str, str]:
     """Calls of tools: the fixed text that they begin with, and a rule of all that follows it."""
     before_name, _ = style.call_begin("?").split("?")
     calls: list[str] = []
     for index, tool in enumerate(tools):
-        document = _enforce_arguments(tool, relaxed)
+        document = _enforce_arguments(tool, relaxed, narrowed)
         if isinstance(style, DsmlFormat):
             arguments = ParameterWriter(writer, style, f"tool{index}").arguments(document)
         else:
@@ -150,7 +161,7 @@ def _write_calls(
     return style.begin + before_name, writer.rule("more_calls", f"{call} {more} {end}".strip())
 
 
-def _enforce_arguments(tool: Tool, relaxed: list[Relaxation]) -> Mapping[str, Json]:
+def _enforce_arguments(tool: Tool, relaxed: list[Relaxation], narrowed: list[Relaxation]) -> Mapping[str, Json]:
     """The schema of a tool's arguments, which are an object whatever it says."""
     pointer = f"/tools/{tool.name}/parameters"
     parameters = tool.parameters
@@ -160,5 +171,6 @@ def _enforce_arguments(tool: Tool, relaxed: list[Relaxation]) -> Mapping[str, Js
     except InvalidGrammar:
         relaxed.append(Relaxation(pointer, "type", "no object keeps this schema"))
         return enforceable_schema({"type": "object"}).document
-    relaxed += [replace(entry, pointer=pointer + entry.pointer) for entry in enforceable.relaxed]
+    for named, entries in ((relaxed, enforceable.relaxed), (narrowed, enforceable.narrowed)):
+        named += [replace(entry, pointer=pointer + entry.pointer) for entry in entries]
     return enforceable.document

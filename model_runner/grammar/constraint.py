@@ -16,15 +16,15 @@ letters spells them with ordinary tokens.
 """
 
 import json
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any
 
 import tokenizers
 import torch
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from torch import Tensor
 
 from moebeam.model_runner.grammar.json_grammar import invalid_grammar
@@ -35,6 +35,9 @@ MAX_CACHED_GRAMMARS = 256
 
 # Verbose errors quote what was generated, which belongs to the row and not to a log.
 _LIMITS = LLParserLimits(verbose_errors=False)
+_OWN_LIMITS = LLParserLimits(verbose_errors=False, initial_lexer_fuel=20_000_000, step_lexer_fuel=2_000_000)
+"""Of a matcher that serves one sequence after the shared one failed: at most some 2 s to take its tokens again, and
+0.2 s for a mask."""
 
 
 def num_mask_words(vocab_size: int) -> int:
@@ -66,20 +69,36 @@ class ConstraintCompiler:
                 f"expected a tokenizer of at most {vocab_size} tokens with end tokens {list(eos_token_ids)}, found one "
                 f"of {tokenizer.get_vocab_size()} that constrained decoding cannot use: {error}"
             ) from error
-        self._compiled = lru_cache(MAX_CACHED_GRAMMARS)(self._compile)
+        self._templates: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def compile(self, grammar: str) -> "Constraint":
         """The constraint of a new sequence; a grammar seen lately is only copied.
+
+        Copies share one lexer (llguidance 1.9.1), which allows nothing more once it met a limit, whichever copy led it
+        there. A constraint whose matcher fails therefore goes on with a matcher of its own, and later sequences get a
+        new template.
 
         Args:
             grammar: an llguidance grammar (JSON text, or its Lark). A token like `<think>` is named by number: `<[5]>`.
         Raises:
             InvalidGrammar: the grammar cannot be compiled.
         """
-        return Constraint(self._compiled(grammar).deep_copy(), self.num_words)
+        template = self._templates.get(grammar)
+        if template is None:
+            template = self._templates[grammar] = self._make_matcher(grammar, _LIMITS)
+            if len(self._templates) > MAX_CACHED_GRAMMARS:
+                self._templates.popitem(last=False)
+        self._templates.move_to_end(grammar)
 
-    def _compile(self, grammar: str) -> LLMatcher:
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        def compile_again() -> LLMatcher:
+            if self._templates.get(grammar) is template:
+                del self._templates[grammar]
+            return self._make_matcher(grammar, _OWN_LIMITS)
+
+        return Constraint(template.deep_copy(), self.num_words, compile_again)
+
+    def _make_matcher(self, grammar: str, limits: LLParserLimits) -> LLMatcher:
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():
             raise invalid_grammar(matcher.get_error())
         return matcher
@@ -94,12 +113,22 @@ class Constraint:
         is_filling: whether a mask is being filled from this state.
     """
 
-    __slots__ = ("is_filling", "matcher", "num_words")
+    __slots__ = ("_accepted", "_compile_again", "is_filling", "matcher", "num_words")
 
-    def __init__(self, matcher: LLMatcher, num_words: int) -> None:
+    def __init__(
+        self, matcher: LLMatcher, num_words: int, compile_again: Callable[[], LLMatcher] | None = None
+    ) -> None:
+        """Begin a sequence.
+
+        Args:
+            matcher: at the beginning of its grammar.
+            compile_again: makes a matcher that shares nothing; None where a failure of `matcher` is final.
+        """
         self.matcher = matcher
         self.num_words = num_words
         self.is_filling = False
+        self._compile_again = compile_again
+        self._accepted: list[int] = []
 
     def find_forced_token_ids(self) -> list[int]:
         """The tokens that must follow because the grammar leaves only one text; often none, never an end token.
@@ -107,7 +136,19 @@ class Constraint:
         Does not accept them: the engine appends as many as it has room for and calls `accept` for each.
         """
         assert not self.is_filling, "the constraint was asked while its mask is being filled"
-        return self.matcher.compute_ff_tokens()
+        forced = self.matcher.compute_ff_tokens()
+        return self.matcher.compute_ff_tokens() if self.recover() else forced
+
+    def recover(self) -> bool:
+        """Go on with a matcher of its own where the shared one failed, perhaps by another sequence's answer.
+
+        Returns:
+            Whether the matcher was changed and has taken all tokens so far; False too where it had not failed.
+        """
+        if self._compile_again is None or not self.matcher.is_error():
+            return False
+        self.matcher, self._compile_again = self._compile_again(), None
+        return self.matcher.consume_tokens(self._accepted)
 
     def accept(self, token_id: int) -> None:
         """Take the next token of the sequence, drawn or forced; end tokens included.
@@ -117,8 +158,9 @@ class Constraint:
                 failed then and allows nothing more.
         """
         assert not self.is_filling, "a token was accepted while the mask is being filled"
-        if not self.matcher.consume_token(token_id):
+        if not self.matcher.consume_token(token_id) and not (self.recover() and self.matcher.consume_token(token_id)):
             raise self.failure or EngineFailed(f"constrained decoding refused token {token_id}")
+        self._accepted.append(token_id)
 
     @property
     def can_end(self) -> bool:
@@ -163,6 +205,8 @@ class PendingMasks:
             for constraint, _ in self._constrained:
                 constraint.is_filling = False
         for constraint, row in self._constrained:
+            if constraint.recover():
+                fill_next_token_bitmask(constraint.matcher, self._masks.numpy(), row)
             if constraint.matcher.is_error():
                 # llguidance allows the end token then, which would pass a broken answer off as complete.
                 self._masks[row] = 0

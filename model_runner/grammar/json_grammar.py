@@ -50,6 +50,13 @@ MAX_CACHED_SCHEMAS = 256
 MAX_PARTS = 8
 """Most parts into which `_bisect` divides the keywords of a schema that llguidance cannot compile."""
 
+MAX_SEARCH_COST = 8_000
+"""Most parts of a schema that are looked at, over and over, in search of the keywords that llguidance cannot compile;
+beyond, all that may be at fault are left to validation."""
+
+MAX_DOCUMENT_CHARACTERS = 500_000
+"""Largest schema that llguidance is given; of 1.3 MB it took six seconds, then panicked."""
+
 # Verbose errors quote what was generated, which belongs to the row and not to a log.
 _LIMITS = LLParserLimits(verbose_errors=False)
 
@@ -71,10 +78,12 @@ class EnforceableSchema:
     Attributes:
         document: admits every value of the original schema, in one spelling; must not be changed.
         relaxed: keywords of the original that only validation checks; if empty, every text of the grammar is valid.
+        narrowed: keywords by which valid values, or a usual way to write them, are left out.
     """
 
     document: Mapping[str, Json]
     relaxed: tuple[Relaxation, ...]
+    narrowed: tuple[Relaxation, ...] = ()
 
 
 def enforceable_schema(
@@ -82,10 +91,11 @@ def enforceable_schema(
 ) -> EnforceableSchema:
     """Finds the tightest schema that a grammar can enforce, and lists what it leaves to validation.
 
-    The grammar restricts spelling: properties come in the schema's order, numbers have no exponent and integers no
-    fraction, strings hold no control characters except white space, and no DEL. Formats admit their common texts (see
-    `schema_forms.patterns.FORMATS`). A grammar does not count nesting or digits: recursive schemas admit values deeper
-    than the 128 levels that validation reads, and integers may exceed Python's 4,300 digits.
+    The grammar restricts spelling: properties come in the schema's order, integers have neither fraction nor exponent,
+    strings hold no control characters except white space, and no DEL. What else it leaves out is named as narrowed:
+    numbers with bounds have no exponent, and some formats admit their common texts only (see
+    `schema_forms.formats.NARROWED`). A grammar does not count nesting or digits: recursive schemas admit values deeper
+    than the 128 levels that validation reads, and numbers may exceed 4,300 digits or have such exponents.
 
     Never fetches a `$ref`: what lies outside the document is left to validation.
 
@@ -124,18 +134,24 @@ def _make_enforceable(text: str, are_formats_asserted: bool, max_string_length: 
         raise InvalidGrammar("expected a JSON Schema that some value keeps, found one that refuses every value")
     reason = _find_refusal(inline_schema(built.schema))
     if reason is None:
-        return EnforceableSchema(built.schema, built.relaxed)
+        return EnforceableSchema(built.schema, built.relaxed, built.narrowed)
     reason = f"llguidance cannot compile it: {reason[:120]}"
 
+    cost = built.cost + len(str(built.schema)) // 100
+
     def fits(left_out: Sequence[tuple[str, str]]) -> bool:
+        nonlocal cost
+        if cost > MAX_SEARCH_COST:
+            return False
         wider = build(left_out)
+        cost += wider.cost
         return wider.schema is not None and _find_refusal(inline_schema(wider.schema)) is None
 
     left_out = _find_least_left_out(built.enforced, fits)
     if left_out is not None:
         wider = build(left_out)
         more = (Relaxation(pointer, keyword, reason) for pointer, keyword in left_out)
-        return EnforceableSchema(wider.schema or {}, tuple(sorted({*wider.relaxed, *more})))
+        return EnforceableSchema(wider.schema or {}, tuple(sorted({*wider.relaxed, *more})), wider.narrowed)
     everything = build_document(
         {"type": "object"} if _is_object(built.schema) else True,
         are_formats_asserted=are_formats_asserted,
@@ -148,6 +164,8 @@ def _make_enforceable(text: str, are_formats_asserted: bool, max_string_length: 
 @lru_cache(MAX_CACHED_SCHEMAS)
 def _find_refusal(document: str) -> str | None:
     """Why llguidance cannot compile a schema; None where it can."""
+    if len(document) > MAX_DOCUMENT_CHARACTERS:
+        return f"{len(document)} characters, more than {MAX_DOCUMENT_CHARACTERS}"
     grammar = f'{{"grammars": [{{"json_schema": {document}}}]}}'
     matcher = LLMatcher(byte_tokenizer(), grammar, log_level=0, limits=_LIMITS)
     return matcher.get_error().splitlines()[0] if matcher.is_error() else None

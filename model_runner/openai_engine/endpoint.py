@@ -1,42 +1,47 @@
-"""One provider as the `openai` engine asks it: client, limit, retries.
+"""One provider as the `openai` engine asks it: its limit, tries, outages, and what was lost on the way.
 
-Stands between `runner.py`, which goes from one endpoint to the next, and the official `openai` client, which serves
-for the exchange alone: its own retries are off, since they would hide refusals, and `responses.py` reads the bytes in
-place of its response models, which cost more than the exchange. Over aiohttp a call costs a third of the CPU
-that it costs over the client's default transport, and stays there with 1,000 in flight.
+Stands between `failover.py`, which chooses among endpoints and waits where none answers, and `client.py`, which makes
+one call. A request leaves an endpoint that is out; while the endpoint answers others, it is tried again here.
 """
 
 import asyncio
+import logging
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Hashable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from time import perf_counter
-from typing import Any
-
-import httpx2
-import openai
-from openai.types.chat import ChatCompletionChunk
-from tenacity import AsyncRetrying, RetryCallState
+from functools import lru_cache
+from time import monotonic
 
 from moebeam.model_runner.openai_engine.admission_queue import AdmissionQueue
+from moebeam.model_runner.openai_engine.client import ChatClient, EndpointSpec
 from moebeam.model_runner.openai_engine.concurrency import AdaptiveLimit, MachineShare
+from moebeam.model_runner.openai_engine.event_loop import Bell
 from moebeam.model_runner.openai_engine.failures import CallFailure, classify_failure
-from moebeam.model_runner.openai_engine.profiles import Profile
+from moebeam.model_runner.openai_engine.outages.circuit import Circuit, OutagePolicy
+from moebeam.model_runner.openai_engine.outages.evidence import Evidence, OwnFailures
+from moebeam.model_runner.openai_engine.outages.refusals import Refusals
 from moebeam.model_runner.openai_engine.request_body import ChatBody, chat_body
-from moebeam.model_runner.openai_engine.responses import Answer, StreamedAnswer, read_answer
+from moebeam.model_runner.openai_engine.responses import Answer
 from moebeam.schemas.canonical import fingerprint
-from moebeam.schemas.errors import AnswerInterrupted, EngineOverloaded, RowError
+from moebeam.schemas.errors import (
+    AnswerInterrupted,
+    ContentRefused,
+    EngineOverloaded,
+    RequestGivenUp,
+    RequestRefused,
+    RowError,
+    abbreviate,
+)
+from moebeam.schemas.prices import find_tier_mode
 from moebeam.schemas.records import LostCall, Request
 
-_PATH = "/chat/completions"
-_CONNECT_TIMEOUT_S = 30.0
-_MAX_RETRY_AFTER_S = 600.0
-_OVERLOADS_A_RETRY = 10
-MAX_FAILED_IN_A_ROW = 32
-"""Requests given up one after the other, with no answer between them, after which an endpoint counts as down."""
+_LOGGER = logging.getLogger(__name__)
+_CANARY = "canary"
+_TEST_S = 5.0
+"""How long requests wait at most for the end of a canary's call, which wakes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,27 +57,6 @@ class RetryPolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class EndpointSpec:
-    """Where and how to ask; the key itself stands nowhere but in the client.
-
-    Attributes:
-        model: the model as the provider names it.
-        max_concurrency: most requests in flight from this machine.
-        timeout_s: most seconds without a byte.
-        run_id: of the run; part of idempotency keys.
-    """
-
-    profile: Profile
-    model: str
-    base_url: str
-    max_concurrency: int
-    timeout_s: float
-    is_stream: bool
-    max_retries: int
-    run_id: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Arrived:
     """An answer and the call that brought it; `started_at` (UTC) is that call's start."""
 
@@ -81,24 +65,46 @@ class Arrived:
     latency_ms: float
 
 
+class EndpointOut(Exception):
+    """The endpoint answers nobody at present, or not any more; nothing is decided about the request."""
+
+
 class Endpoint:
-    """Asks one provider; all but the constructor belongs to the event loop's thread.
+    """Asks one provider; all but the constructor and `circuit.find_outage` belongs to the event loop's thread.
 
     Attributes:
-        down: why the endpoint can answer nothing any more; None while it can.
+        refusals: requests that it refused alike, held back.
+        bell: rings whenever an outage begins or ends.
     """
 
-    def __init__(self, spec: EndpointSpec, secret: str, retry_policy: RetryPolicy | None = None) -> None:
+    def __init__(
+        self,
+        spec: EndpointSpec,
+        secret: str,
+        retry_policy: RetryPolicy | None = None,
+        outage_policy: OutagePolicy | None = None,
+        *,
+        max_same_refusals: int = 20,
+    ) -> None:
         self.spec = spec
-        self.down: RowError | None = None
         self.limit = AdaptiveLimit(spec.max_concurrency)
         self.counts: Counter[str] = Counter()
+        self.circuit = Circuit(spec.profile.name, outage_policy)
+        self.refusals = Refusals(max_same_refusals)
+        self.bell = Bell()
         self._secret = secret
         self._retry_policy = retry_policy or RetryPolicy()
+        self._outage_policy = outage_policy or OutagePolicy()
+        self._evidence = Evidence(spec.max_retries, self._outage_policy)
         self._share = MachineShare(f"{spec.base_url} {spec.model}")
-        self._num_failed_in_a_row = 0
-        self._client: openai.AsyncOpenAI | None = None
-        self._strict_client: openai.AsyncOpenAI | None = None
+        self._client = ChatClient(spec, secret)
+        self._num_calling = 0
+        self._last_answered: tuple[Request, ChatBody] | None = None
+
+    @property
+    def down(self) -> str | None:
+        """Why the endpoint is not asked any more; None while it is."""
+        return self.circuit.down
 
     @asynccontextmanager
     async def slot(self) -> AsyncGenerator[None]:
@@ -110,38 +116,109 @@ class Endpoint:
         finally:
             self.limit.release()
 
-    async def ask(self, request: Request, queue: AdmissionQueue, lost: list[LostCall]) -> Arrived:
-        """Answer one request that holds a slot here, by as many calls as `max_retries` allows.
+    async def ask(
+        self, request: Request, queue: AdmissionQueue, own: OwnFailures, lost: list[LostCall], *, is_probe: bool
+    ) -> Arrived:
+        """Answer one admitted request that holds a slot here, by as many calls as it takes.
 
         Args:
-            queue: admits the request before the first call.
+            queue: asked again before each further try.
+            own: what the request met here before; updated.
             lost: calls that the provider may bill although they brought no usage are added.
+            is_probe: whether it may be sent though the endpoint is out.
         Raises:
-            CallFailure: there is no answer from here.
-            NotAdmitted: it may not be sent any more.
+            CallFailure: the provider refuses the request, or fails on it alone.
+            EndpointOut: the provider answers nobody at present.
+            NotAdmitted: the request may not be sent any more.
         """
         body = self._body(request)
+        while True:
+            while self.refusals.is_tested:
+                await queue.sleep(request, _TEST_S, [self.bell])
+            if self.down is not None or (self.circuit.is_open and not is_probe):
+                raise EndpointOut
+            started = monotonic()
+            try:
+                arrived = await self._call(request, body, self._headers(request, body), lost)
+            except CallFailure as failure:
+                self._record_failure(failure, own, started, is_probe=is_probe)
+                if failure.consequence == "row" or self._evidence.is_own(own):
+                    raise
+                if self._needs_canary(own) and await self.send_canary(lost) is None:
+                    queue.check(request)
+                    continue
+                await self._pause(failure, request, queue, own)
+            else:
+                self._last_answered = request, body
+                self._record_answer(own, started)
+                return arrived
+
+    async def send_canary(self, lost: list[LostCall]) -> CallFailure | None:
+        """Send the request that was answered last here once more, for one token: does the provider serve others?
+
+        Args:
+            lost: takes what the call may cost, since its answer is nobody's.
+        Returns:
+            Why it failed; None if it was answered.
+        """
+        assert self._last_answered is not None
+        request, body = self._last_answered
+        short = replace(request, sampling=replace(request.sampling, max_tokens=1))
+        body = ChatBody({**body.fields, self.spec.profile.max_tokens_field: 1}, body.is_strict)
+        self.counts["num_canaries"] += 1
+        headers = self._headers(short, body, f"{_CANARY} {self.counts['num_canaries']}")
+        own, started, started_at, own_lost = OwnFailures(), monotonic(), datetime.now(UTC), list[LostCall]()
         try:
-            if self.down is None:
-                await queue.acquire(request)
-            # Another request may have found the endpoint closed meanwhile.
-            if self.down is not None:
-                raise CallFailure("endpoint", self.down)
-            arrived = await AsyncRetrying(
-                sleep=asyncio.sleep, retry=self._should_retry, stop=self._should_stop, wait=self._wait_s, reraise=True
-            )(self._once, request, body, lost)
+            await self._call(short, body, headers, own_lost)
         except CallFailure as failure:
-            self._record_given_up(failure)
-            raise
-        self._num_failed_in_a_row = 0
-        return arrived
+            self._record_failure(failure, own, started, is_probe=False)
+            return failure
+        else:
+            self._record_answer(own, started)
+            self._lose_call(short, _CANARY, started_at, own_lost)
+            return None
+        finally:
+            lost += [replace(call, error_type=_CANARY) for call in own_lost]
+
+    async def judge_refusal(self, failure: CallFailure, row: Hashable, lost: list[LostCall]) -> bool | None:
+        """Whether a refusal is the request's own, which still holds its slot; None if that is not known yet.
+
+        Where too many rows are refused alike, a canary tells whether others are served still; if not, this endpoint is
+        asked nothing more.
+
+        Args:
+            row: tells rows apart; takes of one row are one.
+            lost: see `send_canary`.
+        """
+        refusals, name = self.refusals, self.spec.profile.name
+        if self.down is not None:
+            return False
+        if not refusals.add(failure.refusal, row) or refusals.is_tested:
+            return None
+        told = f"{name} refused the first {refusals.num_rows} requests alike"
+        if self._last_answered is not None:
+            told = f"{name} refused {refusals.num_rows} requests in a row alike"
+            refusals.is_tested = True
+            try:
+                refused = await self.send_canary(lost)
+            finally:
+                refusals.is_tested = False
+                self.bell.ring()
+            if refused is None or refused.consequence != "row":
+                return True if refused is None else None
+        self.shut(f"{told}: {failure.error}; raise [failures] max_same_refusals if they are the rows' own")
+        return False
+
+    def shut(self, reason: str) -> None:
+        """Ask this endpoint nothing more."""
+        if self.circuit.shut(reason):
+            self.refusals.drop()
+            self.bell.ring()
 
     async def close(self) -> None:
         """Close all connections."""
         self._share.close()
-        if self._client is not None:
-            client, self._client, self._strict_client = self._client, None, None
-            await client.close()
+        await self._client.close()
 
     def _body(self, request: Request) -> ChatBody:
         try:
@@ -149,62 +226,96 @@ class Endpoint:
         except RowError as error:
             raise CallFailure("row", error) from error
 
-    async def _once(self, request: Request, body: ChatBody, lost: list[LostCall]) -> Arrived:
+    async def _call(
+        self, request: Request, body: ChatBody, headers: Mapping[str, str], lost: list[LostCall]
+    ) -> Arrived:
+        """One call.
+
+        Raises:
+            CallFailure: it brought no answer.
+        """
         self.counts["num_calls"] += 1
-        started_at, started = datetime.now(UTC), perf_counter()
+        self._num_calling += 1
+        started_at, started = datetime.now(UTC), monotonic()
         try:
-            answer = await self._exchange(body, self._options(request, body))
+            answer = await self._client.exchange(body, headers)
+        except asyncio.CancelledError:
+            self._lose_call(request, RequestGivenUp.error_type, started_at, lost)
+            raise
         except Exception as error:
             failure = classify_failure(error, self.spec.profile, self._secret)
             self.counts[f"num_{failure.error.error_type}"] += 1
             if failure.may_be_billed:
-                self._record_lost_call(request, failure.error, started_at, lost)
-            self.limit.record_outcome(is_refused=failure.consequence == "overload")
+                self._lose_call(request, failure.error.error_type, started_at, lost)
+            if failure.consequence == "overload":
+                self.limit.record_outcome(is_refused=True)
             raise failure from error
+        finally:
+            self._num_calling -= 1
         usage = answer.usage
         if isinstance(answer.error, AnswerInterrupted) and not usage.prompt_tokens and not usage.completion_tokens:
-            # Nothing was paid for: asking again costs nothing.
+            # Nothing was paid for, as far as the provider says: asking again costs nothing that it named.
+            if not usage.is_known:
+                self._lose_call(request, answer.error.error_type, started_at, lost)
             is_overload = answer.finish_reason == "insufficient_system_resource"
             self.counts[f"num_{answer.error.error_type}"] += 1
             self.limit.record_outcome(is_refused=is_overload)
-            raise CallFailure("overload" if is_overload else "retry", EngineOverloaded(str(answer.error)))
+            raise CallFailure("overload" if is_overload else "failed", EngineOverloaded(str(answer.error)))
         self.limit.record_outcome(is_refused=False)
-        if not answer.is_usage_known:
-            assert answer.error is not None, "an answer without a usage has an error"
-            self._record_lost_call(request, answer.error, started_at, lost)
-        return Arrived(answer, started_at, (perf_counter() - started) * 1000)
+        if not answer.has_known_reason:
+            self.counts["num_unknown_finish_reasons"] += 1
+            _warn_unknown_reason(self.spec.profile.name, answer.provider_finish_reason)
+        return Arrived(answer, started_at, (monotonic() - started) * 1000)
 
-    def _record_lost_call(self, request: Request, error: RowError, started_at: datetime, lost: list[LostCall]) -> None:
+    def _record_answer(self, own: OwnFailures, started: float) -> None:
+        self._evidence.record_answer(own, started)
+        self.refusals.record_answer(started)
+        if self.circuit.record_answer():
+            self.bell.ring()
+
+    def _record_failure(self, failure: CallFailure, own: OwnFailures, started: float, *, is_probe: bool) -> None:
+        if failure.consequence != "row":
+            self._evidence.record_failure(own, failure, started)
+            has_changed = self.circuit.record_failure(failure, is_probe=is_probe)
+            if self.down is not None:
+                self.refusals.drop()
+        else:
+            is_from_provider = isinstance(failure.error, RequestRefused | ContentRefused)
+            has_changed = is_from_provider and self.circuit.record_refusal()
+        if has_changed:
+            self.bell.ring()
+
+    def _needs_canary(self, own: OwnFailures) -> bool:
+        has_answered = self._last_answered is not None
+        return has_answered and self._num_calling == 0 and self._evidence.needs_others(own)
+
+    async def _pause(self, failure: CallFailure, request: Request, queue: AdmissionQueue, own: OwnFailures) -> None:
+        """Wait for the next try, for as long as the endpoint is not out."""
+        ends_at = monotonic() + self._wait_s(failure, own.num_tries)
+        while (left_s := ends_at - monotonic()) > 0:
+            if self.circuit.is_open or self.down is not None:
+                raise EndpointOut
+            await queue.sleep(request, left_s, [self.bell])
+
+    def _wait_s(self, failure: CallFailure, num_tries: int) -> float:
+        retries, is_overload = self._retry_policy, failure.consequence == "overload"
+        most_s = retries.max_overload_wait_s if is_overload else retries.max_wait_s
+        wait_s = min(most_s, retries.first_wait_s * 2.0 ** min(max(0, num_tries - 1), 30))
+        wait_s *= random.uniform(0.5, 1.0)
+        if failure.retry_after_s is None:
+            return wait_s
+        # Requests that were given the same instant must not come back together.
+        return min(failure.retry_after_s, max(self._outage_policy.max_outage_s, retries.max_wait_s)) + wait_s * 0.1
+
+    def _lose_call(self, request: Request, error_type: str, started_at: datetime, lost: list[LostCall]) -> None:
         self.counts["num_lost_calls"] += 1
         spec, most = self.spec, request.sampling.max_tokens
+        mode = find_tier_mode(request.options.service_tier)
         lost.append(
-            LostCall(spec.profile.name, spec.model, error.error_type, started_at, request.num_prompt_tokens, most)
+            LostCall(spec.profile.name, spec.model, error_type, started_at, request.num_prompt_tokens, most, mode)
         )
 
-    async def _exchange(self, body: ChatBody, options: Any) -> Answer:
-        client = self._choose_client(body)
-        profile = self.spec.profile
-        if not self.spec.is_stream:
-            response = await client.post(_PATH, body=body.fields, cast_to=httpx2.Response, options=options)
-            return read_answer(response.content, profile)
-        stream = await client.post(
-            _PATH,
-            body=body.fields,
-            cast_to=ChatCompletionChunk,
-            stream=True,
-            stream_cls=openai.AsyncStream[ChatCompletionChunk],
-            options=options,
-        )
-        answer = StreamedAnswer()
-        try:
-            # The client's own events are not used: parsing one costs more than all that follows here.
-            async for line in stream.response.aiter_lines():
-                answer.add_line(line)
-        finally:
-            await stream.close()
-        return answer.answer(profile)
-
-    def _options(self, request: Request, body: ChatBody) -> Any:
+    def _headers(self, request: Request, body: ChatBody, *extra: str) -> Mapping[str, str]:
         """The key that tells the provider which calls are tries of one and the same attempt.
 
         Not the content alone: two rows may ask the same and want an answer each, and an answer that was not accepted is
@@ -213,69 +324,11 @@ class Endpoint:
         header = self.spec.profile.idempotency_header
         if header is None:
             return {}
-        attempt = [self.spec.run_id, request.scope, request.request_id, request.attempt]
-        return {"headers": {header: fingerprint([*attempt, body.fields])}}
-
-    def _choose_client(self, body: ChatBody) -> openai.AsyncOpenAI:
-        if self._client is None:
-            most = self.spec.max_concurrency
-            limits = httpx2.Limits(max_connections=most, max_keepalive_connections=most)
-            timeout = httpx2.Timeout(self.spec.timeout_s, connect=_CONNECT_TIMEOUT_S, pool=None)
-            # OpenAI's own account variables must not reach another provider.
-            foreign: Mapping[str, Any] = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
-            self._client = openai.AsyncOpenAI(
-                api_key=self._secret or "none",
-                base_url=self.spec.base_url,
-                max_retries=0,
-                timeout=timeout,
-                http_client=openai.DefaultAioHttpClient(limits=limits, timeout=timeout),
-                default_headers=None if self.spec.profile.name == "openai" else foreign,
-            )
-            if self.spec.profile.strict_tools_url is not None:
-                self._strict_client = self._client.with_options(base_url=_strict_url(self.spec))
-        return self._strict_client if body.is_strict and self._strict_client is not None else self._client
-
-    def _record_given_up(self, failure: CallFailure) -> None:
-        if failure.consequence == "endpoint":
-            self.down = self.down or failure.error
-        elif failure.consequence != "row":
-            self._num_failed_in_a_row += 1
-            if self._num_failed_in_a_row >= MAX_FAILED_IN_A_ROW:
-                self.down = self.down or failure.error
-
-    def _should_retry(self, state: RetryCallState) -> bool:
-        failure = _failure(state)
-        return failure is not None and failure.consequence in ("retry", "overload") and self.down is None
-
-    def _should_stop(self, state: RetryCallState) -> bool:
-        failure = _failure(state)
-        if failure is None:
-            return True
-        if (failure.retry_after_s or 0.0) > _MAX_RETRY_AFTER_S:
-            return True
-        most = self.spec.max_retries * (_OVERLOADS_A_RETRY if failure.consequence == "overload" else 1)
-        return state.attempt_number > most
-
-    def _wait_s(self, state: RetryCallState) -> float:
-        failure = _failure(state)
-        is_overload = failure is not None and failure.consequence == "overload"
-        most_s = self._retry_policy.max_overload_wait_s if is_overload else self._retry_policy.max_wait_s
-        wait_s = min(most_s, self._retry_policy.first_wait_s * 2.0 ** min(state.attempt_number - 1, 30))
-        wait_s *= random.uniform(0.5, 1.0)
-        asked_s = failure.retry_after_s if failure is not None else None
-        # Requests that were given the same instant must not come back together.
-        return wait_s if asked_s is None else asked_s + wait_s * 0.1
+        attempt = [self.spec.run_id, request.scope, request.request_id, request.attempt, *extra]
+        return {header: fingerprint([*attempt, body.fields])}
 
 
-def _failure(state: RetryCallState) -> CallFailure | None:
-    error = state.outcome.exception() if state.outcome is not None else None
-    return error if isinstance(error, CallFailure) else None
-
-
-def _strict_url(spec: EndpointSpec) -> str:
-    """The address for strict tools: the profile's own, or below an address that the job names."""
-    profile = spec.profile
-    assert profile.strict_tools_url is not None
-    if profile.base_url is None or spec.base_url == profile.base_url:
-        return profile.strict_tools_url
-    return spec.base_url.rstrip("/") + profile.strict_tools_url.removeprefix(profile.base_url)
+@lru_cache(maxsize=256)
+def _warn_unknown_reason(provider: str, word: str | None) -> None:
+    """Log a finish reason that nobody here knows; once for each word."""
+    _LOGGER.warning("%s: finish_reason %s is not known and counts as stop", provider, abbreviate(word))

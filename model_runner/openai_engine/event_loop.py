@@ -9,7 +9,7 @@ import atexit
 import contextlib
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 _CLOSE_TIMEOUT_S = 5.0
@@ -77,6 +77,38 @@ class BackgroundLoop:
         await asyncio.gather(*others, return_exceptions=True)
         await asyncio.gather(*(_await_close(close) for close in self._closers.values()), return_exceptions=True)
         self._closers.clear()
+
+
+class Bell:
+    """Wakes all who sleep beside it, in the order in which they fell asleep; lives on one event loop."""
+
+    def __init__(self) -> None:
+        self._sleepers: dict[asyncio.Future[None], None] = {}
+
+    def ring(self) -> None:
+        """Wake everybody."""
+        for sleeper in self._sleepers:
+            _wake(sleeper)
+
+    @classmethod
+    async def sleep(cls, seconds: float, bells: "Sequence[Bell]") -> None:
+        """Sleep until one of the bells rings, at most so many seconds."""
+        loop = asyncio.get_running_loop()
+        sleeper: asyncio.Future[None] = loop.create_future()
+        timer = loop.call_later(seconds, _wake, sleeper)
+        for bell in bells:
+            bell._sleepers[sleeper] = None
+        try:
+            await sleeper
+        finally:
+            timer.cancel()
+            for bell in bells:
+                del bell._sleepers[sleeper]
+
+
+def _wake(sleeper: "asyncio.Future[None]") -> None:
+    if not sleeper.done():
+        sleeper.set_result(None)
 
 
 async def _await_close(close: Callable[[], Awaitable[None]]) -> None:

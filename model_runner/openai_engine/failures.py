@@ -1,11 +1,13 @@
 """Why a call to a provider failed, and what follows from it: for the row, for the endpoint, for the next try.
 
-Stands between the `openai` client, whose exceptions are mapped here, and `endpoint.py` and `runner.py`, which wait, ask
-the next provider or give up. Types and status codes decide, never texts.
+Stands between the `openai` client, whose exceptions are mapped here, and `endpoint.py` and `failover.py`, which wait,
+ask the next provider or give up. Types and status codes decide, and a text only where a profile lists it: some
+providers tell a wrong model name by nothing else.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeAlias, cast
@@ -25,14 +27,18 @@ from moebeam.schemas.errors import (
     RowError,
 )
 
-Consequence: TypeAlias = Literal["row", "retry", "overload", "endpoint"]
-"""`row`: asking again cannot help. `retry`: it may. `overload`: it will, later and with fewer in flight. `endpoint`:
-this provider can answer nothing."""
+Consequence: TypeAlias = Literal["row", "unreachable", "failed", "overload", "closed"]
+"""`row`: the provider refuses this request. The others are the provider's failures. `unreachable`: no connection was
+made. `failed`: it broke off, was silent, answered with an error or with no answer. `overload`: later, and with fewer in
+flight. `closed`: as asked here, it answers nobody, for want of a key, of money, or of the address."""
 
 MAX_MESSAGE_CHARACTERS = 200
+_NUMBER_OR_ID = re.compile(r"(?<!HTTP )\b[\w.-]*\d[\w.-]*")
 _OVERLOADED = frozenset({429, 503, 529})
-_FAILED = frozenset({408, 409, 425, 500, 502, 504})
-_CLOSED_STATUSES = frozenset({401, 402, 403, 404, 405, 407})
+_FAILED = frozenset({408, 409, 425})
+"""Beside all from 500 on that are no overload."""
+_REFUSED = frozenset({400, 413, 422})
+"""What else is below 500 speaks of the key, the account or the address."""
 _GIVEN_UP_BETWEEN = frozenset({408, 502, 504, 524})
 """Sent by a server between here and the model, which may go on working."""
 _NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, httpx2.ConnectError, httpx2.PoolTimeout)
@@ -46,12 +52,14 @@ class CallFailure(Exception):
         error: what the row is rejected with, if nothing better comes.
         retry_after_s: how long the provider asked to be left alone; None where it did not say.
         may_be_billed: whether the provider may have worked on the request all the same.
+        refusal: equal for refusals that differ in nothing but numbers and ids; empty where nothing was refused.
     """
 
     consequence: Consequence
     error: RowError
     retry_after_s: float | None = None
     may_be_billed: bool = False
+    refusal: str = ""
 
 
 def classify_failure(error: Exception, profile: Profile, secret: str) -> CallFailure:
@@ -62,7 +70,7 @@ def classify_failure(error: Exception, profile: Profile, secret: str) -> CallFai
     """
     if isinstance(error, MalformedResponse):
         text = f"{profile.name}: {redact(str(error), secret)}"
-        return CallFailure("retry", MalformedResponse(text), may_be_billed=True)
+        return CallFailure("failed", MalformedResponse(text), may_be_billed=True)
     if isinstance(error, RowError):
         return CallFailure("row", error)
     if isinstance(error, openai.APIStatusError):
@@ -74,12 +82,17 @@ def classify_failure(error: Exception, profile: Profile, secret: str) -> CallFai
         was_sent = _was_sent(error)
         if isinstance(transport, httpx2.TimeoutException) and not isinstance(transport, httpx2.ConnectTimeout):
             silent = EngineTimeout(f"{profile.name}: silent for longer than timeout_s")
-            return CallFailure("retry", silent, may_be_billed=was_sent)
-        broken = EngineFailed(f"{profile.name}: no connection, or it broke off ({type(_causes(error)[-1]).__name__})")
-        return CallFailure("retry", broken, may_be_billed=was_sent)
-    text = redact(str(error), secret)
-    unknown = EngineFailed(f"{profile.name}: {type(error).__name__}: {text}")
-    return CallFailure("retry", unknown, may_be_billed=True)
+            return CallFailure("failed", silent, may_be_billed=was_sent)
+        cause = type(_causes(error)[-1]).__name__
+        if not was_sent:
+            return CallFailure("unreachable", EngineFailed(f"{profile.name}: no connection ({cause})"))
+        broken = EngineFailed(f"{profile.name}: the connection broke off ({cause})")
+        return CallFailure("failed", broken, may_be_billed=True)
+    unknown = EngineFailed(f"{profile.name}: {type(error).__name__}: {redact(str(error), secret)}")
+    if isinstance(error, openai.OpenAIError | httpx2.HTTPError | aiohttp.ClientError | OSError):
+        return CallFailure("failed", unknown, may_be_billed=True)
+    # Raised by what is asked, such as a value that is no JSON, and by nobody's failure.
+    return replace(_refused(unknown), may_be_billed=True)
 
 
 def _status_failure(error: openai.APIStatusError, profile: Profile, secret: str) -> CallFailure:
@@ -87,18 +100,24 @@ def _status_failure(error: openai.APIStatusError, profile: Profile, secret: str)
     code, message = _read_error(error.body)
     where = f"{profile.name}: HTTP {status}" + (f" {code}" if code else "")
     text = f"{where}: {redact(message, secret)}" if message else where
-    if code in profile.stop_codes:
-        return CallFailure("endpoint", EngineFailed(text))
+    if code in profile.stop_codes or message.strip() in profile.stop_messages:
+        return CallFailure("closed", EngineFailed(text))
     if code in profile.refusal_codes:
-        return CallFailure("row", ContentRefused(text))
+        return _refused(ContentRefused(text))
     if status in _OVERLOADED:
         return CallFailure("overload", EngineOverloaded(text), retry_after_s(error.response.headers))
     if status in _FAILED or status >= 500:
         wait_s, is_between = retry_after_s(error.response.headers), status in _GIVEN_UP_BETWEEN
-        return CallFailure("retry", EngineFailed(text), wait_s, may_be_billed=is_between)
-    if status in _CLOSED_STATUSES:
-        return CallFailure("endpoint", EngineFailed(text))
-    return CallFailure("row", RequestRefused(text))
+        return CallFailure("failed", EngineFailed(text), wait_s, may_be_billed=is_between)
+    if status in _REFUSED:
+        return _refused(RequestRefused(text))
+    return CallFailure("closed", EngineFailed(text), retry_after_s(error.response.headers))
+
+
+def _refused(error: RowError) -> CallFailure:
+    """A refusal; what tells one request from another, numbers and words with digits in them, is no part of its kind."""
+    kind = f"{error.error_type}: {_NUMBER_OR_ID.sub('#', str(error))}"
+    return CallFailure("row", error, refusal=kind)
 
 
 def _was_sent(error: BaseException) -> bool:

@@ -72,7 +72,7 @@ class PrefixGate:
     def offer(self, request: Request) -> list[Request]:
         """Take the next request; returns those that may leave now, which need not include it."""
         last, node = self._last, None
-        if self._num_leaders and last is not None and last.request.tenant == request.tenant:
+        if self._num_leaders and last is not None and _cache_of(last.request) == _cache_of(request):
             num_shared = common_prefix_length(last.request.prompt_token_ids, request.prompt_token_ids)
             if num_shared >= self._min_prefix_tokens:
                 node = self._find_node(request, num_shared, last)
@@ -96,7 +96,7 @@ class PrefixGate:
     def _find_node(self, request: Request, num_shared: int, last: _Last) -> _Node | None:
         """The prefix that a request shares with the one before it; None where the provider has it already."""
         token_ids = request.prompt_token_ids[:num_shared]
-        digest = hashlib.sha256(request.tenant.encode() + b"\0" + token_ids.tobytes()).digest()
+        digest = hashlib.sha256(_cache_of(request).encode() + b"\0" + token_ids.tobytes()).digest()
         if digest in self._warm:
             self._warm.add(digest)
             return None
@@ -125,3 +125,9 @@ class PrefixGate:
             self._warm.add(node.digest)
             self._nodes.pop(node.digest, None)
         return leaving
+
+
+def _cache_of(request: Request) -> str:
+    """Whose cache a request can hit: another model's is another tenant's."""
+    model = request.options.model
+    return request.tenant if model is None else f"{request.tenant}\0{model}"

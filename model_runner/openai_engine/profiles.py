@@ -9,10 +9,11 @@ from functools import cache
 from importlib import resources
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
-from moebeam.schemas.chat_options import ResponseType
+from moebeam.schemas.chat_options import ORDINARY_TIERS, ResponseType, ServiceTier
 from moebeam.schemas.errors import EngineLoadError
+from moebeam.schemas.providers import name_provider, suggest_provider
 
 DEFAULT_PROFILE = "openai"
 """What an endpoint without a named provider is taken for."""
@@ -29,20 +30,25 @@ class Profile(BaseModel):
         max_concurrency: most requests in flight, and `max_concurrency_by_model` for models with a limit of their own.
         timeout_s: most seconds of silence that are normal.
         mode: `stream` where the provider cuts connections that are silent for long.
-        thinking: how thinking is switched: DeepSeek's `thinking: {type}`, Alibaba's `enable_thinking`, an argument of
-            the chat template (`template:NAME`), or not at all.
+        thinking: how thinking is switched: DeepSeek's `thinking: {type}`, Alibaba's `enable_thinking`,
+            OpenRouter's `reasoning: {enabled}`, an argument of the chat template (`template:NAME`), or not at all.
         effort: `reasoning_effort` as it is asked for, mapped by `model_runner/checkpoint/model_limits.py`, or not sent.
         strict_tools: whether `strict` may stand in a function.
         response_types: forms of answers it takes; a schema goes into the prompt where `json_schema` is missing.
         unsupported: fields of `Sampling` that it refuses or does not know.
+        service_tiers: those it takes in `service_tier`; empty where it has none.
         max_stop_strings: 0 where no limit is known.
         tenant_field: the field that keeps the caches of tenants apart; None where there is none.
         cached_tokens: where in `usage` the cached tokens stand, the first that is there counts.
         refusal_codes: error codes of its content filter.
         stop_codes: error codes, whatever the HTTP status, after which no request can succeed.
+        stop_messages: messages that say the same where there is no such code; whole and as they are spelled.
         num_leaders: how many requests of a shared prefix have to be through before the rest can hit it.
         min_prefix_tokens: shorter shared prefixes are not worth waiting for.
         idempotency_header: where it offers one.
+        key_header: the header that carries the key; `Authorization` has it as a bearer's token.
+        takes_api_version: whether an address may end with `?api-version=...`.
+        more_fields: what else stands in every request.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,20 +64,47 @@ class Profile(BaseModel):
     timeout_s: float = Field(gt=0)
     mode: Literal["plain", "stream"] = "plain"
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    thinking: str = Field(pattern=r"^(type|enable_thinking|none|template:[a-z_]+)$")
+    thinking: str = Field(pattern=r"^(type|enable_thinking|reasoning|none|template:[a-z_]+)$")
     effort: Literal["plain", "mapped", "none"]
     strict_tools: bool = True
     response_types: tuple[ResponseType, ...]
-    unsupported: tuple[Literal["seed", "min_p", "logprobs", "stop", "top_p"], ...] = ()
+    unsupported: tuple[
+        Literal["seed", "min_p", "logprobs", "stop", "top_p", "top_logprobs", "frequency_penalty", "presence_penalty"],
+        ...,
+    ] = ()
+    service_tiers: tuple[ServiceTier, ...] = ()
     max_stop_strings: int = 0
     tenant_field: str | None = None
     cached_tokens: tuple[str, ...] = ("prompt_tokens_details.cached_tokens", "cached_tokens")
     refusal_codes: frozenset[str] = frozenset()
     stop_codes: frozenset[str] = frozenset()
+    stop_messages: frozenset[str] = frozenset()
     num_leaders: int = Field(default=1, ge=0)
     min_prefix_tokens: int = Field(default=256, gt=0)
     idempotency_header: str | None = None
+    key_header: Literal["Authorization", "api-key"] = "Authorization"
+    takes_api_version: bool = False
+    more_fields: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue])
     has_batches: bool = False
+
+    def find_refusal(self, option: str, value: object) -> str | None:
+        """Why the provider cannot follow an option of a request; None if it can.
+
+        Args:
+            option: its name in `Sampling` or `ChatOptions`.
+        """
+        match option:
+            case "service_tier":
+                can_follow = value in ORDINARY_TIERS or value in self.service_tiers
+            case "thinking":
+                can_follow = self.thinking != "none"
+            case "reasoning_effort":
+                can_follow = self.effort != "none"
+            case "max_reasoning_tokens":
+                can_follow = False
+            case _:
+                can_follow = option not in self.unsupported
+        return None if can_follow else f"{option}: the provider {self.name!r} cannot follow it, found {value!r}"
 
     def concurrency_for(self, model: str) -> int:
         """Most requests in flight that the provider is known to take for a model."""
@@ -98,13 +131,14 @@ def profiles() -> dict[str, Profile]:
 
 
 def find_profile(name: str | None) -> Profile:
-    """A profile by name; `openai` where none is given.
+    """A profile by any of its provider's names; `openai` where none is given.
 
     Raises:
         EngineLoadError: there is no such profile; names those that there are.
     """
     known = profiles()
-    profile = known.get(name or DEFAULT_PROFILE)
+    profile = known.get(name_provider(name or DEFAULT_PROFILE))
     if profile is None:
-        raise EngineLoadError(f"provider: expected one of {', '.join(sorted(known))}, found {name!r}")
+        hint = suggest_provider(name or "", sorted(known))
+        raise EngineLoadError(f"provider: expected one of {', '.join(sorted(known))}, found {name!r}{hint}")
     return profile

@@ -18,7 +18,7 @@ from moebeam.model_runner.checkpoint.strict_tools import strict_tool_problems
 from moebeam.model_runner.encoding.schema_in_prompt import with_schema_in_prompt
 from moebeam.model_runner.openai_engine.profiles import Profile
 from moebeam.schemas.canonical import Json
-from moebeam.schemas.chat_options import ChatOptions, Tool
+from moebeam.schemas.chat_options import ORDINARY_TIERS, ChatOptions, Tool
 from moebeam.schemas.errors import RequestRefused
 from moebeam.schemas.records import Message, Request, Sampling
 
@@ -44,6 +44,7 @@ def chat_body(request: Request, profile: Profile, model: str, *, is_stream: bool
     options = request.options
     is_strict = _is_strict(options, profile)
     fields: dict[str, Any] = {
+        **profile.more_fields,
         "model": model,
         "messages": [_message(message) for message in _messages(request, profile)],
         profile.max_tokens_field: request.sampling.max_tokens,
@@ -51,6 +52,7 @@ def chat_body(request: Request, profile: Profile, model: str, *, is_stream: bool
         **_thinking(options, profile, model),
         **_tools(options, is_strict=is_strict),
         **_response_format(options, profile),
+        **_service_tier(options, profile),
     }
     if request.tenant and profile.tenant_field is not None:
         # A provider need only tell tenants apart: their names are not sent.
@@ -72,7 +74,22 @@ def _messages(request: Request, profile: Profile) -> Sequence[Message]:
 
 
 def _message(message: Message) -> dict[str, Json]:
-    return {"role": message.role, "content": message.content, **message.extra}
+    extra = dict(message.extra)
+    if isinstance(calls := extra.get("tool_calls"), list):
+        extra["tool_calls"] = [_with_arguments_text(call) for call in calls]
+    return {"role": message.role, "content": message.content, **extra}
+
+
+def _with_arguments_text(call: Json) -> Json:
+    """A call of an earlier turn; a row may have its arguments as an object, the interface takes their JSON text."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+        return call
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        return call
+    text = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 def _sampling(sampling: Sampling, profile: Profile) -> dict[str, Any]:
@@ -93,11 +110,29 @@ def _sampling(sampling: Sampling, profile: Profile) -> dict[str, Any]:
         fields["min_p"] = sampling.min_p
     if sampling.logprobs:
         fields["logprobs"] = True
+    for name in ("top_logprobs", "frequency_penalty", "presence_penalty"):
+        if value := getattr(sampling, name):
+            if name in profile.unsupported:
+                raise RequestRefused(f"{name}: {profile.name} takes none, found {value!r}")
+            fields[name] = value
     for name in profile.unsupported:
         if name in fields:
             _warn_once(f"{profile.name} takes no {name}: it is not sent")
             del fields[name]
     return fields
+
+
+def _service_tier(options: ChatOptions, profile: Profile) -> dict[str, Any]:
+    """The tier, where the provider has tiers: elsewhere `auto` and `default` are what all requests get."""
+    tier = options.service_tier
+    if tier is None or (tier in ORDINARY_TIERS and tier not in profile.service_tiers):
+        return {}
+    if tier not in profile.service_tiers:
+        raise RequestRefused(
+            f"service_tier: expected {' or '.join(profile.service_tiers or ORDINARY_TIERS)}, which {profile.name} has, "
+            f"found {tier!r}"
+        )
+    return {"service_tier": tier}
 
 
 def _thinking(options: ChatOptions, profile: Profile, model: str) -> dict[str, Any]:
@@ -109,6 +144,8 @@ def _thinking(options: ChatOptions, profile: Profile, model: str) -> dict[str, A
                 fields["thinking"] = {"type": "enabled" if options.thinking else "disabled"}
             case "enable_thinking":
                 fields["enable_thinking"] = options.thinking
+            case "reasoning":
+                fields["reasoning"] = {"enabled": options.thinking}
             case "template":
                 fields["chat_template_kwargs"] = {argument: options.thinking}
             case _:

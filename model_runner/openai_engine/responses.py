@@ -5,22 +5,20 @@ off or of another shape is a `MalformedResponse`, and what a provider leaves out
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moebeam.model_runner.openai_engine.profiles import Profile
-from moebeam.schemas.errors import AnswerInterrupted, EngineFailed, MalformedResponse, RowError, abbreviate
-from moebeam.schemas.records import FinishReason, ToolCall, Usage
+from moebeam.model_runner.openai_engine.response.call_pieces import CallPiece, CallPieces
+from moebeam.model_runner.openai_engine.response.finish_reasons import is_known_reason, map_finish_reason
+from moebeam.model_runner.openai_engine.response.joined_text import join_pieces
+from moebeam.schemas.errors import AnswerInterrupted, MalformedResponse, RowError, abbreviate
+from moebeam.schemas.records import MAX_COUNTED_TOKENS, FinishReason, TokenLogprob, ToolCall, Usage
 
-_FINISH_REASONS: Mapping[str, FinishReason] = {
-    **{reason: reason for reason in get_args(FinishReason) if reason != "error"},
-    "function_call": "tool_calls",
-    "abort": "aborted",
-    "sensitive": "content_filter",
-}
 _INTERRUPTED = ("insufficient_system_resource", "aborted")
 _MAX_ERROR_CHARACTERS = 200
 
@@ -31,9 +29,18 @@ class _Function(BaseModel):
 
 
 class _Call(BaseModel):
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
     index: int | None = None
     id: str | None = None
     function: _Function = _Function()
+
+    def to_piece(self) -> CallPiece:
+        arguments = self.function.arguments
+        # Some servers give the object itself, where the interface has its JSON text.
+        text = json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments or ""
+        index = None if self.index is None or self.index < 0 else self.index
+        return CallPiece(index, self.id or "", self.function.name or "", text)
 
 
 class _Message(BaseModel):
@@ -43,8 +50,14 @@ class _Message(BaseModel):
     tool_calls: list[_Call] | None = None
 
 
+class _LikelyToken(BaseModel):
+    token: str
+    logprob: float
+
+
 class _TokenLogprob(BaseModel):
     logprob: float
+    top_logprobs: list[_LikelyToken] | None = None
 
 
 class _Logprobs(BaseModel):
@@ -52,6 +65,8 @@ class _Logprobs(BaseModel):
 
 
 class _Choice(BaseModel):
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
     finish_reason: str | None = None
     message: _Message | None = None
     delta: _Message | None = None
@@ -63,8 +78,9 @@ class _Response(BaseModel):
 
     model: str | None = None
     system_fingerprint: str | None = None
+    service_tier: str | None = None
     choices: list[_Choice]
-    usage: dict[str, Any] | None = None
+    usage: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +88,11 @@ class Answer:
     """One response, read.
 
     Attributes:
+        provider_finish_reason: the provider's own word for `finish_reason`; None where it gives none.
         error: why it is no answer although it came, and was paid for; None if it is one.
-        is_usage_known: whether it says what it cost.
         model: the model as the provider names it; empty where it does not.
         fingerprint: the provider's mark of the configuration that answered; empty where it gives none.
+        service_tier: the tier in which it was answered; None where the provider does not say.
     """
 
     text: str
@@ -87,7 +104,14 @@ class Answer:
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[float, ...] | None = None
     error: RowError | None = None
-    is_usage_known: bool = True
+    provider_finish_reason: str | None = None
+    service_tier: str | None = None
+    top_logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
+
+    @property
+    def has_known_reason(self) -> bool:
+        """Whether the provider's word for its end is one that is known; others count as `stop`."""
+        return is_known_reason(self.provider_finish_reason)
 
 
 def read_answer(content: bytes, profile: Profile) -> Answer:
@@ -103,6 +127,8 @@ def read_answer(content: bytes, profile: Profile) -> Answer:
     assert choice.message is not None
     pieces = _Pieces()
     pieces.add(choice.message, choice)
+    pieces.calls.add_whole(_list_calls(choice.message))
+    pieces.finish_word = choice.finish_reason
     pieces.add_metadata(response)
     return pieces.answer(profile)
 
@@ -112,6 +138,7 @@ class StreamedAnswer:
 
     def __init__(self) -> None:
         self._pieces = _Pieces()
+        self._has_begun = False
         self._has_ended = False
 
     def add_line(self, line: str) -> None:
@@ -129,8 +156,12 @@ class StreamedAnswer:
         response = _parse(data.encode())
         self._pieces.add_metadata(response)
         for choice in response.choices[:1]:
+            self._has_begun = True
+            # Some servers send an empty word with each piece until the last.
+            self._pieces.finish_word = choice.finish_reason or self._pieces.finish_word
             if choice.delta is not None:
                 self._pieces.add(choice.delta, choice)
+                self._pieces.calls.add_event(_list_calls(choice.delta))
 
     def answer(self, profile: Profile) -> Answer:
         """The whole answer.
@@ -138,16 +169,15 @@ class StreamedAnswer:
         Raises:
             MalformedResponse: the stream ended before its answer did.
         """
-        if not self._has_ended and self._pieces.finish_reason is None:
-            raise MalformedResponse("expected a stream that ends with a finish_reason, found one that breaks off")
+        if not self._has_begun or (not self._has_ended and self._pieces.finish_word is None):
+            raise MalformedResponse(
+                "expected a stream that ends with a finish_reason or [DONE], found one that breaks off"
+            )
         return self._pieces.answer(profile)
 
 
-@dataclass(slots=True)
-class _PartialCall:
-    id: str = ""
-    name: str = ""
-    arguments: str = ""
+def _list_calls(message: _Message) -> Sequence[CallPiece]:
+    return [call.to_piece() for call in message.tool_calls or ()]
 
 
 @dataclass(slots=True)
@@ -156,14 +186,17 @@ class _Pieces:
 
     texts: list[str] = field(default_factory=list[str])
     reasonings: list[str] = field(default_factory=list[str])
-    calls: dict[int, _PartialCall] = field(default_factory=dict[int, _PartialCall])
+    calls: CallPieces = field(default_factory=CallPieces)
     logprobs: list[float] = field(default_factory=list[float])
-    finish_reason: str | None = None
-    usage: dict[str, Any] | None = None
+    finish_word: str | None = None
+    usage: Any = None
     model: str = ""
     fingerprint: str = ""
+    service_tier: str | None = None
+    top_logprobs: list[tuple[TokenLogprob, ...]] = field(default_factory=list[tuple[TokenLogprob, ...]])
 
     def add_metadata(self, response: _Response) -> None:
+        self.service_tier = response.service_tier or self.service_tier
         self.model = response.model or self.model
         self.fingerprint = response.system_fingerprint or self.fingerprint
         self.usage = response.usage or self.usage
@@ -173,75 +206,81 @@ class _Pieces:
             self.texts.append(message.content)
         if reasoning := message.reasoning_content or message.reasoning:
             self.reasonings.append(reasoning)
-        for position, call in enumerate(message.tool_calls or ()):
-            partial = self.calls.setdefault(position if call.index is None else call.index, _PartialCall())
-            partial.id = call.id or partial.id
-            partial.name = call.function.name or partial.name
-            arguments = call.function.arguments
-            # Some servers give the object itself, where the interface has its JSON text.
-            partial.arguments += (
-                json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments or ""
-            )
         if choice.logprobs is not None:
             self.logprobs += [token.logprob for token in choice.logprobs.content or ()]
-        self.finish_reason = choice.finish_reason or self.finish_reason
+            self.top_logprobs += [
+                tuple(TokenLogprob(likely.token, likely.logprob) for likely in token.top_logprobs or ())
+                for token in choice.logprobs.content or ()
+            ]
 
     def answer(self, profile: Profile) -> Answer:
-        usage, error = _usage(self.usage, profile)
-        is_usage_known = error is None
-        finish_reason = _FINISH_REASONS.get(self.finish_reason or "")
-        if finish_reason is None:
-            found = abbreviate(self.finish_reason)
-            error = error or EngineFailed(f"finish_reason: expected {', '.join(_FINISH_REASONS)}, found {found}")
-            finish_reason = "error"
-        elif finish_reason in _INTERRUPTED:
-            error = AnswerInterrupted(
-                f"{profile.name} gave up after {usage.completion_tokens} tokens (finish_reason {self.finish_reason})"
-            )
+        usage, calls = _read_usage(self.usage, profile), self.calls.finish()
+        finish_reason = map_finish_reason(self.finish_word, has_calls=bool(calls))
+        error: RowError | None = None
+        if finish_reason in _INTERRUPTED:
+            found = "an unknown number of" if usage.completion_tokens is None else usage.completion_tokens
+            error = AnswerInterrupted(f"{profile.name} gave up after {found} tokens (finish_reason {self.finish_word})")
         return Answer(
-            text="".join(self.texts),
+            text=join_pieces(self.texts),
             finish_reason=finish_reason,
             usage=usage,
             model=self.model,
             fingerprint=self.fingerprint,
-            reasoning_content="".join(self.reasonings) or None,
-            tool_calls=tuple(
-                ToolCall(call.id or f"call_{index}", call.name, call.arguments)
-                for index, call in sorted(self.calls.items())
-            ),
+            reasoning_content=join_pieces(self.reasonings) or None,
+            tool_calls=calls,
             logprobs=tuple(self.logprobs) if self.logprobs else None,
             error=error,
-            is_usage_known=is_usage_known,
+            provider_finish_reason=self.finish_word,
+            service_tier=self.service_tier,
+            top_logprobs=tuple(self.top_logprobs) if any(self.top_logprobs) else None,
         )
 
 
-def _usage(found: Mapping[str, Any] | None, profile: Profile) -> tuple[Usage, RowError | None]:
-    """Token counts in OpenAI's names; an error where nobody could say what the answer cost."""
-    prompt, completion = _count(found, "prompt_tokens"), _count(found, "completion_tokens")
-    if prompt is None or completion is None:
-        error = EngineFailed(
-            f"usage: expected prompt_tokens and completion_tokens, found {abbreviate(found)}; "
-            f"{profile.name} does not say what this answer cost"
-        )
-        return Usage(prompt or 0, completion or 0, None), error
+def _read_usage(found: Any, profile: Profile) -> Usage:
+    """Token counts in OpenAI's names; what is not a number is unknown."""
     cached = next((count for path in profile.cached_tokens if (count := _count(found, path)) is not None), None)
-    reasoning = _count(found, "completion_tokens_details.reasoning_tokens") or 0
-    return Usage(prompt, completion, cached, reasoning), None
+    return Usage(
+        prompt_tokens=_count(found, "prompt_tokens"),
+        completion_tokens=_count(found, "completion_tokens"),
+        cached_tokens=cached,
+        reasoning_tokens=_count(found, "completion_tokens_details.reasoning_tokens") or 0,
+    )
 
 
 def _count(found: Any, path: str) -> int | None:
     for name in path.split("."):
         found = found.get(name) if isinstance(found, Mapping) else None
+    if isinstance(found, float):
+        if math.isinf(found):
+            return MAX_COUNTED_TOKENS + 1
+        return int(found) if found.is_integer() else None
     return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
 def _parse(content: bytes) -> _Response:
     try:
-        return _Response.model_validate_json(content)
+        try:
+            return _Response.model_validate_json(content)
+        except ValidationError as error:
+            if error.errors(include_url=False, include_input=False)[0]["type"] != "json_invalid":
+                raise
+            return _Response.model_validate(_load_json(content, error))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "response"
         raise MalformedResponse(f"{where}: {first['msg']}, found {_abbreviate_content(content)}") from None
+
+
+def _load_json(content: bytes, refused: ValidationError) -> Any:
+    """What only Python's own parser reads: half of a surrogate pair, and integers of thousands of digits.
+
+    Raises:
+        ValidationError: the given one, if this parser refuses the content, too.
+    """
+    try:
+        return json.loads(content.decode(), parse_int=lambda digits: int(digits) if len(digits) < 40 else math.inf)
+    except (ValueError, RecursionError):
+        raise refused from None
 
 
 def _abbreviate_content(content: bytes) -> str:

@@ -11,8 +11,9 @@
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from threading import Lock
+from threading import Event, Lock
 
 import numpy as np
 import torch
@@ -77,6 +78,7 @@ class TorchEngine:
         self.masks = MaskFiller(model.vocab_size)
         self.claim: object = None
         self._turn = Lock()
+        self._is_stopped = Event()
 
     @classmethod
     def load(
@@ -150,12 +152,12 @@ class TorchEngine:
         """Answer prompts; yields exactly one `Finished` for each, as soon as it is done.
 
         A prompt that cannot run, or fails, is finished with its error; the others go on. Runs may overlap, on threads
-        or one inside another: their steps take turns, and each has its own cache.
+        or one inside another: their steps take turns, and each has its own cache. `stop` ends them early.
         """
         refused: list[Finished] = []
         run = _Run(self, self._drop_unrunnable(prompts, refused))
         try:
-            while run.schedule.has_work():
+            while not self._is_stopped.is_set() and run.schedule.has_work():
                 yield from _drain(refused)
                 with self._turn:
                     finished = run.step()
@@ -163,6 +165,10 @@ class TorchEngine:
             yield from _drain(refused)
         finally:
             run.add_to_counters()
+
+    def stop(self) -> None:
+        """End all runs after the step that is being computed, and for good; prompts that are not done are dropped."""
+        self._is_stopped.set()
 
     def new_cache(self) -> Cache:
         """Make an empty cache for one run."""
@@ -346,6 +352,9 @@ def _make_draw(running: Running) -> Draw:
         seed=running.prompt.seed,
         position=len(running.answer),
         wants_logprob=sampling.logprobs,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        counts=Counter(running.answer) if sampling.has_penalty else {},
     )
 
 

@@ -50,6 +50,10 @@ class TorchRunner:
             yield self._completion(waiting.pop(finished.prompt_id), finished)
         yield from self._refusals(refused)
 
+    def give_back(self) -> None:
+        """See `StoppableRunner`; the step that is being computed is still finished."""
+        self.engine.stop()
+
     def counters(self) -> dict[str, float]:
         """See `CountingRunner`; seconds by phase are `plan_s`, `extend_s`, `sample_s` and `retire_s`."""
         values = asdict(self.engine.counters)

@@ -9,8 +9,8 @@ shape, so probabilities become integers before they are summed, and every choice
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ class Draw:
         seed: the request's; any integer, taken modulo 2**128.
         position: index of the token within its answer, so that every token gets a random number of its own.
         wants_logprob: whether the token's log probability is computed.
+        frequency_penalty: subtracted from a token's logit for each time that it occurs in `counts`.
+        presence_penalty: subtracted once from the logit of each token of `counts`.
+        counts: token id -> how often the answer holds it; not read without a penalty.
     """
 
     temperature: float = 0.0
@@ -50,6 +53,14 @@ class Draw:
     seed: int = 0
     position: int = 0
     wants_logprob: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    counts: Mapping[int, int] = field(default_factory=dict[int, int])
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether some token's logit changes."""
+        return bool(self.counts) and (self.frequency_penalty != 0.0 or self.presence_penalty != 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +69,8 @@ class Drawn:
 
     Attributes:
         token_id: -1 if the row is broken.
-        logprob: natural log of the softmax of the raw logits (before temperature, mask, top-p) at the token; None if
-            it was not asked for or the row is broken.
+        logprob: natural log of the softmax of the raw logits (before penalties, temperature, mask, top-p) at the
+            token; None if it was not asked for or the row is broken.
         is_broken: the row's logits held NaN or +inf, or no token was left to draw.
     """
 
@@ -82,7 +93,9 @@ def sample(logits: Tensor, draws: Sequence[Draw], allowed: Tensor | None = None)
     _check_shapes(logits, draws, allowed)
     if not draws:
         return []
-    scores = logits if allowed is None else logits + _make_bias(allowed, logits)
+    scores = _subtract_penalties(logits, draws)
+    if allowed is not None:
+        scores = scores + _make_bias(allowed, scores)
     # `max` propagates NaN and returns the first index of equals, so one pass both draws greedily and checks a row.
     best, token_ids = scores.max(dim=-1)  # (num_rows,), (num_rows,)
     sampled_rows = [row for row, draw in enumerate(draws) if draw.temperature > 0.0]
@@ -116,6 +129,25 @@ def _make_drawn(draw: Draw, best: float, token_id: float, logprob: float | None 
     if not math.isfinite(best):
         return Drawn(-1, None, is_broken=True)
     return Drawn(int(token_id), logprob if draw.wants_logprob else None, is_broken=False)
+
+
+def _subtract_penalties(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Subtract what rows with penalties ask for, in float32 and in vLLM's order; shape (num_rows, vocab_size).
+
+    Widening the other rows to float32 changes neither their values nor their order.
+    """
+    places = [(row, token_id) for row, draw in enumerate(draws) if draw.has_penalty for token_id in draw.counts]
+    if not places:
+        return logits
+    amounts = [
+        (draws[row].frequency_penalty, float(draws[row].counts[token_id]), draws[row].presence_penalty)
+        for row, token_id in places
+    ]
+    rows, token_ids = torch.tensor(places).to(logits.device).unbind(dim=1)  # (num_places,) each
+    frequency, counts, presence = torch.tensor(amounts).to(logits.device).unbind(dim=1)
+    scores = logits.float().clone()
+    scores[rows, token_ids] = scores[rows, token_ids] - frequency * counts - presence
+    return scores
 
 
 def _make_bias(allowed: Tensor, logits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ token and `StopWhenAnswered` after it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from threading import Event
 
 import numpy as np
 import tokenizers
@@ -78,6 +79,23 @@ class ForcePrompt(LogitsProcessor):
         return scores
 
 
+class Penalties(LogitsProcessor):
+    """Makes each row's tokens that its answer already holds less likely, or likelier, as its request asks."""
+
+    def __init__(self, answers: Sequence[GrowingAnswer]) -> None:
+        self._answers = answers
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for row, answer in enumerate(self._answers):
+            if not answer.sampling.has_penalty or not answer.token_ids:
+                continue
+            token_ids, counts = torch.tensor(answer.token_ids).unique(return_counts=True)
+            token_ids, counts = token_ids.to(scores.device), counts.to(scores.device, torch.float32)
+            scores[row, token_ids] -= answer.sampling.frequency_penalty * counts
+            scores[row, token_ids] -= answer.sampling.presence_penalty
+        return scores
+
+
 class AllowedTokens(LogitsProcessor):
     """Leaves each row that is past its prompt the tokens that its grammar allows."""
 
@@ -103,15 +121,18 @@ class AllowedTokens(LogitsProcessor):
 
 
 class StopWhenAnswered(StoppingCriteria):
-    """Collects each row's tokens after its prompt; returns which rows are done."""
+    """Collects each row's tokens after its prompt; returns which rows are done: all, once `is_stopped` is set."""
 
-    def __init__(self, prompts: Sequence[TokenIds], answers: Sequence[GrowingAnswer]) -> None:
+    def __init__(self, prompts: Sequence[TokenIds], answers: Sequence[GrowingAnswer], is_stopped: Event) -> None:
         self._prompts = prompts
         self._answers = answers
+        self._is_stopped = is_stopped
 
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
         last_token_ids: list[int] = input_ids[:, -1].tolist()
         for prompt, answer, token_id in zip(self._prompts, self._answers, last_token_ids, strict=True):
             if input_ids.shape[1] > prompt.shape[0]:
                 answer.append(token_id)
-        return torch.tensor([answer.finish_reason is not None for answer in self._answers], device=input_ids.device)
+        is_stopped = self._is_stopped.is_set()
+        is_done = [is_stopped or answer.finish_reason is not None for answer in self._answers]
+        return torch.tensor(is_done, device=input_ids.device)

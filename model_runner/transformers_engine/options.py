@@ -11,5 +11,6 @@ class TransformersOptions(CheckpointSection):
     loader: ClassVar[str] = "moebeam.model_runner.transformers_engine.runner:load_transformers_runner"
     extra: ClassVar[str] = "torch"
     is_constrained: ClassVar[bool] = True
+    unsupported: ClassVar[frozenset[str]] = frozenset({"service_tier", "logprobs", "top_logprobs"})
 
     engine: str = "transformers"

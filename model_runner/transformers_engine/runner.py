@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from moebeam.model_runner.transformers_engine.growing_answers import (
     AllowedTokens,
     ForcePrompt,
     GrowingAnswer,
+    Penalties,
     StopWhenAnswered,
 )
 from moebeam.model_runner.transformers_engine.options import TransformersOptions
@@ -81,6 +83,11 @@ class TransformersRunner:
         self._device = model.device
         self._batch_size = options.batch_size or DEFAULT_BATCH_SIZE
         self.claim: object = None
+        self._is_given_back = Event()
+
+    def give_back(self) -> None:
+        """See `StoppableRunner`; the token that is being computed is still finished."""
+        self._is_given_back.set()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests, pulling at most `NUM_WINDOW_REQUESTS` ahead of the answers.
@@ -90,7 +97,7 @@ class TransformersRunner:
         source = iter(requests)
         waiting: list[Request] = []
         is_exhausted = False
-        while True:
+        while not self._is_given_back.is_set():
             while not is_exhausted and len(waiting) < NUM_WINDOW_REQUESTS:
                 request = next(source, None)
                 if request is None:
@@ -142,7 +149,12 @@ class TransformersRunner:
         return reason
 
     def _complete(self, batch: Sequence[Request]) -> Iterator[Completion]:
-        """Run a batch; if it fails, each request alone, so that only the one at fault fails."""
+        """Run a batch; if it fails, each request alone, so that only the one at fault fails.
+
+        Requests that are given back have no completion.
+        """
+        if self._is_given_back.is_set():
+            return
         started_at, start = datetime.now(UTC), time.perf_counter()
         failure: EngineFailed | None = None
         answers: list[GrowingAnswer] = []
@@ -159,6 +171,8 @@ class TransformersRunner:
         if failure is not None:
             yield self._failure(batch[0], failure, started_at, latency_ms)
         for request, growing in zip(batch, answers, strict=failure is None):
+            if growing.finish_reason is None and self._is_given_back.is_set():
+                continue
             answer = self._reader.read(request, growing.token_ids, growing.finish_reason or "length")
             usage = Usage(request.num_prompt_tokens, len(growing.token_ids), 0, answer.num_reasoning_tokens)
             yield Completion(
@@ -205,7 +219,8 @@ class TransformersRunner:
         sampling = batch[0].sampling
         if not sampling.is_greedy:
             settings.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
-        processors: list[LogitsProcessor] = [ForcePrompt(prompts)]
+            settings.update(min_p=sampling.min_p or None)
+        processors: list[LogitsProcessor] = [ForcePrompt(prompts), Penalties(answers)]
         if any(answer.constraint is not None for answer in answers):
             processors.append(AllowedTokens(prompts, answers, self._masks))
         seed = None if sampling.is_greedy else derive_seed(batch[0])
@@ -215,7 +230,7 @@ class TransformersRunner:
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=settings,
                 logits_processor=LogitsProcessorList(processors),
-                stopping_criteria=StoppingCriteriaList([StopWhenAnswered(prompts, answers)]),
+                stopping_criteria=StoppingCriteriaList([StopWhenAnswered(prompts, answers, self._is_given_back)]),
             )
         return answers
 

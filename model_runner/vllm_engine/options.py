@@ -11,5 +11,6 @@ class VllmOptions(CheckpointSection):
     loader: ClassVar[str] = "moebeam.model_runner.vllm_engine.runner:load_vllm_runner"
     is_constrained: ClassVar[bool] = True
     is_self_healing: ClassVar[bool] = True
+    unsupported: ClassVar[frozenset[str]] = frozenset({"service_tier"})
 
     engine: str = "vllm"

@@ -36,11 +36,15 @@ class LoadedLimits:
 
 @dataclass(frozen=True, slots=True)
 class TokenUpdate:
-    """The next tokens of one request, or in `error` why vLLM refuses it."""
+    """The next tokens of one request, or in `error` why vLLM refuses it.
+
+    `top_logprobs` has the ids and log probabilities of the likeliest tokens at each place, likeliest first.
+    """
 
     ask_id: str
     token_ids: Sequence[int] = ()
     logprobs: Sequence[float] | None = None
+    top_logprobs: Sequence[Sequence[tuple[int, float]]] | None = None
     cached_tokens: int | None = None
     finish_reason: str | None = None
     error: str | None = None
@@ -50,7 +54,8 @@ class TokenUpdate:
         return self.finish_reason is not None or self.error is not None
 
 
-Replies: TypeAlias = "SimpleQueue[TokenUpdate | EngineExit]"
+Replies: TypeAlias = "SimpleQueue[TokenUpdate | EngineExit | None]"
+"""None wakes a call whose requests were given back."""
 
 
 class VllmProcess(ProcessLink):

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from itertools import count, islice
 from queue import SimpleQueue
+from threading import Event
 from typing import cast
 
 import tokenizers
@@ -37,7 +38,7 @@ from moebeam.model_runner.vllm_engine.options import VllmOptions
 from moebeam.model_runner.vllm_engine.process import PYTHON_VARIABLE, Replies, TokenUpdate, VllmProcess
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import EngineFailed, EngineLoadError, RowError
-from moebeam.schemas.records import Completion, FinishReason, Request, Usage
+from moebeam.schemas.records import Completion, FinishReason, Request, TokenLogprob, Usage
 from moebeam.schemas.store import storage
 
 PROVIDER = "local"
@@ -82,6 +83,8 @@ class VllmRunner:
         self._end_token_ids = frozenset(end_token_ids)
         self._reader = AnswerReader(tokenizer, load_encoding(config.path, config.options.encoding))
         self._ask_ids = count()
+        self._is_given_back = Event()
+        self._calls: list[_Call] = []
         self._supervisor: Supervisor[VllmProcess] = Supervisor(lambda _: VllmProcess(python, engine_arguments))
         self.limits = self._supervisor.last.limits
         self.max_in_flight = 2 * self.limits.max_num_seqs
@@ -102,14 +105,24 @@ class VllmRunner:
             EngineLoadError: vLLM died `MAX_FRUITLESS_RESTARTS` times without an answer in between, or could not be
                 started again.
         """
+        if self._is_given_back.is_set():
+            return
         call = _Call(iter(requests), self._supervisor.running())
+        self._calls.append(call)
         try:
-            while call.waiting or call.in_flight or not call.is_exhausted:
+            while not self._is_given_back.is_set() and (call.waiting or call.in_flight or not call.is_exhausted):
                 yield from self._pull(call)
                 self._send(call)
                 yield from self._receive(call)
         finally:
+            self._calls.remove(call)
             call.process.withdraw(call.in_flight)
+
+    def give_back(self) -> None:
+        """See `StoppableRunner`; vLLM drops what it has."""
+        self._is_given_back.set()
+        for call in list(self._calls):
+            call.replies.put(None)
 
     def _pull(self, call: "_Call") -> Iterator[Completion]:
         """Where nothing waits, pull another window in token order; yields the failures of requests that cannot run."""
@@ -144,6 +157,8 @@ class VllmRunner:
         if not call.in_flight:
             return
         update = call.replies.get()
+        if update is None:
+            return
         if isinstance(update, EngineExit):
             if update is call.process.exit:  # else its process was replaced already
                 yield from self._recover(call, update.cause)
@@ -203,9 +218,20 @@ class VllmRunner:
             model=self.config.name,
             model_revision=self.config.revision,
             logprobs=tuple(answer.logprobs) if request.sampling.logprobs and error is None else None,
+            top_logprobs=self._name_tokens(answer) if request.sampling.top_logprobs and error is None else None,
             reasoning_content=said.reasoning_content,
             tool_calls=said.tool_calls,
             error=error or said.error,
+        )
+
+    def _name_tokens(self, answer: "_Answer") -> tuple[tuple[TokenLogprob, ...], ...]:
+        most = answer.request.sampling.top_logprobs
+        return tuple(
+            tuple(
+                TokenLogprob(self._tokenizer.decode([token_id], skip_special_tokens=False), logprob)
+                for token_id, logprob in likeliest[:most]
+            )
+            for likeliest in answer.top_logprobs
         )
 
 
@@ -222,6 +248,7 @@ class _Answer:
     cached_tokens: int | None = None
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
+    top_logprobs: list[Sequence[tuple[int, float]]] = field(default_factory=list[Sequence[tuple[int, float]]])
     finish_reason: FinishReason | None = None
 
     def extend(self, update: TokenUpdate) -> EngineFailed | None:
@@ -235,6 +262,8 @@ class _Answer:
                 self._append(token_id)
                 if update.logprobs is not None:
                     self.logprobs.append(update.logprobs[position])
+                if update.top_logprobs is not None:
+                    self.top_logprobs.append(update.top_logprobs[position])
         if self.finish_reason is None and update.finish_reason is not None:
             if update.finish_reason not in ("stop", "length"):
                 return EngineFailed(
@@ -257,7 +286,7 @@ class _Call:
 
     source: Iterator[Request]
     process: VllmProcess
-    replies: Replies = field(default_factory=lambda: SimpleQueue[TokenUpdate | EngineExit]())
+    replies: Replies = field(default_factory=lambda: SimpleQueue[TokenUpdate | EngineExit | None]())
     waiting: deque[tuple[Request, int]] = field(default_factory=lambda: deque[tuple[Request, int]]())
     in_flight: dict[str, _Answer] = field(default_factory=dict[str, _Answer])
     is_exhausted: bool = False
@@ -306,7 +335,10 @@ def _build_ask(request: Request, end_token_ids: Iterable[int]) -> dict[str, obje
             "top_p": sampling.top_p,
             "min_p": sampling.min_p,
             "seed": None if sampling.is_greedy else derive_seed(request),
-            "logprobs": 0 if sampling.logprobs else None,  # none beside the drawn token's own
+            "frequency_penalty": sampling.frequency_penalty,
+            "presence_penalty": sampling.presence_penalty,
+            # Beside the drawn token's own.
+            "logprobs": sampling.top_logprobs if sampling.logprobs else None,
             "stop_token_ids": sorted(end_token_ids),
         },
         "grammar": request.grammar,

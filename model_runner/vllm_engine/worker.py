@@ -8,7 +8,8 @@ whatever vLLM prints goes to standard error.
                         {"type": "withdraw", "ids"}
     worker -> runner    {"type": "ready", "max_model_len", "vocab_size", "max_num_seqs", "device"}
                         {"type": "broken", "error"}                                          the last line, then exit 1
-                        {"type": "tokens", "id", "token_ids", "logprobs", "cached_tokens", "finish_reason"}
+                        {"type": "tokens", "id", "token_ids", "logprobs", "top_logprobs", "cached_tokens",
+                         "finish_reason"}
                         {"type": "refused", "id", "error"}
 
 `token_ids` are those since the line before; `finish_reason` is null while more will come, and a request that is not
@@ -163,13 +164,20 @@ def _tokens(output: Any) -> Message:
     (answer,) = output.outputs
     token_ids = list(answer.token_ids)
     logprobs = answer.logprobs
+    likeliest: list[list[tuple[int, float]]] | None = None
     if logprobs is not None:
+        # vLLM adds the drawn token where it is none of those asked for.
+        likeliest = [
+            sorted(((token_id, float(found.logprob)) for token_id, found in of.items()), key=lambda pair: -pair[1])
+            for of in logprobs
+        ]
         logprobs = [float(of[token_id].logprob) for token_id, of in zip(token_ids, logprobs, strict=True)]
     return {
         "type": "tokens",
         "id": output.request_id,
         "token_ids": token_ids,
         "logprobs": logprobs,
+        "top_logprobs": likeliest,
         "cached_tokens": output.num_cached_tokens,
         "finish_reason": answer.finish_reason,
     }

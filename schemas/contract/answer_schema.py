@@ -20,7 +20,14 @@ from jsonschema_rs import ValidationError, ValidationErrorKind, Validator, valid
 
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.references import DRAFTS, References, SchemaLocation, read_draft, walk_schemas
-from moebeam.schemas.contract.strict_json import MAX_DEPTH, has_lone_surrogate, measure_depth, parse_json
+from moebeam.schemas.contract.schema_bounds import find_excess
+from moebeam.schemas.contract.strict_json import (
+    MAX_DEPTH,
+    has_lone_surrogate,
+    keep_last_keys,
+    measure_depth,
+    parse_json,
+)
 from moebeam.schemas.contract.user_module import ModuleSources, ShippedClass, import_user_module
 from moebeam.schemas.contract.wording import (
     MAX_EXCERPT,
@@ -132,7 +139,7 @@ class AnswerSchema:
         """Parse an answer and validate it.
 
         Returns:
-            The parsed value; the last of duplicate keys wins, integers are exact.
+            The parsed value; the last of duplicate keys wins, integers are exact. `keep_last_keys` gives its text.
         Raises:
             EmptyAnswer: empty or white space.
             NotJson: not one JSON value (RFC 8259), or one that readers cannot represent; says where.
@@ -146,7 +153,7 @@ class AnswerSchema:
         if not self._validator.is_valid(value):
             raise SchemaViolation(self._describe_violations(value))
         if self.model is not None:
-            self._check_model(self.model, stripped)
+            self._check_model(self.model, keep_last_keys(stripped, value))
         return value
 
     def _describe_violations(self, value: Json) -> str:
@@ -266,6 +273,9 @@ def _own_copy(document: Json, source: str) -> Json:
         raise JobFileError(f"{source}: expected a schema of at most {MAX_DEPTH} levels, found more")
     if has_lone_surrogate(copy):
         raise JobFileError(f"{source}: expected Unicode text, found a lone surrogate in a string")
+    excess = find_excess(copy)
+    if excess is not None:
+        raise JobFileError(f"{source}: {excess}")
     return copy
 
 
@@ -296,7 +306,10 @@ def _compile(document: Json, formats: Formats, source: str, retriever: Retriever
 
 
 def _check_drafts(document: Json, source: str) -> None:
-    for location in walk_schemas(SchemaLocation(document, "", "")):
+    num_declared = json.dumps(document).count('"$schema"')
+    root = SchemaLocation(document, "", "")
+    is_root_only = num_declared == int(root.get("$schema") is not None)
+    for location in [root] if is_root_only else walk_schemas(root):
         declared = location.get("$schema")
         is_resource = not location.pointer or any(isinstance(location.get(name), str) for name in ("$id", "id"))
         if isinstance(declared, str) and is_resource and (read_draft(location.schema) is None or "://" not in declared):

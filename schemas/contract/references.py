@@ -62,7 +62,9 @@ class SchemaLocation:
         return replace(self, key=f"!{self.key}")
 
     def get(self, keyword: str) -> Json:
-        return self.schema.get(keyword) if isinstance(self.schema, Mapping) else None
+        schema = self.schema
+        # The first test is the usual case and ten times as fast as the second; this is called a million times.
+        return schema.get(keyword) if type(schema) is dict or isinstance(schema, Mapping) else None
 
     def child(self, *steps: str | int) -> "SchemaLocation":
         """The schema below a keyword; a boolean or an object."""

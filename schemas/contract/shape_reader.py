@@ -28,7 +28,7 @@ from moebeam.schemas.contract.references import References, SchemaLocation, make
 
 INT64 = range(-(2**63), 2**63)
 
-_MAX_READS = 20_000
+_MAX_READS = 6_000
 """Most (sub)schemas read for one type: mutual references expand exponentially."""
 _MAX_LEVELS = 100
 """Deepest nesting of schemas, references followed; stays far below Python's recursion limit."""

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from decimal import Decimal, InvalidOperation
 from typing import NoReturn, cast
 
 from moebeam.schemas.canonical import Json
@@ -17,6 +18,9 @@ MAX_DEPTH = 128
 """Most nested arrays and objects. Python's own limit depends on the caller's stack; jsonschema-rs stops at 255,
 pydantic at about 200."""
 
+MAX_DIGITS = 4_300
+"""Most digits of an integer, however it is written; Python converts no more by default."""
+
 _MAX_EXCERPT = 40
 _NUMBER_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL)
 
@@ -24,8 +28,9 @@ _NUMBER_OR_STRING = re.compile(r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity|-?\d+(?:\.\d+)
 def parse_json(text: str) -> Json:
     """Parse exactly one JSON value as RFC 8259 defines it.
 
-    Unlike Python's `json`, rejects NaN and infinities, including overflow of a double (`1e400`); lone surrogates,
-    which no UTF-8 file can hold; and more than `MAX_DEPTH` levels.
+    Unlike Python's `json`, rejects NaN and infinities; lone surrogates, which no UTF-8 file can hold; and more than
+    `MAX_DEPTH` levels. A number beyond a double (`1e400`) is the integer that it says, up to `MAX_DIGITS` digits. Of
+    keys that an object repeats, the last one counts.
 
     Raises:
         NotJson: with line, column and character if known.
@@ -46,6 +51,31 @@ def parse_json(text: str) -> Json:
     if ("\\u" in text or not text.isascii()) and has_lone_surrogate(value):
         raise NotJson("a string holds a lone surrogate, which is no Unicode character")
     return value
+
+
+def keep_last_keys(text: str, value: Json) -> str:
+    """The text of a value, without the keys that a later one of the same object overrides.
+
+    Readers differ on repeated keys (DuckDB takes the first, Python the last), so what is kept of an answer has none.
+
+    Args:
+        text: as `parse_json` read it; returned as it is where no key repeats.
+        value: what it read.
+    """
+    try:
+        json.loads(text, object_pairs_hook=_refuse_repeated)
+    except _RepeatedKey:
+        return json.dumps(value, ensure_ascii=False)
+    return text
+
+
+class _RepeatedKey(Exception):
+    """An object of the text has a key twice."""
+
+
+def _refuse_repeated(pairs: list[tuple[str, Json]]) -> None:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise _RepeatedKey
 
 
 def measure_depth(value: Json) -> int:
@@ -78,11 +108,20 @@ def _refuse_constant(name: str) -> NoReturn:
     raise _NotFinite(f"{name} is not JSON")
 
 
-def _finite_float(digits: str) -> float:
+def _finite_float(digits: str) -> float | int:
     value = float(digits)
-    if math.isinf(value):
-        raise _NotFinite(f"the number {digits[:_MAX_EXCERPT]} is beyond the range of a double")
-    return value
+    if not math.isinf(value):
+        return value
+    try:
+        exact = Decimal(digits)
+    except InvalidOperation:  # an exponent of twenty digits
+        exact = Decimal("inf")
+    if len(digits) > MAX_DIGITS or not exact.is_finite() or exact.adjusted() >= MAX_DIGITS:
+        raise _NotFinite(f"the number {digits[:_MAX_EXCERPT]} has more than {MAX_DIGITS} digits")
+    whole = int(exact)
+    if whole != exact:
+        raise _NotFinite(f"the number {digits[:_MAX_EXCERPT]} is beyond the range of a double, and no integer")
+    return whole
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite_float)
@@ -93,10 +132,18 @@ def _find_not_finite(text: str) -> int:
     for found in _NUMBER_OR_STRING.finditer(text):
         token = found.group()
         if token in ("NaN", "Infinity", "-Infinity") or (
-            not token.startswith('"') and any(mark in token for mark in ".eE") and math.isinf(float(token))
+            not token.startswith('"') and any(mark in token for mark in ".eE") and _is_refused(token)
         ):
             return found.start()
     return 0
+
+
+def _is_refused(digits: str) -> bool:
+    try:
+        _finite_float(digits)
+    except _NotFinite:
+        return True
+    return False
 
 
 def _position(text: str, index: int) -> str:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator
 
+_API_VERSION = re.compile(r"api-version=[A-Za-z0-9._-]{1,40}")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,127}")
 
 
@@ -21,8 +22,12 @@ def _check_address(value: str) -> str:
         parts, has_port = urlsplit(""), False
     if parts.scheme not in ("http", "https") or not parts.hostname or not has_port:
         raise ValueError("expected an address such as https://host/v1")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise ValueError("expected an address without user, query or fragment; keys come from the environment")
+    has_query = parts.query and not _API_VERSION.fullmatch(parts.query)
+    if "@" in parts.netloc or has_query or parts.fragment:
+        raise ValueError(
+            "expected an address without user, query or fragment (Azure's api-version may be one); keys come from the "
+            "environment"
+        )
     return value.rstrip("/")
 
 
@@ -36,7 +41,7 @@ def _check_variable(value: str) -> str:
 
 
 Address: TypeAlias = Annotated[str, AfterValidator(_check_address)]
-"""`http` or `https`, without credentials, up to where `/chat/completions` follows."""
+"""`http` or `https` up to where `/chat/completions` follows, without credentials; Azure's may have an `api-version`."""
 
 KeyVariable: TypeAlias = Annotated[str, AfterValidator(_check_variable)]
 """Name of the environment variable that holds a key."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, cast
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from moebeam.schemas.chat_options import ORDINARY_TIERS
 from moebeam.schemas.job.section import Section
 
 DEFAULT_ENGINE = "torch"
@@ -31,7 +32,7 @@ _RAM = re.compile(r"[0-9]+(\.[0-9]+)? ?([KMGTP]i?)?B")
 
 
 class ModelSection(Section):
-    """`[model]`: which engine and checkpoint answer; left out, the embedded checkpoint does."""
+    """`[model]`: which engine and checkpoint answer."""
 
     loader: ClassVar[str] = ""
     """Where the engine's loading function lives, as `module:function`."""
@@ -45,6 +46,8 @@ class ModelSection(Section):
     """Whether the engine holds answers to `Request.grammar`."""
     is_self_healing: ClassVar[bool] = False
     """Whether the model lives elsewhere, so that the engine itself sees to its crashes and its silence."""
+    unsupported: ClassVar[frozenset[str]] = frozenset({"service_tier", "top_logprobs"})
+    """Options of requests, by their names in `Sampling` and `ChatOptions`, that the engine cannot follow."""
 
     engine: str = Field(
         default=DEFAULT_ENGINE,
@@ -54,7 +57,8 @@ class ModelSection(Section):
     path: str | None = Field(
         default=None,
         description="Folder of a Hugging Face checkpoint, on disk or in an object store, from which each host copies "
-        "it once; default the embedded one. `openai` needs none: with a folder of `tokenizer.json` and `config.json` "
+        "it once. `fake` needs none, nor does the demo's model, `moebeam-tickets-v4`, which knows support tickets "
+        "alone, nor `openai`: with a folder of `tokenizer.json` and `config.json` "
         "prompts are counted exactly before they are sent, else estimated",
     )
     name: str | None = Field(
@@ -83,6 +87,23 @@ class ModelSection(Section):
     def is_batch(self) -> bool:
         """Whether requests are sent as files, at a provider's batch price."""
         return False
+
+    @property
+    def route_names(self) -> tuple[str, ...]:
+        """Models beside `name` that a request may ask for."""
+        return ()
+
+    def find_refusal(self, option: str, value: object, model: str | None = None) -> str | None:
+        """Why the engine cannot follow an option of a request; None if it can.
+
+        Args:
+            option: its name in `Sampling` or `ChatOptions`.
+            model: one of `route_names`, if the request goes there.
+        """
+        if option not in self.unsupported or value in ORDINARY_TIERS:
+            return None
+        able = [name for name in ENGINE_OPTIONS if option not in load_options(name).unsupported]
+        return f"{option}: the engine {self.engine!r} cannot follow it, found {value!r}; {' and '.join(able)} can"
 
     @property
     def extra_files(self) -> dict[str, str]:
@@ -144,7 +165,7 @@ def model_keys() -> list[str]:
 
 
 def default_model() -> ModelSection:
-    """`[model]` of a job file without one."""
+    """`[model]` of a job file without one, which `check_engine` refuses."""
     return load_options(DEFAULT_ENGINE)()
 
 

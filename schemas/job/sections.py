@@ -85,7 +85,30 @@ class SamplingSection(Section):
         default=0.0, ge=0, le=1, description="Minimum probability of a token, as a share of the likeliest token's"
     )
     logprobs: bool = Field(default=False, description="Whether answers carry the log probability of each token")
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Makes sampled answers repeatable")
+    top_logprobs: int = Field(
+        default=0,
+        ge=0,
+        le=20,
+        description="How many of the likeliest tokens at each place come with log probabilities; needs `logprobs`",
+    )
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="Subtracted from a token's logit for each time that the answer holds it"
+    )
+    presence_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="Subtracted once from the logit of each token that the answer holds"
+    )
+    seed: int | None = Field(
+        default=None,
+        ge=-(2**63),
+        lt=2**63,
+        description="Makes sampled answers repeatable; every row still draws its own",
+    )
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> "SamplingSection":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs: expected `logprobs` beside it, found {self.top_logprobs} without")
+        return self
 
 
 class ThinkingSection(Section):
@@ -141,7 +164,9 @@ class PlanSection(Section):
 class AccountingSection(Section):
     """`[accounting]`: what tokens cost."""
 
-    price_book: str | None = Field(default=None, description="CSV of dated prices; without it costs are null")
+    price_book: str | None = Field(
+        default=None, description="CSV of dated prices, or `builtin` for the one that ships; without it costs are null"
+    )
     provider: str | None = Field(default=None, description="Provider to look up; default the engine's own")
     model: str | None = Field(default=None, description="Model to look up; default `[model] name`")
     tag_columns: tuple[str, ...] = Field(
@@ -252,7 +277,9 @@ class PartySection(Section):
     """One party of `[value_chain]`: who it is and what it charges the next one."""
 
     name: Annotated[str, Field(min_length=1, description="As the report names it")]
-    price_book: str | None = Field(default=None, description="CSV of dated prices at which it sells")
+    price_book: str | None = Field(
+        default=None, description="CSV of dated prices at which it sells, or `builtin` for the one that ships"
+    )
     provider: str | None = Field(default=None, description="Provider to look up in its book; default the name")
     model: str | None = Field(default=None, description="Model to look up in its book; default the ledger's")
     markup_percent: Annotated[Decimal, Field(ge=-100)] | None = Field(

@@ -1,11 +1,14 @@
 """Paths of a run below its output folder.
 
 results/ rejects/ ledger/   what analysts read: whole Parquet files, published after commit
+partial/                    of an unfinished run: the journaled answers of shards that are not committed
 manifest.json               last of all: counts, sums, files
 _moebeam/job.json           whose output this is
 _moebeam/quote.json         the estimate that `moebeam estimate --save` wrote
+_moebeam/frames/            data frames that `run_job` answers, each in a folder named by its digest
 _moebeam/stop               the launcher was asked to stop; workers look for it
 _moebeam/failure.json       why the last launch failed
+_moebeam/publish.json       what *publish* needs, so that a run can be published after its launcher was killed
 _moebeam/plan/              runs/ (while planning), one Arrow file a shard, plan.json when complete
 _moebeam/progress/          progress of each shard, for people and for budgets
 _moebeam/staging/           a shard's tables before commit, under names no `*.parquet` glob matches
@@ -16,10 +19,20 @@ _moebeam/commits/           one record per committed shard; the first one wins
 What is kept on a host and not in the output folder, such as cached checkpoints, is not listed here.
 """
 
+import re
 from dataclasses import dataclass
 
 from moebeam.schemas.store import storage
 from moebeam.schemas.tables import Table
+
+FRAME_NAME = "data.parquet"
+_FRAME = re.compile(rf"/_moebeam/frames/([0-9a-f]{{64}})/{re.escape(FRAME_NAME)}")
+
+
+def find_frame_digest(path: str) -> str | None:
+    """The digest in the path of a data frame that `run_job` keeps; None for any other file."""
+    found = _FRAME.search(path)
+    return found[1] if found is not None and found.end() == len(path) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +58,24 @@ class RunLayout:
         return storage.join(self.state, "quote.json")
 
     @property
+    def frames(self) -> str:
+        return storage.join(self.state, "frames")
+
+    def frame(self, digest: str) -> str:
+        """Where a data frame is kept; one file name for all of them, because derived ids begin with it."""
+        return storage.join(self.frames, digest, FRAME_NAME)
+
+    @property
     def stop(self) -> str:
         return storage.join(self.state, "stop")
 
     @property
     def failure(self) -> str:
         return storage.join(self.state, "failure.json")
+
+    @property
+    def publish_record(self) -> str:
+        return storage.join(self.state, "publish.json")
 
     @property
     def plan(self) -> str:
@@ -107,6 +132,13 @@ class RunLayout:
 
     def table(self, table: Table) -> str:
         return storage.join(self.output, table)
+
+    @property
+    def partial(self) -> str:
+        return storage.join(self.output, "partial")
+
+    def partial_file(self, shard: str) -> str:
+        return storage.join(self.partial, f"part-{shard}.parquet")
 
     def published_file(self, table: Table, shard: str) -> str:
         return storage.join(self.table(table), f"part-{shard}.parquet")

@@ -22,9 +22,9 @@ from apache_beam.testing.util import assert_that, equal_to
 from moebeam.model_runner.checkpoint.files import compute_checkpoint_revision
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.model_runner.protocol import ENGINES as LOADERS
-from moebeam.model_runner.protocol import EngineConfig, ModelRunner, load_runner
+from moebeam.model_runner.protocol import EngineConfig, ModelRunner, StoppableRunner, load_runner
 from moebeam.model_runner.run_inference.handler import MoebeamModelHandler
-from moebeam.schemas.errors import RowError
+from moebeam.schemas.errors import RequestGivenUp, RowError
 from moebeam.schemas.records import Completion, Message, Request, Sampling
 from tests.support.engine_configs import engine_config
 from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error, with_usage
@@ -104,6 +104,22 @@ def test_each_request_gets_exactly_one_completion(
 ) -> None:
     found = Counter(completion.request_id for completion in runner.generate(iter(requests[:num_requests])))
     assert found == Counter(request.request_id for request in requests[:num_requests])
+
+
+def test_an_engine_that_is_told_to_give_back_ends_its_calls_for_good(
+    config: EngineConfig, requests: list[Request]
+) -> None:
+    runner = load_runner(config)
+    assert isinstance(runner, StoppableRunner)
+    found: list[str] = []
+    endless = (replace(requests[number % NUM_MANY], request_id=str(number)) for number in range(100_000))
+    for completion in runner.generate(endless):
+        if not isinstance(completion.error, RequestGivenUp):
+            found.append(completion.request_id)
+        runner.give_back()
+    assert 0 < len(found) == len({*found}) < 100_000
+    given_up = list(runner.generate(requests[:2]))
+    assert all(isinstance(completion.error, RequestGivenUp) for completion in given_up)
 
 
 def test_input_is_pulled_lazily(runner: ModelRunner, requests: list[Request]) -> None:

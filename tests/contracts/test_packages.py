@@ -18,8 +18,10 @@ PACKAGES = ("schemas", "model_runner", "transforms", "pipelines", "jobs")
 BEAM_FILES = (
     "jobs/check/beam_options.py",
     "jobs/deploy/**",
+    "jobs/notebook/beam_in_notebooks.py",
     "jobs/run/launch.py",
     "jobs/run/main_job.py",
+    "jobs/run/pipeline_thread.py",
     "model_runner/run_inference/handler.py",
     "pipelines/main_job.py",
     "transforms/*/step.py",
@@ -31,8 +33,8 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
     "apache_beam": BEAM_FILES,
     "duckdb": ("jobs/demo/run_demo.py",),
     "genai_prices": ("jobs/reports/price_cross_check.py",),
-    "openai": ("model_runner/openai_engine/*.py",),
-    "pandas": ("jobs/commands/notebook.py",),
+    "openai": ("model_runner/openai_engine/*.py", "model_runner/openai_engine/batch/*.py"),
+    "pandas": ("jobs/notebook/*.py",),
     "safetensors": ("model_runner/torch_engine/weights/*.py",),
     "torch": (
         "model_runner/grammar/constraint.py",

@@ -317,7 +317,7 @@ def batch_line(custom_id: Any, content: Any, **body: Any) -> dict[str, Any]:
         "custom_id": custom_id,
         "method": "POST",
         "url": "/v1/chat/completions",
-        "body": {"model": "any", "messages": [{"role": "user", "content": content}], **body},
+        "body": {"model": "tiny", "messages": [{"role": "user", "content": content}], **body},
     }
 
 
@@ -352,7 +352,7 @@ def test_jsonl_in_the_openai_batch_shape_is_answered_line_by_line(tmp_path: Path
         ("ok", "duplicate_id"),
         ("in.jsonl:6", "invalid_id"),
         ("image", "unsupported_request"),
-        ("hot", "invalid_line"),
+        ("hot", "invalid_sampling"),
         ("surrogate", "invalid_line"),
     ]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from moebeam.jobs.run.launch import launch
-from moebeam.model_runner.openai_engine.batch_service import BatchPolling
+from moebeam.model_runner.openai_engine.batch.service import BatchPolling
 from moebeam.schemas.errors import JobFileError
 from tests.support.batch_endpoint import BatchEndpoint
 from tests.support.fake_endpoint import deepseek
@@ -45,7 +45,12 @@ def reply(body: Mapping[str, Any]) -> Mapping[str, Any]:
 def job(folder: Path, output: Path, endpoint: BatchEndpoint, **model: Any) -> Any:
     server: Any = endpoint
     return remote_job(
-        folder, output, server, model={"provider": "alibaba", "mode": "batch", **model}, plan={"max_shard_rows": 10}
+        folder,
+        output,
+        server,
+        model={"provider": "alibaba", "mode": "batch", **model},
+        plan={"max_shard_rows": 10},
+        failures={"max_outage_s": 0.1},
     )
 
 
@@ -77,6 +82,27 @@ def test_a_stopped_job_takes_its_batches_up_again(tmp_path: Path) -> None:
         assert Counter(map(row_of, endpoint.asked)) == Counter({**dict.fromkeys(range(20), 1), 5: 2})
         manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
         assert manifest["engine"]["num_batches_taken_up"] >= 1
+
+
+def test_a_line_that_the_provider_failed_on_is_answered_by_another_batch(tmp_path: Path) -> None:
+    write_tickets(tmp_path, 6)
+    (tmp_path / "prices.csv").write_text(PRICES)
+    no_reason = {"response": None, "error": None}
+    failed: dict[int, Mapping[str, Any]] = {
+        1: {"response": {"status_code": 500, "body": {"error": {"message": "oops"}}}, "error": None},
+        2: {"response": {"status_code": 0, "request_id": "", "body": {}}, "error": None},
+        3: {"response": None, "error": {"code": "server_error", "message": "the model had an error"}},
+        4: no_reason,
+    }
+
+    def answer(body: Mapping[str, Any]) -> Mapping[str, Any]:
+        return failed.pop(row_of(body), None) or reply(body)
+
+    with BatchEndpoint(answer) as endpoint:
+        summary = launch(job(tmp_path, tmp_path / "out", endpoint, max_retries=1))
+        assert (summary.exit_code, summary.num_results, summary.num_rejects) == (0, 6, 0)
+        asked = Counter(row_of(body) for body in endpoint.asked if body["max_tokens"] > 1)
+        assert asked == Counter({0: 1, 1: 2, 2: 2, 3: 2, 4: 2, 5: 2}), "row 5 is repaired"
 
 
 def test_a_provider_without_batches_is_refused_before_the_run(tmp_path: Path) -> None:

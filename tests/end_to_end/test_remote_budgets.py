@@ -64,9 +64,12 @@ def spent(output: Path) -> tuple[int, int, Decimal]:
     return len(ledger), tokens, sum((line["cost"] for line in ledger), Decimal(0))
 
 
-def finished(folder: Path, output: Path, endpoint: FakeEndpoint, answers: Varying) -> None:
+def finished(
+    folder: Path, output: Path, endpoint: FakeEndpoint, answers: Varying, max_shard_rows: int = NUM_ROWS
+) -> None:
     """A further attempt without limits asks for the rest alone."""
-    summary = launch(remote_job(folder, output, endpoint, **sections(max_cost="1000", max_requests=10**6)))
+    job = sections(max_cost="1000", max_requests=10**6) | {"plan": {"max_shard_rows": max_shard_rows}}
+    summary = launch(remote_job(folder, output, endpoint, **job))
     assert summary.status == "succeeded"
     assert answers.calls == Counter(dict.fromkeys(range(NUM_ROWS), 1)), "nothing is asked twice, nothing left out"
     num_attempts, _, cost = spent(output)
@@ -89,13 +92,24 @@ def test_the_bill_passes_a_limit_of_money_by_no_more_than_what_was_in_flight(fol
         finished(folder, folder / "out", endpoint, answers)
 
 
-def test_the_number_of_requests_is_kept_exactly(folder: Path) -> None:
+def test_the_number_of_requests_is_kept_exactly_and_inside_a_shard(folder: Path) -> None:
     answers = Varying()
-    job = sections(max_requests=151) | {"plan": {"max_shard_rows": 50}}
+    job = sections(max_requests=151) | {"plan": {"max_shard_rows": 100}}
     with FakeEndpoint(answers) as endpoint:
         assert launch(remote_job(folder, folder / "out", endpoint, **job)).reason == "max_requests"
-        # The fourth shard of 50 is not begun: it could not be finished.
-        assert sum(answers.calls.values()) <= 151
+        assert answers.calls == Counter(dict.fromkeys(answers.calls, 1)) and len(answers.calls) == 151
+        finished(folder, folder / "out", endpoint, answers, max_shard_rows=100)
+
+
+def test_twenty_of_sixty_rows_in_one_shard_are_asked_and_answered(folder: Path) -> None:
+    write_tickets(folder, 60)
+    answers = Varying()
+    with FakeEndpoint(answers) as endpoint:
+        summary = launch(remote_job(folder, folder / "out", endpoint, **sections(max_requests=20)))
+        assert (summary.exit_code, summary.reason, sum(answers.calls.values())) == (4, "max_requests", 20)
+        summary = launch(remote_job(folder, folder / "out", endpoint, **sections(max_requests=1000)))
+    assert (summary.status, summary.num_results) == ("succeeded", 60)
+    assert answers.calls == Counter(dict.fromkeys(range(60), 1))
 
 
 def test_tokens_of_answers_pass_their_limit_by_no_more_than_what_was_in_flight(folder: Path) -> None:

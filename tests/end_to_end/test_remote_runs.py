@@ -287,7 +287,8 @@ def test_calls_that_may_be_billed_without_a_usage_are_counted_beside_the_cost(fo
     ledger, totals = read_table(folder / "out", "ledger"), manifest_of(folder / "out")["totals"]
     by_row = {line["source_row"]: line for line in ledger}
     assert {row for row, line in by_row.items() if line["num_lost_calls"]} == {7, *range(0, NUM_ROWS, 3)}
-    assert (by_row[7]["outcome"], by_row[7]["num_lost_calls"], by_row[7]["cost"]) == ("rejected", 2, 0)
+    assert (by_row[7]["outcome"], by_row[7]["cost"]) == ("rejected", 0)
+    assert by_row[7]["num_lost_calls"] > 2, "its tries, and canaries that told them from an outage"
     assert by_row[1]["lost_cost_at_most"] is None
     # max_tokens is 64; the provider counted more of the prompt than was estimated here, or less.
     for row in range(0, NUM_ROWS, 3):

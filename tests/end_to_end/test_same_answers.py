@@ -16,8 +16,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from moebeam.jobs.commands.notebook import run_job
 from moebeam.jobs.console.summary import ProgressSnapshot
+from moebeam.jobs.notebook.run_job import run_job
 from moebeam.jobs.run.launch import launch
 from moebeam.schemas.errors import JobError
 from tests.support.jobs_for_tests import column, fake_job, priced, read_table, run_fake_job, write_parquet, write_script

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import random
+import ssl
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,12 +66,27 @@ class FakeEndpoint:
     """
 
     def __init__(
-        self, reply: Callable[[Call], Reply], *, max_in_flight: int = 0, gather_at: int = 0, port: int = 0
+        self,
+        reply: Callable[[Call], Reply],
+        *,
+        max_in_flight: int = 0,
+        gather_at: int = 0,
+        port: int = 0,
+        tls: ssl.SSLContext | None = None,
+        on_end: Callable[[Call, Reply, bool], None] | None = None,
     ) -> None:
+        """Args:
+        tls: serves HTTPS; a certificate that is loaded into it later holds for connections made from then on.
+        on_end: told when a call ended, with whether its reply went out while the client was still there.
+        """
         self._reply = reply
         self._gather_at = gather_at
         self._gathered: asyncio.Event | None = None
         self._port = port
+        self._tls = tls
+        self._on_end = on_end
+        self._server: asyncio.Server | None = None
+        self._writers: set[asyncio.StreamWriter] = set()
         self.max_in_flight = max_in_flight
         self.calls: list[Call] = []
         self.peak_in_flight = 0
@@ -84,7 +100,7 @@ class FakeEndpoint:
 
     @property
     def base_url(self) -> str:
-        return f"http://127.0.0.1:{self._port}/v1"
+        return f"{'http' if self._tls is None else 'https'}://127.0.0.1:{self._port}/v1"
 
     def __enter__(self) -> "FakeEndpoint":
         self._thread.start()
@@ -112,25 +128,51 @@ class FakeEndpoint:
         finally:
             self._loop.close()
 
+    def schedule(self, action: Callable[[], object], delay_s: float = 0.0) -> None:
+        """Call something in the server's loop, from any thread."""
+        self._loop.call_soon_threadsafe(self._loop.call_later, delay_s, action)
+
+    async def open_port(self) -> None:
+        """Accept connections; in the server's loop, as the next two."""
+        if self._server is None:
+            self._server = await asyncio.start_server(
+                self._connection, "127.0.0.1", self._port, backlog=4096, ssl=self._tls
+            )
+            self._port = self._server.sockets[0].getsockname()[1]
+
+    def close_port(self) -> None:
+        """Refuse connections, and cut those that are open."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        self.cut_connections()
+
+    def cut_connections(self) -> None:
+        """Reset every open connection, whatever it carries."""
+        for writer in self._writers:
+            writer.transport.abort()
+
     async def _serve(self) -> None:
         self._stop, self._gathered = asyncio.Event(), asyncio.Event()
-        server = await asyncio.start_server(self._connection, "127.0.0.1", self._port, backlog=4096)
-        self._port = server.sockets[0].getsockname()[1]
+        await self.open_port()
         self._started.set()
         await self._stop.wait()
-        server.close()
+        if self._server is not None:
+            self._server.close()
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
         try:
             while await self._exchange(reader, writer):
                 pass
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
+            self._writers.discard(writer)
             writer.close()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -142,6 +184,7 @@ class FakeEndpoint:
         self.calls.append(call)
         self._in_flight += 1
         self.peak_in_flight = max(self.peak_in_flight, self._in_flight)
+        reply, is_sent = Reply(), False
         try:
             if self.max_in_flight and self._in_flight > self.max_in_flight:
                 self.num_refused += 1
@@ -153,9 +196,13 @@ class FakeEndpoint:
                 self._gathered.set()
             if reply.is_held:
                 await self._gathered.wait()
-            return await _send(reply, writer)
+            stays_open = await _send(reply, writer)
+            is_sent = not reader.at_eof()
+            return stays_open
         finally:
             self._in_flight -= 1
+            if self._on_end is not None:
+                self._on_end(call, reply, is_sent)
 
 
 async def _send(reply: Reply, writer: asyncio.StreamWriter) -> bool:

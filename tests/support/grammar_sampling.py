@@ -1,6 +1,7 @@
 """Answers drawn under a grammar, a byte a token: what it allows, and whether it allows a text."""
 
 import json
+import re
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from moebeam.schemas.errors import EngineFailed
 from tests.support.checkpoints import EOS, save_tiny_tokenizer
 
 MAX_TOKENS = 600
+_BEYOND_INTEGERS = re.compile(r"\d[eE]\+?\d{4}")
 
 
 @lru_cache(maxsize=1)
@@ -58,7 +60,8 @@ def draw(schema: Json, seed: int, num_answers: int) -> list[str]:
 def draw_answers(first: Constraint, seed: int, num_answers: int) -> list[str]:
     """Random complete answers under a fresh constraint; the longer one is, the likelier a quote, a bracket or the end.
 
-    Answers that do not end within `MAX_TOKENS` are left out.
+    Answers that do not end within `MAX_TOKENS` are left out, and those with a number of over 4,300 digits, which a
+    grammar does not count.
     """
     tokenizer = byte_tokenizer()
     end = tokenizer.token_to_id(EOS)
@@ -78,6 +81,7 @@ def draw_answers(first: Constraint, seed: int, num_answers: int) -> list[str]:
             token_id = int(rng.choice(candidates))
             constraint.accept(token_id)
             token_ids.append(token_id)
-        if constraint.is_over:
-            found.append(tokenizer.decode(token_ids, skip_special_tokens=True))
+        text = tokenizer.decode(token_ids, skip_special_tokens=True)
+        if constraint.is_over and not _BEYOND_INTEGERS.search(text):
+            found.append(text)
     return found

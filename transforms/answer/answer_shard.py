@@ -6,7 +6,8 @@ The core of *answer*, composed of pure iterator functions; `step.py` wraps it fo
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Literal, TypeAlias
@@ -42,7 +43,7 @@ from moebeam.transforms.answer.shard_events import log_commit
 from moebeam.transforms.answer.shard_tables import PlannedRows, shard_tables
 from moebeam.transforms.answer.spending import Spent
 from moebeam.transforms.answer.validate import answer_and_validate
-from moebeam.transforms.answer.waste import record_waste
+from moebeam.transforms.answer.watch import ShardWatch
 from moebeam.transforms.durable.commit import commit_shard
 from moebeam.transforms.durable.progress import ProgressWriter, ShardProgress
 from moebeam.transforms.durable.stop import ON_ERROR, StopReason, request_stop
@@ -62,6 +63,7 @@ class AnswerSpec:
         output_type: of the typed answer column, if the job has a schema.
         failures: what happens to rows that the engine cannot answer, and to an engine that dies.
         reuse: the earlier run to take answers from, if any.
+        attempt: unique to this attempt of the run.
     """
 
     layout: RunLayout
@@ -75,6 +77,7 @@ class AnswerSpec:
     limits: SpendingLimits = field(default_factory=SpendingLimits)
     failures: FailuresSection = field(default_factory=FailuresSection)
     reuse: ReuseSource | None = None
+    attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def is_journaled(self) -> bool:
@@ -146,34 +149,36 @@ def answer_rows(
         engine: may be None if nothing in the shard is asked.
         budget: ends the shard early when it is spent; None means no limits.
     Returns:
-        None if the run must stop before the shard is complete; what it paid is then kept as waste, or in the journal
-        for the next attempt.
+        None if the run must stop before the shard is complete; what was answered is then in its journal, for the next
+        attempt.
     """
     started = time.monotonic()
-    budget = budget or ShardBudget(SpendingLimits(), Spent)
+    budget = budget or ShardBudget(shard=shard)
     runner = engine and engine.runner
     before = read_counters(runner)
     answers: dict[int, list[AccountedAnswer]] = {}
     replayed: Mapping[str, float] = {}
     if rows.asked:
         assert engine is not None, f"shard {shard} has requests but no engine"
-        try:
-            with _open_journal(shard, spec) as journal:
-                with contextlib.suppress(BudgetEnded):
+        watch = ShardWatch(spec.layout, shard, engine.runner, budget, drain_s=spec.failures.drain_s)
+        with budget, open_journal(shard, spec) as journal:
+            is_over = False
+            try:
+                with watch, contextlib.suppress(BudgetEnded):
                     for answer in _account_answers(shard, rows, engine, spec, budget, journal):
                         answers.setdefault(int(answer.answer.completion.request_id), []).append(answer)
-                replayed = journal.counters if journal is not None else {}
-        except Exception:
-            if not spec.is_journaled:
-                with contextlib.suppress(OSError):
-                    record_waste(spec.layout, shard, rows, answers, spec.accounting)
-            raise
-    is_whole = all(row in answers and answers[row][-1].answer.is_last for row in rows.asked)
-    if budget.stop is not None and (budget.stop.kind == ON_ERROR or not is_whole):
-        if not spec.is_journaled:
-            record_waste(spec.layout, shard, rows, answers, spec.accounting)
-        request_stop(spec.layout, budget.stop)
-        return None
+                is_over = True
+            finally:
+                is_whole = is_over and all(row in answers and answers[row][-1].answer.is_last for row in rows.asked)
+                must_stop = budget.stop is not None and (budget.stop.kind == ON_ERROR or not is_whole)
+                if not is_over or must_stop:
+                    # An error in flight says more than one from the store, which shares its cause or follows it.
+                    with contextlib.nullcontext() if is_over else contextlib.suppress(OSError):
+                        _keep_late(shard, rows, answers, engine, spec, journal)
+            replayed = journal.counters
+        if budget.stop is not None and must_stop:
+            request_stop(spec.layout, budget.stop)
+            return None
     counted = counters_since(before, read_counters(runner))
     tables = shard_tables(shard, rows, answers, spec.accounting, spec.output_type)
     commit = commit_shard(spec.layout, spec.accounting.run_id, shard, tables, {**counted, **replayed})
@@ -182,10 +187,26 @@ def answer_rows(
     return commit
 
 
-def _open_journal(shard: str, spec: AnswerSpec) -> contextlib.AbstractContextManager[ShardJournal | None]:
-    if not spec.is_journaled:
-        return contextlib.nullcontext()
-    return ShardJournal.open(spec.layout, shard, takes_failures=spec.failures.on_error != "fail")
+def open_journal(shard: str, spec: AnswerSpec) -> ShardJournal:
+    """The journal of one attempt at a shard; what earlier ones left is read whether or not this one writes it."""
+    takes_failures = spec.failures.on_error != "fail"
+    return ShardJournal.open(spec.layout, shard, takes_failures=takes_failures, is_prompt=spec.is_journaled)
+
+
+def _keep_late(
+    shard: str,
+    rows: PlannedRows,
+    answers: Mapping[int, Sequence[AccountedAnswer]],
+    engine: LoadedEngine,
+    spec: AnswerSpec,
+    journal: ShardJournal,
+) -> None:
+    """Journal what an attempt that ends before its shard has answered, where that was not done on the way."""
+    if spec.is_journaled:
+        return
+    kept = [(each.answer.attempt, each.answer.completion) for found in answers.values() for each in found]
+    asked = rows.with_asked({*answers, *map(int, journal.given_up)})
+    journal.keep_late(kept, make_requests(shard, asked, spec, engine.encoder, has_grammars=False))
 
 
 def _account_answers(
@@ -194,34 +215,27 @@ def _account_answers(
     engine: LoadedEngine,
     spec: AnswerSpec,
     budget: ShardBudget,
-    journal: ShardJournal | None,
+    journal: ShardJournal,
 ) -> Iterator[AccountedAnswer]:
     """Stream a shard's requests to priced answers, until the budget ends."""
     options = rows.values("options")
-    has_stops = spec.limits.has_any or spec.failures.on_error == "fail"
-    runner = engine.runner if journal is None else keeping_runner(engine.runner, journal)
-    if has_stops:
-        runner = BudgetedRunner(runner, budget)
-    if journal is not None:
-        # Counted now as already spent, so replayed answers are not counted again.
-        kept = (entry.completion for entry in journal.kept.entries)
-        budget.own += Spent.from_completions(kept, spec.accounting)
-        runner = JournaledRunner(runner, journal)
+    # Counted now as already spent, so replayed answers are not counted again.
+    budget.count_earlier(Spent.from_completions((entry.completion for entry in journal.kept.entries), spec.accounting))
+    runner = JournaledRunner(BudgetedRunner(keeping_runner(engine.runner, journal), budget), journal)
     validated = answer_and_validate(
         make_requests(shard, rows, spec, engine.encoder),
         runner,
         lambda request_id: spec.terms.find(options[int(request_id)]),
-        again := AttemptPolicy(spec.failures, Repair(spec.repair, engine.encoder, spec.schema_in_prompt)),
+        again := AttemptPolicy(spec.failures, Repair(spec.repair, engine.encoder, spec.schema_in_prompt), budget.sleep),
         again.pause,
     )
     accounted = account(validated, spec.accounting)
-    for answer in _report_progress(shard, rows, accounted, spec.layout, writes_last=journal is not None):
-        if journal is not None:
-            place = (answer.answer.completion.request_id, answer.answer.attempt)
-            answer = replace(answer, journal=journal.references.get(place))
+    for answer in _report_progress(shard, rows, accounted, spec.layout, writes_last=spec.is_journaled):
+        place = (answer.answer.completion.request_id, answer.answer.attempt)
+        answer = replace(answer, journal=journal.references.get(place))
         budget.note_answer(answer)
-        if spec.failures.on_error == "fail" and budget.stop is None:
-            budget.stop = _find_failed_row(rows, answer)
+        if spec.failures.on_error == "fail" and (reason := _find_failed_row(rows, answer)) is not None:
+            budget.end(reason)
         yield answer
 
 
@@ -240,15 +254,22 @@ def read_counters(runner: ModelRunner | None) -> Mapping[str, float]:
     return dict(runner.counters()) if isinstance(runner, CountingRunner) else {}
 
 
-def make_requests(shard: str, rows: PlannedRows, spec: AnswerSpec, encoder: Encoder) -> Iterator[Request]:
-    """Requests of a shard in token order, built lazily; `request_id` is the row's index."""
-    columns = [rows.table.column(name) for name in ("prefix_key", "messages", "sampling", "options", "tenant")]
-    is_constrained = spec.is_constrained and spec.engine.options.is_constrained
+def make_requests(
+    shard: str, rows: PlannedRows, spec: AnswerSpec, encoder: Encoder, *, has_grammars: bool = True
+) -> Iterator[Request]:
+    """Requests of a shard in token order, built lazily; `request_id` is the row's index.
+
+    Args:
+        has_grammars: whether engines in process decode them under grammars, where the job has any.
+    """
+    names = ("prefix_key", "messages", "sampling", "options", "tenant", "custom_id")
+    columns = [rows.table.column(name) for name in names]
+    is_constrained = has_grammars and spec.is_constrained and spec.engine.options.is_constrained
     grammars = GrammarCache(encoder) if is_constrained and isinstance(encoder, PromptEncoder) else None
     # With a tokenizer, the rendered prompt already holds the schema.
     is_told = spec.schema_in_prompt == "always" and spec.engine.options.is_remote
     for row in rows.asked:
-        key, messages, sampling, options, tenant = (column[row].as_py() for column in columns)
+        key, messages, sampling, options, tenant, row_id = (column[row].as_py() for column in columns)
         token_ids = token_ids_of(key)
         terms = spec.terms.find(options)
         chat = parse_messages(json.loads(messages))
@@ -264,6 +285,7 @@ def make_requests(shard: str, rows: PlannedRows, spec: AnswerSpec, encoder: Enco
             grammar=grammars.get(options, terms, token_ids) if grammars is not None else None,
             options=terms.options,
             scope=shard,
+            row_id=row_id,
         )
 
 
@@ -285,9 +307,13 @@ def _report_progress(
                 rows_done=progress.rows_done + num_rows,
                 num_requests=progress.num_requests + 1,
                 num_rejects=progress.num_rejects + (num_rows if answer.answer.error else 0),
-                prompt_tokens=progress.prompt_tokens + usage.prompt_tokens,
+                prompt_tokens=progress.prompt_tokens + (usage.prompt_tokens or 0),
                 cached_tokens=progress.cached_tokens + (usage.cached_tokens or 0),
-                completion_tokens=progress.completion_tokens + usage.completion_tokens,
+                completion_tokens=progress.completion_tokens + (usage.completion_tokens or 0),
+                num_unknown_usage=progress.num_unknown_usage + (not usage.is_known),
+                estimated_prompt_tokens=progress.estimated_prompt_tokens + (usage.estimated_prompt_tokens or 0),
+                estimated_completion_tokens=progress.estimated_completion_tokens
+                + (usage.estimated_completion_tokens or 0),
             )
             if writer.is_due(shard):
                 writer.write(shard, replace(progress, cost=format(cost, "f")))

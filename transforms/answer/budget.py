@@ -1,28 +1,35 @@
-"""Budgets: how much a run may spend, held against what it has spent and what is on its way.
+"""Budgets: how much a run may spend, held against what it has spent and what is on its way; and when it must stop.
 
-Part of *answer*. Checked before each shard, and inside a shard before each request is sent: once what is spent and
-what requests in flight are expected to take (`transforms/answer/expectation.py`) reaches a limit, nothing more
-is sent until answers arrive. Requests are counted exactly. Tokens and money pass a limit by what the requests on
-their way take beyond what was expected of them, so at most by all of these at their maximal price, and with several
-workers by what the others spend between two writes of their progress and two looks at it
-(`progress.INTERVAL_S`, `spending.REFRESH_S`).
+Part of *answer*. Checked before each request is sent: once what is spent and what requests in flight are expected to
+take (`transforms/answer/expectation.py`) reaches a limit, nothing more is sent until answers arrive. Limits bite
+inside a shard; what was answered of it is kept in its journal, and the next attempt asks the rest.
+
+Shards that one process answers at a time count together (`transforms/answer/spending.py`), so that a process keeps a
+number of requests exactly. Tokens and money pass a limit by what the requests on their way take beyond what was
+expected of them, so at most by all of these at their maximal price. Between several processes a limit of any kind is
+also passed by what the others spend between two writes of their progress and two looks at it (`progress.INTERVAL_S`,
+`spending.REFRESH_S`).
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from decimal import Decimal
-from threading import Lock
+from threading import Event
+from typing import Self
 
 from moebeam.model_runner.admission import AdmittingRunner, Verdict
 from moebeam.model_runner.protocol import ModelRunner
 from moebeam.schemas.answers import AccountedAnswer
+from moebeam.schemas.errors import EngineUnavailable, RequestGivenUp
 from moebeam.schemas.job.sections import LimitsSection
 from moebeam.schemas.records import Completion, Request
 from moebeam.transforms.answer.expectation import Ceiling, Expectation
-from moebeam.transforms.answer.spending import Spent
-from moebeam.transforms.durable.stop import StopKind, StopReason
-from moebeam.transforms.plan.plan_record import PlannedShard
+from moebeam.transforms.answer.spending import Spending, Spent
+from moebeam.transforms.durable.stop import ON_ERROR, SIGNAL, StopKind, StopReason
+
+_STOPS_RETRIES: frozenset[StopKind] = frozenset({SIGNAL, ON_ERROR, "deadline"})
+"""Stops after which a request that was sent is not tried again; a limit of spending has counted it already."""
 
 
 class BudgetEnded(Exception):
@@ -56,9 +63,8 @@ class SpendingLimits:
 
     def find_reached(self, spent: Spent, now: float) -> StopReason | None:
         """The first limit that leaves nothing more to spend, if any."""
-        if self.deadline_at is not None and now >= self.deadline_at:
-            at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.deadline_at))
-            return StopReason("deadline", f"[limits] deadline: {at} is past")
+        if (late := self.find_late(now)) is not None:
+            return late
         for kind, limit, found in self._amounts(spent):
             if found >= limit:
                 return StopReason(
@@ -66,20 +72,12 @@ class SpendingLimits:
                 )
         return None
 
-    def find_refusal(self, spent: Spent, planned: PlannedShard) -> StopReason | None:
-        """The limit that a shard would certainly pass, if any: it asks each of its requests at least once."""
-        if (reason := self.find_reached(spent, time.time())) is not None:
-            return reason
-        least = spent + Spent(planned.num_requests, planned.num_prompt_tokens)
-        for kind, limit, needed in self._amounts(least):
-            if needed > limit and kind in ("max_requests", "max_input_tokens"):
-                used = spent.num_requests if kind == "max_requests" else spent.input_tokens
-                return StopReason(
-                    kind,
-                    f"[limits] {kind}: {limit:,} allowed, {used:,} spent, and shard {planned.shard} "
-                    f"needs at least {needed - used:,}",
-                )
-        return None
+    def find_late(self, now: float) -> StopReason | None:
+        """The deadline, once it is past."""
+        if self.deadline_at is None or now < self.deadline_at:
+            return None
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.deadline_at))
+        return StopReason("deadline", f"[limits] deadline: {at} is past")
 
     def _amounts(self, spent: Spent) -> Iterator[tuple[StopKind, Decimal | int, Decimal | int]]:
         """Kind, limit and amount of each limit on spending."""
@@ -109,54 +107,67 @@ class InFlight:
 class ShardBudget:
     """The budget as one attempt of a shard sees it; says once, and then for good, that it must stop.
 
-    An `Admission` for engines, which ask from other threads; only `refresh` reads the store, which may be slow.
+    An `Admission` for engines, which ask from other threads; only `refresh` reads the store, which may be slow. Entered
+    while the shard is answered.
 
     Attributes:
-        spent_by_others: reads from the store what was spent beside this attempt.
+        spending: of all shards that this process answers at the same time, and of all others.
         own: what this attempt has spent; requests and their prompts count from when they are sent.
-        stop: why no more requests may be sent; None while they may.
+        stop: why no more requests may be sent; None while they may. Set by `end`.
     """
 
-    limits: SpendingLimits
-    spent_by_others: Callable[[], Spent]
+    limits: SpendingLimits = field(default_factory=SpendingLimits)
+    spending: Spending = field(default_factory=Spending)
     ceiling: Ceiling = field(default_factory=Ceiling)
+    shard: str = ""
     own: Spent = field(default_factory=Spent)
     stop: StopReason | None = None
     _expectation: Expectation = field(default_factory=Expectation)
     _in_flight: dict[str, InFlight] = field(default_factory=dict[str, InFlight])
-    _expected: Spent = field(default_factory=Spent)
-    _spent_by_others: Spent = field(default_factory=Spent)
-    _lock: Lock = field(default_factory=Lock)
+    _ended: Event = field(default_factory=Event)
+
+    def __enter__(self) -> Self:
+        self.spending.enter(self.shard)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.end_round()
+        self.spending.leave(self.shard, self.own)
+
+    def end(self, reason: StopReason) -> None:
+        """Send nothing more; the first reason wins. Safe from any thread."""
+        with self.spending.lock:
+            self._end(reason)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, but not past the end of the budget."""
+        self._ended.wait(seconds)
 
     def refresh(self) -> None:
         """Look up what others have spent, unless that was done a moment ago."""
         if self.stop is None and self.limits.has_any:
-            self._spent_by_others = self.spent_by_others()
+            self.spending.refresh()
 
     def may_ask(self) -> bool:
         """Look up what others have spent, and say whether anything is left."""
         self.refresh()
-        with self._lock:
+        with self.spending.lock:
             return self._is_open()
 
     def admit(self, request: Request) -> Verdict:
-        """Whether a request may be sent now; see `Admission.admit`."""
-        with self._lock:
+        """Whether a request may be sent now, or tried again; see `Admission.admit`."""
+        with self.spending.lock:
             if request.request_id in self._in_flight:
-                return "send"
+                return "stop" if self.stop is not None and self.stop.kind in _STOPS_RETRIES else "send"
             if not self._is_open():
                 return "stop"
             if self.limits.has_any:
-                if (
-                    self._in_flight
-                    and self.limits.find_reached(self._spent_by_others + self.own + self._expected, 0.0) is not None
-                ):
+                if self._in_flight and self.limits.find_reached(self._sum(with_expected=True), 0.0) is not None:
                     return "wait"
                 most = self.ceiling.most(request)
                 expected = self._expectation.expect(most)
                 counted = Spent(num_requests=1, input_tokens=expected.input_tokens)
-                self.own += counted
-                self._expected += expected - counted
+                self._count(counted, expected - counted)
                 self._in_flight[request.request_id] = InFlight(most, expected)
             return "send"
 
@@ -165,32 +176,57 @@ class ShardBudget:
 
         Of one that failed without a usage the prompt stays counted.
         """
-        with self._lock:
+        with self.spending.lock:
             away = self._in_flight.pop(completion.request_id, None)
             if away is None:
                 return
             counted = Spent(num_requests=1, input_tokens=away.expected.input_tokens)
-            self._expected -= away.expected - counted
+            self._count(Spent(), counted - away.expected)
             taken = Spent.from_completions([completion], self.ceiling.accounting)
             if taken.input_tokens:
                 self._expectation.learn(away.most, taken)
-                self.own += taken - counted
+                self._count(taken - counted)
 
     def end_round(self) -> None:
         """Nothing is on its way any more; what an engine lost stays counted as far as it was."""
-        with self._lock:
+        with self.spending.lock:
+            for away in self._in_flight.values():
+                self._count(Spent(), Spent(1, away.expected.input_tokens) - away.expected)
             self._in_flight.clear()
-            self._expected = Spent()
+
+    def count_earlier(self, spent: Spent) -> None:
+        """Count what earlier attempts spent on this shard and this one finds in its journal."""
+        with self.spending.lock:
+            self._count(spent)
 
     def note_answer(self, answer: AccountedAnswer) -> None:
         """Stop where money is limited and an answer has no price."""
-        if self.limits.max_cost is not None and answer.charge is None and self.stop is None:
-            self.stop = StopReason("max_cost", "[limits] max_cost: an answer has no price, so nobody knows the cost")
+        if self.limits.max_cost is not None and answer.charge is None:
+            why = "has no price" if answer.answer.completion.usage.is_known else "came without a usage"
+            advice = "limit requests or tokens in place of it"
+            self.end(StopReason("max_cost", f"[limits] max_cost: an answer {why}, so nobody knows the cost; {advice}"))
+
+    def _end(self, reason: StopReason) -> None:
+        if self.stop is None:
+            self.stop = reason
+            self._ended.set()
 
     def _is_open(self) -> bool:
         if self.stop is None and self.limits.has_any:
-            self.stop = self.limits.find_reached(self._spent_by_others + self.own, time.time())
+            reason = self.limits.find_reached(self._sum(), time.time())
+            if reason is not None:
+                self._end(reason)
         return self.stop is None
+
+    def _sum(self, *, with_expected: bool = False) -> Spent:
+        total = self.spending.total
+        return total + self.spending.expected if with_expected else total
+
+    def _count(self, spent: Spent, expected: Spent | None = None) -> None:
+        self.own += spent
+        self.spending.own += spent
+        if expected is not None:
+            self.spending.expected += expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,26 +241,37 @@ class BudgetedRunner:
     budget: ShardBudget
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        """As `ModelRunner.generate`, until the budget ends.
+        """As `ModelRunner.generate`, until the budget ends. A request that was given up is no answer, and stays back.
 
         Raises:
-            BudgetEnded: it ended before all requests were sent that had been pulled; what was sent came out before.
+            BudgetEnded: it ended before all requests were answered that had been pulled; others came out before.
         """
         waiting = _Waiting(iter(requests), self.budget)
-        if isinstance(self.runner, AdmittingRunner):
-            for completion in self.runner.generate_admitted(waiting.pull(), self.budget):
-                waiting.unanswered.pop(completion.request_id, None)
-                yield completion
-                self.budget.refresh()
-        else:
-            while not waiting.is_over:
-                for completion in self.runner.generate(waiting.pull_admitted()):
-                    waiting.unanswered.pop(completion.request_id, None)
-                    self.budget.settle(completion)
-                    yield completion
-                self.budget.end_round()
+        has_given_up = False
+        for completion in self._answers(waiting):
+            if isinstance(completion.error, RequestGivenUp):
+                has_given_up = True
+                continue
+            waiting.unanswered.pop(completion.request_id, None)
+            yield completion
         if waiting.unanswered and self.budget.stop is not None:
             raise BudgetEnded(self.budget.stop.message)
+        if has_given_up:
+            raise EngineUnavailable("the engine gave requests up though nobody asked it to stop")
+
+    def _answers(self, waiting: "_Waiting") -> Iterator[Completion]:
+        if isinstance(self.runner, AdmittingRunner):
+            for completion in self.runner.generate_admitted(waiting.pull(), self.budget):
+                yield completion
+                self.budget.refresh()
+            return
+        while not waiting.is_over:
+            for completion in self.runner.generate(waiting.pull_admitted()):
+                self.budget.settle(completion)
+                yield completion
+            self.budget.end_round()
+            if self.budget.stop is not None:
+                return
 
 
 @dataclass(slots=True)
@@ -258,10 +305,11 @@ class _Waiting:
             yield request
 
     def _next(self) -> Request | None:
-        # Asked before the next one is pulled, so that where the budget ends none is pulled in vain.
-        request = next(self.requests, None) if self.budget.may_ask() else None
-        if request is None:
-            self.is_over = True
-            return None
-        self.unanswered[request.request_id] = None
-        return request
+        # Pulled before the budget is asked: where all that is left is replayed from a journal, nothing need be asked.
+        request = next(self.requests, None)
+        if request is not None:
+            self.unanswered[request.request_id] = None
+            if self.budget.may_ask():
+                return request
+        self.is_over = True
+        return None

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
+from itertools import product
 
 from moebeam.model_runner.openai_engine.options import OpenAIOptions
 from moebeam.model_runner.openai_engine.profiles import DEFAULT_PROFILE
 from moebeam.model_runner.protocol import EngineConfig
-from moebeam.schemas.prices import PriceMode
+from moebeam.schemas.prices import PriceMode, find_tier_mode
 from moebeam.schemas.records import Request, Usage
 from moebeam.transforms.answer.spending import Spent
 from moebeam.transforms.money.account import Accounting, charge
@@ -41,10 +42,12 @@ class Ceiling:
     def most(self, request: Request) -> Spent:
         """What a request that starts now may take; without a price its cost is 0, and the answer's will be unknown."""
         num_input, num_output = request.num_prompt_tokens, request.sampling.max_tokens
-        cost = Decimal(0)
-        for provider, model in self.candidates:
-            now = datetime.now(UTC)
-            line = self.accounting.find_price(provider, model, now, prompt_tokens=num_input, mode=self.mode)
+        cost, now = Decimal(0), datetime.now(UTC)
+        # A provider may answer in its ordinary tier where another one was asked for.
+        asked: PriceMode = find_tier_mode(request.options.service_tier)
+        modes = (self.mode,) if self.mode == "batch" else dict.fromkeys((asked, "online"))
+        for (provider, model), mode in product(self.candidates, modes):
+            line = self.accounting.find_price(provider, model, now, prompt_tokens=num_input, mode=mode)
             if line is not None:
                 cost = max(cost, charge(Usage(num_input, num_output, None), line).cost)
         return Spent(1, num_input, num_output, cost)
@@ -55,6 +58,7 @@ def _candidates(accounting: Accounting, engine: EngineConfig) -> Iterator[tuple[
     if isinstance(options, OpenAIOptions):
         named = [(options.provider or DEFAULT_PROFILE, engine.name)]
         named += [(fallback.provider, fallback.name or engine.name) for fallback in options.fallbacks]
+        named += [(route.provider or options.provider or DEFAULT_PROFILE, route.name) for route in options.routes]
     else:
         named = [("fake" if engine.engine == "fake" else "local", engine.name)]
     for provider, model in named:

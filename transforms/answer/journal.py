@@ -7,13 +7,17 @@ admission before each send (`AdmittingRunner`), an answer is journaled before it
 most the requests in flight are paid twice. Replayed completions keep their usage, provider and start time, so they cost
 the same. Answers that were journaled but never used, because two attempts ran at once, become waste when the shard is
 published (`transforms/answer/waste.py`): each answer is priced exactly once.
+
+Where answers cost nothing but time, none is written as it arrives: `keep_late` journals those of a shard that stops
+before its end, and the next attempt asks the rest. It computes their shared prefixes again, so `cached_tokens` of rows
+asked later may differ from those of a run without a stop; answers do not.
 """
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -21,7 +25,8 @@ from moebeam.model_runner.admission import Admission, AdmittingRunner, Unlimited
 from moebeam.model_runner.protocol import ModelRunner
 from moebeam.schemas.canonical import fingerprint
 from moebeam.schemas.chat_options import options_json
-from moebeam.schemas.records import Completion, Request
+from moebeam.schemas.errors import RequestGivenUp
+from moebeam.schemas.records import Completion, LostCall, Request
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.journal_file import Entry, JournalContent, JournalWriter, read_journal
 
@@ -55,8 +60,7 @@ def request_key(request: Request) -> str:
 
 def is_paid(completion: Completion) -> bool:
     """Whether a completion is journaled: an answer, or a failure that used tokens. A free failure is better retried."""
-    usage = completion.usage
-    return completion.error is None or usage.prompt_tokens > 0 or usage.completion_tokens > 0
+    return completion.error is None or not completion.usage.is_nothing
 
 
 @dataclass(slots=True)
@@ -67,21 +71,26 @@ class ShardJournal:
         kept: journaled by earlier attempts.
         takes_failures: whether paid failures are replayed; False where a failed row stops the run, which could
             otherwise never resume.
-        references: (request id, attempt) -> where its answer is journaled, for every answer of this attempt.
+        is_prompt: whether answers are journaled as they arrive; else only by `keep_late`.
+        references: (request id, attempt) -> where its answer is journaled, for every answer of this attempt that is.
         replayed: the keys of `references` that earlier attempts had journaled.
-        asked: request id -> attempt and key of a request in flight.
+        asked: request id -> attempt and key of a request in flight; the key is empty where it is not needed.
     """
 
     kept: JournalContent
     writer: JournalWriter
     takes_failures: bool = True
+    is_prompt: bool = True
     references: dict[tuple[str, int], str] = field(default_factory=dict[tuple[str, int], str])
     replayed: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
     asked: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
     _by_key: dict[str, deque[Entry]] = field(default_factory=dict[str, deque[Entry]])
+    _lost: dict[str, list[LostCall]] = field(default_factory=dict[str, list[LostCall]])
+    _keys: dict[tuple[str, int], str] = field(default_factory=dict[tuple[str, int], str])
+    _given_up: list[tuple[int, Completion]] = field(default_factory=list[tuple[int, Completion]])
 
     @classmethod
-    def open(cls, layout: RunLayout, shard: str, *, takes_failures: bool = True) -> Self:
+    def open(cls, layout: RunLayout, shard: str, *, takes_failures: bool = True, is_prompt: bool = True) -> Self:
         """Read a shard's journal and open it for writing.
 
         Raises:
@@ -94,9 +103,11 @@ class ShardJournal:
                 layout.shard_journal(shard),
                 kept.num_damaged,
             )
-        journal = cls(kept, JournalWriter(layout, shard), takes_failures)
+        journal = cls(kept, JournalWriter(layout, shard), takes_failures, is_prompt)
         for entry in kept.entries:
-            if takes_failures or entry.completion.error is None:
+            if entry.is_given_up:
+                journal._lost.setdefault(entry.key, []).extend(entry.completion.lost_calls)
+            elif takes_failures or entry.completion.error is None:
                 journal._by_key.setdefault(entry.key, deque()).append(entry)
         return journal
 
@@ -113,16 +124,19 @@ class ShardJournal:
 
     def replay(self, request: Request) -> Completion | None:
         """The next unused answer to a request; None if there is none, and the request counts as sent."""
-        key = request_key(request)
+        place = (request.request_id, request.attempt)
+        # A first attempt's key can be made again from the plan, if it is ever needed.
+        key = request_key(request) if self.is_prompt or self.kept.entries or request.attempt > 1 else ""
         waiting = self._by_key.get(key)
         if not waiting:
             self.asked[request.request_id] = (request.attempt, key)
+            if not self.is_prompt and key:
+                self._keys[place] = key
             return None
         entry = waiting.popleft()
-        place = (request.request_id, request.attempt)
         self.references[place] = entry.reference
         self.replayed.add(place)
-        return entry.completion
+        return self._with_lost_calls(key, entry.completion)
 
     def keep(self, completion: Completion) -> None:
         """Journal an answer that just arrived, if it was sent and paid; safe from any thread.
@@ -130,10 +144,59 @@ class ShardJournal:
         Raises:
             OSError: the store failed.
         """
-        place = self.asked.pop(completion.request_id, None)
-        if place is not None and is_paid(completion):
-            attempt, key = place
+        place = self.asked.get(completion.request_id)
+        if place is None:
+            return
+        attempt, key = place
+        if isinstance(completion.error, RequestGivenUp):
+            del self.asked[completion.request_id]
+            if completion.lost_calls:
+                if key:
+                    self.writer.append(key, attempt, completion)
+                else:
+                    self._given_up.append((attempt, completion))
+        elif is_paid(completion) and (self.is_prompt or key in self._lost):
+            # An answer that takes lost calls over is journaled in any case: by its key they are known to be used up.
             self.references[completion.request_id, attempt] = self.writer.append(key, attempt, completion)
+
+    def take_over(self, completion: Completion) -> Completion:
+        """A completion that comes out, with the calls that earlier attempts had lost over its request.
+
+        Only one that is journaled takes them, so that they are told once; those that none takes become waste.
+        """
+        attempt, key = self.asked.pop(completion.request_id, (0, ""))
+        if (completion.request_id, attempt) not in self.references:
+            return completion
+        return self._with_lost_calls(key, completion)
+
+    def keep_late(self, answers: Iterable[tuple[int, Completion]], requests: Iterable[Request]) -> None:
+        """Journal the answers of an attempt that ends before its shard, where they are not journaled already.
+
+        Args:
+            answers: attempt numbers and completions, as they came out.
+            requests: the first attempts of those answered or given up, built anew.
+        Raises:
+            OSError: the store failed.
+        """
+        given_up, self._given_up = self._given_up, []
+        left = [
+            (attempt, completion)
+            for attempt, completion in answers
+            if (completion.request_id, attempt) not in self.references and is_paid(completion)
+        ]
+        if not left and not given_up:
+            return
+        keys = {(request.request_id, 1): request_key(request) for request in requests} | self._keys
+        for attempt, completion in (*left, *given_up):
+            place = (completion.request_id, attempt)
+            reference = self.writer.append(keys[place], attempt, completion)
+            if not isinstance(completion.error, RequestGivenUp):
+                self.references[place] = reference
+
+    @property
+    def given_up(self) -> Sequence[str]:
+        """Ids of the requests that `keep_late` has to journal as given up."""
+        return [completion.request_id for _, completion in self._given_up]
 
     @property
     def counters(self) -> Mapping[str, float]:
@@ -141,6 +204,10 @@ class ShardJournal:
         if not self.kept.entries and not self.kept.num_damaged:
             return {}
         return {"num_replayed_answers": len(self.replayed), "num_damaged_journal_lines": self.kept.num_damaged}
+
+    def _with_lost_calls(self, key: str, completion: Completion) -> Completion:
+        lost = self._lost.pop(key, None)
+        return completion if not lost else replace(completion, lost_calls=(*lost, *completion.lost_calls))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +232,7 @@ class JournaledRunner:
         for completion in self.runner.generate(unanswered()):
             while replayed:
                 yield replayed.popleft()
-            yield completion
+            yield self.journal.take_over(completion)
         yield from replayed
 
 

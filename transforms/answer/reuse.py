@@ -33,12 +33,15 @@ ANSWER_COLUMNS = (
     "reasoning_content",
     "tool_calls",
     "finish_reason",
+    "provider_finish_reason",
     "provider",
     "model",
     "model_revision",
     "logprobs",
+    "top_logprobs",
 )
-"""Result columns to take over. Costs are not among them: the earlier run paid."""
+"""Result columns to take over; null where tables of an older version lack one. Costs are not among them: the earlier
+run paid."""
 
 _FENCES = pa.schema([("shard", pa.string()), ("first", pa.binary()), ("last", pa.binary())])
 _RequestKey: TypeAlias = tuple[bytes, str, str | None]
@@ -160,10 +163,16 @@ def _read_answers(source: ReuseSource, shard: str) -> dict[_RequestKey, EarlierA
     if not storage.exists(path):
         return {}  # all its rows were rejected
     with storage.open_input(path) as file:
-        results = pq.read_table(file, columns=["custom_id", "source_file", "source_row", *ANSWER_COLUMNS])
+        parquet = pq.ParquetFile(file)
+        wanted = ("custom_id", "source_file", "source_row", *ANSWER_COLUMNS)
+        results = parquet.read([name for name in wanted if name in parquet.schema_arrow.names])
     places = list(zip(list_values(results, "source_file"), list_values(results, "source_row"), strict=True))
     row_of = {place: row for row, place in enumerate(places)}
-    columns = {name: list_values(results, name) for name in ("custom_id", *ANSWER_COLUMNS)}
+    missing: list[Any] = [None] * results.num_rows
+    columns = {
+        name: list_values(results, name) if name in results.schema.names else missing
+        for name in ("custom_id", *ANSWER_COLUMNS)
+    }
     names = ("source_file", "source_row", "prefix_key", "sampling", "options")
     planned = read_rows(layout.shard_plan(shard), names)
     answers: dict[_RequestKey, EarlierAnswer] = {}

@@ -7,9 +7,10 @@ contract here, once for all engines.
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from moebeam.model_runner.encoding.remote_prompts import estimate_output_tokens
 from moebeam.model_runner.protocol import ModelRunner
 from moebeam.schemas.errors import EngineContractError, EngineFailed
-from moebeam.schemas.records import NOTHING_USED, Completion, Request
+from moebeam.schemas.records import Completion, Request
 
 
 def run(requests: Iterable[Request], runner: ModelRunner) -> Iterator[Completion]:
@@ -20,11 +21,11 @@ def run(requests: Iterable[Request], runner: ModelRunner) -> Iterator[Completion
     Raises:
         EngineContractError: the engine answered a request twice, or one that it was not given.
     """
-    pending: dict[str, None] = {}
+    pending: dict[str, Request] = {}
 
     def pulled() -> Iterator[Request]:
         for request in requests:
-            pending[request.request_id] = None
+            pending[request.request_id] = request
             yield request
 
     for completion in runner.generate(pulled()):
@@ -33,20 +34,22 @@ def run(requests: Iterable[Request], runner: ModelRunner) -> Iterator[Completion
                 f"{type(runner).__name__}: expected one completion a request, "
                 f"found another for {completion.request_id!r}, which is not waiting"
             )
-        del pending[completion.request_id]
-        yield _with_sound_usage(completion)
+        request = pending.pop(completion.request_id)
+        yield _with_estimates(completion, request)
     for request_id in pending:
         error = EngineFailed(f"{type(runner).__name__} ended without an answer to this request")
         yield Completion.from_error(request_id, error)
 
 
-def _with_sound_usage(completion: Completion) -> Completion:
-    """Turn a completion whose token counts contradict each other into a failure: its cost cannot be known."""
+def _with_estimates(completion: Completion, request: Request) -> Completion:
+    """The completion with estimates of the tokens that its engine did not count, unless the engine made some."""
     usage = completion.usage
-    is_sound = 0 <= (usage.cached_tokens or 0) <= usage.prompt_tokens and (
-        0 <= usage.reasoning_tokens <= usage.completion_tokens
-    )
-    if is_sound:
+    if usage.is_known:
         return completion
-    error = EngineFailed(f"expected cached <= prompt and reasoning <= completion tokens, found {usage}")
-    return replace(completion, usage=NOTHING_USED, error=error, finish_reason="error")
+    num_prompt_tokens, num_output_tokens = usage.estimated_prompt_tokens, usage.estimated_completion_tokens
+    if num_prompt_tokens is None:
+        num_prompt_tokens = request.num_prompt_tokens
+    if num_output_tokens is None:
+        num_output_tokens = estimate_output_tokens(completion.text, completion.reasoning_content, completion.tool_calls)
+    estimated = usage.with_estimates(num_prompt_tokens, num_output_tokens)
+    return completion if estimated == usage else replace(completion, usage=estimated)

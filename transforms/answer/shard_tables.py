@@ -4,10 +4,10 @@ Part of *answer*, between account and commit, once every request of the shard is
 shared prefix's cost spreads over its users.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +19,20 @@ from moebeam.schemas.arrow import list_values, struct_columns, take_rows
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.output_column import output_column
 from moebeam.schemas.contract.output_type import OutputType
-from moebeam.schemas.prices import EXACT
+from moebeam.schemas.records import Usage, UsageStatus
 from moebeam.schemas.tables import LEDGER_SCHEMA, PASSTHROUGH, RESULT_SCHEMA, Table, result_schema
 from moebeam.transforms.answer.reuse import EarlierAnswer, parse_output
 from moebeam.transforms.money.account import Accounting, class_amounts
-from moebeam.transforms.money.allocate import Allocation, Bill, allocate, bill_charge, to_units
+from moebeam.transforms.money.allocate import Allocation, allocate
+from moebeam.transforms.money.attempt_costs import (
+    Attempts,
+    bill_attempts,
+    find_basis,
+    find_currency,
+    share_costs,
+    split_mixed_costs,
+    sum_costs,
+)
 
 _ZERO = Decimal(0)
 
@@ -48,6 +57,10 @@ class PlannedRows:
         """The same plan, with `reused` rows no longer asked."""
         return replace(self, asked=tuple(row for row in self.asked if row not in reused), reused=reused)
 
+    def with_asked(self, answered: Container[int]) -> "PlannedRows":
+        """The same plan, with only those rows asked that are `answered`."""
+        return replace(self, asked=tuple(row for row in self.asked if row in answered))
+
     @classmethod
     def from_table(cls, table: pa.Table) -> "PlannedRows":
         """Classify the rows of a shard's plan."""
@@ -63,10 +76,6 @@ class PlannedRows:
     def values(self, name: str) -> list[Any]:
         """A column as Python values."""
         return list_values(self.table, name)
-
-
-Attempts: TypeAlias = Sequence[AccountedAnswer]
-"""All attempts of one request, in order; the last decides."""
 
 
 def shard_tables(
@@ -113,56 +122,12 @@ def _values(rows: PlannedRows, answers: Mapping[int, Attempts]) -> list[Json]:
 
 
 def _allocate(rows: PlannedRows, answers: Mapping[int, Attempts]) -> dict[int, Allocation | None]:
-    """Spread the cost of first attempts; later attempts' prompts are charged to their own row, see `_later_cost`."""
+    """Spread the cost of first attempts; later attempts' prompts are charged to their own row, see `bill_attempts`."""
     keys = rows.values("prefix_key")
     lengths = rows.values("num_prompt_tokens")
-    bills = [_bill(answers[row], num_rows=1 + len(rows.followers.get(row, ()))) for row in rows.asked]
+    bills = [bill_attempts(answers[row], num_rows=1 + len(rows.followers.get(row, ()))) for row in rows.asked]
     lcps = common_prefix_lengths([keys[row] for row in rows.asked])
     return dict(zip(rows.asked, allocate([lengths[row] for row in rows.asked], lcps, bills), strict=True))
-
-
-def _bill(attempts: Attempts, num_rows: int) -> Bill | None:
-    """A request's bill in its first currency: the first attempt by the prefix tree, later ones as its own cost."""
-    currency = _currency(attempts)
-    if currency is None:
-        return None
-    first, later_units = attempts[0].charge, to_units(_later_cost(attempts))
-    if first is None:
-        return Bill(currency, 0, 0, 0, 0, later_units, num_rows)
-    bill = bill_charge(first, num_rows)
-    return replace(bill, own_units=bill.own_units + later_units)
-
-
-def _currency(attempts: Attempts) -> str | None:
-    """Currency of the first attempt that has a price."""
-    return next((attempt.charge.line.currency for attempt in attempts if attempt.charge is not None), None)
-
-
-def _later_cost(attempts: Attempts) -> Decimal:
-    """Cost of the attempts after the first, in the request's first currency."""
-    return _costs(attempts[1:]).get(_currency(attempts) or "", _ZERO)
-
-
-def _costs(attempts: Attempts) -> dict[str, Decimal]:
-    """Cost of attempts by currency, in order of first price; empty if none has one."""
-    costs: dict[str, Decimal] = {}
-    for attempt in attempts:
-        if attempt.charge is not None:
-            currency = attempt.charge.line.currency
-            costs[currency] = EXACT.add(costs.get(currency, _ZERO), attempt.charge.cost)
-    return costs
-
-
-def _basis(attempts: Attempts) -> str | None:
-    """How certain the cost is: `partial` if some attempt has no price, `upper_bound` if some attempt's cost is one.
-
-    `mixed_currency` if there is no sum.
-    """
-    bases = [attempt.charge and attempt.charge.basis for attempt in attempts]
-    known = [basis for basis in bases if basis is not None]
-    if len(_costs(attempts)) > 1:
-        return "mixed_currency"
-    return "partial" if known and len(known) < len(bases) else max(known, default=None)
 
 
 def _result_columns(
@@ -195,7 +160,7 @@ def _result_columns(
     for row in rows.asked:
         attempts, allocation = answers[row], allocations[row]
         group = (row, *rows.followers.get(row, ()))
-        costs = _costs(attempts)
+        costs = sum_costs(attempts)
         shares = allocation.rows if allocation is not None else [None] * len(group)
         for member, share in zip(group, shares, strict=True):
             _fill_answer(columns, member, attempts)
@@ -205,7 +170,7 @@ def _result_columns(
         if len(costs) == 1:
             (columns["cost"][row],) = costs.values()
         elif costs:
-            for member, amounts in zip(group, _split_mixed_costs(costs, shares), strict=True):
+            for member, amounts in zip(group, split_mixed_costs(costs, shares), strict=True):
                 columns["costs_by_currency"][member] = amounts
         _fill_usage(columns, row, attempts)
     for row, answer in rows.reused.items():
@@ -214,24 +179,6 @@ def _result_columns(
             for name, value in answer.values.items():
                 columns[name][member] = value
     return columns
-
-
-def _split_mixed_costs(costs: Mapping[str, Decimal], shares: Sequence[Decimal | None]) -> list[list[dict[str, Any]]]:
-    """Costs of each row of a group whose attempts were priced in several currencies; the asked row comes first.
-
-    Args:
-        shares: each row's share in the first currency, the only one in the prefix tree.
-    """
-    first, *others = costs
-    by_row = [[{"currency": first, "cost": _ZERO, "cost_allocated": share}] for share in shares]
-    for currency in others:
-        units = to_units(costs[currency])
-        even = Allocation(units // len(shares), units % len(shares), len(shares)).rows
-        for amounts, share in zip(by_row, even, strict=True):
-            amounts.append({"currency": currency, "cost": _ZERO, "cost_allocated": share})
-    for amount in by_row[0]:
-        amount["cost"] = costs[str(amount["currency"])]
-    return [list(amounts) for amounts in by_row]
 
 
 def _fill_answer(columns: dict[str, list[Any]], row: int, attempts: Attempts) -> None:
@@ -248,16 +195,22 @@ def _fill_answer(columns: dict[str, list[Any]], row: int, attempts: Attempts) ->
         ]
         or None,
         "finish_reason": completion.finish_reason,
+        "provider_finish_reason": completion.provider_finish_reason,
         "provider": completion.provider,
         "model": completion.model,
         "model_revision": completion.model_revision,
-        "currency": _currency(attempts) if len(_costs(attempts)) == 1 else None,
-        "cost_basis": _basis(attempts),
+        "currency": find_currency(attempts) if len(sum_costs(attempts)) == 1 else None,
+        "cost_basis": find_basis(attempts),
         "failed_attempts": [
             _describe_failure(attempt.answer) for attempt in attempts if attempt.answer.error is not None
         ]
         or None,
         "logprobs": completion.logprobs,
+        "top_logprobs": completion.top_logprobs
+        and [
+            [{"token": likely.token, "logprob": likely.logprob} for likely in place]
+            for place in completion.top_logprobs
+        ],
     }
     if error is not None:
         values["error_type"], values["error_stage"] = error.error_type, error.error_stage
@@ -285,10 +238,33 @@ def _fill_usage(columns: dict[str, list[Any]], row: int, attempts: Attempts) -> 
     usages = [completion.usage for completion in completions]
     columns["attempts"][row] = len(attempts)
     for name in ("prompt_tokens", "cached_tokens", "computed_tokens", "completion_tokens", "reasoning_tokens"):
-        counts: list[int | None] = [getattr(usage, name) for usage in usages]
+        counts: list[int | None] = [_count(usage, name) for usage in usages]
         known = [count for count in counts if count is not None]
         columns[name][row] = sum(known) if len(known) == len(counts) else None
+    if columns["prompt_tokens"][row] is None:
+        columns["estimated_prompt_tokens"][row] = sum(usage.likely_prompt_tokens for usage in usages)
+    if columns["completion_tokens"][row] is None:
+        columns["estimated_completion_tokens"][row] = sum(usage.likely_completion_tokens for usage in usages)
+    columns["usage_status"][row] = _usage_status(attempts)
     columns["latency_ms"][row] = sum(completion.latency_ms for completion in completions)
+
+
+def _count(usage: Usage, name: str) -> int | None:
+    """A count as it was reported; part of an unknown whole is unknown, too."""
+    is_unknown = name == "reasoning_tokens" and usage.completion_tokens is None
+    return None if is_unknown else getattr(usage, name)
+
+
+_STATUSES: tuple[UsageStatus, ...] = ("reported", "contradictory", "missing")
+
+
+def _usage_status(attempts: Attempts) -> UsageStatus | None:
+    """The worst status of the attempts that an engine answered; None if it answered none."""
+    completions = [attempt.answer.completion for attempt in attempts]
+    statuses: list[UsageStatus] = [
+        each.usage.status for each in completions if each.error is None or not each.usage.is_nothing
+    ]
+    return max(statuses, key=_STATUSES.index, default=None)
 
 
 def _ledger(
@@ -303,7 +279,7 @@ def _ledger(
     tags = _tags(rows, accounting.tag_columns)
     lines: list[dict[str, Any]] = []
     for row in rows.asked:
-        for accounted, share in zip(answers[row], _shares(answers[row], allocations[row]), strict=True):
+        for accounted, share in zip(answers[row], share_costs(answers[row], allocations[row]), strict=True):
             completion = accounted.answer.completion
             lines.append(
                 {
@@ -344,27 +320,17 @@ def _tags(rows: PlannedRows, names: Sequence[str]) -> list[dict[str, str]]:
     ]
 
 
-def _shares(attempts: Attempts, allocation: Allocation | None) -> list[Decimal | None]:
-    """Allocated cost of each attempt: the first with a price carries what is left of the request's share.
-
-    The others carry their own cost, as do those in another currency, which take no part in the allocation.
-    """
-    shares = [attempt.charge and attempt.charge.cost for attempt in attempts]
-    if allocation is None:
-        return shares
-    first = next(place for place, share in enumerate(shares) if share is not None)
-    rest = _costs(attempts[first + 1 :]).get(_currency(attempts) or "", _ZERO)
-    shares[first] = EXACT.subtract(allocation.total, rest)
-    return shares
-
-
 def _cost_columns(accounted: AccountedAnswer) -> dict[str, Any]:
     usage, charge = accounted.answer.completion.usage, accounted.charge
+    classes = usage.classes
     tokens = {
-        "cache_hit_tokens": usage.cached_tokens,
-        "cache_miss_tokens": usage.prompt_tokens - (usage.cached_tokens or 0),
-        "visible_output_tokens": usage.completion_tokens - usage.reasoning_tokens,
-        "reasoning_tokens": usage.reasoning_tokens,
+        "cache_hit_tokens": classes.cache_hit,
+        "cache_miss_tokens": classes.cache_miss,
+        "visible_output_tokens": classes.visible_output,
+        "reasoning_tokens": classes.reasoning,
+        "usage_status": _usage_status([accounted]),
+        "estimated_prompt_tokens": usage.estimated_prompt_tokens,
+        "estimated_completion_tokens": usage.estimated_completion_tokens,
     }
     if charge is None:
         return tokens

@@ -1,15 +1,17 @@
 """Spending: what a run has asked and paid, added up from all that tells of it.
 
 Part of *answer*, below the budget (`transforms/answer/budget.py`). Commits and waste say exactly what was paid; for
-shards that other workers are at, their progress files say it. Where answers are journaled, the journals of shards that
-an earlier attempt began say what that attempt paid. Such a shard counts by its journal or by its progress, whichever is
-more, never by both.
+shards that other workers are at, their progress files say it. The journals of shards that an earlier attempt began say
+what that attempt paid. Such a shard counts by its journal or by its progress, whichever is more, never by both. What
+this process answers itself is counted in memory, request by request.
 """
 
+import threading
 import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from weakref import WeakValueDictionary
 
 from moebeam.schemas.answers import Totals
 from moebeam.schemas.records import Completion
@@ -30,7 +32,10 @@ _REFRESH_SHARE = 10
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What was asked and paid; input tokens are those of prompts, cached ones included."""
+    """What was asked and paid; input tokens are those of prompts, cached ones included.
+
+    Tokens that a provider did not count are estimated: a limit of tokens must hold for them, too.
+    """
 
     num_requests: int = 0
     input_tokens: int = 0
@@ -57,12 +62,15 @@ class Spent:
     def from_totals(cls, totals: Totals) -> "Spent":
         """What committed or wasted work took."""
         cost = sum((Decimal(amount) for amount in (totals.costs or {}).values()), Decimal(0))
-        return cls(totals.num_attempts, totals.prompt_tokens, totals.completion_tokens, cost)
+        num_input = totals.prompt_tokens + totals.estimated_prompt_tokens
+        return cls(totals.num_attempts, num_input, totals.completion_tokens + totals.estimated_completion_tokens, cost)
 
     @classmethod
     def from_progress(cls, progress: ShardProgress) -> "Spent":
         """What a shard at work took until it last wrote its progress."""
-        return cls(progress.num_requests, progress.prompt_tokens, progress.completion_tokens, Decimal(progress.cost))
+        num_input = progress.prompt_tokens + progress.estimated_prompt_tokens
+        num_output = progress.completion_tokens + progress.estimated_completion_tokens
+        return cls(progress.num_requests, num_input, num_output, Decimal(progress.cost))
 
     @classmethod
     def from_completions(cls, completions: Iterable[Completion], accounting: Accounting) -> "Spent":
@@ -71,7 +79,7 @@ class Spent:
         for completion in completions:
             usage, charge = completion.usage, accounting.charge_completion(completion)
             cost = charge.cost if charge is not None else Decimal(0)
-            spent += cls(1, usage.prompt_tokens, usage.completion_tokens, cost)
+            spent += cls(1, usage.likely_prompt_tokens, usage.likely_completion_tokens, cost)
         return spent
 
     def or_more(self, other: "Spent") -> "Spent":
@@ -107,57 +115,134 @@ class JournaledSpending:
         return Spent.from_completions(kept, self.accounting)
 
 
-class RunSpending:
-    """What a run has spent, read from its store; each commit and record of waste is read once.
+class Spending:
+    """What the shards spend that a process answers at a time, beside what others have spent; thread-safe.
 
-    Journals are read at the first look: shards that are begun later count by their progress.
+    All but `refresh`, `enter` and `leave` belongs inside `lock`.
+
+    Attributes:
+        others: spent by all but the shards of this process, as far as is known.
+        own: spent by the shards of this process, those that have ended included.
+        expected: what requests on their way are expected to take beyond what `own` counts of them.
     """
 
-    def __init__(self, layout: RunLayout, journaled: JournaledSpending | None = None) -> None:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.others = Spent()
+        self.own = Spent()
+        self.expected = Spent()
+
+    def refresh(self) -> None:
+        """Look up what others have spent, unless that was done a moment ago."""
+
+    def enter(self, shard: str) -> None:
+        """Count a shard's spending here from now on."""
+
+    def leave(self, shard: str, spent: Spent) -> None:
+        """Say what the attempt at a shard that ends now has spent; it stays counted."""
+
+    @property
+    def total(self) -> Spent:
+        """All that is spent."""
+        return self.others + self.own
+
+
+class RunSpending(Spending):
+    """What a run has spent, read from its store; each commit and record of waste is read once.
+
+    Journals are read at the first look: shards that are begun later count by their progress. What has ended in this
+    process is known before the store says it; where the store says more, as another process went on, that counts.
+    """
+
+    def __init__(self, layout: RunLayout, accounting: Accounting) -> None:
+        super().__init__()
         self._layout = layout
-        self._journaled = journaled
+        self._journaled = JournaledSpending(layout, accounting)
         self._paid_before: Mapping[str, Spent] | None = None
         self._committed: dict[str, Spent] = {}
         self._wasted: dict[str, Spent] = {}
         self._at_work: dict[str, Spent] = {}
-        self._spent_by_others: dict[str, Spent] = {}
+        self._answering: set[str] = set()
+        self._ended: dict[str, Spent] = {}
+        self._looking = threading.Lock()
         self._next_refresh = 0.0
 
-    def spent_by_others(self, shard: str) -> Spent:
-        """What was spent, but for what the shard's present attempt spends; looked up at most every `REFRESH_S`."""
-        if time.monotonic() >= self._next_refresh:
+    def refresh(self) -> None:
+        """See `Spending.refresh`; at most every `REFRESH_S`.
+
+        Raises:
+            OSError: the store failed.
+        """
+        if time.monotonic() < self._next_refresh or not self._looking.acquire(blocking=False):
+            return
+        try:
             started = time.monotonic()
             self._read_all()
-            self._spent_by_others.clear()
             ended = time.monotonic()
             self._next_refresh = ended + max(REFRESH_S, _REFRESH_SHARE * (ended - started))
-        if shard not in self._spent_by_others:
-            self._spent_by_others[shard] = self._sum_others(shard)
-        return self._spent_by_others[shard]
+        finally:
+            self._looking.release()
 
     def invalidate(self) -> None:
         """Look again at the next question."""
         self._next_refresh = 0.0
 
-    def _sum_others(self, shard: str) -> Spent:
-        paid_before = self._paid_before or {}
-        at_work = [
-            self._at_work.get(name, Spent()).or_more(paid_before.get(name, Spent()))
-            for name in {*self._at_work, *paid_before}
-            if name not in self._committed and name != shard
-        ]
-        return sum((*self._committed.values(), *self._wasted.values(), *at_work), Spent())
+    def enter(self, shard: str) -> None:
+        with self.lock:
+            self.others -= self._known(shard)
+            self.own -= self._ended.pop(shard, Spent())
+            self._answering.add(shard)
+
+    def leave(self, shard: str, spent: Spent) -> None:
+        with self.lock:
+            self._answering.discard(shard)
+            self._ended[shard] = spent
+            self.others += self._known(shard)
+
+    def _known(self, shard: str) -> Spent:
+        """What the store says of a shard beyond what was counted here."""
+        if shard in self._answering:
+            return Spent()
+        found = self._committed.get(shard)
+        if found is None:
+            paid_before = (self._paid_before or {}).get(shard, Spent())
+            found = self._at_work.get(shard, Spent()).or_more(paid_before)
+        counted = self._ended.get(shard, Spent())
+        return found.or_more(counted) - counted
 
     def _read_all(self) -> None:
         layout = self._layout
         # Progress before commits: a shard that commits in between is then counted as committed, never not at all.
-        self._at_work = {shard: Spent.from_progress(found) for shard, found in read_progress(layout, "answer").items()}
+        at_work = {shard: Spent.from_progress(found) for shard, found in read_progress(layout, "answer").items()}
+        committed: dict[str, Spent] = {}
         for name in storage.list_names(layout.commits, ".json"):
             shard = name.removesuffix(".json")
             if shard not in self._committed and (commit := read_commit(layout, shard)) is not None:
-                self._committed[shard] = Spent.from_totals(commit.totals)
-        if self._paid_before is None and self._journaled is not None:
-            self._paid_before = self._journaled.read(self._committed)
+                committed[shard] = Spent.from_totals(commit.totals)
+        if self._paid_before is None:
+            self._paid_before = self._journaled.read({*self._committed, *committed})
         for name in waste_names(layout):
             if name not in self._wasted:
                 self._wasted[name] = Spent.from_totals(read_waste(layout, name).totals)
+        with self.lock:
+            self._at_work = at_work
+            self._committed |= committed
+            known = (self._known(shard) for shard in {*self._committed, *at_work, *self._paid_before})
+            self.others = sum((*self._wasted.values(), *known), Spent())
+
+
+_shared: WeakValueDictionary[str, RunSpending] = WeakValueDictionary()
+_shared_lock = threading.Lock()
+
+
+def share_spending(attempt: str, layout: RunLayout, accounting: Accounting) -> RunSpending:
+    """The one account that all threads of this process keep for an attempt of a run, as long as any of them holds it.
+
+    Args:
+        attempt: unique to the attempt.
+    """
+    with _shared_lock:
+        found = _shared.get(attempt)
+        if found is None:
+            found = _shared[attempt] = RunSpending(layout, accounting)
+        return found

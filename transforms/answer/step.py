@@ -22,13 +22,14 @@ from moebeam.transforms.answer.answer_shard import AnswerSpec, EngineProcess, Lo
 from moebeam.transforms.answer.budget import ShardBudget
 from moebeam.transforms.answer.expectation import Ceiling
 from moebeam.transforms.answer.shard_events import shard_counters
-from moebeam.transforms.answer.spending import JournaledSpending, RunSpending
+from moebeam.transforms.answer.spending import RunSpending, share_spending
 from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.beam.counters import add_to_counters
 from moebeam.transforms.durable.commit import read_commit
 from moebeam.transforms.durable.failure import record_failure
+from moebeam.transforms.durable.journal_file import read_journal
 from moebeam.transforms.durable.lease import POLL_S, ShardLease, has_lost_a_holder
-from moebeam.transforms.durable.stop import request_stop
+from moebeam.transforms.durable.stop import find_stop, request_stop, wait_unless_stopped
 from moebeam.transforms.log_events import log_event
 from moebeam.transforms.plan.plan_record import PlannedShard
 from moebeam.transforms.plan.sorted_runs import read_rows
@@ -61,11 +62,13 @@ class _AnswerShard(beam.DoFn):
     def __init__(self, spec: AnswerSpec, shared: Shared) -> None:
         self._spec = spec
         self._shared = shared
-        journaled = JournaledSpending(spec.layout, spec.accounting)
-        self._spending = RunSpending(spec.layout, journaled if spec.is_journaled else None)
+        self._spending: RunSpending | None = None
 
     def setup(self) -> None:
         """Leave the terminal's process group in a worker process, so that Ctrl-C drains instead of killing it."""
+        spec = self._spec
+        # Held here, since only as long as somebody does the threads of the process have one account.
+        self._spending = share_spending(spec.attempt, spec.layout, spec.accounting)
         main = getattr(sys.modules.get("__main__"), "__spec__", None)
         if main is not None and main.name == "apache_beam.runners.worker.sdk_worker_main":
             with contextlib.suppress(OSError):
@@ -82,27 +85,24 @@ class _AnswerShard(beam.DoFn):
         layout, shard = self._spec.layout, planned.shard
         commit = read_commit(layout, shard)
         lease = ShardLease(layout, shard)
-        while commit is None and not storage.exists(layout.stop):
+        while commit is None and find_stop(layout) is None and not storage.exists(layout.stop):
             with lease.hold() as is_ours:
                 # Looked at again under the lease: its last holder may have committed just before it let go.
                 commit = read_commit(layout, shard)
                 if commit is None and is_ours:
                     return self._answer(planned)
             if commit is None:
-                time.sleep(POLL_S)
+                wait_unless_stopped(layout, POLL_S)
         return commit
 
     def _answer(self, planned: PlannedShard) -> ShardCommit | None:
         """The shard's commit; None if the run has to stop before or within it."""
         spec = self._spec
+        assert self._spending is not None, "a DoFn is set up before it processes"
         ceiling = Ceiling.from_engine(spec.accounting, spec.engine)
-        budget = ShardBudget(spec.limits, lambda: self._spending.spent_by_others(planned.shard), ceiling)
-        if spec.limits.has_any and planned.num_requests and spec.reuse is None:
-            self._spending.invalidate()
-            budget.stop = spec.limits.find_refusal(budget.spent_by_others(), planned)
-            if budget.stop is not None:
-                request_stop(spec.layout, budget.stop)
-                return None
+        budget = ShardBudget(spec.limits, self._spending, ceiling, planned.shard)
+        if self._is_spent(planned, self._spending):
+            return None
         rows = prepare_rows(read_rows(spec.layout.shard_plan(planned.shard)), spec)
         # Loaded only once there is something to answer: a finished or empty run needs no model.
         engine = self._shared.acquire(self._load) if rows.asked else None
@@ -116,6 +116,19 @@ class _AnswerShard(beam.DoFn):
         elif budget.stop is not None:
             log_event("shard_stopped", **where, reason=str(budget.stop.kind))
         return commit
+
+    def _is_spent(self, planned: PlannedShard, spending: RunSpending) -> bool:
+        """Whether nothing is left to spend on a shard, whose journal cannot finish it either; then ask all to stop."""
+        spec = self._spec
+        if not spec.limits.has_any or not planned.num_requests or spec.reuse is not None:
+            return False
+        spending.invalidate()
+        budget = ShardBudget(spec.limits, spending)
+        if budget.may_ask() or len(read_journal(spec.layout, planned.shard).entries) >= planned.num_requests:
+            return False
+        if budget.stop is not None:
+            request_stop(spec.layout, budget.stop)
+        return True
 
     def _load(self) -> LoadedEngine:
         failures = self._spec.failures

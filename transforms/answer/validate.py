@@ -12,6 +12,8 @@ from typing import TypeAlias
 
 from moebeam.model_runner.protocol import ModelRunner
 from moebeam.schemas.answers import ValidatedAnswer
+from moebeam.schemas.contract.answer_wrappings import split_think, strip_fence
+from moebeam.schemas.contract.strict_json import keep_last_keys
 from moebeam.schemas.errors import (
     ContentRefused,
     EmptyAnswer,
@@ -73,18 +75,37 @@ def _record_asked(requests: Iterable[Request], asked: dict[str, Request]) -> Ite
 def validate_completion(completion: Completion, terms: AnswerTerms) -> ValidatedAnswer:
     """Validate one completion: what the engine reports comes first, then tool calls, then the text.
 
-    An answer that calls tools is a turn of its own: its text need not keep the schema.
+    An answer that calls tools is a turn of its own: its text need not keep the schema. JSON may stand in a Markdown
+    fence; `output_json` is what is inside.
     """
     try:
         if (error := completion.error or _engine_error(completion)) is not None:
             raise error
+        completion = _unwrap(completion, terms)
         terms.check_calls(completion.tool_calls)
         if completion.tool_calls or terms.schema is None:
             return ValidatedAnswer(completion, None, None)
-        value = terms.schema.check(completion.text)
+        text = strip_fence(completion.text)
+        value = terms.schema.check(text)
     except RowError as found:
         return ValidatedAnswer(completion, None, _explain_truncation(completion, found))
-    return ValidatedAnswer(completion, completion.text.strip(), None, value)
+    return ValidatedAnswer(completion, keep_last_keys(text.strip(), value), None, value)
+
+
+def _unwrap(completion: Completion, terms: AnswerTerms) -> Completion:
+    """The completion with its reasoning apart from its text, and with arguments for tools that need none.
+
+    A think block in the text is reasoning if the job asks for reasoning or for JSON and the engine gave no reasoning of
+    its own; in plain text it stays text.
+    """
+    calls = terms.fill_arguments(completion.tool_calls)
+    if calls != completion.tool_calls:
+        completion = replace(completion, tool_calls=calls)
+    if completion.reasoning_content is None and (terms.schema is not None or terms.asks_for_reasoning):
+        parts = split_think(completion.text, is_cut=completion.finish_reason == "length")
+        if parts is not None:
+            return replace(completion, reasoning_content=parts[0] or None, text=parts[1])
+    return completion
 
 
 def _engine_error(completion: Completion) -> RowError | None:
@@ -106,7 +127,8 @@ _CUT_SHORT = (NotJson, EmptyAnswer, MalformedToolCall, ToolArgumentsInvalid)
 def _explain_truncation(completion: Completion, error: RowError) -> RowError:
     if completion.finish_reason != "length" or not isinstance(error, _CUT_SHORT):
         return error
+    num_tokens = completion.usage.completion_tokens
+    after = "" if num_tokens is None else f" after {num_tokens} tokens"
     return TruncatedAnswer(
-        f"max_tokens cut the answer after {completion.usage.completion_tokens} tokens, "
-        f"before it was complete: {error}; raise [sampling] max_tokens"
+        f"max_tokens cut the answer{after}, before it was complete: {error}; raise [sampling] max_tokens"
     )

@@ -1,29 +1,30 @@
 """Waste: ledger lines of paid answers that were not used, so that no money is hidden.
 
-Part of *answer*. An attempt at a shard is given up when a limit is reached, a row fails that must not, or a step
-breaks. Its ledger lines, with outcome `wasted`, become one file under `_moebeam/wasted/`; *publish* copies them to
-`ledger/` and adds up their cost. What a killed process had paid is not here: it could not report it.
-
-With a journal nothing is recorded at that point, since the next attempt uses the answers. Journaled answers that the
-committed ledger does not name become waste when the shard is published, computed anew each time.
+Part of *answer*. Answers of an attempt at a shard that ended before its commit stay in the shard's journal, and the
+next attempt uses them. Journaled answers that the committed ledger does not name, since two attempts ran at once or a
+step asked differently, become waste when the shard is published, computed anew each time: their ledger lines, with
+outcome `wasted`, become one file under `_moebeam/wasted/`, which *publish* copies to `ledger/` and adds up. What a
+killed process had paid without a journal is not here: it could not report it.
 """
 
 import contextlib
 import hashlib
 import io
-import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moebeam.schemas.answers import AccountedAnswer, Totals, ValidatedAnswer
 from moebeam.schemas.arrow import encode_parquet_file, list_values, replace_column
+from moebeam.schemas.records import Completion
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.shard_tables import PlannedRows, shard_tables
 from moebeam.transforms.durable.commit import ledger_totals
-from moebeam.transforms.durable.journal_file import read_journal
+from moebeam.transforms.durable.journal_file import Entry, read_journal
 from moebeam.transforms.money.account import Accounting, account
 from moebeam.transforms.plan.sorted_runs import read_rows
 
@@ -35,7 +36,7 @@ _SUFFIX = ".parquet-staged"
 
 @dataclass(frozen=True, slots=True)
 class Waste:
-    """Ledger lines of one attempt that was given up, as a published file.
+    """Ledger lines of a shard's answers that were not used, as a published file.
 
     Attributes:
         path: relative to the output folder.
@@ -54,29 +55,8 @@ def waste_folder(layout: RunLayout) -> str:
 
 
 def waste_names(layout: RunLayout) -> list[str]:
-    """File names of waste, one for each attempt that was given up."""
+    """File names of waste, one for each shard that has any."""
     return storage.list_names(waste_folder(layout), _SUFFIX)
-
-
-def record_waste(
-    layout: RunLayout,
-    shard: str,
-    rows: PlannedRows,
-    answers: Mapping[int, Sequence[AccountedAnswer]],
-    accounting: Accounting,
-) -> None:
-    """Write the ledger lines of an attempt that will not be committed; without answers, write nothing.
-
-    Args:
-        answers: row -> its attempts, for those of `rows.asked` that have any.
-    Raises:
-        OSError: the store failed.
-    """
-    if not answers:
-        return
-    _write_waste(layout, shard, rows, answers, accounting, uuid.uuid4().hex)
-    # The shard's progress would count the same money again.
-    storage.remove_files([layout.progress_file("answer", shard)])
 
 
 def record_unused(layout: RunLayout, shard: str, accounting: Accounting) -> None:
@@ -85,39 +65,85 @@ def record_unused(layout: RunLayout, shard: str, accounting: Accounting) -> None
     Raises:
         OSError: the store failed.
     """
-    entries = read_journal(layout, shard).entries
-    if not entries:
-        return
-    used: set[str] = set()
+    used: dict[str, int] = {}
     with contextlib.suppress(FileNotFoundError), storage.open_input(layout.published_file("ledger", shard)) as file:
-        used = {*list_values(pq.read_table(file, columns=["journal"]), "journal")}
-    unused = [entry for entry in entries if entry.reference not in used]
-    if not unused:
-        return
+        used = count_used(pq.read_table(file, columns=["journal", "num_lost_calls"]))
+    if (ledger := unused_lines(layout, shard, used, accounting)) is not None:
+        storage.write_whole(storage.join(waste_folder(layout), unused_name(shard)), encode_parquet_file(ledger))
+
+
+def count_used(ledger: pa.Table) -> dict[str, int]:
+    """The journaled answers that a committed ledger names, and how many lost calls its line counts for each."""
+    return {
+        reference: num_lost or 0
+        for reference, num_lost in zip(
+            list_values(ledger, "journal"), list_values(ledger, "num_lost_calls"), strict=True
+        )
+        if reference is not None
+    }
+
+
+def unused_lines(layout: RunLayout, shard: str, used: Mapping[str, int], accounting: Accounting) -> pa.Table | None:
+    """The ledger lines of journaled answers that a committed shard did not use; None if there are none.
+
+    Args:
+        used: as `count_used` reads it from the committed ledger.
+    Raises:
+        OSError: the store failed.
+    """
+    entries = read_journal(layout, shard).entries
+    taken: Counter[str] = Counter()
+    for entry in entries:
+        if entry.reference in used:
+            taken[entry.key] += used[entry.reference] - len(entry.completion.lost_calls)
+    unused = [entry for entry in entries if entry.reference not in used and not _is_taken_over(entry, taken)]
+    return _wasted_lines(shard, *account_entries(layout, shard, unused, accounting), accounting) if unused else None
+
+
+def _is_taken_over(entry: Entry, taken: Counter[str]) -> bool:
+    """Whether an answer counts the lost calls of a request that was given up; they are then counted off `taken`."""
+    num_lost = len(entry.completion.lost_calls)
+    if not entry.is_given_up or taken[entry.key] < num_lost:
+        return False
+    taken[entry.key] -= num_lost
+    return True
+
+
+def unused_name(shard: str) -> str:
+    """File name of the waste that `record_unused` writes."""
+    return f"{shard}.journal{_SUFFIX}"
+
+
+def account_entries(
+    layout: RunLayout, shard: str, entries: Sequence[Entry], accounting: Accounting
+) -> tuple[PlannedRows, dict[int, list[AccountedAnswer]]]:
+    """Price journaled answers as an attempt at the shard would; returns the shard's plan and row -> its answers."""
+    rows = PlannedRows.from_table(read_rows(layout.shard_plan(shard)))
+    completions = [_name_provider(entry.completion) for entry in entries]
     validated = (
-        ValidatedAnswer(entry.completion, None, entry.completion.error, attempt=entry.attempt) for entry in unused
+        ValidatedAnswer(completion, None, completion.error, attempt=entry.attempt)
+        for entry, completion in zip(entries, completions, strict=True)
     )
     answers: dict[int, list[AccountedAnswer]] = {}
-    for entry, answer in zip(unused, account(validated, accounting), strict=True):
+    for entry, answer in zip(entries, account(validated, accounting), strict=True):
         row = int(entry.completion.request_id)
         answers.setdefault(row, []).append(replace(answer, journal=entry.reference))
-    rows = PlannedRows.from_table(read_rows(layout.shard_plan(shard)))
-    _write_waste(layout, shard, rows, answers, accounting, "journal")
+    return rows, answers
 
 
-def _write_waste(
-    layout: RunLayout,
-    shard: str,
-    rows: PlannedRows,
-    answers: Mapping[int, Sequence[AccountedAnswer]],
-    accounting: Accounting,
-    attempt: str,
-) -> None:
-    answered = replace(rows, asked=tuple(row for row in rows.asked if row in answers))
-    ledger = shard_tables(shard, answered, answers, accounting)["ledger"]
-    ledger = replace_column(ledger, "outcome", [WASTED] * ledger.num_rows)
-    path = storage.join(waste_folder(layout), f"{shard}.{attempt}{_SUFFIX}")
-    storage.write_whole(path, encode_parquet_file(ledger))
+def _name_provider(completion: Completion) -> Completion:
+    """A request that was given up names no provider itself; its lost call does, and so tells in which currency."""
+    if completion.provider or not completion.lost_calls:
+        return completion
+    call = completion.lost_calls[-1]
+    return replace(completion, provider=call.provider, model=call.model)
+
+
+def _wasted_lines(
+    shard: str, rows: PlannedRows, answers: Mapping[int, Sequence[AccountedAnswer]], accounting: Accounting
+) -> pa.Table:
+    ledger = shard_tables(shard, rows.with_asked(answers), answers, accounting)["ledger"]
+    return replace_column(ledger, "outcome", [WASTED] * ledger.num_rows)
 
 
 def read_waste(layout: RunLayout, name: str) -> Waste:

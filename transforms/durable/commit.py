@@ -77,9 +77,10 @@ def sum_tables(tables: Mapping[Table, pa.Table]) -> Totals:
     is_row = pc.equal(rejects.column("scope"), pa.scalar("row"))
     row_rejects, unreadable = rejects.filter(is_row), rejects.filter(pc.invert(is_row))
     costs = costs_by_currency(rows, "cost")
-    _check_equal("prompt_tokens", _sum(rows, "prompt_tokens"), paid.prompt_tokens)
-    _check_equal("completion_tokens", _sum(rows, "completion_tokens"), paid.completion_tokens)
-    _check_equal("reasoning_tokens", _sum(rows, "reasoning_tokens"), paid.reasoning_tokens)
+    counted, billed = _with_sound_usage(rows, ledger)
+    _check_equal("prompt_tokens", _sum(counted, "prompt_tokens"), billed.prompt_tokens)
+    _check_equal("completion_tokens", _sum(counted, "completion_tokens"), billed.completion_tokens)
+    _check_equal("reasoning_tokens", _sum(counted, "reasoning_tokens"), billed.reasoning_tokens)
     _check_equal("cost", costs, costs_by_currency(ledger, "cost"))
     _check_equal("cost_allocated of the rows", costs_by_currency(rows, "cost_allocated"), costs)
     _check_equal("cost_allocated of the ledger", costs_by_currency(ledger, "cost_allocated"), costs)
@@ -94,8 +95,25 @@ def sum_tables(tables: Mapping[Table, pa.Table]) -> Totals:
     )
 
 
+def _with_sound_usage(rows: pa.Table, ledger: pa.Table) -> tuple[pa.Table, Totals]:
+    """Rows, and totals of the ledger, without requests some attempt of which has a missing or contradictory usage.
+
+    Of those a row says what the provider reported, if anything, and the ledger what may be billed.
+    """
+    is_other: Any = pc.not_equal(rows.column("usage_status"), pa.scalar("reported"))
+    is_doubtful = pc.fill_null(is_other, False)
+    if not pc.any(is_doubtful).as_py():
+        return rows, ledger_totals(ledger)
+    doubtful = rows.filter(is_doubtful).column("custom_id").combine_chunks()
+    is_billed = pc.invert(pc.is_in(ledger.column("custom_id"), value_set=doubtful))
+    return rows.filter(pc.invert(is_doubtful)), ledger_totals(ledger.filter(is_billed))
+
+
 def ledger_totals(ledger: pa.Table) -> Totals:
     """Totals of a ledger alone: attempts, their tokens and their cost, nothing about rows."""
+    is_unknown: Any = pc.or_(
+        pc.is_null(ledger.column("cache_miss_tokens")), pc.is_null(ledger.column("visible_output_tokens"))
+    )
     hits, reasoning = _sum(ledger, "cache_hit_tokens"), _sum(ledger, "reasoning_tokens")
     lost = costs_by_currency(ledger, "lost_cost_at_most")
     return Totals(
@@ -110,6 +128,9 @@ def ledger_totals(ledger: pa.Table) -> Totals:
         rejects_by_type={},
         num_lost_calls=_sum(ledger, "num_lost_calls"),
         lost_costs_at_most={currency: format(amount, "f") for currency, amount in lost.items()},
+        num_unknown_usage=int(pc.sum(is_unknown).as_py() or 0),
+        estimated_prompt_tokens=_sum(ledger, "estimated_prompt_tokens"),
+        estimated_completion_tokens=_sum(ledger, "estimated_completion_tokens"),
     )
 
 
@@ -129,6 +150,9 @@ def _check_equal(what: str, rows: object, ledger: object) -> None:
 
 
 def _sum(table: pa.Table, name: str) -> int:
+    """The sum of a column; 0 where a table of an older version lacks it."""
+    if name not in table.schema.names:
+        return 0
     return int(pc.sum(table.column(name)).as_py() or 0)
 
 

@@ -1,10 +1,12 @@
 """The journal's files: completions as lines, appended on disk, batched into small objects in object stores.
 
 Part of *answer*, below `transforms/answer/journal.py`. A line is a checksum and a JSON object; it holds an answer and
-its usage, and only a digest of the request. On disk each writer appends to one file: a line survives its process at
-once, and the machine after at most `DISK_DELAY_S` or `DISK_GROUP` answers. Object stores cannot append: answers that
-arrive within `STORE_DELAY_S`, or `STORE_GROUP` of them, become one numbered object, and until then a killed process
-loses them.
+its usage, and only a digest of the request. A request that was given up at a stop has a line, too, if the provider may
+bill it: with the error `given_up` and its lost calls, which the request's next answer takes over. It is no answer.
+
+On disk each writer appends to one file: a line survives its process at once, and the machine after at most
+`DISK_DELAY_S` or `DISK_GROUP` answers. Object stores cannot append: answers that arrive within `STORE_DELAY_S`, or
+`STORE_GROUP` of them, become one numbered object, and until then a killed process loses them.
 """
 
 import json
@@ -16,8 +18,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from moebeam.schemas.errors import EngineFailed, RowError
-from moebeam.schemas.records import Completion, LostCall, ToolCall, Usage
+from moebeam.schemas.errors import EngineFailed, RequestGivenUp, RowError
+from moebeam.schemas.records import Completion, LostCall, TokenLogprob, ToolCall, Usage
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.appended_file import AppendedFile
 from moebeam.schemas.store.run_layout import RunLayout
@@ -44,6 +46,11 @@ class Entry:
     key: str
     attempt: int
     completion: Completion
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether it only says that calls were lost: it is never replayed, and used up by an answer of the same key."""
+        return isinstance(self.completion.error, RequestGivenUp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +195,7 @@ def _format_line(key: str, attempt: int, completion: Completion) -> bytes:
         "request_id": completion.request_id,
         "text": completion.text,
         "finish_reason": completion.finish_reason,
+        "provider_finish_reason": completion.provider_finish_reason,
         "usage": asdict(completion.usage),
         "started_at": completion.started_at.isoformat(),
         "latency_ms": completion.latency_ms,
@@ -197,6 +205,8 @@ def _format_line(key: str, attempt: int, completion: Completion) -> bytes:
         "reasoning_content": completion.reasoning_content,
         "tool_calls": [asdict(call) for call in completion.tool_calls],
         "logprobs": completion.logprobs,
+        "top_logprobs": completion.top_logprobs
+        and [[[likely.token, likely.logprob] for likely in place] for place in completion.top_logprobs],
         "price_mode": completion.price_mode,
         "error": error and {"type": error.error_type, "message": str(error)},
         "lost_calls": [{**asdict(call), "started_at": call.started_at.isoformat()} for call in completion.lost_calls],
@@ -220,6 +230,7 @@ def _parse_line(line: bytes, reference: str) -> Entry:
     key, attempt, error, logprobs = (values.pop(name) for name in ("key", "attempt", "error", "logprobs"))
     usage, calls = Usage(**values.pop("usage")), tuple(ToolCall(**call) for call in values.pop("tool_calls"))
     started_at = datetime.fromisoformat(values.pop("started_at"))
+    likeliest = values.pop("top_logprobs", None)
     lost_calls = tuple(_parse_lost_call(**call) for call in values.pop("lost_calls", ()))
     completion = Completion(
         **values,
@@ -227,6 +238,7 @@ def _parse_line(line: bytes, reference: str) -> Entry:
         started_at=started_at,
         tool_calls=calls,
         logprobs=None if logprobs is None else tuple(logprobs),
+        top_logprobs=likeliest and tuple(tuple(TokenLogprob(*likely) for likely in place) for place in likeliest),
         error=None if error is None else _error_types().get(error["type"], EngineFailed)(error["message"]),
         lost_calls=lost_calls,
     )

@@ -13,7 +13,7 @@ from datetime import datetime
 from decimal import Decimal
 
 from moebeam.schemas.answers import AccountedAnswer, ClassAmounts, ValidatedAnswer
-from moebeam.schemas.prices import EXACT, Charge, CostBasis, PriceLine, PriceMode
+from moebeam.schemas.prices import EXACT, Charge, PriceLine, PriceMode
 from moebeam.schemas.records import Completion, Usage
 from moebeam.transforms.money.price_book import PriceBook
 
@@ -48,15 +48,18 @@ class Accounting:
         return self.book.find(provider, model, started_at, prompt_tokens=prompt_tokens, mode=mode)
 
     def charge_completion(self, completion: Completion) -> Charge | None:
-        """What a completion cost; None without a price."""
+        """What a completion cost; None without a price, or if its provider did not count the tokens."""
+        usage = completion.usage
+        if not usage.is_known:
+            return None
         line = self.find_price(
             completion.provider,
             completion.model,
             completion.started_at,
-            prompt_tokens=completion.usage.prompt_tokens,
+            prompt_tokens=usage.classes.num_prompt_tokens,
             mode=completion.price_mode,
         )
-        return line and charge(completion.usage, line)
+        return line and charge(usage, line)
 
 
 def account(answers: Iterable[ValidatedAnswer], accounting: Accounting) -> Iterator[AccountedAnswer]:
@@ -72,11 +75,17 @@ def _lost_cost(completion: Completion, accounting: Accounting, currency: str) ->
     total: Decimal | None = None
     for call in completion.lost_calls:
         # The provider's own count of the prompt, if an answer reported one.
-        num_input = max(call.prompt_tokens, completion.usage.prompt_tokens)
-        line = accounting.find_price(call.provider, call.model, call.started_at, prompt_tokens=num_input)
-        if line is None or line.currency != currency:
+        num_input = max(call.prompt_tokens, completion.usage.prompt_tokens or 0)
+        # A call that was sent in a tier may have been served in the ordinary one.
+        asked, *ordinary = (
+            accounting.find_price(call.provider, call.model, call.started_at, prompt_tokens=num_input, mode=mode)
+            for mode in dict.fromkeys((call.price_mode, "online"))
+        )
+        lines = [line for line in (asked, *ordinary) if line is not None and line.currency == currency]
+        if asked is None or asked not in lines:
             return None
-        total = EXACT.add(total or Decimal(0), charge(Usage(num_input, call.max_output_tokens, None), line).cost)
+        used = Usage(num_input, call.max_output_tokens, None)
+        total = EXACT.add(total or Decimal(0), max(charge(used, line).cost for line in lines))
     return total
 
 
@@ -85,26 +94,32 @@ def charge(usage: Usage, line: PriceLine) -> Charge:
 
     If the number of cached tokens is unknown, or cached tokens have no price of their own, all input is charged at the
     miss price and the basis is `upper_bound`. Token counts stay as reported: cached tokens remain `cache_hit_tokens`
-    even if charged like the others.
+    even if charged like the others. A contradictory usage is charged by its `classes`, which bound what any reading of
+    it costs.
 
     Raises:
-        ValueError: token counts are negative, or a part exceeds its whole.
+        ValueError: the tokens of the prompt or of the output are unknown.
     """
-    cached = usage.cached_tokens
-    if not 0 <= (cached or 0) <= usage.prompt_tokens or not 0 <= usage.reasoning_tokens <= usage.completion_tokens:
-        raise ValueError(f"expected 0 <= cached <= prompt and 0 <= reasoning <= completion tokens, found {usage}")
-    hit_price = line.cache_miss if cached is None or line.cache_hit is None else line.cache_hit
-    basis: CostBasis = "upper_bound" if cached is None or (cached and line.cache_hit is None) else "exact"
-    num_misses = usage.prompt_tokens - (cached or 0)
+    classes = usage.classes
+    hits, misses, visible, reasoning = (
+        classes.cache_hit,
+        classes.cache_miss,
+        classes.visible_output,
+        classes.reasoning,
+    )
+    if misses is None or visible is None or reasoning is None:
+        raise ValueError(f"expected a usage with prompt and completion tokens, found {usage}")
+    hit_price = line.cache_miss if line.cache_hit is None else line.cache_hit
+    is_bound = hits is None or (hits and line.cache_hit is None) or usage.status == "contradictory"
     return Charge(
-        cache_hit_tokens=cached,
-        cache_miss_tokens=num_misses,
-        visible_output_tokens=usage.completion_tokens - usage.reasoning_tokens,
-        reasoning_tokens=usage.reasoning_tokens,
+        cache_hit_tokens=hits,
+        cache_miss_tokens=misses,
+        visible_output_tokens=visible,
+        reasoning_tokens=reasoning,
         line=line,
-        input_cost=EXACT.add(price_tokens(cached or 0, hit_price), price_tokens(num_misses, line.cache_miss)),
-        output_cost=price_tokens(usage.completion_tokens, line.output),
-        basis=basis,
+        input_cost=EXACT.add(price_tokens(hits or 0, hit_price), price_tokens(misses, line.cache_miss)),
+        output_cost=price_tokens(visible + reasoning, line.output),
+        basis="upper_bound" if is_bound else "exact",
     )
 
 

@@ -13,6 +13,7 @@ from itertools import combinations
 
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.prices import PriceLine, PriceMode
+from moebeam.schemas.providers import name_provider
 from moebeam.schemas.store.storage import read_bytes
 from moebeam.transforms.money.price_calendar import HOLIDAY_FILE, Holidays, is_on_days, parse_holidays
 from moebeam.transforms.money.price_file import COLUMNS, MINUTES_A_DAY, format_instant, parse_price_file
@@ -89,7 +90,16 @@ class PriceBook:
         if any(_calendar(line) for line in lines):
             digest.update(holidays or b"")
         version = f"{name}@{digest.hexdigest()[:12]}"
-        return cls(version, lines, {key: _timeline(group) for key, group in groups.items()}, days)
+        return cls.from_lines(version, lines, days)
+
+    @classmethod
+    def from_lines(cls, version: str, lines: Iterable[PriceLine], holidays: Holidays) -> "PriceBook":
+        """A book of lines that were parsed before."""
+        groups: dict[tuple[str, str], list[PriceLine]] = {}
+        kept = tuple(lines)
+        for line in kept:
+            groups.setdefault((line.provider, line.model), []).append(line)
+        return cls(version, kept, {key: _timeline(group) for key, group in groups.items()}, holidays)
 
     def find(
         self, provider: str, model: str, at: datetime, *, prompt_tokens: int = 0, mode: PriceMode = "online"
@@ -97,6 +107,7 @@ class PriceBook:
         """The price in force at an instant; None if the book has none.
 
         Args:
+            provider: by any of its names; lines have its first one.
             at: any time zone; intervals and windows are half-open, in UTC.
             prompt_tokens: selects the tier, if the book has tiers.
         Raises:
@@ -104,7 +115,7 @@ class PriceBook:
         """
         if at.tzinfo is None:
             raise ValueError(f"expected an instant with a time zone, found {at.isoformat()}")
-        timeline = self.timelines.get((provider, model))
+        timeline = self.timelines.get((name_provider(provider), model))
         if timeline is None:
             return None
         position = bisect_right(timeline.starts, at) - 1
@@ -118,7 +129,7 @@ class PriceBook:
 
     def edges(self, provider: str, model: str) -> tuple[datetime, ...]:
         """Instants at which an interval of the model's lines begins or ends, in order."""
-        timeline = self.timelines.get((provider, model))
+        timeline = self.timelines.get((name_provider(provider), model))
         return timeline.starts if timeline is not None else ()
 
 

@@ -14,7 +14,8 @@ from decimal import Decimal
 from typing import NoReturn, cast
 
 from moebeam.schemas.errors import JobFileError
-from moebeam.schemas.prices import DayRule, PriceLine, PriceMode
+from moebeam.schemas.prices import PRICE_MODES, DayRule, PriceLine, PriceMode
+from moebeam.schemas.providers import name_provider
 from moebeam.transforms.money.price_calendar import DAY_RULE_FORM, parse_day_rule
 
 COLUMNS = (
@@ -33,7 +34,7 @@ COLUMNS = (
 OPTIONAL_COLUMNS = ("days", "mode", "prompt_tokens", "batch_percent", "evidence")
 """Columns that a price book may have; any others are ignored.
 
-`days`: see `price_calendar`. `mode`: `online` or `batch`; empty means online. `prompt_tokens`: the tier of prompt
+`days`: see `price_calendar`. `mode`: one of `PRICE_MODES`; empty means online. `prompt_tokens`: the tier of prompt
 lengths that the line is for, `0-128000` or `128001-`, both ends included. `batch_percent`: what the same tokens cost in
 batch mode, in percent of the line's prices; it stands for another line of mode `batch`.
 """
@@ -169,7 +170,7 @@ def _parse_line(row: _Row) -> PriceLine:
     lowest, highest = _parse_tier(row)
     return PriceLine(
         line_id=str(row.number),
-        provider=row.get("provider"),
+        provider=name_provider(row.get("provider")),
         model=row.get("model"),
         effective_from=start,
         effective_to=end,
@@ -188,8 +189,8 @@ def _parse_line(row: _Row) -> PriceLine:
 
 def _batch_line(row: _Row, line: PriceLine) -> PriceLine:
     """The line that `batch_percent` implies."""
-    if line.mode == "batch":
-        row.refuse("batch_percent", "nothing on a line that is itself of mode batch")
+    if line.mode != "online":
+        row.refuse("batch_percent", f"nothing on a line that is itself of mode {line.mode}")
     percent = _parse_price(row, "batch_percent")
     if percent > 100:
         row.refuse("batch_percent", "a percentage from 0 to 100")
@@ -216,13 +217,11 @@ def _parse_days(row: _Row) -> DayRule | None:
 
 
 def _parse_mode(row: _Row) -> PriceMode:
-    match row.get("mode"):
-        case "" | "online":
-            return "online"
-        case "batch":
-            return "batch"
-        case _:
-            row.refuse("mode", "`online` or `batch`")
+    found = row.get("mode") or "online"
+    for mode in PRICE_MODES:
+        if found == mode:
+            return mode
+    row.refuse("mode", f"one of {', '.join(PRICE_MODES)}")
 
 
 def _parse_tier(row: _Row) -> tuple[int, int | None]:

@@ -20,6 +20,7 @@ from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.beam.counters import add_to_counters
 from moebeam.transforms.durable.failure import record_failure
 from moebeam.transforms.durable.progress import ProgressWriter, ShardProgress
+from moebeam.transforms.durable.stop import check_planning
 from moebeam.transforms.plan.build_shards import PlanSpec, build_shards, write_plan
 from moebeam.transforms.plan.duplicate_ids import digest_ids, find_duplicates
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_plan
@@ -88,6 +89,8 @@ class _WriteRuns(beam.DoFn):
         self._progress = ProgressWriter(self._spec.layout, "plan")
 
     def process(self, element: pa.RecordBatch) -> Iterator[RunFile]:
+        # Reading and rendering are fused with this step, so that they end with it.
+        check_planning(self._spec.layout)
         if self._batches and self._find_group(element) != self._find_group(self._batches[0]):
             yield from self._flush()
         self._batches.append(element)
@@ -131,6 +134,7 @@ class _BuildShards(beam.DoFn):
         self._spec = spec
 
     def process(self, element: ShardRange, duplicates: list[tuple[int, list[int]]]) -> Iterator[PlannedShard]:
+        check_planning(self._spec.layout)
         by_unit: dict[int, set[int]] = {}
         for unit, rows in duplicates:
             by_unit.setdefault(unit, set()).update(rows)

@@ -7,55 +7,31 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import reduce
-from typing import Any
-
-import pyarrow as pa
 
 from moebeam.model_runner.protocol import add_counters
 from moebeam.schemas.answers import ShardCommit, StagedFile, Totals
 from moebeam.schemas.arrow import encode_parquet_file
 from moebeam.schemas.canonical import Json
-from moebeam.schemas.contract.output_type import OutputType
 from moebeam.schemas.errors import CommitError
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.schemas.tables import LEDGER_SCHEMA, TABLES, TABLES_VERSION, Table, result_schema
+from moebeam.schemas.tables import LEDGER_SCHEMA, TABLES, TABLES_VERSION, Table
 from moebeam.transforms.answer.waste import Waste, publish_waste
 from moebeam.transforms.durable.stop import read_stop
-from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.publish.invariants import RowSums, check_invariants
+from moebeam.transforms.publish.partial import write_partials
+from moebeam.transforms.publish.publish_spec import PublishSpec
+from moebeam.transforms.publish.reject_messages import list_commonest
 from moebeam.transforms.publish.rollup import Rollup
+from moebeam.transforms.publish.run_account import RunAccount, digest_of_state, read_account, sum_totals
 
 EMPTY_SHARD = "empty"
 
-
 MANIFEST_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class PublishSpec:
-    """What *publish* needs from the job.
-
-    Attributes:
-        num_input_rows: rows according to the input's footers; unreadable files have none.
-        output_type: of the typed answer column, if the job has a schema.
-        described: what the manifest says about job, model and input, as checked before the run.
-        views: DuckDB views over the tables, written beside them as `views.sql`; None writes none.
-        waste: accounting of journaled answers that no shard used; None looks for none.
-    """
-
-    run_id: str
-    layout: RunLayout
-    passthrough: tuple["pa.Field[Any]", ...]
-    num_input_rows: int
-    described: Mapping[str, Json]
-    output_type: OutputType | None = None
-    views: str | None = None
-    waste: Accounting | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +69,18 @@ def _check_file(path: str, file: StagedFile) -> None:
         raise CommitError(f"{path}: expected the committed content (sha256 {file.sha256}), found {found}")
 
 
-def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec, accounts: RunAccounts | None = None) -> str:
+def write_manifest(
+    commits: Iterable[ShardCommit], spec: PublishSpec, accounts: RunAccounts | None = None, *, can_complete: bool = True
+) -> str:
     """Check the run as a whole and write `manifest.json`; returns its text.
 
-    A run with shards left to answer gets `status = "incomplete"`, unless another launcher has completed it meanwhile.
-    What a complete run no longer needs is removed before the manifest appears, so that no leftovers coexist with it; if
-    the launcher is killed in between, the next one repeats this.
+    A run with shards left to answer gets `status = "incomplete"`, unless another launcher has completed it meanwhile,
+    and its journaled answers in `partial/`. What a complete run no longer needs is removed before the manifest appears,
+    so that no leftovers coexist with it; if the launcher is killed in between, the next one repeats this.
 
     Args:
         accounts: of the same commits; None leaves the roll-up and the checks out of the manifest.
+        can_complete: False leaves a run whose last shard is committed incomplete: its next launch completes it.
     Raises:
         CommitError: rows were lost or duplicated, or the accounts of the run contradict each other.
     """
@@ -110,35 +89,41 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec, accounts: 
     plan = read_plan(layout)
     if plan is None:
         raise CommitError(f"{layout.plan_record}: expected the run's plan, found none")
-    is_complete = [commit.shard for commit in ordered] == [shard.shard for shard in plan.shards]
+    is_complete = can_complete and [commit.shard for commit in ordered] == [shard.shard for shard in plan.shards]
     if not is_complete and (complete := _complete_manifest(layout)) is not None:
         return complete
-    totals = _sum(commit.totals for commit in ordered)
+    totals = sum_totals(commit.totals for commit in ordered)
     if is_complete:
         _check_rows(totals, spec)
     engine = reduce(add_counters, (commit.engine or {} for commit in ordered), {})
     checks = accounts and check_invariants(accounts.ledger, accounts.rows, totals, engine)
     wasted = publish_waste(layout)
-    stop = None if is_complete else read_stop(layout)
+    account = RunAccount(totals, wasted=sum_totals(waste.totals for waste in wasted))
+    if spec.accounting is not None and not is_complete:
+        by_shard = {commit.shard: commit for commit in ordered}
+        account = read_account(layout, spec.accounting, by_shard, is_waste_recorded=True)
+        write_partials(layout, spec.accounting, by_shard)
+    reason, message = (None, None) if is_complete else _find_reason(layout)
     files = {table: _list_files(table, ordered, wasted, spec) for table in TABLES}
     manifest: dict[str, Json] = {
         "manifest_version": MANIFEST_VERSION,
         "tables_version": TABLES_VERSION,
         "status": "complete" if is_complete else "incomplete",
-        "reason": stop and stop.kind,
-        "reason_message": stop and stop.message,
+        "reason": reason,
+        "reason_message": message,
         "run_id": spec.run_id,
         **spec.described,
         "rows_in": spec.num_input_rows - totals.num_unreadable_rows,
         "num_shards": len(plan.shards),
         "num_committed_shards": len(ordered),
         "max_hit_rate": plan.max_hit_rate,
-        "totals": asdict(totals),
-        "wasted": asdict(_sum(waste.totals for waste in wasted)),
+        **account.to_json(),
+        "rejects_by_message": accounts and list_commonest(accounts.rows.messages),
         "engine": engine,
         "checks": checks,
         "rollup": accounts and accounts.ledger.to_json(),
-        "files": files,
+        "files": files if is_complete else {**files, **_list_partial(layout)},
+        "state_digest": None if is_complete else digest_of_state(layout),
     }
     for folder in (*map(layout.table, TABLES), layout.output):
         storage.sync_folder(folder)
@@ -151,13 +136,19 @@ def write_manifest(commits: Iterable[ShardCommit], spec: PublishSpec, accounts: 
     return text
 
 
+def _find_reason(layout: RunLayout) -> tuple[str | None, str | None]:
+    """Why the run stopped, as kind and message; what an earlier manifest said, once the note of it is gone."""
+    if (stop := read_stop(layout)) is not None:
+        return stop.kind, stop.message
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        manifest = json.loads(storage.read_bytes(layout.manifest))
+        return manifest["reason"], manifest["reason_message"]
+    return None, None
+
+
 def views_path(layout: RunLayout) -> str:
     """Path of the DuckDB views over a run's tables."""
     return storage.join(layout.output, "views.sql")
-
-
-def _sum(totals: Iterable[Totals]) -> Totals:
-    return sum(totals, Totals(costs={}, rejects_by_type={}))
 
 
 def _complete_manifest(layout: RunLayout) -> str | None:
@@ -170,14 +161,14 @@ def _complete_manifest(layout: RunLayout) -> str | None:
 
 def _remove_leftovers(layout: RunLayout) -> None:
     """Remove what only an unfinished run needs, and the temporary files of killed writers."""
-    for folder in (layout.staging, layout.sorted_runs, layout.progress, layout.leases):
+    for folder in (layout.partial, layout.staging, layout.sorted_runs, layout.progress, layout.leases):
         storage.remove_tree(folder)
     storage.remove_files(passing_files(layout))
 
 
 def passing_files(layout: RunLayout) -> list[str]:
     """Temporary files that killed writers left beside their targets."""
-    folders = (*map(layout.table, TABLES), layout.plan, layout.commits, layout.state, layout.output)
+    folders = (*map(layout.table, TABLES), layout.partial, layout.plan, layout.commits, layout.state, layout.output)
     return [
         storage.join(folder, name)
         for folder in folders
@@ -219,13 +210,15 @@ def _list_files(table: Table, commits: Sequence[ShardCommit], wasted: Sequence[W
     if files:
         storage.remove_files([empty])
         return files
-    schema = (
-        LEDGER_SCHEMA
-        if table == "ledger"
-        else result_schema(spec.passthrough, spec.output_type and spec.output_type.arrow)
-    )
+    schema = LEDGER_SCHEMA if table == "ledger" else spec.schema
     storage.write_whole(empty, encode_parquet_file(schema.empty_table()))
     return []
+
+
+def _list_partial(layout: RunLayout) -> dict[str, Json]:
+    """Manifest entries of `partial/`; empty if nothing is journaled."""
+    names = storage.list_names(layout.partial, ".parquet")
+    return {"partial": [{"path": f"partial/{name}"} for name in names]} if names else {}
 
 
 def find_cost(totals: Totals) -> tuple[Decimal | None, str | None]:

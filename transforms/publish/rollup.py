@@ -45,6 +45,7 @@ _COLUMNS = tuple(
         *_COUNTED,
         *_AMOUNTS,
         *("started_at", "accelerator_s", "tags", "num_lost_calls", "lost_cost_at_most"),
+        *("estimated_prompt_tokens", "estimated_completion_tokens"),
     }
 )
 
@@ -57,7 +58,9 @@ class GroupSums:
     """Sums of a group's ledger lines; amounts are in the group's currency.
 
     Attributes:
-        num_unpriced: lines without a price, which are in no amount.
+        num_unpriced: lines without a price or without a usage, which are in no amount.
+        num_unknown_usage: lines whose prompt or output was not counted; what is unknown is in no sum of tokens.
+        num_doubtful_usage: lines whose usage is missing or contradicts itself.
         num_unknown_hits: lines whose cached tokens are unknown; `cache_miss_tokens` has their whole prompts.
         num_failed: lines that the engine ended with an error.
         num_untimed: lines without accelerator seconds.
@@ -67,6 +70,8 @@ class GroupSums:
     num_unpriced: int = 0
     num_upper_bound: int = 0
     num_unknown_hits: int = 0
+    num_unknown_usage: int = 0
+    num_doubtful_usage: int = 0
     num_failed: int = 0
     num_untimed: int = 0
     cache_hit_tokens: int = 0
@@ -202,6 +207,10 @@ def roll_up(ledger: pa.Table, by: Sequence[str]) -> dict[GroupKey, GroupSums]:
         "num_unpriced": _ones(pc.is_null(ledger.column("cost"))),
         "num_upper_bound": _ones(pc.equal(ledger.column("cost_basis"), pa.scalar("upper_bound"))),
         "num_unknown_hits": _ones(pc.is_null(ledger.column("cache_hit_tokens"))),
+        "num_unknown_usage": _ones(
+            pc.or_(pc.is_null(ledger.column("cache_miss_tokens")), pc.is_null(ledger.column("visible_output_tokens")))
+        ),
+        "num_doubtful_usage": _ones(pc.not_equal(ledger.column("usage_status"), pa.scalar("reported"))),
         "num_failed": _ones(pc.equal(ledger.column("finish_reason"), pa.scalar("error"))),
         "num_untimed": _ones(pc.is_null(ledger.column("accelerator_s"))),
         **{name: ledger.column(name) for name in (*_COUNTED, *_AMOUNTS, "accelerator_s")},

@@ -18,7 +18,8 @@ from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.beam.counters import add_to_counters
 from moebeam.transforms.durable.failure import record_failure
 from moebeam.transforms.publish.invariants import RowSums, sum_shard
-from moebeam.transforms.publish.manifest import PublishSpec, RunAccounts, publish_shard, write_manifest
+from moebeam.transforms.publish.manifest import RunAccounts, publish_shard, write_manifest
+from moebeam.transforms.publish.publish_spec import PublishSpec
 from moebeam.transforms.publish.rollup import (
     DEFAULT_BY,
     MAX_GROUPS,
@@ -61,8 +62,8 @@ class PublishRun(beam.PTransform[Any, Any]):
 def _publish(commit: ShardCommit, spec: PublishSpec) -> Iterator[ShardCommit]:
     with record_failure(spec.layout, "publish"):
         publish_shard(commit, spec.layout)
-        if spec.waste is not None:
-            record_unused(spec.layout, commit.shard, spec.waste)
+        if spec.accounting is not None:
+            record_unused(spec.layout, commit.shard, spec.accounting)
     num_bytes = sum(file.num_bytes for file in commit.files)
     add_to_counters("publish", {"num_shards": 1, "num_files": len(commit.files), "num_bytes": num_bytes})
     yield commit

@@ -32,7 +32,7 @@ class Offer:
 
     @property
     def name(self) -> str:
-        return f"{self.provider} {self.mode}" if self.mode == "batch" else self.provider
+        return self.provider if self.mode == "online" else f"{self.provider} {self.mode}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Parses one line of a JSONL input in the OpenAI batch shape.
 
 Part of *read*. Specification: OpenAI's Batch API input object (`custom_id`, `method`, `url`, `body`), with the body of
-a chat completion. What moebeam does not support is a typed reject, never ignored.
+a chat completion. What moebeam does not support is a typed reject, never ignored; what its engine cannot follow is
+found by *render*, which knows the engine.
 """
 
 import json
@@ -11,22 +12,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moebeam.schemas.canonical import Json, canonical_json
 from moebeam.schemas.chat_options import OPTION_NAMES
-from moebeam.schemas.errors import InvalidId, InvalidLine, UnsupportedRequest, abbreviate
+from moebeam.schemas.errors import InvalidId, InvalidLine, InvalidSampling, UnsupportedRequest, abbreviate
 
 CHAT_URLS = ("/v1/chat/completions", "/chat/completions")
 
 _NEUTRAL: dict[str, tuple[Json, ...]] = {
-    "n": (1,),
     "stream": (False,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "top_logprobs": (0,),
     "logit_bias": ({},),
 }
 """Fields accepted only with a value that changes nothing; null changes nothing in any field."""
 
-_IGNORED = ("model", "user", "metadata", "store", "service_tier")
-"""Fields that never change an answer here: the job file names the model, and the results say which one answered."""
+_IGNORED = ("user", "metadata", "store")
+"""Fields that change no answer: notes for the account at OpenAI, which are read and not sent."""
+
+_BOUNDS = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
 
 
 class _Sampling(BaseModel):
@@ -39,6 +43,10 @@ class _Sampling(BaseModel):
     stop: str | list[str] | None = None
     seed: int | None = None
     logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    n: int | None = Field(default=None, ge=1, le=128)
 
 
 class _Line(BaseModel):
@@ -53,6 +61,7 @@ class _Line(BaseModel):
 class BatchRequest(BaseModel):
     """A line's request: the chat and the row's own sampling values, both as canonical JSON.
 
+    The sampling values have OpenAI's names, `n` among them where it is not 1.
     `options` is a JSON object of its further options (`moebeam.schemas.chat_options.OPTION_NAMES`), keys as written.
     """
 
@@ -86,6 +95,7 @@ def parse_batch_line(line: bytes) -> BatchRequest:
         InvalidLine: not UTF-8, not a JSON object, or a field of the wrong shape.
         InvalidId: `custom_id` is missing, empty or not a string.
         UnsupportedRequest: another URL, or a body field that moebeam does not support.
+        InvalidSampling: a number outside of OpenAI's range.
     """
     try:
         parsed = _Line.model_validate(json.loads(line))
@@ -144,13 +154,25 @@ def _read_sampling(body: dict[str, Any]) -> SamplingValues:
     try:
         own = _Sampling.model_validate({name: body[name] for name in known if name in body})
     except ValidationError as error:
-        raise InvalidLine(f"body.{_explain(error)}") from error
+        raise _explain_sampling(error) from error
     values: SamplingValues = own.model_dump(exclude_none=True)
     if "max_completion_tokens" in values:
         values["max_tokens"] = values.pop("max_completion_tokens")
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
+    if values.get("n") == 1:
+        del values["n"]
     return values
+
+
+def _explain_sampling(error: ValidationError) -> InvalidLine | InvalidSampling:
+    """A number out of range is a sampling value that is wrong, any other value a line that is wrong."""
+    first = error.errors(include_url=False)[0]
+    if first["type"] not in _BOUNDS:
+        return InvalidLine(f"body.{_explain(error)}")
+    name, words = _BOUNDS[first["type"]]
+    where, bound = ".".join(map(str, first["loc"])), first.get("ctx", {})[name]
+    return InvalidSampling(f"body.{where}: expected {words} {bound:g}, found {first['input']!r}")
 
 
 def _explain(error: ValidationError | RecursionError) -> str:

@@ -4,7 +4,7 @@ Runs before *read*, in the launcher: reads footers (Parquet) or counts lines (JS
 result fingerprints the input, gives every unit its place in the input order, and fixes the output's types.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,8 @@ from moebeam.schemas.canonical import Json, fingerprint
 from moebeam.schemas.errors import InputPatternError
 from moebeam.schemas.job.sections import InputSection
 from moebeam.schemas.store import storage
+from moebeam.schemas.store.run_layout import find_frame_digest
+from moebeam.transforms.read.foreign_files import explain_foreign_file, explain_plain_jsonl
 from moebeam.transforms.read.transient_errors import is_permanent, retry_transient
 
 InputFormat: TypeAlias = Literal["parquet", "jsonl"]
@@ -120,6 +122,7 @@ def scan_input(section: InputSection, *, limit: int | None = None, needed: Colle
     input_format = _detect_format(section, [path for path, _ in files])
     with ThreadPoolExecutor(max_workers=16) as pool:
         scans = list(pool.map(partial(_scan_file, input_format), (path for path, _ in files)))
+    _refuse_foreign_files(section, [path for path, _ in files], scans, input_format)
     root = _shared_folder([path for path, _ in files])
     units = (unit for scan in scans for unit in scan.units)
     numbered = tuple(
@@ -149,6 +152,21 @@ def identify_files(section: InputSection) -> dict[str, Json]:
 def files_fingerprint(files: Mapping[str, Json]) -> str:
     """The input's fingerprint, `InputScan.fingerprint`, from the result of `identify_files`."""
     return fingerprint(list(files.values()))
+
+
+def _refuse_foreign_files(
+    section: InputSection, paths: Sequence[str], scans: Sequence[_FileScan], input_format: InputFormat
+) -> None:
+    """Refuse an input without any file of a known format, by the first that can be told; others become rejects."""
+    reason: str | None = None
+    path = paths[0]
+    if input_format == "jsonl":
+        reason = retry_transient(lambda: explain_plain_jsonl(path)) if scans[0].units else None
+    elif all(scan.schema is None for scan in scans):
+        told = ((path, explain_foreign_file(path)) for path in paths)
+        path, reason = next(((path, reason) for path, reason in told if reason is not None), (path, None))
+    if reason is not None:
+        raise InputPatternError(f"[input] path {section.path!r}: {path}: {reason}")
 
 
 def _number_groups(units: Iterable[InputUnit]) -> Iterator[tuple[int, InputUnit]]:
@@ -198,7 +216,9 @@ def _detect_format(section: InputSection, paths: list[str]) -> InputFormat:
 
 
 def _file_identity(path: str, info: Mapping[str, Any]) -> Json:
-    """What changes when a file changes: its size, and the store's version mark or time."""
+    """What changes when a file changes: its size, and the store's version mark or time; a frame's digest is enough."""
+    if (digest := find_frame_digest(path)) is not None:
+        return {"frame": digest}
     marks = {key: str(info[key]) for key in ("ETag", "etag", "mtime", "generation", "LastModified") if info.get(key)}
     return {"path": path, "size": int(info.get("size") or 0), **marks}
 
@@ -258,16 +278,16 @@ def _one_line(error: BaseException) -> str:
 
 def _plain_field(field: "pa.Field[Any]") -> "pa.Field[Any]":
     """A nullable field in a plain type: files differ in encodings without differing in values."""
-    return pa.field(field.name, _plain_type(field.type), nullable=True)
+    return pa.field(field.name, plain_type(field.type), nullable=True)
 
 
-def _plain_type(value_type: Any) -> Any:
-    """A type without dictionaries, views and extensions, at any level."""
+def plain_type(value_type: Any) -> Any:
+    """An Arrow type without dictionaries, views and extensions, at any level."""
     types = pa.types
     if isinstance(value_type, pa.BaseExtensionType):
-        return _plain_type(value_type.storage_type)
+        return plain_type(value_type.storage_type)
     if types.is_dictionary(value_type):
-        return _plain_type(value_type.value_type)
+        return plain_type(value_type.value_type)
     if types.is_string_view(value_type):
         return pa.large_string()
     if types.is_binary_view(value_type):
@@ -275,13 +295,13 @@ def _plain_type(value_type: Any) -> Any:
     if types.is_struct(value_type):
         return pa.struct([_plain_field(value_type.field(index)) for index in range(value_type.num_fields)])
     if types.is_map(value_type):
-        return pa.map_(_plain_type(value_type.key_type), _plain_type(value_type.item_type))
+        return pa.map_(plain_type(value_type.key_type), plain_type(value_type.item_type))
     if types.is_fixed_size_list(value_type):
-        return pa.list_(_plain_type(value_type.value_type), value_type.list_size)
+        return pa.list_(plain_type(value_type.value_type), value_type.list_size)
     if types.is_large_list(value_type):
-        return pa.large_list(_plain_type(value_type.value_type))
+        return pa.large_list(plain_type(value_type.value_type))
     if types.is_list(value_type):
-        return pa.list_(_plain_type(value_type.value_type))
+        return pa.list_(plain_type(value_type.value_type))
     return value_type
 
 

@@ -5,7 +5,7 @@ has in-process engines decode under them.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from moebeam.schemas.chat_options import ChatOptions, parse_options_json
 from moebeam.schemas.contract.answer_schema import AnswerSchema, Formats
@@ -40,6 +40,26 @@ class AnswerTerms:
     @property
     def has_tools(self) -> bool:
         return bool(self.arguments)
+
+    @property
+    def asks_for_reasoning(self) -> bool:
+        """Whether the job or the row switches thinking on."""
+        options = self.options
+        return options.thinking is True or (options.thinking is None and options.reasoning_effort not in (None, "none"))
+
+    def fill_arguments(self, calls: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
+        """Calls with `{}` for empty arguments, where the tool needs none."""
+        return tuple(
+            replace(call, arguments="{}") if not call.arguments.strip() and self._takes_nothing(call.name) else call
+            for call in calls
+        )
+
+    def _takes_nothing(self, name: str) -> bool:
+        schema = self.arguments.get(name)
+        try:
+            return schema is not None and schema.check("{}") == {}
+        except RowError:
+            return False
 
     def check_calls(self, calls: tuple[ToolCall, ...]) -> None:
         """Check an answer's calls against the offered tools.

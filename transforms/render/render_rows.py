@@ -13,13 +13,22 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
-from moebeam.model_runner.encoding.remote_prompts import Encoder, load_encoder
+from moebeam.model_runner.encoding.remote_prompts import Encoder, RemotePrompts, load_encoder
 from moebeam.model_runner.encoding.schema_in_prompt import with_schema_in_prompt
 from moebeam.model_runner.prefix_tree import prefix_key
 from moebeam.schemas.arrow import list_values
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions, ResponseFormat, options_json, with_own_values
-from moebeam.schemas.errors import ContextOverflow, InvalidSampling, InvalidTools, InvalidValue, RowError
+from moebeam.schemas.errors import (
+    ContextOverflow,
+    InvalidSampling,
+    InvalidTools,
+    InvalidValue,
+    RowError,
+    UnsupportedRequest,
+    abbreviate,
+)
+from moebeam.schemas.job.model import ModelSection
 from moebeam.schemas.job.sections import PromptSection, SamplingSection
 from moebeam.schemas.records import Message, Sampling, TokenIds, sampling_json
 from moebeam.schemas.tables import INPUT, plan_schema
@@ -30,6 +39,9 @@ from moebeam.transforms.render.prompt_template import PromptTemplate
 SchemaInPrompt: TypeAlias = Literal["auto", "always", "never"]
 
 
+_DEFAULT_SAMPLING: dict[str, Any] = {name: key.default for name, key in SamplingSection.model_fields.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class RenderSpec:
     """How rows are rendered; small and picklable, since the tokenizer is loaded in `setup`.
@@ -37,7 +49,8 @@ class RenderSpec:
     Attributes:
         checkpoint: folder of the tokenizer; empty for a remote model whose tokenizer is not available.
         terms: the job's own; `options_column` holds what rows say instead, `tools_column` their tools.
-        model: name for looking up limits where there is no checkpoint.
+        model: the job's, which a row may name.
+        engine: says which options it can follow, and which other models rows may name.
     """
 
     prompt: PromptSection
@@ -52,6 +65,7 @@ class RenderSpec:
     tools_column: str | None = None
     schema_in_prompt: SchemaInPrompt = "auto"
     model: str = ""
+    engine: ModelSection = field(default_factory=ModelSection)
 
 
 @dataclass(slots=True)
@@ -72,6 +86,7 @@ class _Prompt:
     messages: str
     sampling: Sampling
     options: str | None
+    model: str | None = None
 
 
 class Renderer:
@@ -81,6 +96,7 @@ class Renderer:
         self._spec = spec
         self._template = PromptTemplate(spec.prompt)
         self._encoder = load_encoder(spec.checkpoint, spec.encoding, spec.model)
+        self._routes = {name: RemotePrompts.of_model(name) for name in spec.engine.route_names}
         self._schema = plan_schema(spec.passthrough)
         self._job_sampling = Sampling(**spec.sampling.model_dump())
 
@@ -111,41 +127,83 @@ class Renderer:
     def _render_row(self, row: Mapping[str, Any]) -> "_Prompt | RowError":
         try:
             column = self._spec.messages_column
-            messages = self._template.render(row) if column is None else parse_messages(row[column])
-            sampling = self._merge_sampling(row)
-            options = self._merge_options(row)
+            messages = self._template.render(row) if column is None else parse_messages(_drop_nulls(row[column]))
+            own = self._read_own_options(row)
+            options = with_own_values(self._spec.terms.options, own)
+            sampling = self._merge_sampling(row, options.model)
+            self._refuse_options(own, options)
+            written = options_json(options) if own else None
             spec = self._spec
-            text = render_prompt(self._encoder, messages, spec.terms.find(options).options, spec.schema_in_prompt)
-            return _Prompt(text, messages_json(messages), sampling, options)
+            text = render_prompt(self._encoder, messages, spec.terms.find(written).options, spec.schema_in_prompt)
+            return _Prompt(text, messages_json(messages), sampling, written, options.model)
         except RowError as error:
             return error
 
-    def _merge_options(self, row: Mapping[str, Any]) -> str | None:
-        """A row's own options merged over the job's; None if it has none of its own."""
+    def _read_own_options(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that a row brings itself; the job's model counts as none.
+
+        Raises:
+            UnsupportedRequest: it asks for a model that the job does not have.
+        """
         spec = self._spec
         own: dict[str, Any] = {}
         if spec.options_column is not None and (text := row[spec.options_column]):
             own = json.loads(text)
         if spec.tools_column is not None and (tools := parse_tools(row[spec.tools_column], spec.tools_column)):
             own["tools"] = tools
-        options = with_own_values(spec.terms.options, own)
+        allowed = (spec.model, *spec.engine.route_names)
+        if own.get("model") == spec.model:
+            del own["model"]
+        elif own.get("model") is not None and own["model"] not in allowed:
+            raise UnsupportedRequest(
+                f"body.model: expected {' or '.join(map(repr, allowed))}, found {abbreviate(own['model'])}; "
+                "[model] name names the job's model, [[model.routes]] of the engine openai others"
+            )
+        return own
+
+    def _refuse_options(self, own: Mapping[str, Any], options: ChatOptions) -> None:
+        """Check a row's own options against its engine, and its tools against its choice.
+
+        Raises:
+            UnsupportedRequest, InvalidTools: what cannot be followed.
+        """
+        for name in own:
+            refusal = self._spec.engine.find_refusal(name, getattr(options, name), options.model)
+            if refusal is not None:
+                raise UnsupportedRequest(refusal)
         if options.tool_choice.mode in ("required", "named") and not options.callable_tools:
             raise InvalidTools(
                 f"tools: expected some to choose from (tool_choice {options.tool_choice.mode}), found none"
             )
-        return options_json(options) if own else None
 
-    def _merge_sampling(self, row: Mapping[str, Any]) -> Sampling:
-        own = row[self._spec.sampling_column] if self._spec.sampling_column is not None else None
-        if not own or own == "{}":
+    def _merge_sampling(self, row: Mapping[str, Any], model: str | None) -> Sampling:
+        """A row's own sampling over the job's.
+
+        Raises:
+            InvalidSampling: a value is out of range, or needs another.
+            UnsupportedRequest: the engine cannot follow it.
+        """
+        text = row[self._spec.sampling_column] if self._spec.sampling_column is not None else None
+        if not text or text == "{}":
             return self._job_sampling
-        merged = {**self._spec.sampling.model_dump(), **json.loads(own)}
+        own: dict[str, Any] = json.loads(text)
+        engine = self._spec.engine
+        if (num_answers := own.pop("n", 1)) != 1:
+            raise UnsupportedRequest(f"n: the engine {engine.engine!r} gives 1 answer a request, found {num_answers}")
+        if own.get("logprobs") is False:
+            own.setdefault("top_logprobs", 0)
         try:
-            return Sampling(**SamplingSection.model_validate(merged).model_dump())
+            merged = SamplingSection.model_validate({**self._spec.sampling.model_dump(), **own})
         except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InvalidSampling(f"{where}: {first['msg']}, found {first['input']!r}") from error
+            raise _explain_sampling(error) from error
+        sampling = Sampling(**merged.model_dump())
+        for name in own:
+            value = getattr(sampling, name)
+            # A greedy answer is repeatable without a seed.
+            is_void = value == _DEFAULT_SAMPLING[name] or (name == "seed" and sampling.is_greedy)
+            if not is_void and (refusal := engine.find_refusal(name, value, model)) is not None:
+                raise UnsupportedRequest(refusal)
+        return sampling
 
     def _append(
         self, rendered: _Rendered, prompt: "_Prompt | RowError | None", tenant: str, token_ids: Iterator[TokenIds]
@@ -154,9 +212,11 @@ class Renderer:
         if isinstance(prompt, _Prompt):
             tokens = next(token_ids)
             num_tokens = int(tokens.shape[0])
-            error = self._overflow(num_tokens, prompt.sampling)
+            error = self._overflow(num_tokens, prompt.sampling, prompt.model)
             if error is None:
-                key = prefix_key(tenant, tokens, are_words=self._encoder.is_estimated)
+                # Another model's cache is another tenant's: nothing is shared with it.
+                cache = tenant if prompt.model is None else f"{tenant}\0{prompt.model}"
+                key = prefix_key(cache, tokens, are_words=self._encoder.is_estimated)
                 messages, sampling, options = prompt.messages, sampling_json(prompt.sampling), prompt.options
         else:
             error = prompt
@@ -167,12 +227,14 @@ class Renderer:
         rendered.options.append(options)
         rendered.errors.append(error)
 
-    def _overflow(self, num_tokens: int, sampling: Sampling) -> ContextOverflow | None:
-        if self._encoder.fits(num_tokens, sampling.max_tokens):
+    def _overflow(self, num_tokens: int, sampling: Sampling, model: str | None) -> ContextOverflow | None:
+        # The limits of a route are its own; its tokens are counted as the job's.
+        encoder = self._encoder if model is None else self._routes[model]
+        if encoder.fits(num_tokens, sampling.max_tokens):
             return None
-        about = "about " if self._encoder.is_estimated else ""
+        about = "about " if encoder.is_estimated else ""
         return ContextOverflow(
-            f"expected prompt and output within the model's context of {self._encoder.context_length} tokens, "
+            f"expected prompt and output within the model's context of {encoder.context_length} tokens, "
             f"found {about}{num_tokens} prompt tokens + max_tokens {sampling.max_tokens} "
             f"= {num_tokens + sampling.max_tokens}"
         )
@@ -192,6 +254,14 @@ class Renderer:
                 ]
                 columns[name] = pa.array(merged, pa.string())
         return pa.RecordBatch.from_arrays([columns[name] for name in self._schema.names], schema=self._schema)
+
+
+def _explain_sampling(error: ValidationError) -> InvalidSampling:
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "value_error":
+        return InvalidSampling(str(first.get("ctx", {}).get("error", first["msg"])))
+    where = ".".join(str(part) for part in first["loc"])
+    return InvalidSampling(f"{where}: {first['msg']}, found {first['input']!r}")
 
 
 def render_prompt(

@@ -6,7 +6,8 @@
 --   SET VARIABLE moebeam_run = 's3://bucket/run';
 --
 -- Amounts are exact decimals. Amounts of different currencies are never added: every view of money is grouped by
--- currency, and lines without a price stand under a null currency with a null amount.
+-- currency, and lines without a price stand under a null currency with a null amount. Tokens that a provider did not
+-- count are null and in no sum; estimates of them stand in columns of their own.
 
 SET VARIABLE moebeam_run = coalesce(getvariable('moebeam_run'), '.');
 
@@ -26,6 +27,30 @@ SELECT *,
        visible_output_tokens + reasoning_tokens                   AS completion_tokens
 FROM read_parquet(getvariable('moebeam_run') || '/ledger/*.parquet', union_by_name = true);
 
+-- One line a paid attempt of a run that may be unfinished. `state` is `committed` (in the ledger), `journaled` (an
+-- answer of a shard that is not finished; the next launch takes it over) or `wasted` (an answer that was not used).
+-- The pattern means ledger/ and partial/, which only an unfinished run has: DuckDB refuses one that finds no file.
+-- A journaled answer that the ledger has taken over since counts there.
+CREATE OR REPLACE VIEW spending AS
+SELECT CASE outcome WHEN 'journaled' THEN 'journaled' WHEN 'wasted' THEN 'wasted' ELSE 'committed' END AS state,
+       *,
+       coalesce(cache_hit_tokens, 0) + cache_miss_tokens AS prompt_tokens,
+       visible_output_tokens + reasoning_tokens          AS completion_tokens
+FROM read_parquet(getvariable('moebeam_run') || '/[lp][ea][dr][gt][ei][ra]*/*.parquet', union_by_name = true)
+QUALIFY outcome <> 'journaled'
+     OR count(*) FILTER (outcome <> 'journaled') OVER (PARTITION BY shard, journal) = 0;
+
+CREATE OR REPLACE VIEW spending_by_state AS
+SELECT state, currency,
+       count(*)                       AS attempts,
+       count(*) FILTER (cost IS NULL) AS unpriced,
+       sum(prompt_tokens)             AS prompt_tokens,
+       sum(completion_tokens)         AS completion_tokens,
+       sum(cost)                      AS cost,
+       sum(num_lost_calls)            AS lost_calls,
+       sum(lost_cost_at_most)         AS lost_cost_at_most
+FROM spending GROUP BY state, currency ORDER BY state, currency;
+
 CREATE OR REPLACE MACRO ledger_by(name) AS TABLE
 SELECT CASE name
          WHEN 'tenant' THEN tenant WHEN 'cost_center' THEN cost_center WHEN 'provider' THEN provider
@@ -38,6 +63,7 @@ SELECT CASE name
        currency,
        count(*)                                                        AS attempts,
        count(*) FILTER (cost IS NULL)                                  AS unpriced,
+       count(*) FILTER (prompt_tokens IS NULL OR completion_tokens IS NULL) AS unknown_usage,
        sum(prompt_tokens)                                              AS prompt_tokens,
        CASE WHEN count(*) = count(cache_hit_tokens) THEN sum(cache_hit_tokens) END AS cached_tokens,
        sum(completion_tokens)                                          AS completion_tokens,

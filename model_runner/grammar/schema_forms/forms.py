@@ -35,6 +35,9 @@ from moebeam.schemas.contract.references import References, SchemaLocation, unes
 MAX_STATES = 4_000
 """Most lists of locations that a schema may lead to; each becomes a part of the grammar."""
 
+MAX_PARTS = 10_000
+"""Most parts (see `choices`) that forms are built from, some 0.2 ms each; what comes after may be anything."""
+
 _ROOT_URI = "http://schema.invalid/"
 _PROOF_DEPTH = 4
 
@@ -46,10 +49,15 @@ class State:
     forms: list[Form]
     relaxed: list[Relaxation] = field(default_factory=list[Relaxation])
     enforced: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
+    narrowed: list[Relaxation] = field(default_factory=list[Relaxation])
 
 
 class Forms:
-    """All forms of one document."""
+    """All forms of one document.
+
+    Attributes:
+        num_parts: from how many parts forms were built.
+    """
 
     def __init__(self, document: Json, *, are_formats_asserted: bool, left_out: Iterable[tuple[str, str]] = ()) -> None:
         """Read a schema.
@@ -68,6 +76,7 @@ class Forms:
         self._states: dict[tuple[str, ...], State | None] = {}
         self._validators: dict[str, Validator | None] = {}
         self._registry: Registry | None = None
+        self.num_parts = 0
 
     def find_state(self, locations: Locations) -> State:
         """The forms of locations; anything where building them asks for them again."""
@@ -116,7 +125,7 @@ class Forms:
         if key in self._states:
             return self._states[key]
         self._states[key] = None
-        if len(self._states) > MAX_STATES:
+        if len(self._states) > MAX_STATES or self.num_parts > MAX_PARTS:
             state = State([Anything()], [Relaxation(locations[0].pointer, "allOf", "too many schemas are joined")])
         else:
             state = self._build_state(locations)
@@ -147,12 +156,14 @@ class Forms:
             or {form for form in forms if not isinstance(form, Values)} >= _ANYTHING
         ):
             forms = [Anything()]
-        return State(list(dict.fromkeys(forms)) if _are_hashable(forms) else forms, notes.relaxed, notes.enforced)
+        forms = list(dict.fromkeys(forms)) if _are_hashable(forms) else forms
+        return State(forms, notes.relaxed, notes.enforced, notes.narrowed)
 
     def _build_forms(self, parts: list[Part], choices: Choices, notes: Notes) -> list[Form]:
         if not parts:
             return [Anything()]
         draft = self.references.draft
+        self.num_parts += len(parts)
         if self._left_out:
             parts = [
                 part

@@ -24,7 +24,11 @@ _MAX_FLOAT_BOUND = 9e18
 
 
 def build_number_forms(parts: Sequence[Part], types: set[str], notes: Notes) -> list[Form]:
-    """Integers without limit, and fractions up to 9e18, beyond which doubles have none."""
+    """Any number, also with an exponent; or, within bounds, integers without limit and fractions up to 9e18.
+
+    Doubles beyond 9e18 have no fractions. llguidance writes exponents only where a number has neither bounds nor a
+    divisor; elsewhere a number is spelled out (0.00001), and `notes` says so.
+    """
     low: tuple[Fraction, bool] | None = None  # and whether it is exclusive
     high: tuple[Fraction, bool] | None = None  # and whether it is inclusive
     multiple: Fraction | None = None
@@ -48,7 +52,12 @@ def build_number_forms(parts: Sequence[Part], types: set[str], notes: Notes) -> 
             return []
         if low[0] == high[0]:
             return _build_single(low[0], types, multiple)
+    if "fraction" in types and "integer" in types and low is None and high is None and multiple is None:
+        return [Number(False)]
     forms: list[Form] = []
+    if "fraction" in types:
+        for keyword, location in at.items():
+            notes.narrow(location, keyword, "beside it numbers are written without exponent")
     if "fraction" in types and not (multiple is not None and multiple.denominator == 1):
         forms += _build_fractions(low, high, _limit_divisor(multiple, at, notes))
     first = None if low is None else (math.floor(low[0]) + 1 if low[1] else math.ceil(low[0]))
@@ -102,7 +111,7 @@ def _build_fractions(
     )
     minimum, maximum = max(minimum, -_MAX_FLOAT_BOUND), min(maximum, _MAX_FLOAT_BOUND)
     if minimum > maximum:
-        return []
+        return _list_between(low, high, multiple)
     # llguidance 1.9.1 refuses numbers whose digits are a prefix of a bound's: 0.2 under a maximum of 0.25.
     beginnings = tuple(
         number
@@ -111,6 +120,23 @@ def _build_fractions(
     )
     forms: list[Form] = [Number(False, minimum, maximum, divisor) for divisor in _list_divisors(multiple)]
     return [*forms, Values(beginnings)] if beginnings else forms
+
+
+def _list_between(
+    low: tuple[Fraction, bool] | None, high: tuple[Fraction, bool] | None, multiple: Fraction | None
+) -> list[Form]:
+    """The bounds themselves, and the double between them, where no number of 15 decimals is."""
+    if low is None or high is None or max(abs(low[0]), abs(high[0])) > 1:
+        return []
+    candidates = (float(low[0]), float((low[0] + high[0]) / 2), float(high[0]))
+    values = tuple(
+        number
+        for number in dict.fromkeys(candidates)
+        if (Fraction(number) > low[0] or (Fraction(number) == low[0] and not low[1]))
+        and (Fraction(number) < high[0] or (Fraction(number) == high[0] and high[1]))
+        and (multiple is None or (Fraction(repr(number)) / multiple).denominator == 1)
+    )
+    return [Values(values)] if values else []
 
 
 def _list_divisors(multiple: Fraction | None) -> list[Fraction | None]:
@@ -138,12 +164,14 @@ def _round_inward(bound: Fraction, *, is_exclusive: bool, rounding: str) -> floa
     llguidance 1.9.1 reads longer ones inexactly (0.9999999999999999 as 1), lets 0 through where it is excluded, and
     compares digits, not doubles: 0.99999999999999999 is below 1 for it, and 1 for validation.
     """
+    if abs(bound) > _MAX_FLOAT_BOUND:
+        return math.copysign(2 * _MAX_FLOAT_BOUND, bound)
     decimal = Decimal(repr(float(bound)))
-    if not decimal:
-        quantum = Decimal(10) ** -MAX_DIGITS
-        rounded = decimal
-    else:
-        quantum = Decimal(10) ** (decimal.adjusted() - MAX_DIGITS + 1)
+    # A number without exponent has no use for more decimals.
+    quantum = Decimal(10) ** -MAX_DIGITS
+    rounded = decimal
+    if decimal:
+        quantum = max(quantum, Decimal(10) ** (decimal.adjusted() - MAX_DIGITS + 1))
         rounded = decimal.quantize(quantum, rounding=rounding)
     if is_exclusive and rounded == decimal:
         rounded += quantum if rounding == ROUND_CEILING else -quantum

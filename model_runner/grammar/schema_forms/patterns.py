@@ -1,4 +1,4 @@
-"""Translates regular expressions and formats for llguidance 1.9.1 so that they mean what they mean to validation.
+"""Translates regular expressions for llguidance 1.9.1 so that they mean what they mean to validation.
 
 Part of `moebeam.model_runner.grammar.schema_forms`. Validation is jsonschema-rs 0.60 with formats asserted; what is
 said here of either was measured on both.
@@ -10,7 +10,7 @@ from functools import lru_cache
 from jsonschema_rs import validator_for
 from llguidance import LLMatcher, LLTokenizer
 
-_CONTROLS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f"
+CONTROLS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f"
 """Characters that a JSON text must escape by number, which our grammars leave out of strings, and DEL, which
 llguidance lets no string hold. Classes that begin `[^` leave them out in so many words: llguidance writes the
 complement of a quotation mark as if it held the mark, unless the class has no such character."""
@@ -130,7 +130,7 @@ def _rewrite(pattern: str) -> str:
                 in_class = True
                 is_negated = pattern[position : position + 1] == "^"
                 position += is_negated
-                pieces.append(f"[^{_CONTROLS}" if is_negated else "[")
+                pieces.append(f"[^{CONTROLS}" if is_negated else "[")
                 if pattern[position : position + 1] == "]":
                     pieces.append(r"\]")
                     position += 1
@@ -154,7 +154,7 @@ def _escape(escape: str, in_class: bool) -> str:
         case "s":
             return _SPACES if in_class else f"[{_SPACES}]"
         case "S":
-            return f"[^{_SPACES}{_CONTROLS}]"
+            return f"[^{_SPACES}{CONTROLS}]"
         case "c":
             return f"\\x{ord(escape[2:]) % 32:02x}" if len(escape) == 3 else escape
         case _:
@@ -170,79 +170,3 @@ def is_asserted(name: str, draft_uri: str) -> bool:
     """Whether validation under a draft refuses texts that are not of a format."""
     validator = validator_for({"$schema": draft_uri, "format": name}, validate_formats=True)
     return not all(validator.is_valid(probe) for probe in _PROBES)
-
-
-def _build_formats() -> dict[str, tuple[str, ...]]:
-    year = "[0-9]{4}"
-    leap = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
-    date = (
-        f"(?:{year}-(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|{year}-(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
-        f"|{year}-02-(?:0[1-9]|1[0-9]|2[0-8])|{leap}-02-29)"
-    )
-    clock = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
-    time = rf"{clock}:[0-5][0-9](?:\.[0-9]{{1,9}})?(?:[Zz]|[+-]{clock})"
-    # Never hyphens as third and fourth character: those are for encoded names.
-    label = "X(?:X?|YX|YYX|Y(?:XY|-X)Y{0,58}X)".replace("X", "[a-zA-Z0-9]").replace("Y", "[a-zA-Z0-9-]")
-    host = rf"{label}(?:\.{label})*"
-    octet = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
-    ipv4 = rf"{octet}(?:\.{octet}){{3}}"
-    group = "[0-9a-fA-F]{1,4}"
-    last = f"(?:{group}:{group}|{ipv4})"
-    ipv6 = "|".join(
-        [
-            f"(?:{group}:){{6}}{last}",
-            f"::(?:{group}:){{5}}{last}",
-            *(
-                f"(?:(?:{group}:){{0,{5 - after - 1}}}{group})?::(?:{group}:){{{after}}}{last}"
-                for after in (4, 3, 2, 1)
-            ),
-            f"(?:(?:{group}:){{0,4}}{group})?::{last}",
-            f"(?:(?:{group}:){{0,5}}{group})?::{group}",
-            f"(?:(?:{group}:){{0,6}}{group})?::",
-        ]
-    )
-    atom = r"[a-zA-Z0-9!#$%&'*+/=?^_`{|}~-]+"
-    email = (rf"^{atom}(?:\.{atom})*@{host}$", "^[!-?A-~]{1,64}@[a-zA-Z0-9.-]{1,253}$")
-    escape = "%[0-9a-fA-F]{2}"
-    segment_char = rf"(?:[a-zA-Z0-9._~!$&'()*+,;=:@-]|{escape})"
-    first_char = segment_char.replace(":@", "@")
-    path = f"(?:/{segment_char}*)*"
-    tail = rf"(?:\?(?:{segment_char}|[/?])*)?(?:#(?:{segment_char}|[/?])*)?"
-    name_chars = f"(?:[a-zA-Z0-9._~!$&'()*+,;=-]|{escape})"
-    authority = f"(?:(?:{name_chars}|:)*@)?{name_chars}+(?::[0-9]{{1,5}})?"
-    rooted = f"/(?:{segment_char}+{path})?"
-    uri = f"[a-zA-Z][a-zA-Z0-9+.-]*:(?://{authority}{path}|{rooted}|{segment_char}+{path}){tail}"
-    relative = f"(?://{authority}{path}|{rooted}|{first_char}+{path}|){tail}"
-    pointer = rf"(?:/(?:[^~/{_CONTROLS}]|~[01])*)*"
-    count = "[0-9]{1,9}"
-    clock_span = f"T(?:{count}H(?:{count}M(?:{count}S)?)?|{count}M(?:{count}S)?|{count}S)"
-    day_span = f"(?:{count}Y(?:{count}M(?:{count}D)?)?|{count}M(?:{count}D)?|{count}D)"
-    name = "[a-zA-Z0-9_]+"
-    whole = {
-        "date": date,
-        "time": time,
-        "date-time": f"{date}[Tt]{time}",
-        "duration": f"P(?:{day_span}(?:{clock_span})?|{clock_span}|{count}W)",
-        "ipv4": ipv4,
-        "ipv6": ipv6,
-        "uuid": "[0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}",
-        "uri": uri,
-        "iri": uri,
-        "uri-reference": f"{uri}|{relative}",
-        "iri-reference": f"{uri}|{relative}",
-        "uri-template": rf"(?:[a-zA-Z0-9._~:/?#&=@!$,;+-]|\{{[+#./;?&]?{name}(?:,{name})*\}})*",
-        "json-pointer": pointer,
-        "relative-json-pointer": f"(?:0|[1-9][0-9]{{0,8}})(?:#|{pointer})",
-    }
-    return {name: (f"^(?:{pattern})$",) for name, pattern in whole.items()} | {
-        "hostname": (f"^{host}$", "^[a-zA-Z0-9.-]{1,253}$"),
-        "idn-hostname": (f"^{host}$", "^[a-zA-Z0-9.-]{1,253}$"),
-        "email": email,
-        "idn-email": email,
-    }
-
-
-FORMATS = _build_formats()
-"""The expressions that a text of a format must all match. All such texts, except: no leap seconds, at most nine digits
-of a second's fraction; addresses and names in ASCII, without quoted mailboxes; URIs without hosts in brackets, and
-templates without modifiers. `regex` has no expression of its own and is left to validation."""

@@ -10,7 +10,9 @@ from fractions import Fraction
 from typing import Literal, TypeAlias, cast
 
 from moebeam.model_runner.grammar.schema_forms.choices import Choices, Locations, Part
-from moebeam.model_runner.grammar.schema_forms.patterns import FORMATS, UnsupportedPattern, is_asserted, translate
+from moebeam.model_runner.grammar.schema_forms.formats import FORMATS, NARROWED
+from moebeam.model_runner.grammar.schema_forms.lexer_cost import is_affordable
+from moebeam.model_runner.grammar.schema_forms.patterns import UnsupportedPattern, is_asserted, translate
 from moebeam.model_runner.grammar.schema_forms.relaxation import Relaxation
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.references import SchemaLocation
@@ -101,13 +103,18 @@ Form: TypeAlias = Anything | Values | Simple | Number | String | Array | Object
 
 @dataclass(slots=True)
 class Notes:
-    """Collects, while forms are built, the keywords left to validation and those enforced."""
+    """Collects, while forms are built, the keywords left to validation, those enforced and those of which less can be
+    written than is valid."""
 
     relaxed: list[Relaxation] = field(default_factory=list[Relaxation])
+    narrowed: list[Relaxation] = field(default_factory=list[Relaxation])
     enforced: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
 
     def relax(self, location: SchemaLocation, keyword: str, reason: str) -> None:
         self.relaxed.append(Relaxation(location.pointer, keyword, reason))
+
+    def narrow(self, location: SchemaLocation, keyword: str, reason: str) -> None:
+        self.narrowed.append(Relaxation(location.pointer, keyword, reason))
 
     def enforce(self, location: SchemaLocation, keyword: str) -> None:
         if not location.is_made:
@@ -164,11 +171,26 @@ def build_string_forms(parts: Sequence[Part], notes: Notes, *, draft: int, are_f
             if name in FORMATS:
                 patterns |= dict.fromkeys(FORMATS[name])
                 notes.enforce(location, "format")
+                if name in NARROWED:
+                    notes.narrow(location, "format", NARROWED[name])
             else:
                 notes.relax(location, "format", "no grammar is known for this format")
     if max_length is not None and min_length > max_length:
         return []
-    return [String(min_length, max_length, tuple(patterns))]
+    return [_find_affordable(String(min_length, max_length, tuple(patterns)), parts, notes)]
+
+
+def _find_affordable(form: String, parts: Sequence[Part], notes: Notes) -> String:
+    """The string, without its bounds or without its expressions too, where a lexer cannot follow them together."""
+    for keywords in (("minLength", "maxLength"), ("pattern", "format")):
+        if is_affordable(form.patterns, form.min_length, form.max_length):
+            return form
+        for part in parts:
+            for keyword in keywords:
+                if part.location.get(keyword) is not None:
+                    notes.relax(part.location, keyword, "beside the other keywords it overtaxes a lexer")
+        form = String(patterns=form.patterns) if keywords[0] == "minLength" else String()
+    return form
 
 
 def read_bounds(parts: Iterable[Part], least: str, most: str, notes: Notes) -> tuple[int, int | None]:

@@ -24,7 +24,7 @@ class Prompt:
         prompt_id: unique among the prompts of one `run`.
         token_ids: int32, shape (num_prompt_tokens,), at least one.
         max_tokens: most tokens of the answer, at least 1.
-        sampling: temperature, top_p, min_p and logprobs count; `stop` is ignored, see `is_over`.
+        sampling: temperature, top_p, min_p, penalties and logprobs count; `stop` is ignored, see `is_over`.
         stop_token_ids: tokens that end the answer, of which they stay a part.
         tenant: prompts of different tenants never share a prefix.
         seed: of this prompt's random numbers.

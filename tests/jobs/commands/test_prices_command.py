@@ -128,3 +128,24 @@ def test_diff_tells_a_changed_price(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (change["kind"], change["fields"]) == ("changed", ["cache_hit"])
     assert change["before"]["cache_hit_per_mtok"] is None
     assert change["after"]["cache_hit_per_mtok"] == "0.5"
+
+
+def test_the_shipped_book_has_a_word_and_providers_have_all_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("--at", "2026-11-24T02:00:00Z")
+    found = answer(capsys, "list", "builtin", "--provider", "alibaba-bailian", *args)
+    assert found == answer(capsys, "list", "--provider", "alibaba", *args)
+    assert {line["provider"] for line in found[1]["prices"]} == {"alibaba"}
+    assert answer(capsys, "check", "builtin", *args) == answer(capsys, "check", *args)
+    assert answer(capsys, "diff", "builtin", str(SHIPPED_BOOK))[1]["changes"] == []
+    code, told = answer(capsys, "list", "--provider", "volcanoo", *args)
+    assert code == 2
+    assert "did you mean 'volcano'?" in json.dumps(told)
+
+
+def test_prices_of_a_tier_are_shown_with_their_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    book = tmp_path / "prices.csv"
+    book.write_text(f"{HEADER},mode\np,m,2020-01-01T00:00:00Z,,,USD,1,2,4,flex\n")
+    _, found = answer(capsys, "list", str(book))
+    assert [line["mode"] for line in found["prices"]] == ["flex"]
+    assert run_command(["prices", "list", str(book)]) == 0
+    assert "flex" in capsys.readouterr().err

@@ -247,7 +247,7 @@ def spoken(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, dict[st
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_an_unfinished_run_is_exported_only_when_asked_for_and_then_what_is_committed(
+def test_an_unfinished_run_is_exported_only_when_asked_for_and_then_what_it_has(
     folder: Path, tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = folder / "long.jsonl"
@@ -263,7 +263,9 @@ def test_an_unfinished_run_is_exported_only_when_asked_for_and_then_what_is_comm
     for _ in ("with a manifest", "killed before there was one"):
         code, told = spoken(capsys, *command, "--partial")
         assert (code, told["run_status"]) == (0, "incomplete")
-        assert told["num_answers"] == summary.num_results == len(read(tmp_path / "files", "output.jsonl"))
+        assert told["num_answers"] == len(read(tmp_path / "files", "output.jsonl"))
+        assert told["num_answers"] + told["num_errors"] == summary.num_answered
+        assert told["num_journaled"] == summary.num_journaled == summary.num_answered - summary.num_results > 0
         (tmp_path / "out" / "manifest.json").unlink(missing_ok=True)
 
 
@@ -391,3 +393,14 @@ def test_repeated_ids_get_lines_of_their_own() -> None:
     duplicate = {**ROW, "source_row": 9, "attempts": 0, "error_type": "duplicate_id", "error_stage": "plan"}
     first, second = answer_line(ROW, {}), error_line({**duplicate, "error_message": "again"}, {})
     assert first["custom_id"] == second["custom_id"] and first["id"] != second["id"]
+
+
+def test_an_exported_line_has_the_likely_tokens_of_the_table() -> None:
+    row = dict.fromkeys(("reasoning_content", "tool_calls", "model_revision", "merged_into", "cached_tokens"))
+    row |= {"run_id": "r", "source_file": "f", "source_row": 1, "scope": "row", "custom_id": "a", "model": "m"}
+    row |= {"output_text": "yes", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1}
+    row |= {"reasoning_tokens": 0, "logprobs": [-0.5], "top_logprobs": [[{"token": "yes", "logprob": float("-inf")}]]}
+    line: Any = answer_line(row, {})
+    (place,) = line["response"]["body"]["choices"][0]["logprobs"]["content"]
+    assert place["logprob"] == -0.5
+    assert place["top_logprobs"] == [{"token": "yes", "bytes": None, "logprob": -9999.0}]

@@ -206,6 +206,34 @@ def test_the_command_names_the_cheapest_start(job_file: Path, capsys: pytest.Cap
     assert deepseek["cache_rule"] == "stored_units"
 
 
+def test_all_offers_stand_in_one_table_the_cheapest_first(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["estimate", str(job_file), "--at", "2026-11-24T02:00:00Z", "--output-tokens", "5"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    (head,) = [number for number, line in enumerate(lines) if line.startswith("offer ")]
+    table = []
+    for line in lines[head + 1 :]:
+        cells = line.split("  ")
+        if "%" not in line:
+            break
+        table.append([cell.strip() for cell in cells if cell.strip()])
+    dollars = [Decimal(cells[1]) for cells in table if "USD" in cells]
+    assert len(dollars) > 3
+    assert dollars == sorted(dollars)
+    names = [cells[0] for cells in table]
+    assert sum(name.endswith("(this job)") for name in names) == 1
+    assert [name for name in names if name.startswith("volcano")] == names[len(dollars) : len(dollars) + 2]
+    assert any("not compared for want of a rate" in line and "CNY" in line for line in lines)
+
+
+def test_an_offer_is_named_by_any_name_of_its_provider(job_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["estimate", str(job_file), "--at", "2026-11-24T02:00:00Z", "--json"]
+    assert run_command([*args, "--provider", "alibaba-bailian"]) == 0
+    found = json.loads(capsys.readouterr().out)["offers"][1:]
+    assert [(offer["provider"], offer["mode"]) for offer in found] == [("alibaba", "online"), ("alibaba", "batch")]
+    assert run_command([*args, "--provider", "alibabba"]) == 2
+    assert "did you mean 'alibaba'?" in capsys.readouterr().out
+
+
 def test_the_command_talks_to_people_and_refuses_wrong_deadlines(
     job_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

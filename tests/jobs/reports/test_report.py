@@ -183,5 +183,6 @@ def test_a_damaged_ledger_is_named(output: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="found no such file"):
         make_report(read_record(str(copy)))
     (copy / "manifest.json").unlink()
-    with pytest.raises(OutputError, match="expected the manifest of a run, found none; moebeam status"):
+    shutil.rmtree(copy / "_moebeam" / "plan")
+    with pytest.raises(OutputError, match="expected the manifest of a run, or its plan, found neither; moebeam status"):
         make_report(read_record(str(copy)))

@@ -2,15 +2,23 @@ import io
 import subprocess
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import duckdb
 import pytest
 from rich.console import Console
 
-from moebeam.jobs.console.formats import format_duckdb_command, format_duration, format_money
+from moebeam.jobs.console.formats import (
+    format_duckdb_command,
+    format_duration,
+    format_money,
+    format_outage,
+    format_outage_end,
+)
 from moebeam.jobs.console.summary import CheckReport, ProgressSnapshot, RunSummary
 from moebeam.jobs.run.progress import StageRates, print_report, print_summary, show_progress
+from moebeam.transforms.durable.progress import OutageNote
 
 START = ProgressSnapshot(
     stage="answer",
@@ -107,6 +115,53 @@ def test_without_a_terminal_lines_come_at_most_every_five_seconds_and_at_stage_c
             show(at(now, tick, stage="plan" if tick < 20 else "answer"))
     starts = [line.split(" rows")[0] for line in text_of(console).splitlines()]
     assert starts == ["plan: 0/2,000", "answer: 20/2,000", "answer: 70/2,000", "answer: 109/2,000"]
+
+
+OUTAGE = OutageNote(
+    "deepseek",
+    since=datetime(2026, 11, 30, 12, 3).astimezone(),
+    next_try_at=datetime(2026, 11, 30, 12, 4, 8).astimezone(),
+    message="connection refused",
+    written_at=0.0,
+)
+
+
+def test_an_outage_is_told_in_local_time_with_its_next_try() -> None:
+    at_four = datetime(2026, 11, 30, 12, 4).astimezone()
+    assert format_outage(OUTAGE, at_four) == "deepseek unreachable since 12:03, next try in 8 s: connection refused"
+    late = OUTAGE.next_try_at.astimezone(UTC)
+    assert format_outage(OUTAGE, late) == "deepseek unreachable since 12:03, trying again: connection refused"
+    assert format_outage_end(OUTAGE, at_four) == "deepseek answers again after 60 s"
+
+
+def test_without_a_terminal_an_outage_is_told_at_once_then_now_and_then_and_when_it_is_over() -> None:
+    console = plain_console()
+    now = 0.0
+    with show_progress(console, clock=lambda: now) as show:
+        for tick in range(100):
+            now = tick / 10
+            show(at(now, 5, outage=OUTAGE if 10 <= tick < 70 else None))
+    lines = text_of(console).splitlines()
+    told = [line.split(" rows, ")[-1].split(" since")[0].split(" after")[0] for line in lines]
+    assert told == [
+        "0/8 shards",
+        "deepseek unreachable",
+        "deepseek unreachable",
+        "deepseek answers again",
+        "0/8 shards",
+    ]
+
+
+def test_the_bar_shows_why_a_run_waits_or_ends_and_keeps_the_end_of_an_outage() -> None:
+    console = plain_console(is_terminal=True, width=200)
+    with show_progress(console) as show:
+        show(at(1, 5, outage=OUTAGE))
+        console.print("stopping")
+        show(at(2, 5, outage=OUTAGE, stop="stopping: stopped by SIGTERM"))
+        show(at(3, 5))
+    text = text_of(console)
+    assert "deepseek answers again after" in text
+    assert text.index("stopping") < text.index("deepseek answers again")
 
 
 def test_without_a_terminal_nothing_is_repeated_or_wrapped_or_coloured():

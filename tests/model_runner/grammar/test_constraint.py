@@ -311,7 +311,8 @@ def test_a_wrong_token_breaks_its_row_only(demo: Tongue):
 
 
 def test_a_grammar_too_complex_for_its_limits_ends_no_answer(demo: Tongue, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(constraint_module, "_LIMITS", LLParserLimits(step_lexer_fuel=1))
+    for name in ("_LIMITS", "_OWN_LIMITS"):
+        monkeypatch.setattr(constraint_module, name, LLParserLimits(step_lexer_fuel=1))
     compiler = ConstraintCompiler(demo.tokenizer, demo.vocab_size, [demo.eos_token_id])
     grammar = json_schema_grammar({"type": "string", "pattern": "^(a|b){1,50}c.*$"})
     constraint = compiler.compile(grammar)

@@ -16,7 +16,7 @@ from moebeam.model_runner.grammar.json_grammar import (
     json_object_grammar,
     json_schema_grammar,
 )
-from moebeam.model_runner.grammar.schema_forms.patterns import FORMATS
+from moebeam.model_runner.grammar.schema_forms.formats import FORMATS
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.errors import InvalidGrammar, RowError
@@ -164,7 +164,6 @@ def test_an_invalid_value_cannot_be_generated(name: str, value: Json) -> None:
 @pytest.mark.parametrize(
     ("schema", "text"),
     [
-        ({"type": "number"}, "1e999"),
         ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.25}, "0"),
         ({"type": "number", "exclusiveMaximum": 1}, "0.99999999999999999999"),
         ({"type": "number", "exclusiveMaximum": 1}, "1"),

@@ -1,8 +1,10 @@
 """The queue: who may be sent is asked once a place is there, and what is not admitted is never sent."""
 
 import asyncio
+import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,13 @@ import pytest
 from moebeam.model_runner.admission import AdmittingRunner, Verdict
 from moebeam.model_runner.openai_engine import concurrency
 from moebeam.model_runner.openai_engine.admission_queue import AdmissionQueue, NotAdmitted
-from moebeam.model_runner.openai_engine.endpoint import RetryPolicy
 from moebeam.model_runner.openai_engine.options import FallbackSection
 from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
 from moebeam.schemas.errors import EngineFailed, EngineUnavailable
 from moebeam.schemas.records import Completion, Message, Request, Sampling
 from tests.support.engine_configs import engine_config
 from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
-
-FAST = RetryPolicy(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)
+from tests.support.remote_engines import FAST, brief
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ class Few:
 
 def runner(served: FakeEndpoint, **values: Any) -> OpenAIRunner:
     given: dict[str, Any] = {"provider": "vllm", "base_url": served.base_url, "max_retries": 1, **values}
-    found = load_openai_runner(engine_config("openai", "", "m", "r", **given), FAST)
+    found = load_openai_runner(engine_config("openai", "", "m", "r", **given), FAST, brief())
     assert isinstance(found, OpenAIRunner) and isinstance(found, AdmittingRunner)
     return found
 
@@ -80,7 +80,9 @@ def test_those_who_wait_are_let_in_one_after_the_other_in_their_order() -> None:
         queue = AdmissionQueue(admission)
 
         async def acquire(name: int) -> None:
-            await queue.acquire(request(name))
+            await queue.wait(request(name))
+            while not queue.admit(request(name)):
+                await queue.wait(request(name), is_first=True)
             entered.append(name)
 
         tasks = [asyncio.create_task(acquire(name)) for name in range(7)]
@@ -94,6 +96,39 @@ def test_those_who_wait_are_let_in_one_after_the_other_in_their_order() -> None:
         return entered
 
     assert asyncio.run(scene()) == list(range(5))
+
+
+@pytest.mark.parametrize("status", [500, 503, 401])
+def test_those_who_wait_for_another_try_end_at_once_where_no_try_is_allowed_any_more(status: int) -> None:
+    @dataclass
+    class Stopping(Few):
+        is_stopped: bool = False
+
+        def admit(self, request: Request) -> Verdict:
+            return "stop" if self.is_stopped else super().admit(request)
+
+    admission = Stopping(most=10**9)
+
+    def reply(call: Call) -> Reply:
+        return answered(call) if call.number < 3 else replace(error(status, retry_after="300"), delay_s=0.1)
+
+    found: list[Completion] = []
+    with FakeEndpoint(reply) as served:
+        # Waits as they are by default: whoever waited for their end would wait for minutes.
+        asking = load_openai_runner(
+            engine_config("openai", "", "m", "r", provider="vllm", base_url=served.base_url, max_concurrency=4)
+        )
+        assert isinstance(asking, OpenAIRunner)
+        run = threading.Thread(
+            target=lambda: found.extend(asking.generate_admitted(map(request, range(50)), admission))
+        )
+        run.start()
+        while len(served.calls) < 6 or served.num_in_flight:
+            time.sleep(0.01)
+        admission.is_stopped = True
+        run.join(20)
+        assert not run.is_alive() and len(served.calls) <= 7
+    assert {type(one.error) for one in found} == {type(None)} and len(found) == 3
 
 
 @pytest.mark.parametrize("num_shared", [0, 64])

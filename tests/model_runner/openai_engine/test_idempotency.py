@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moebeam.model_runner.openai_engine import concurrency, runner
+from moebeam.model_runner.openai_engine import concurrency, endpoint_specs
 from moebeam.model_runner.openai_engine.endpoint import RetryPolicy
 from moebeam.model_runner.openai_engine.profiles import find_profile
 from moebeam.model_runner.openai_engine.runner import load_openai_runner
@@ -23,7 +23,7 @@ ASKED = Request("7", np.arange(3, dtype=np.int32), (Message("user", "same"),), S
 def _offered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(concurrency, "host_folder", lambda: tmp_path)
     offering = find_profile("vllm").model_copy(update={"idempotency_header": HEADER})
-    monkeypatch.setattr(runner, "find_profile", lambda name: offering)
+    monkeypatch.setattr(endpoint_specs, "find_profile", lambda name: offering)
 
 
 def keys_of(*requests: Request, num_failures: int = 0, run_id: str = "run") -> list[list[str]]:
@@ -67,5 +67,5 @@ def test_a_run_that_is_started_again_sends_the_same_keys_and_another_run_others(
 
 
 def test_where_none_is_offered_none_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "find_profile", find_profile)
+    monkeypatch.setattr(endpoint_specs, "find_profile", find_profile)
     assert keys_of(ASKED) == [[""]]

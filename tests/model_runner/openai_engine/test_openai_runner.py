@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moebeam.model_runner.openai_engine import concurrency, endpoint
-from moebeam.model_runner.openai_engine.endpoint import RetryPolicy
+from moebeam.model_runner.openai_engine import concurrency
 from moebeam.model_runner.openai_engine.options import FallbackSection
+from moebeam.model_runner.openai_engine.outages.circuit import OutagePolicy
 from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
 from moebeam.schemas.chat_options import ChatOptions, Tool
 from moebeam.schemas.errors import (
@@ -22,10 +22,7 @@ from moebeam.schemas.errors import (
     ContentRefused,
     EngineFailed,
     EngineLoadError,
-    EngineOverloaded,
-    EngineTimeout,
     EngineUnavailable,
-    MalformedResponse,
     RequestRefused,
 )
 from moebeam.schemas.records import Completion, Message, Request, Sampling, ToolCall, Usage
@@ -42,9 +39,9 @@ from tests.support.fake_endpoint import (
     error,
     with_usage,
 )
+from tests.support.remote_engines import FAST, brief
 
 KEY = "sk-test-0123456789"
-FAST = RetryPolicy(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)
 Answering = Callable[[Call], Reply]
 
 
@@ -75,9 +72,12 @@ def requests(num: int, *, shared: int = 0, **options: Any) -> list[Request]:
     ]
 
 
-def runner(served: FakeEndpoint, **values: Any) -> OpenAIRunner:
+def runner(served: FakeEndpoint, outages: OutagePolicy | None = None, **values: Any) -> OpenAIRunner:
     given: dict[str, Any] = {"provider": "deepseek", "base_url": served.base_url, "max_retries": 3}
-    return load_openai_runner(engine_config("openai", "", "deepseek-v4-flash", "rev", **(given | values)), FAST)
+    config = engine_config("openai", "", "deepseek-v4-flash", "rev", **(given | values))
+    loaded = load_openai_runner(config, FAST, outages or brief())
+    assert isinstance(loaded, OpenAIRunner)
+    return loaded
 
 
 def completions(reply: Answering, wanted: Sequence[Request], **values: Any) -> dict[str, Completion]:
@@ -179,28 +179,6 @@ def test_trouble_that_passes_is_outlived(trouble: Reply) -> None:
     assert (found.text, found.error) == ("fine", None)
 
 
-@pytest.mark.parametrize(
-    ("trouble", "kind"),
-    [
-        (error(500), EngineFailed),
-        (error(429), EngineOverloaded),
-        (error(503), EngineOverloaded),
-        (Reply(fault="disconnect"), EngineFailed),
-        (Reply(b"{"), MalformedResponse),
-    ],
-)
-def test_trouble_that_stays_is_a_typed_failure_of_the_row(trouble: Reply, kind: type[Exception]) -> None:
-    found = only(lambda call: trouble, max_retries=1)
-    assert type(found.error) is kind
-    assert (found.finish_reason, found.usage) == ("error", Usage(0, 0, 0))
-
-
-def test_no_retries_means_one_call() -> None:
-    with FakeEndpoint(lambda call: error(500)) as served:
-        list(runner(served, max_retries=0).generate(requests(1)))
-        assert len(served.calls) == 1
-
-
 @pytest.mark.parametrize(("status", "kind"), [(400, RequestRefused), (422, RequestRefused)])
 def test_refused_request_is_asked_once_and_leaves_the_others_alone(status: int, kind: type[Exception]) -> None:
     def reply(call: Call) -> Reply:
@@ -242,39 +220,23 @@ def test_answers_in_flight_come_out_before_the_engine_stops() -> None:
     assert [c.text for c in found] == ["paid"] * 10
 
 
-def test_endpoint_that_answers_nobody_stops_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "MAX_FAILED_IN_A_ROW", 5)
-    with FakeEndpoint(lambda call: error(500)) as served, pytest.raises(EngineUnavailable, match="HTTP 500"):
-        list(runner(served, max_retries=0, max_concurrency=2).generate(requests(500)))
-    assert len(served.calls) < 20
-
-
-def test_failures_with_answers_between_them_do_not_stop_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "MAX_FAILED_IN_A_ROW", 3)
-    found = completions(
-        lambda call: error(500) if call.number % 2 else GOOD, requests(20), max_retries=0, max_concurrency=1
-    )
-    assert Counter(type(c.error) for c in found.values()) == {type(None): 10, EngineFailed: 10}
-
-
-def test_closed_port_stops_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "MAX_FAILED_IN_A_ROW", 3)
-    with FakeEndpoint(echo) as served:
-        address = served.base_url
-    config = engine_config("openai", "", "m", "r", base_url=address, max_retries=0)
-    with pytest.raises(EngineUnavailable, match="no connection"):
-        list(load_openai_runner(config, FAST).generate(requests(20)))
+def test_failures_with_answers_between_them_lose_no_row() -> None:
+    found = completions(lambda call: error(500) if call.number % 2 else GOOD, requests(20), max_concurrency=1)
+    assert {c.error for c in found.values()} == {None}
 
 
 def test_silence_is_a_timeout_while_long_answers_with_signs_of_life_are_not() -> None:
+    silent = ["question 0"]
+
     def reply(call: Call) -> Reply:
-        if call.last_user_text == "question 0":
+        if call.last_user_text in silent:
+            silent.remove(call.last_user_text)
             return Reply(fault="silence")
         return Reply(deepseek("late"), delay_s=1.2, num_blank_lines=12)
 
-    found = completions(reply, requests(2), timeout_s=0.6, max_retries=0)
-    assert isinstance(found["r0"].error, EngineTimeout)
-    assert (found["r1"].text, found["r1"].error) == ("late", None)
+    found = completions(reply, requests(2), timeout_s=0.6)
+    assert [call.error_type for call in found["r0"].lost_calls] == ["engine_timeout"]
+    assert (found["r1"].text, found["r1"].lost_calls) == ("late", ())
 
 
 def test_paid_answer_that_broke_off_comes_out_with_its_usage_and_is_not_asked_again() -> None:

@@ -46,20 +46,25 @@ def refusal(
     ("status", "consequence", "kind"),
     [
         (400, "row", RequestRefused),
-        (401, "endpoint", EngineFailed),
-        (402, "endpoint", EngineFailed),
-        (403, "endpoint", EngineFailed),
-        (404, "endpoint", EngineFailed),
-        (408, "retry", EngineFailed),
+        (401, "closed", EngineFailed),
+        (402, "closed", EngineFailed),
+        (403, "closed", EngineFailed),
+        (404, "closed", EngineFailed),
+        (408, "failed", EngineFailed),
+        (405, "closed", EngineFailed),
+        (407, "closed", EngineFailed),
+        (409, "failed", EngineFailed),
+        (410, "closed", EngineFailed),
         (413, "row", RequestRefused),
         (422, "row", RequestRefused),
+        (425, "failed", EngineFailed),
         (429, "overload", EngineOverloaded),
-        (500, "retry", EngineFailed),
-        (502, "retry", EngineFailed),
+        (500, "failed", EngineFailed),
+        (502, "failed", EngineFailed),
         (503, "overload", EngineOverloaded),
-        (504, "retry", EngineFailed),
+        (504, "failed", EngineFailed),
         (529, "overload", EngineOverloaded),
-        (599, "retry", EngineFailed),
+        (599, "failed", EngineFailed),
     ],
 )
 def test_each_status_has_its_consequence(status: int, consequence: Consequence, kind: type[RowError]) -> None:
@@ -72,10 +77,10 @@ def test_each_status_has_its_consequence(status: int, consequence: Consequence, 
     ("provider", "status", "code", "consequence", "kind"),
     [
         ("alibaba", 400, "data_inspection_failed", "row", ContentRefused),
-        ("alibaba", 400, "Arrearage", "endpoint", EngineFailed),
-        ("volcano", 403, "AccountOverdueError", "endpoint", EngineFailed),
+        ("alibaba", 400, "Arrearage", "closed", EngineFailed),
+        ("volcano", 403, "AccountOverdueError", "closed", EngineFailed),
         ("volcano", 400, "SensitiveContentDetected", "row", ContentRefused),
-        ("openai", 429, "insufficient_quota", "endpoint", EngineFailed),
+        ("openai", 429, "insufficient_quota", "closed", EngineFailed),
         ("openai", 429, "rate_limit_exceeded", "overload", EngineOverloaded),
     ],
 )
@@ -86,19 +91,39 @@ def test_code_of_the_provider_comes_before_the_status(
     assert (failure.consequence, type(failure.error)) == (consequence, kind)
 
 
-def test_text_of_a_refusal_decides_nothing() -> None:
+def test_text_of_a_refusal_decides_nothing_but_for_the_one_that_a_profile_lists() -> None:
     assert refusal(400, "insufficient_quota, rate limit, invalid api key").consequence == "row"
+    assert refusal(400, "Model Not Exist").consequence == "closed"
+    assert refusal(400, "Model Not Exist", provider="vllm").consequence == "row"
+    assert refusal(400, "the text says: Model Not Exist").consequence == "row"
 
 
-def test_silence_and_broken_connections_may_be_tried_again() -> None:
+def test_refusals_are_alike_where_only_numbers_and_ids_differ() -> None:
+    found = [refusal(400, f"model x-{n} is unknown, request_id req_{n}f{n}").refusal for n in (1, 22)]
+    assert found[0] == found[1] != ""
+    others = [refusal(400, "another"), refusal(422, "model x-1 is unknown, request_id req_1f1"), refusal(400, code="c")]
+    assert len({found[0], *(one.refusal for one in others)}) == 4
+    assert refusal(500).refusal == refusal(401).refusal == ""
+
+
+def test_silence_and_broken_connections_are_the_providers() -> None:
     deepseek = find_profile("deepseek")
-    for cause, kind in ((httpx2.ReadTimeout("x"), EngineTimeout), (httpx2.ConnectError("x"), EngineFailed)):
+    causes: list[tuple[Exception, Consequence, type[RowError]]] = [
+        (httpx2.ReadTimeout("x"), "failed", EngineTimeout),
+        (httpx2.ReadError("x"), "failed", EngineFailed),
+        (httpx2.ConnectError("x"), "unreachable", EngineFailed),
+        (httpx2.ConnectTimeout("x"), "unreachable", EngineFailed),
+    ]
+    for cause, consequence, kind in causes:
         error = openai.APIConnectionError(request=REQUEST)
         error.__cause__ = cause
         failure = classify_failure(error, deepseek, KEY)
-        assert (failure.consequence, type(failure.error)) == ("retry", kind)
+        assert (failure.consequence, type(failure.error)) == (consequence, kind)
+        assert failure.may_be_billed == (consequence == "failed")
     malformed = classify_failure(MalformedResponse("choices: no"), deepseek, KEY)
-    assert (malformed.consequence, type(malformed.error)) == ("retry", MalformedResponse)
+    assert (malformed.consequence, type(malformed.error)) == ("failed", MalformedResponse)
+    assert classify_failure(httpx2.DecodingError("x"), deepseek, KEY).consequence == "failed"
+    assert classify_failure(TypeError("no JSON"), deepseek, KEY).consequence == "row"
     assert isinstance(classify_failure(httpx2.ReadTimeout("x"), deepseek, KEY).error, EngineTimeout)
     assert isinstance(classify_failure(httpx2.RemoteProtocolError("x"), deepseek, KEY).error, EngineFailed)
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,17 @@ def test_strict_tools_go_to_the_address_for_them_only_where_the_provider_can_tak
     assert "strict" not in body("volcano", request(tools=(Tool("look", STRICT),))).fields["tools"][0]["function"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [({"q": "ü", "n": 1}, '{"q": "ü", "n": 1}'), ('{"q":1}', '{"q":1}'), (None, "{}"), ({}, "{}")],
+)
+def test_arguments_of_an_earlier_call_are_sent_as_json_text(arguments: Any, text: str) -> None:
+    calls: Any = [{"id": "c", "type": "function", "function": {"name": "look", "arguments": arguments}}]
+    asked = replace(request(), messages=(Message("assistant", "", {"tool_calls": calls}),))
+    (message,) = chat_body(asked, find_profile("vllm"), "m", is_stream=False).fields["messages"]
+    assert message["tool_calls"] == [{"id": "c", "type": "function", "function": {"name": "look", "arguments": text}}]
+
+
 def test_choice_of_tools_is_sent_in_its_documented_form() -> None:
     tools = (Tool("look", STRICT),)
     named = body("vllm", request(tools=tools, tool_choice=ToolChoice("named", "look"), parallel_tool_calls=False))
@@ -153,6 +165,38 @@ def test_what_the_provider_does_not_take_is_not_sent_and_told_once(caplog: pytes
         "deepseek takes no min_p: it is not sent",
     ]
     assert body("vllm", wanted).fields["seed"] == 7
+
+
+def test_penalties_and_likely_tokens_are_sent_where_they_are_asked_for() -> None:
+    sampling = Sampling(5, logprobs=True, top_logprobs=3, frequency_penalty=0.5, presence_penalty=-1.0)
+    found = body("openai", request(sampling=sampling)).fields
+    asked = {"logprobs": True, "top_logprobs": 3, "frequency_penalty": 0.5, "presence_penalty": -1.0}
+    assert {name: found[name] for name in asked} == asked
+    assert not asked.keys() & body("openai", request()).fields.keys()
+    with pytest.raises(RequestRefused, match=r"presence_penalty: siliconflow takes none, found -1\.0"):
+        body("siliconflow", request(sampling=Sampling(5, presence_penalty=-1.0)))
+
+
+@pytest.mark.parametrize(
+    ("provider", "tier", "expected"),
+    [
+        ("openai", "flex", {"service_tier": "flex"}),
+        ("openai", "default", {"service_tier": "default"}),
+        ("openai", None, {}),
+        ("deepseek", "auto", {}),
+        ("fireworks", "priority", {"service_tier": "priority"}),
+        ("fireworks", "default", {}),
+    ],
+)
+def test_a_service_tier_is_sent_to_providers_that_have_it(provider: str, tier: Any, expected: dict[str, str]) -> None:
+    found = body(provider, request(service_tier=tier)).fields
+    assert {name: value for name, value in found.items() if name == "service_tier"} == expected
+
+
+@pytest.mark.parametrize(("provider", "tier"), [("deepseek", "flex"), ("vllm", "priority"), ("azure", "flex")])
+def test_a_tier_that_the_provider_does_not_have_refuses_the_request(provider: str, tier: Any) -> None:
+    with pytest.raises(RequestRefused, match=rf"service_tier: expected .*which {provider} has, found '{tier}'"):
+        body(provider, request(service_tier=tier))
 
 
 def test_more_stop_strings_than_the_provider_takes_refuse_the_request() -> None:

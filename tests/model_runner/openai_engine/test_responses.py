@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from moebeam.model_runner.openai_engine.profiles import find_profile
 from moebeam.model_runner.openai_engine.responses import Answer, StreamedAnswer, read_answer
-from moebeam.schemas.errors import AnswerInterrupted, EngineFailed, MalformedResponse
-from moebeam.schemas.records import ToolCall, Usage
+from moebeam.schemas.errors import AnswerInterrupted, MalformedResponse
+from moebeam.schemas.records import TokenLogprob, ToolCall, Usage
 from tests.support.fake_endpoint import ALIBABA_USAGE, VLLM_USAGE, VOLCANO_USAGE, as_events, deepseek, with_usage
 
 DEEPSEEK = find_profile("deepseek")
@@ -54,10 +54,50 @@ def test_unknown_cached_tokens_are_none_and_never_zero() -> None:
     assert read(with_usage(deepseek(), usage)).usage.cached_tokens is None
 
 
-@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": 5}, {"prompt_tokens": "5", "completion_tokens": 1}])
-def test_answer_that_does_not_say_what_it_cost_is_an_error(usage: Any) -> None:
-    answer = read(with_usage(deepseek("yes"), usage))
-    assert isinstance(answer.error, EngineFailed)
+@pytest.mark.parametrize("usage", [None, {}, [], "none", 7, {"total_tokens": 6}, {"prompt_tokens": True}])
+def test_answer_without_a_usage_is_an_answer_whose_tokens_are_unknown(usage: Any) -> None:
+    for answer in (read(with_usage(deepseek("yes"), usage)), streamed(with_usage(deepseek("yes"), usage))):
+        assert (answer.text, answer.error) == ("yes", None)
+        assert answer.usage == Usage(None, None, None, 0, "missing")
+
+
+@pytest.mark.parametrize(
+    ("usage", "expected"),
+    [
+        ({"prompt_tokens": 5}, Usage(5, None, status="missing")),
+        ({"prompt_tokens": "5", "completion_tokens": 1}, Usage(None, 1, status="missing")),
+        ({"prompt_tokens": 5.0, "completion_tokens": 1.5}, Usage(5, None, status="missing")),
+        ({"prompt_tokens": 7, "completion_tokens": -2}, Usage(7, None, status="contradictory")),
+        ({"prompt_tokens": 10**26 + 1, "completion_tokens": 2}, Usage(None, 2, status="contradictory")),
+        ({"prompt_tokens": 2**63, "completion_tokens": 2}, Usage(None, 2, status="contradictory")),
+        (
+            {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 11}},
+            Usage(9, 2, 11, status="contradictory"),
+        ),
+        (
+            {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": -1}},
+            Usage(9, 2, None, status="contradictory"),
+        ),
+        (
+            {"prompt_tokens": 9, "completion_tokens": 2, "completion_tokens_details": {"reasoning_tokens": 40}},
+            Usage(9, 2, None, 40, "contradictory"),
+        ),
+        (
+            {"prompt_tokens": 9, "completion_tokens": 2, "completion_tokens_details": "none"},
+            Usage(9, 2, None, 0, "reported"),
+        ),
+    ],
+)
+def test_usage_is_kept_as_it_was_reported_and_says_what_is_wrong_with_it(usage: Any, expected: Usage) -> None:
+    answer = read(with_usage(deepseek("yes"), usage), "openai")
+    assert (answer.usage, answer.error, answer.text) == (expected, None, "yes")
+
+
+@pytest.mark.parametrize("figure", ["9" * 5000, "1e400", "-1e400"])
+def test_a_figure_beyond_every_number_is_a_contradiction_and_not_a_crash(figure: str) -> None:
+    content = json.dumps(with_usage(deepseek("yes"), {"prompt_tokens": 1, "completion_tokens": "FIGURE"}))
+    answer = read_answer(content.replace('"FIGURE"', figure).encode(), DEEPSEEK)
+    assert answer.usage == Usage(1, None, status="contradictory")
     assert answer.text == "yes"
 
 
@@ -105,12 +145,55 @@ def test_documented_finish_reasons_are_kept(reason: str) -> None:
     assert (answer.finish_reason, answer.error) == (reason, None)
 
 
-@pytest.mark.parametrize("reason", ["bored", None])
-def test_unknown_finish_reason_is_an_error_that_names_it(reason: str | None) -> None:
-    answer = read(deepseek(finish_reason=reason))
-    assert isinstance(answer.error, EngineFailed)
-    assert repr(reason) in str(answer.error)
-    assert answer.usage.prompt_tokens == 100
+@pytest.mark.parametrize("reason", ["bored", "", None, "EOS", 3])
+def test_any_word_ends_a_whole_answer_and_is_kept(reason: Any) -> None:
+    answer = read(deepseek("all of it", finish_reason=reason))
+    assert (answer.finish_reason, answer.error, answer.text) == ("stop", None, "all of it")
+    assert answer.provider_finish_reason == (None if reason is None else str(reason))
+    assert answer.has_known_reason == (reason not in ("bored", 3))
+
+
+def test_calls_without_a_reason_are_calls() -> None:
+    answer = read(deepseek("", tool_calls=CALLS, finish_reason=None))
+    assert (answer.finish_reason, answer.provider_finish_reason) == ("tool_calls", None)
+
+
+def test_stream_that_names_no_reason_is_whole_at_its_done() -> None:
+    reader = StreamedAnswer()
+    for event in as_events(deepseek("a text", finish_reason="")):
+        reader.add_line(event if isinstance(event, str) else f"data: {json.dumps(event)}")
+    answer = reader.answer(DEEPSEEK)
+    assert (answer.text, answer.finish_reason, answer.error) == ("a text", "stop", None)
+
+
+@pytest.mark.parametrize("lines", [["data: [DONE]"], [": keep-alive", ""]])
+def test_stream_without_any_piece_is_malformed(lines: list[str]) -> None:
+    reader = StreamedAnswer()
+    for line in lines:
+        reader.add_line(line)
+    with pytest.raises(MalformedResponse, match="breaks off"):
+        reader.answer(DEEPSEEK)
+
+
+def test_surrogate_pair_split_over_pieces_is_one_character() -> None:
+    reader = StreamedAnswer()
+    for text in ("ol\\ud83e", "\\udd51!"):
+        escaped = f'{{"choices": [{{"delta": {{"content": "{text}", "reasoning_content": "{text}"}}}}]}}'
+        reader.add_line(f"data: {escaped}")
+    reader.add_line("data: [DONE]")
+    answer = reader.answer(DEEPSEEK)
+    assert answer.text == answer.reasoning_content == "ol\U0001f951!"
+
+
+def test_half_of_a_surrogate_pair_stays_what_it_is() -> None:
+    content = json.dumps(deepseek("cut \ud83e")).encode()
+    assert b"ud83e" in content
+    assert read_answer(content, DEEPSEEK).text == "cut \ud83e"
+
+
+def test_number_for_an_id_is_taken_as_its_text() -> None:
+    answer = deepseek("", tool_calls=[{"id": 7, "function": {"name": "look", "arguments": "{}"}}])
+    assert read(answer).tool_calls == (ToolCall("7", "look", "{}"),)
 
 
 def test_served_model_and_fingerprint_are_read() -> None:
@@ -166,4 +249,32 @@ def test_stream_without_usage_at_its_end_does_not_say_what_it_cost() -> None:
     reader = StreamedAnswer()
     for event in as_events(deepseek("text"))[:-2]:
         reader.add_line(f"data: {json.dumps(event)}")
-    assert isinstance(reader.answer(DEEPSEEK).error, EngineFailed)
+    assert reader.answer(DEEPSEEK).usage.status == "missing"
+
+
+def test_likely_tokens_and_the_tier_that_served_are_read_whole_and_in_pieces() -> None:
+    answer = deepseek("yes") | {"service_tier": "flex"}
+    places = [
+        {
+            "token": "y",
+            "logprob": -0.1,
+            "top_logprobs": [{"token": "y", "logprob": -0.1}, {"token": "n", "logprob": -3}],
+        },
+        {"token": "es", "logprob": -0.2, "top_logprobs": [{"token": "es", "logprob": -0.2}]},
+    ]
+    answer["choices"][0]["logprobs"] = {"content": places}
+    pieces = StreamedAnswer()
+    choice = answer["choices"][0]
+    for place, text in zip(places, ("y", "es"), strict=True):
+        piece = {"index": 0, "delta": {"content": text}, "logprobs": {"content": [place]}}
+        pieces.add_line(f"data: {json.dumps({**answer, 'choices': [piece]})}")
+    pieces.add_line(
+        f"data: {json.dumps({**answer, 'choices': [{'delta': {}, 'finish_reason': choice['finish_reason']}]})}"
+    )
+    for found in (read(answer, "openai"), pieces.answer(find_profile("openai"))):
+        assert (found.text, found.service_tier, found.logprobs) == ("yes", "flex", (-0.1, -0.2))
+        assert found.top_logprobs == (
+            (TokenLogprob("y", -0.1), TokenLogprob("n", -3.0)),
+            (TokenLogprob("es", -0.2),),
+        )
+    assert read(deepseek("yes")).top_logprobs is None

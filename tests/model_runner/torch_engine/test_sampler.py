@@ -247,3 +247,31 @@ def test_no_rows_draw_nothing():
 def test_shapes_that_do_not_fit_are_refused(logits: Tensor, num_draws: int, allowed: Tensor | None):
     with pytest.raises(ValueError, match="expected"):
         sample(logits, [Draw()] * num_draws, allowed)
+
+
+counts = st.dictionaries(st.integers(0, 40), st.integers(1, 9), max_size=6)
+penalties = st.sampled_from([0.0, 0.25, 1.5, -2.0])
+
+
+@given(st.integers(0, 2**32), counts, penalties, penalties)
+def test_penalties_are_subtracted_as_vllm_defines_them(
+    seed: int, found: dict[int, int], frequency: float, presence: float
+) -> None:
+    logits = (torch.randn(2, 41, generator=torch.Generator().manual_seed(seed)) * 8).round() / 4
+    draw = Draw(wants_logprob=True, frequency_penalty=frequency, presence_penalty=presence, counts=found)
+    expected = logits[0].double().numpy().copy()
+    for token_id, count in found.items():
+        expected[token_id] -= frequency * count + presence
+    first, other = sample(logits, [draw, Draw()])
+    assert first.token_id == int(expected.argmax())
+    assert other == sample(logits[1:], [Draw()])[0]
+    # What is reported is the model's own probability.
+    raw = logits[0].double().log_softmax(dim=-1)[first.token_id].item()
+    assert first.logprob == pytest.approx(raw, abs=1e-5)
+
+
+def test_penalties_leave_the_logits_as_they_were() -> None:
+    logits = torch.tensor([[2.0, 1.0]])
+    (drawn,) = sample(logits, [Draw(presence_penalty=1.5, counts={0: 1})])
+    assert drawn.token_id == 1
+    assert logits.tolist() == [[2.0, 1.0]]

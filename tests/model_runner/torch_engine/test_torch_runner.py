@@ -57,6 +57,22 @@ def test_greedy_texts_are_those_of_the_transformers_engine(tiny_checkpoint: Path
     assert len(set(expected.values())) > 8
 
 
+@pytest.mark.parametrize(
+    "penalties", [{"frequency_penalty": 1.5}, {"presence_penalty": 2.0}, {"frequency_penalty": -0.5}]
+)
+def test_penalties_give_the_answers_of_the_transformers_engine(
+    tiny_checkpoint: Path, runner: TorchRunner, penalties: dict[str, float]
+) -> None:
+    plain = random_requests(6)
+    requests = [replace(one, sampling=replace(one.sampling, max_tokens=24, **penalties)) for one in plain]
+    oracle = load_transformers_runner(make_config(tiny_checkpoint, engine="transformers"))
+    expected = texts({completion.request_id: completion for completion in oracle.generate(requests)})
+    assert texts(run_all(runner, requests)) == expected
+    unpunished = [replace(one, sampling=replace(one.sampling, max_tokens=24)) for one in plain]
+    if min(penalties.values()) > 0:
+        assert texts(run_all(runner, unpunished)) != expected
+
+
 def test_answer_ends_with_the_checkpoints_end_token_that_its_text_does_not_show(runner: TorchRunner) -> None:
     grammar = json.dumps({"grammars": [{"lark_grammar": 'start: "ab"'}]})
     (found,) = run_all(runner, [request_of(0, [70], 9, grammar=grammar)]).values()

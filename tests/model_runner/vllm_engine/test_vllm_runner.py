@@ -31,7 +31,7 @@ from moebeam.model_runner.vllm_engine import runner as vllm_runner
 from moebeam.model_runner.vllm_engine.process import PYTHON_VARIABLE
 from moebeam.model_runner.vllm_engine.runner import ARGUMENTS_VARIABLE, VllmRunner, load_vllm_runner
 from moebeam.schemas.errors import ContextOverflow, EngineFailed, EngineLoadError
-from moebeam.schemas.records import Completion, Request, Sampling
+from moebeam.schemas.records import Completion, Request, Sampling, TokenLogprob
 from tests.support.checkpoints import save_tiny_tokenizer
 from tests.support.engine_configs import engine_config
 from tests.support.tiny_requests import EOS_ID, request_of
@@ -51,8 +51,9 @@ FAKE_WORKER = """
         os.write(1, json.dumps(line).encode() + b"\\n")
 
     def tokens(id, token_ids, finish_reason, logprobs=None, cached_tokens=3):
-        say(type="tokens", id=id, token_ids=token_ids, logprobs=logprobs, cached_tokens=cached_tokens,
-            finish_reason=finish_reason)
+        likely = None if logprobs is None else [[(token_id, -1.0), (65, -2.0)] for token_id in token_ids]
+        say(type="tokens", id=id, token_ids=token_ids, logprobs=logprobs, top_logprobs=likely,
+            cached_tokens=cached_tokens, finish_reason=finish_reason)
 
     def answer(ask):
         id, sampling, kind = ask["id"], ask["sampling"], ask["prompt_token_ids"][-1]
@@ -153,6 +154,15 @@ def runner(fake: Fake, tiny_checkpoint: Path) -> Iterator[VllmRunner]:
     loaded.close()
 
 
+def test_what_is_given_back_is_withdrawn_and_has_no_completion(runner: VllmRunner, fake: Fake) -> None:
+    found: list[str] = []
+    for completion in runner.generate(request(str(number), [70, 71]) for number in range(30)):
+        found.append(completion.request_id)
+        runner.give_back()
+    assert len(found) == 1
+    assert list(runner.generate([request("again", [70])])) == []
+
+
 def test_requests_are_sent_in_token_order_tenants_apart(runner: VllmRunner, fake: Fake) -> None:
     rng = np.random.default_rng(0)
     requests = [request(str(i), [70, *rng.integers(70, 74, 5)], tenant=("", "a", "b")[i % 3]) for i in range(30)]
@@ -218,12 +228,35 @@ def test_sampling_is_sent_as_asked_and_seeds_depend_on_the_request_alone(runner:
         "top_p": 0.9,
         "min_p": 0.1,
         "seed": None,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
         "logprobs": None,
         "stop_token_ids": [EOS_ID],
     }
     assert (first["grammar"], greedy["grammar"], greedy["sampling"]["logprobs"]) == ("{}", None, 0)
     assert first["sampling"]["seed"] == same["sampling"]["seed"] != second["sampling"]["seed"]
     assert (seeded["sampling"]["seed"], greedy["sampling"]["seed"]) == (2**63 - 1, None)
+
+
+def test_penalties_and_likely_tokens_are_vllms(runner: VllmRunner, fake: Fake) -> None:
+    asked = {"frequency_penalty": 0.5, "presence_penalty": -1.0, "logprobs": True}
+    found = by_id(
+        runner.generate(
+            [
+                request("one", [70, 71, 72], max_tokens=2, top_logprobs=1, **asked),
+                request("two", [70, 71, 72], max_tokens=2, top_logprobs=2, **asked),
+                request("none", [70, 71, 72], max_tokens=2, logprobs=True),
+            ]
+        )
+    )
+    decode = runner._tokenizer.decode
+    assert found["none"].top_logprobs is None
+    assert found["one"].top_logprobs == tuple((TokenLogprob(decode([token_id]), -1.0),) for token_id in (70, 71))
+    assert found["two"].top_logprobs is not None
+    assert found["two"].top_logprobs[0] == (TokenLogprob(decode([70]), -1.0), TokenLogprob(decode([65]), -2.0))
+    sent = [ask["sampling"] for ask in fake.asks()]
+    assert sorted(sampling["logprobs"] for sampling in sent) == [0, 1, 2]
+    assert sorted(sampling["frequency_penalty"] for sampling in sent) == [0.0, 0.5, 0.5]
 
 
 def test_text_ends_before_a_stop_string_and_the_rest_is_withdrawn(runner: VllmRunner, fake: Fake) -> None:
@@ -559,9 +592,10 @@ def test_worker_keeps_its_lines_apart_from_what_vllm_prints(worker: Worker) -> N
     assert worker.hear() == {"type": "ready", "max_model_len": 9, "vocab_size": 8, "max_num_seqs": 7, "device": "tin"}
     worker.ask("a", [3], sampling={"logprobs": 1}, cache_salt="s")
     line = {"type": "tokens", "id": "a", "token_ids": [5], "cached_tokens": 2}
-    assert worker.hear() == line | {"logprobs": [-0.5], "finish_reason": "length"}
+    likeliest = [[[5, -0.5], [6, -9.0]]]
+    assert worker.hear() == line | {"logprobs": [-0.5], "top_logprobs": likeliest, "finish_reason": "length"}
     worker.ask("b", [3], is_streamed=True, sampling={"logprobs": None})
-    assert worker.hear() == line | {"id": "b", "logprobs": None, "finish_reason": None}
+    assert worker.hear() == line | {"id": "b", "logprobs": None, "top_logprobs": None, "finish_reason": None}
     assert worker.hear()["finish_reason"] == "length"
     code, log = worker.end()
     assert code == 0

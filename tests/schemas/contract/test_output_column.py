@@ -94,6 +94,7 @@ def test_duckdb_reads_the_fields_by_name() -> None:
         ({"properties": {"a": {"type": "integer"}}}, []),
         ({"type": "object", "additionalProperties": {"type": "integer"}}, [["a", 1]]),
         ({"type": "number"}, True),
+        ({"type": "number"}, 10**400),
         ({"type": "integer"}, False),
         ({"type": "boolean"}, 1),
         ({"type": "string"}, 1),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moebeam.schemas.contract.strict_json import MAX_DEPTH, measure_depth, parse_json
+from moebeam.schemas.contract.strict_json import MAX_DEPTH, keep_last_keys, measure_depth, parse_json
 from moebeam.schemas.errors import NotJson
 
 
@@ -23,7 +23,7 @@ from moebeam.schemas.errors import NotJson
         ("[1, NaN]", "NaN is not JSON at line 1, column 5 (character 4)"),
         ('["NaN", -Infinity]', "-Infinity is not JSON at line 1, column 9 (character 8)"),
         ('{"Infinity": Infinity}', "Infinity is not JSON at line 1, column 14 (character 13)"),
-        ("[-1e400]", "-1e400 is beyond the range of a double at line 1, column 2 (character 1)"),
+        ("[-1e4300]", "-1e4300 has more than 4300 digits at line 1, column 2 (character 1)"),
         ("[01]", "line 1, column 3 (character 2)"),
         ("[\u0661]", "line 1, column 2 (character 1)"),
         ("\ufeff{}", "(character 0)"),
@@ -33,6 +33,25 @@ def test_malformed_answer_is_refused_with_its_position(text: str, where: str) ->
     with pytest.raises(NotJson) as caught:
         parse_json(text)
     assert where in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e400", 10**400), ("-1.5e999", -15 * 10**998), ("1e-400", 0)])
+def test_a_number_beyond_a_double_is_the_integer_that_it_says(text: str, value: int) -> None:
+    assert parse_json(text) == value
+
+
+@pytest.mark.parametrize("text", ["1e4300", "-1e999999999", "1e99999999999999999999", "9" * 400 + ".5"])
+def test_a_number_that_nothing_holds_is_refused(text: str) -> None:
+    with pytest.raises(NotJson, match=r"more than 4300 digits|no integer"):
+        parse_json(text)
+
+
+def test_a_text_is_kept_unless_a_key_repeats() -> None:
+    for text, expected in [
+        ('{"a": 1.50, "b": [{"a": 2}]}', '{"a": 1.50, "b": [{"a": 2}]}'),
+        ('{"a": 1, "b": {"c": 1, "\\u0063": 2}, "a": "é"}', '{"a": "é", "b": {"c": 2}}'),
+    ]:
+        assert keep_last_keys(text, parse_json(text)) == expected
 
 
 @pytest.mark.parametrize("text", ['"\\ud800"', '{"\\uDC00": 1}', '"\ud800"', '{"a": ["\\ud83d x"]}'])

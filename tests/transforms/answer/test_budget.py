@@ -13,20 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebeam.model_runner.openai_engine.options import FallbackSection
+from moebeam.model_runner.protocol import ModelRunner
 from moebeam.schemas.answers import AccountedAnswer, ValidatedAnswer
-from moebeam.schemas.errors import EngineFailed
+from moebeam.schemas.errors import EngineFailed, EngineUnavailable, RequestGivenUp
 from moebeam.schemas.job.sections import LimitsSection
 from moebeam.schemas.records import Completion, Request, Sampling, Usage
 from moebeam.transforms.answer.budget import BudgetedRunner, BudgetEnded, ShardBudget, SpendingLimits
 from moebeam.transforms.answer.expectation import Ceiling
-from moebeam.transforms.answer.spending import Spent
+from moebeam.transforms.answer.spending import Spending, Spent
+from moebeam.transforms.durable.stop import BY_SIGNAL
 from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.money.price_book import PriceBook
-from moebeam.transforms.plan.plan_record import PlannedShard
 from tests.support.engine_configs import engine_config
 
 NOW = 1_000_000.0
-SHARD = PlannedShard("s1", num_rows=9, num_requests=8, num_rejects=1, num_prompt_tokens=80, num_tree_tokens=40)
 
 
 def request(name: int) -> Request:
@@ -59,20 +59,6 @@ def test_a_limit_is_reached_when_nothing_is_left_of_it(limits: SpendingLimits, s
     assert reason is None or reason.message.startswith(f"[limits] {kind}: ")
 
 
-def test_a_shard_that_cannot_be_finished_is_not_begun() -> None:
-    assert SpendingLimits(max_requests=10).find_refusal(Spent(num_requests=2), SHARD) is None
-    reason = SpendingLimits(max_requests=10).find_refusal(Spent(num_requests=3), SHARD)
-    assert reason is not None
-    assert reason.message == "[limits] max_requests: 10 allowed, 3 spent, and shard s1 needs at least 8"
-    assert SpendingLimits(max_input_tokens=80).find_refusal(Spent(), SHARD) is None
-    reason = SpendingLimits(max_input_tokens=79).find_refusal(Spent(), SHARD)
-    assert reason is not None and reason.kind == "max_input_tokens"
-
-
-def test_what_output_a_shard_will_take_is_not_guessed() -> None:
-    assert SpendingLimits(max_output_tokens=1, max_cost=Decimal("0.000001")).find_refusal(Spent(), SHARD) is None
-
-
 def test_a_deadline_is_minutes_from_the_start_or_an_instant() -> None:
     assert SpendingLimits.from_section(LimitsSection(deadline=1.5), NOW).deadline_at == NOW + 90
     assert SpendingLimits.from_section(LimitsSection(deadline="1970-01-01T01:00:00+00:00"), NOW).deadline_at == 3600
@@ -96,22 +82,32 @@ class Engine:
                 yield replace(answer(3).answer.completion, request_id=one.request_id)
 
 
+def answers_within(shard: ShardBudget, engine: ModelRunner, num: int) -> tuple[list[str], bool]:
+    """Ids of the requests that were answered, and whether the budget ended before all of them."""
+    answered: list[str] = []
+    try:
+        for completion in BudgetedRunner(engine, shard).generate(map(request, range(num))):
+            answered.append(completion.request_id)
+    except BudgetEnded:
+        return answered, True
+    return answered, False
+
+
 @given(num=st.integers(0, 30), window=st.integers(1, 7), most=st.integers(1, 40))
 def test_requests_are_handed_out_up_to_the_limit_and_those_under_way_are_finished(
     num: int, window: int, most: int
 ) -> None:
     engine = Engine(window)
-    shard = ShardBudget(SpendingLimits(max_requests=most), Spent)
-    given_out = [request(name) for name in range(num)]
-    answered = [one.request_id for one in BudgetedRunner(engine, shard).generate(given_out)]
+    shard = ShardBudget(SpendingLimits(max_requests=most))
+    answered, is_ended = answers_within(shard, engine, num)
     assert answered == engine.pulled == [str(name) for name in range(min(num, most))]
-    assert (shard.stop is None) == (num < most)
+    assert is_ended == (shard.stop is not None) == (num > most)
 
 
 @given(num=st.integers(1, 40), window=st.integers(1, 7), most=st.integers(1, 40))
 def test_output_passes_its_limit_by_no_more_than_what_was_under_way(num: int, window: int, most: int) -> None:
     engine = Engine(window)
-    shard = ShardBudget(SpendingLimits(max_output_tokens=most), Spent)
+    shard = ShardBudget(SpendingLimits(max_output_tokens=most))
     with contextlib.suppress(BudgetEnded):
         assert list(BudgetedRunner(engine, shard).generate([request(name) for name in range(num)]))
     # Once one has arrived, the others are expected to take as much; only the last one passes the limit.
@@ -119,13 +115,59 @@ def test_output_passes_its_limit_by_no_more_than_what_was_under_way(num: int, wi
 
 
 def test_what_others_spend_counts() -> None:
-    others = iter([Spent(num_requests=1), Spent(num_requests=2), Spent(num_requests=4)])
-    shard = ShardBudget(SpendingLimits(max_requests=5), lambda: next(others))
-    assert len(list(BudgetedRunner(Engine(1), shard).generate(map(request, range(9))))) == 2
+    class Others(Spending):
+        def refresh(self) -> None:
+            self.others += Spent(num_requests=1)
+
+    shard = ShardBudget(SpendingLimits(max_requests=5), Others())
+    # Looked at before each request: two of five are left when the third one is to be sent.
+    assert answers_within(shard, Engine(1), 9) == (["0", "1"], True)
+
+
+@given(num=st.integers(0, 20), most=st.integers(1, 30))
+def test_shards_that_one_process_answers_at_a_time_count_together(num: int, most: int) -> None:
+    spending = Spending()
+    shards = [ShardBudget(SpendingLimits(max_requests=most), spending, shard=name) for name in ("a", "b")]
+    sent = [shard.admit(request(name)) for name in range(num) for shard in shards]
+    assert sent.count("send") == min(2 * num, most)
+    assert spending.own == shards[0].own + shards[1].own
+
+
+def test_after_a_signal_nothing_leaves_and_nothing_is_tried_again() -> None:
+    shard = ShardBudget(SpendingLimits(max_requests=2))
+    assert [shard.admit(request(name)) for name in (0, 1, 2)] == ["send", "send", "stop"]
+    assert shard.admit(request(0)) == "send", "a limit of spending has counted it: it may be tried again"
+    shard = ShardBudget(SpendingLimits(max_requests=2))
+    assert shard.admit(request(0)) == "send"
+    shard.end(BY_SIGNAL)
+    assert [shard.admit(request(name)) for name in (0, 1)] == ["stop", "stop"]
+    assert not shard.may_ask()
+    shard.sleep(3600)
+
+
+def test_a_request_that_was_given_up_is_no_answer() -> None:
+    class GivesUp:
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            for each in requests:
+                shard.end(BY_SIGNAL)
+                yield Completion.from_error(each.request_id, RequestGivenUp("stopped"))
+
+    shard = ShardBudget()
+    assert answers_within(shard, GivesUp(), 3) == ([], True)
+
+
+def test_an_engine_that_gives_up_unasked_ends_the_run_and_rejects_no_row() -> None:
+    class GivesUp:
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            for each in requests:
+                yield Completion.from_error(each.request_id, RequestGivenUp("why not"))
+
+    with pytest.raises(EngineUnavailable):
+        list(BudgetedRunner(GivesUp(), ShardBudget()).generate(map(request, range(2))))
 
 
 def test_an_answer_without_a_price_ends_a_run_with_a_budget_of_money() -> None:
-    shard = ShardBudget(SpendingLimits(max_cost=Decimal(1)), Spent)
+    shard = ShardBudget(SpendingLimits(max_cost=Decimal(1)))
     shard.note_answer(answer(1))
     assert shard.stop is not None and shard.stop.kind == "max_cost"
     assert not shard.may_ask()
@@ -138,8 +180,8 @@ def test_prompts_that_were_estimated_are_counted_as_the_provider_reports_them() 
                 usage = Usage(prompt_tokens=25 if each.request_id == "0" else 0, completion_tokens=0)
                 yield replace(answer(0).answer.completion, request_id=each.request_id, usage=usage)
 
-    shard = ShardBudget(SpendingLimits(max_input_tokens=100), Spent)
-    assert len(list(BudgetedRunner(Provider(), shard).generate(map(request, range(2))))) == 2
+    shard = ShardBudget(SpendingLimits(max_input_tokens=100))
+    assert answers_within(shard, Provider(), 2) == (["0", "1"], False)
     # The second one failed without a count: what was expected of it, after the first one, stays counted.
     assert shard.own.input_tokens == 25 + 25
 
@@ -156,7 +198,7 @@ fake,m,2020-01-01T00:00:00Z,,,USD,10,10,10,made up,
 
 def priced(limits: SpendingLimits) -> ShardBudget:
     accounting = Accounting("run", PriceBook.parse(BOOK, "prices.csv"))
-    return ShardBudget(limits, Spent, Ceiling(accounting, (("fake", "m"),)))
+    return ShardBudget(limits, ceiling=Ceiling(accounting, (("fake", "m"),)))
 
 
 def arrived(name: int, num_output_tokens: int) -> Completion:

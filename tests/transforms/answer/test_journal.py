@@ -1,6 +1,7 @@
 """The journal: what was kept comes back as it was, once, and nothing else does."""
 
 import errno
+import json
 import logging
 import time
 import zlib
@@ -15,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebeam.model_runner.openai_engine.runner import load_openai_runner
-from moebeam.schemas.errors import ContentRefused, EngineOverloaded, EngineTimeout, RowError
+from moebeam.schemas.errors import ContentRefused, EngineOverloaded, EngineTimeout, RequestGivenUp, RowError
 from moebeam.schemas.records import Completion, LostCall, Message, Request, Sampling, ToolCall, Usage
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.answer.journal import JournaledRunner, ShardJournal, keeping_runner, request_key
+from moebeam.transforms.answer.journal import JournaledRunner, ShardJournal, is_paid, keeping_runner, request_key
 from moebeam.transforms.durable import journal_file
 from moebeam.transforms.durable.journal_file import JournalWriter, read_journal
 from tests.support.engine_configs import engine_config
@@ -27,6 +28,7 @@ from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
 
 NOW = datetime(2026, 11, 24, 1, 2, 3, 456789, UTC)
 TEXT = st.text(max_size=20)
+COUNT = st.one_of(st.none(), st.integers(-1, 9), st.just(10**26))
 ERRORS: list[RowError | None] = [None, ContentRefused("no"), EngineTimeout("späť")]
 COMPLETIONS = st.builds(
     Completion,
@@ -34,8 +36,11 @@ COMPLETIONS = st.builds(
     text=st.one_of(TEXT, st.text(st.characters(categories=["Cs", "Ll"]), max_size=5)),
     finish_reason=st.sampled_from(["stop", "length", "tool_calls", "error"]),
     usage=st.builds(
-        Usage, st.integers(0, 9), st.integers(0, 9), st.one_of(st.none(), st.integers(0, 9)), st.integers(0, 9)
+        lambda usage, estimates: usage.with_estimates(*estimates),
+        st.builds(Usage, COUNT, COUNT, COUNT, st.integers(-1, 9)),
+        st.tuples(st.integers(0, 9), st.integers(0, 9)),
     ),
+    provider_finish_reason=st.one_of(st.none(), TEXT),
     started_at=st.datetimes(timezones=st.just(UTC)),
     latency_ms=st.floats(0, 1e6),
     provider=TEXT,
@@ -114,6 +119,33 @@ def test_every_field_of_a_completion_survives(
     for number, (reference, (attempt, completion)) in enumerate(zip(references, kept, strict=True)):
         assert (found[reference].key, found[reference].attempt) == (f"key {number}", attempt)
         assert same(found[reference].completion, completion)
+
+
+def test_a_line_without_what_later_versions_keep_is_read(layout: RunLayout) -> None:
+    """As written before usage had a status."""
+    values = {
+        "key": "k",
+        "attempt": 1,
+        "request_id": "0",
+        "text": "kept",
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 7, "completion_tokens": 2, "cached_tokens": None, "reasoning_tokens": 0},
+        "started_at": NOW.isoformat(),
+        "latency_ms": 1.5,
+        "provider": "p",
+        "model": "m",
+        "model_revision": "r",
+        "reasoning_content": None,
+        "tool_calls": [],
+        "logprobs": None,
+        "price_mode": "online",
+        "error": None,
+    }
+    content = json.dumps(values).encode()
+    storage.write_whole(f"{layout.shard_journal('s0')}/w-000000.jsonl", b"%08x %s\n" % (zlib.crc32(content), content))
+    (entry,) = read_journal(layout, "s0").entries
+    assert (entry.completion.text, entry.completion.usage) == ("kept", Usage(7, 2))
+    assert entry.completion.provider_finish_reason is None
 
 
 def test_a_second_attempt_asks_only_for_what_was_not_kept(any_layout: RunLayout) -> None:
@@ -203,6 +235,12 @@ def test_a_kept_answer_is_used_once_and_in_the_order_of_attempts(layout: RunLayo
         assert journal.counters == {"num_replayed_answers": 2, "num_damaged_journal_lines": 0}
 
 
+def test_a_failure_whose_tokens_nobody_counted_may_have_cost_something() -> None:
+    failed = answer(request(0), error=ContentRefused("no"), num_tokens=0)
+    assert not is_paid(failed)
+    assert is_paid(replace(failed, usage=Usage(None, None)))
+
+
 def test_failures_that_cost_nothing_are_asked_again_and_those_that_cost_are_not(layout: RunLayout) -> None:
     free, paid = EngineOverloaded("busy"), ContentRefused("no")
     engine = Engine(("0", free, 0), ("1", paid, 7))
@@ -216,6 +254,53 @@ def test_failures_that_cost_nothing_are_asked_again_and_those_that_cost_are_not(
     # Where a failed row stops the run, it could never go on if the failure came out of the journal.
     answers_of(layout, engine, request(1), takes_failures=False)
     assert engine.asked == ["0", "1", "0", "1"]
+
+
+def given_up(to: Request) -> Completion:
+    lost = LostCall("deepseek", "flash", "given_up", NOW, 10, 5)
+    return Completion.from_error(to.request_id, RequestGivenUp("stopped"), lost_calls=(lost,))
+
+
+def test_a_request_that_was_given_up_is_asked_again_and_its_answer_takes_its_lost_calls_over_once(
+    layout: RunLayout,
+) -> None:
+    class GivesUp(Engine):
+        def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+            yield from map(given_up, requests)
+
+    (told,) = answers_of(layout, GivesUp(), request(0))
+    (entry,) = read_journal(layout, "s0").entries
+    assert entry.is_given_up and entry.completion.lost_calls == told.lost_calls
+    engine = Engine()
+    (first,) = answers_of(layout, engine, request(0))
+    assert (engine.asked, first.text, first.lost_calls) == (["0"], "answer 1", told.lost_calls)
+    # Its own line does not repeat them, so that whoever adds lines up counts each call once.
+    assert sorted(len(each.completion.lost_calls) for each in read_journal(layout, "s0").entries) == [0, 1]
+    (again,) = answers_of(layout, engine, request(0))
+    assert (engine.asked, again.lost_calls) == (["0"], told.lost_calls), "so does the replayed answer"
+
+
+def test_answers_that_cost_only_time_are_journaled_when_their_shard_stops(layout: RunLayout) -> None:
+    engine = Engine()
+    with ShardJournal.open(layout, "s0", is_prompt=False) as journal:
+        first = list(journaled(engine, journal).generate([request(0), request(1)]))
+        again = list(journaled(engine, journal).generate([request(1, "again", attempt=2)]))
+        assert not read_journal(layout, "s0").entries
+        answers = [*((1, each) for each in first), *((2, each) for each in again)]
+        journal.keep_late(answers, [request(0), request(1)])
+        journal.keep_late(answers, [request(0), request(1)])
+    assert len(read_journal(layout, "s0").entries) == 3
+    asked = [request(0), request(1), request(1, "again", attempt=2)]
+    with ShardJournal.open(layout, "s0", is_prompt=False) as journal:
+        found = [each for one in asked for each in journaled(engine, journal).generate([one])]
+    assert found == [*first, *again] and len(engine.asked) == 3
+
+
+def test_without_a_stop_no_answer_that_costs_only_time_is_journaled(layout: RunLayout) -> None:
+    with ShardJournal.open(layout, "s0", is_prompt=False) as journal:
+        assert len(list(journaled(Engine(), journal).generate([request(0)]))) == 1
+        assert not journal.references
+    assert not read_journal(layout, "s0").entries
 
 
 def test_a_line_that_was_cut_off_is_as_if_it_were_not_there(

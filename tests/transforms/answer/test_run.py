@@ -50,14 +50,31 @@ def test_an_answer_that_nobody_asked_for_stops_the_job(names: tuple[str, ...]) -
         list(run([request("a"), request("b")], Engine(*names)))
 
 
-def test_token_counts_that_contradict_each_other_are_a_failure_not_a_bill() -> None:
+class Uncounted:
+    """Answers without a usage, the second with estimates of its own."""
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        for found in requests:
+            usage = Usage(None, None)
+            yield replace(
+                completion(found.request_id),
+                text="five words of some text",
+                usage=usage.with_estimates(9, 9) if found.request_id == "b" else usage,
+            )
+
+
+def test_tokens_that_no_engine_counted_are_estimated_from_the_prompt_and_the_text() -> None:
+    first, second = run([request("a"), request("b")], Uncounted())
+    assert (first.error, first.usage.prompt_tokens, first.usage.completion_tokens) == (None, None, None)
+    assert (first.usage.estimated_prompt_tokens, first.usage.estimated_completion_tokens) == (1, 6)
+    assert (second.usage.estimated_prompt_tokens, second.usage.estimated_completion_tokens) == (9, 9)
+
+
+def test_token_counts_that_contradict_each_other_are_kept_and_no_failure() -> None:
     class Wrong:
         def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
             for found in requests:
-                yield replace(
-                    completion(found.request_id), usage=Usage(prompt_tokens=1, completion_tokens=1, cached_tokens=2)
-                )
+                yield replace(completion(found.request_id), usage=Usage(1, 1, cached_tokens=2))
 
     (only,) = run([request("a")], Wrong())
-    assert isinstance(only.error, EngineFailed)
-    assert only.usage == Usage(0, 0, 0)
+    assert (only.error, only.usage.cached_tokens, only.usage.status) == (None, 2, "contradictory")

@@ -160,6 +160,62 @@ def test_attempts_without_a_price_are_named_and_never_zero() -> None:
     assert [line["cost"] for line in tables["ledger"].to_pylist()] == [None, priced.charge.cost, None, None]
 
 
+def test_answer_without_a_usage_has_no_tokens_and_no_cost_but_estimates() -> None:
+    rows = planned([[1, 2], [1, 2], [9]], [None, "r0", None])
+    counted = accounted(0, Usage(2, 1, 0), error=NotJson("no"))
+    unknown = accounted(0, Usage(None, None).with_estimates(20, 6), priced=False, attempt=2)
+    tables = shard_tables("s0", rows, {0: [counted, unknown], 2: [accounted(2, Usage(1, 1, 0))]}, RUN)
+    results = {row["custom_id"]: row for row in tables["results"].to_pylist()}
+    names = ("prompt_tokens", "cached_tokens", "computed_tokens", "completion_tokens", "reasoning_tokens")
+    assert [results["r0"][name] for name in names] == [None] * 5
+    # The row's estimate is of all its attempts, the line's of what that attempt does not say.
+    assert (results["r0"]["estimated_prompt_tokens"], results["r0"]["estimated_completion_tokens"]) == (22, 7)
+    assert (results["r0"]["usage_status"], results["r0"]["cost_basis"]) == ("missing", "partial")
+    assert (results["r1"]["usage_status"], results["r1"]["prompt_tokens"]) == (None, 0)
+    assert (results["r2"]["usage_status"], results["r2"]["estimated_prompt_tokens"]) == ("reported", None)
+    first, second, _ = tables["ledger"].to_pylist()
+    assert (first["usage_status"], first["estimated_prompt_tokens"]) == ("reported", None)
+    assert (second["usage_status"], second["estimated_prompt_tokens"], second["cache_miss_tokens"]) == (
+        "missing",
+        20,
+        None,
+    )
+    totals = sum_tables(tables)
+    assert (totals.num_unknown_usage, totals.num_unpriced, totals.estimated_completion_tokens) == (1, 1, 6)
+    assert (totals.prompt_tokens, totals.completion_tokens, totals.cached_tokens) == (3, 2, None)
+
+
+def test_usage_that_contradicts_itself_stands_in_the_row_and_bounds_the_bill_in_the_ledger() -> None:
+    rows = planned([[1, 2]], [None])
+    tables = shard_tables("s0", rows, {0: [accounted(0, Usage(10, 4, 25, 30))]}, RUN)
+    (row,), (line,) = tables["results"].to_pylist(), tables["ledger"].to_pylist()
+    assert (row["prompt_tokens"], row["cached_tokens"], row["computed_tokens"]) == (10, 25, None)
+    assert (row["completion_tokens"], row["reasoning_tokens"]) == (4, 30)
+    assert row["usage_status"] == line["usage_status"] == "contradictory"
+    assert row["cost_basis"] == line["cost_basis"] == "upper_bound"
+    classes = ("cache_hit_tokens", "cache_miss_tokens", "visible_output_tokens", "reasoning_tokens")
+    assert [line[name] for name in classes] == [None, 35, 4, 30]
+    assert row["cost"] == line["cost"] == Decimal("0.000103")
+    assert sum_tables(tables).prompt_tokens == 35
+
+
+def test_request_that_nobody_answered_has_no_status() -> None:
+    rows = planned([[1]], [None])
+    refused = accounted(0, Usage(0, 0, 0), error=EngineFailed("refused"), priced=False)
+    tables = shard_tables("s0", rows, {0: [refused]}, RUN)
+    assert tables["rejects"].column("usage_status").to_pylist() == [None]
+    assert tables["ledger"].column("usage_status").to_pylist() == [None]
+
+
+def test_provider_word_for_the_end_stands_in_the_row() -> None:
+    one = accounted(0, Usage(1, 1, 0))
+    completion = replace(one.answer.completion, provider_finish_reason="eos")
+    tables = shard_tables(
+        "s0", planned([[1]], [None]), {0: [replace(one, answer=replace(one.answer, completion=completion))]}, RUN
+    )
+    assert tables["results"].column("provider_finish_reason").to_pylist() == ["eos"]
+
+
 def test_attempts_priced_in_two_currencies_have_no_sum_and_still_agree_with_the_ledger(tmp_path: Path) -> None:
     rows = planned([[1, 2], [1, 2], [1, 9]], [None, "r0", None])
     yuan = replace(LINE, currency="CNY", line_id="8")

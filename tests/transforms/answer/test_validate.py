@@ -23,7 +23,7 @@ from moebeam.schemas.errors import (
     SchemaViolation,
     TruncatedAnswer,
 )
-from moebeam.schemas.records import Completion, Message, Request, Sampling, Usage
+from moebeam.schemas.records import Completion, Message, Request, Sampling, ToolCall, Usage
 from moebeam.transforms.answer.validate import answer_and_validate, validate_completion
 from moebeam.transforms.render.answer_terms import AnswerTerms
 
@@ -118,6 +118,87 @@ def test_truncated_answer_says_how_long_it_was_and_what_to_do() -> None:
     answer = validated(completion('{"a": ', "length"), NUMBER)
     assert str(answer.error).startswith("max_tokens cut the answer after 7 tokens, before it was complete: ")
     assert str(answer.error).endswith("; raise [sampling] max_tokens")
+
+
+ANYTHING = AnswerSchema.from_json(True, formats="assert", source="any")
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        ("```json\n[7]\n```", "[7]"),
+        ("```\n[7]\n```", "[7]"),
+        ("  \n```JSON\r\n[7]\r\n```\n ", "[7]"),
+        ("```[7]```", "[7]"),
+        ("```json\n[7]", "[7]"),
+        ('```json\n["```"]\n```', '["```"]'),
+    ],
+)
+def test_json_inside_of_a_fence_is_the_answer_and_the_text_stays(text: str, inside: str) -> None:
+    answer = validated(completion(text), ANYTHING)
+    assert (answer.output_json, answer.error, answer.completion.text) == (inside, None, text)
+
+
+@pytest.mark.parametrize("text", ["Here it is:\n```json\n7\n```", "```json\n7\n```\nDone.", "```", "```json\n7\n```7"])
+def test_text_beside_a_fence_is_no_json(text: str) -> None:
+    assert outcome(completion(text), ANYTHING) == (None, NotJson)
+
+
+def test_a_repeated_key_counts_once_for_validation_output_and_its_text() -> None:
+    schema = AnswerSchema.from_json(
+        {"type": "object", "properties": {"a": {"type": "integer"}}}, formats="assert", source="schema"
+    )
+    answer = validated(completion('{"a": "x", "a": 2}'), schema)
+    assert (answer.error, answer.value, answer.output_json) == (None, {"a": 2}, '{"a": 2}')
+    assert isinstance(validated(completion('{"a": 2, "a": "x"}'), schema).error, SchemaViolation)
+
+
+def test_fenced_json_still_has_to_keep_its_schema() -> None:
+    assert outcome(completion("```json\n[5]\n```"), NUMBER) == (None, SchemaViolation)
+    assert outcome(completion("```json\n[5", "length"), NUMBER) == (None, TruncatedAnswer)
+
+
+def test_think_block_ahead_of_json_is_its_reasoning() -> None:
+    answer = validated(completion("\n<think>\nfour\nfive\n</think>\n\n```json\n5\n```"), NUMBER)
+    assert (answer.output_json, answer.value, answer.error) == ("5", 5, None)
+    assert answer.completion.reasoning_content == "four\nfive"
+    assert answer.completion.text == "```json\n5\n```"
+
+
+def test_think_block_is_read_where_reasoning_is_asked_for_and_left_in_plain_text() -> None:
+    made = completion("<think>hm</think>\nyes")
+    asked = validate_completion(made, AnswerTerms(ChatOptions(thinking=True), None, {}))
+    assert (asked.completion.text, asked.completion.reasoning_content) == ("yes", "hm")
+    assert validated(made, None).completion is made
+    of_its_own = replace(made, reasoning_content="the engine's")
+    assert validate_completion(of_its_own, AnswerTerms(ChatOptions(thinking=True), None, {})).completion is of_its_own
+
+
+def test_empty_think_block_leaves_no_reasoning() -> None:
+    answer = validated(completion("<think>\n\n</think>\n5"), NUMBER)
+    assert (answer.output_json, answer.completion.reasoning_content) == ("5", None)
+
+
+def test_think_block_without_its_end_is_all_reasoning_only_if_the_answer_was_cut() -> None:
+    assert outcome_of("<think>on and on", "length") == (None, TruncatedAnswer, "on and on", "")
+    assert outcome_of("<think>on and on", "stop") == (None, NotJson, None, "<think>on and on")
+
+
+def outcome_of(text: str, finish_reason: str) -> tuple[Any, ...]:
+    answer = validated(completion(text, finish_reason), NUMBER)
+    return answer.output_json, type(answer.error), answer.completion.reasoning_content, answer.completion.text
+
+
+def test_call_of_a_tool_that_needs_no_arguments_has_an_empty_object() -> None:
+    nothing = AnswerSchema.from_json({"type": "object", "properties": {}}, formats="assert", source="tool")
+    made = replace(completion("", "tool_calls"), tool_calls=(ToolCall("c", "reload", ""),))
+    answer = validate_completion(made, AnswerTerms(ChatOptions(), None, {"reload": nothing}))
+    assert (answer.error, answer.completion.tool_calls) == (None, (ToolCall("c", "reload", "{}"),))
+
+
+def test_truncated_answer_of_unknown_length_names_none() -> None:
+    cut = replace(completion('{"a": ', "length"), usage=Usage(None, None))
+    assert str(validated(cut, NUMBER).error).startswith("max_tokens cut the answer, before it was complete: ")
 
 
 class Scripted:

@@ -13,7 +13,7 @@ from moebeam.schemas.errors import EngineFailed
 from moebeam.schemas.prices import PriceLine
 from moebeam.schemas.records import Completion, LostCall, Usage
 from moebeam.schemas.tables import MONEY
-from moebeam.transforms.money.account import Accounting, account, charge
+from moebeam.transforms.money.account import Accounting, account, charge, class_amounts
 from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.money.price_file import COLUMNS
 
@@ -35,8 +35,12 @@ def line(hit: str | None = "0.028", miss: str = "0.14", output: str = "0.28") ->
     )
 
 
-def answer(provider: str = "p", model: str = "m", at: datetime = NOON, error: Any = None) -> ValidatedAnswer:
-    usage = Usage(prompt_tokens=1000, completion_tokens=100, cached_tokens=600)
+COUNTED = Usage(prompt_tokens=1000, completion_tokens=100, cached_tokens=600)
+
+
+def answer(
+    provider: str = "p", model: str = "m", at: datetime = NOON, error: Any = None, usage: Usage = COUNTED
+) -> ValidatedAnswer:
     return ValidatedAnswer(Completion("r", "", "stop", usage, at, 1.0, provider, model, "1", error=error), None, error)
 
 
@@ -83,12 +87,29 @@ def test_what_is_unknown_costs_the_miss_price_as_an_upper_bound(
     assert made.cache_miss_tokens == 1000 - (cached or 0)
 
 
-@pytest.mark.parametrize(
-    "usage", [Usage(10, 5, 11), Usage(10, 5, -1), Usage(10, 5, 0, 6), Usage(-1, 5), Usage(10, -1), Usage(10, 5, 0, -1)]
-)
-def test_usage_that_contradicts_itself_is_refused(usage: Usage) -> None:
-    with pytest.raises(ValueError, match="expected 0 <= cached <= prompt"):
+@pytest.mark.parametrize("usage", [Usage(None, None), Usage(10, None), Usage(None, 5), Usage(-1, 5), Usage(10, 10**26)])
+def test_tokens_that_are_unknown_have_no_price(usage: Usage) -> None:
+    with pytest.raises(ValueError, match="expected a usage with prompt and completion tokens"):
         charge(usage, line())
+    (accounted,) = account([answer(usage=usage)], Accounting("run", BOOK))
+    assert accounted.charge is None
+
+
+@pytest.mark.parametrize(
+    ("usage", "input_tokens", "output_tokens"),
+    [(Usage(10, 5, 11), 21, 5), (Usage(10, 5, -1), 10, 5), (Usage(10, 5, 10, 6), 10, 11), (Usage(10, 5, 0, -1), 10, 5)],
+)
+def test_usage_that_contradicts_itself_costs_at_most_what_any_reading_of_it_says(
+    usage: Usage, input_tokens: int, output_tokens: int
+) -> None:
+    made = charge(usage, line())
+    assert made.basis == "upper_bound"
+    assert (made.cache_hit_tokens or 0) + made.cache_miss_tokens == input_tokens
+    assert made.visible_output_tokens + made.reasoning_tokens == output_tokens
+    amounts = class_amounts(made)
+    assert amounts.cache_hit + amounts.cache_miss + amounts.visible_output + amounts.reasoning == made.cost
+    for prompt, cached in ((usage.prompt_tokens, 0), (usage.cached_tokens, usage.cached_tokens)):
+        assert charge(Usage(prompt or 0, usage.reasoning_tokens, cached), line()).cost <= made.cost
 
 
 def test_price_is_that_of_the_start() -> None:

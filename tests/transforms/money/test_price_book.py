@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.prices import PriceLine
+from moebeam.schemas.providers import name_provider
 from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.money.price_file import COLUMNS
 from tests.support.paths import SHARED
@@ -58,7 +59,8 @@ def test_every_line_of_the_price_history_is_read(facts: PriceBook) -> None:
     assert len(facts.lines) == len(rows) > 30
     for number, (line, row) in enumerate(zip(facts.lines, rows, strict=True), start=2):
         assert line.line_id == str(number)
-        assert (line.provider, line.model, line.currency) == (row["provider"], row["model"], row["currency"])
+        names = (name_provider(row["provider"]), row["model"], row["currency"])
+        assert (line.provider, line.model, line.currency) == names
         assert str(line.cache_miss) == row["cache_miss_per_mtok"]
         assert str(line.output) == row["output_per_mtok"]
         assert ("" if line.cache_hit is None else str(line.cache_hit)) == row["cache_hit_per_mtok"]

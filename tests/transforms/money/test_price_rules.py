@@ -188,13 +188,35 @@ def test_batch_prices_hold_for_batches_alone() -> None:
         book_of(line(rest=",,,50"), line(rest=",batch,,"))
 
 
+def test_each_mode_has_prices_of_its_own() -> None:
+    flex, priority = line(prices="0.05,0.1,0.2", rest=",flex,,"), line(prices="0.2,0.4,0.8", rest=",priority,,")
+    book = book_of(line(), flex, priority)
+    now = at("2026-06-01T00:00:00Z")
+    found = [book.find("p", "m", now, mode=mode) for mode in ("online", "flex", "priority", "batch")]
+    assert [line and line.line_id for line in found] == ["2", "3", "4", None]
+    assert book_of(line()).find("p", "m", now, mode="flex") is None
+
+
+def test_a_provider_is_found_by_any_of_its_names() -> None:
+    book = book_of(line().replace("p,m,", "alibaba-bailian,m,", 1), line().replace("p,m,", "volcano,m,", 1))
+    now = at("2026-06-01T00:00:00Z")
+    for name, first in (("alibaba", "alibaba"), ("alibaba-bailian", "alibaba"), ("volcengine-ark", "volcano")):
+        found = book.find(name, "m", now)
+        assert found is not None
+        assert found.provider == first
+        assert book.edges(name, "m")
+    with pytest.raises(JobFileError, match="expected one price of alibaba m"):
+        book_of(line().replace("p,m,", "alibaba-bailian,m,", 1), line().replace("p,m,", "alibaba,m,", 1))
+
+
 @pytest.mark.parametrize(
     ("given_line", "part"),
     [
         (line(rest=",,,101"), "a percentage from 0 to 100"),
         (line(rest=",batch,,50"), "nothing on a line that is itself of mode batch"),
         (line(prices="0.000001,1,1", rest=",,,50"), "a share that gives prices of at most 6 decimal places"),
-        (line(rest=",flex,,"), "`online` or `batch`, found 'flex'"),
+        (line(rest=",flex,,50"), "nothing on a line that is itself of mode flex"),
+        (line(rest=",fast,,"), "one of online, batch, flex, priority, found 'fast'"),
         (line(rest=",,5-4,"), "an upper end of at least 5"),
         (line(rest=",,4,"), "prompt lengths such as"),
     ],

@@ -53,6 +53,16 @@ def test_accounts_that_agree_are_said_to_be_equal() -> None:
     assert set(check(engine=forced_at_the_end).values()) == {"equal"}
 
 
+def test_tokens_of_a_doubtful_usage_are_not_compared_with_the_rows_but_its_costs_are() -> None:
+    doubtful = replace(SUMS, num_doubtful_usage=1)
+    rows = replace(ROWS, prompt_tokens=7)
+    assert check(doubtful, rows)["ledger_and_rows"].startswith("costs equal; tokens not comparable: the usage of 1 ")
+    with pytest.raises(CommitError, match="cost: "):
+        check(doubtful, replace(rows, costs={"USD": Decimal("0.4")}))
+    with pytest.raises(CommitError, match=r"attempts without a usage: .* found 1 in the ledger, 0 in the commits"):
+        check(replace(doubtful, num_unknown_usage=1), rows)
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [

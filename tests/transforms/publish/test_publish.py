@@ -10,6 +10,7 @@ from moebeam.jobs.run.launch import launch
 from moebeam.schemas.errors import CommitError
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.tables import result_schema
 from moebeam.transforms.durable.commit import read_commit
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.plan.shard_ranges import ShardRange, cut_ranges
@@ -67,13 +68,14 @@ def test_a_run_that_another_launcher_completed_meanwhile_stays_complete(
     launch(work.job(output))
     layout = RunLayout(str(output))
     undisturbed = tables_of(output)
-    from moebeam.transforms.publish.manifest import PublishSpec, write_manifest
+    from moebeam.transforms.publish.manifest import write_manifest
+    from moebeam.transforms.publish.publish_spec import PublishSpec
 
     before = Path(layout.manifest).read_text()
     found: dict[str, Any] = json.loads(before)
     commit = read_commit(layout, "s000000")
     assert commit is not None
-    spec = PublishSpec(found["run_id"], layout, (), work.num_rows, {})
+    spec = PublishSpec(found["run_id"], layout, result_schema(()), work.num_rows, {})
     assert write_manifest([commit], spec) == before
     assert problems_of(output, work, undisturbed) == []
 

@@ -54,6 +54,17 @@ def ledger(*lines: Mapping[str, Any]) -> pa.Table:
     return pa.Table.from_pylist([dict(found) for found in lines], schema=LEDGER_SCHEMA)
 
 
+def test_lines_without_a_usage_are_counted_and_in_no_sum_of_tokens() -> None:
+    classes = ("cache_hit_tokens", "cache_miss_tokens", "visible_output_tokens", "reasoning_tokens")
+    unknown = line(**dict.fromkeys(classes), cost=None, currency=None, usage_status="missing")
+    doubtful = line(cache_hit_tokens=None, cache_miss_tokens=5, usage_status="contradictory")
+    groups = roll_up(ledger(line(usage_status="reported"), unknown, doubtful), ())
+    sums = sum(groups.values(), GroupSums())
+    assert (sums.num_attempts, sums.num_unknown_usage, sums.num_doubtful_usage, sums.num_unknown_hits) == (3, 1, 2, 2)
+    assert (sums.prompt_tokens, sums.completion_tokens) == (8, 14)
+    assert sums.hit_rate is None
+
+
 def test_amounts_of_different_currencies_are_never_added() -> None:
     table = ledger(line(), line(currency="CNY", cost=Decimal(7)), line(cost=None, currency=None, cost_basis=None))
     groups = roll_up(table, ("tenant",))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.schemas.errors import InvalidId, InvalidLine, RowError, UnsupportedRequest
+from moebeam.schemas.errors import InvalidId, InvalidLine, InvalidSampling, RowError, UnsupportedRequest
 from moebeam.transforms.read.batch_lines import parse_batch_line, read_custom_id
 
 
@@ -37,9 +37,15 @@ def test_own_sampling_values_are_kept_and_spelled_one_way() -> None:
         (line(custom_id=""), InvalidId, "found ''"),
         (line(url="/v1/embeddings"), UnsupportedRequest, "/v1/embeddings"),
         (line(body={"messages": []}), InvalidLine, "body.messages"),
-        (line(body={"n": 3}), UnsupportedRequest, r"body\.n: 3"),
         (line(body={"invented": True}), UnsupportedRequest, r"body\.invented"),
-        (line(body={"temperature": 3}), InvalidLine, r"body\.temperature"),
+        (line(body={"logit_bias": {"5": 1}}), UnsupportedRequest, r"body\.logit_bias"),
+        (line(body={"temperature": 3}), InvalidSampling, r"body\.temperature: expected at most 2, found 3$"),
+        (line(body={"top_p": 0}), InvalidSampling, r"body\.top_p: expected more than 0, found 0$"),
+        (line(body={"frequency_penalty": -2.5}), InvalidSampling, r"body\.frequency_penalty: expected at least -2"),
+        (line(body={"presence_penalty": 2.5}), InvalidSampling, r"body\.presence_penalty: expected at most 2"),
+        (line(body={"top_logprobs": 21}), InvalidSampling, r"body\.top_logprobs: expected at most 20, found 21"),
+        (line(body={"n": 0}), InvalidSampling, r"body\.n: expected at least 1, found 0"),
+        (line(body={"frequency_penalty": "high"}), InvalidLine, r"body\.frequency_penalty"),
         (line(body={"max_tokens": "9"}), InvalidLine, r"body\.max_tokens"),
     ],
 )
@@ -60,14 +66,22 @@ def test_any_bytes_are_parsed_or_refused_by_type(raw: bytes) -> None:
 def test_neutral_values_change_nothing() -> None:
     plain = parse_batch_line(line())
     assert parse_batch_line(line(body={"n": 1, "stream": False, "tools": None, "logit_bias": {}})) == plain
+    assert parse_batch_line(line(body={"user": "u", "store": True, "metadata": {"a": "b"}})) == plain
+
+
+def test_what_the_engine_decides_about_is_kept_for_it() -> None:
+    sampling = {"frequency_penalty": 0.5, "presence_penalty": -1.0, "logprobs": True, "top_logprobs": 2, "n": 2}
+    request = parse_batch_line(line(body={**sampling, "service_tier": "flex", "model": "other"}))
+    assert json.loads(request.sampling) == sampling
+    assert json.loads(request.options) == {"service_tier": "flex", "model": "other"}
 
 
 def test_tools_and_formats_keep_the_order_of_their_keys() -> None:
     schema = {"type": "object", "properties": {"b": {}, "a": {}}}
     own = {"response_format": {"type": "json_schema", "schema": schema}, "reasoning_effort": "max"}
-    assert json.loads(parse_batch_line(line(body=own)).options) == own
+    assert json.loads(parse_batch_line(line(body=own)).options) == {**own, "model": "m"}
     assert parse_batch_line(line(body=own)).options.index('"b"') < parse_batch_line(line(body=own)).options.index('"a"')
-    assert parse_batch_line(line()).options == "{}"
+    assert json.loads(parse_batch_line(line()).options) == {"model": "m"}
 
 
 def test_a_lone_surrogate_in_a_tool_is_refused() -> None:

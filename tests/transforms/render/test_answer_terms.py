@@ -41,6 +41,28 @@ def test_calls_that_break_them_are_named(found: ToolCall, message: str) -> None:
         terms().check_calls((found,))
 
 
+@pytest.mark.parametrize("arguments", ["", " \n"])
+def test_empty_arguments_are_an_empty_object_where_the_tool_needs_none(arguments: str) -> None:
+    calls = (call(arguments=arguments), call("time", arguments), call("wether", arguments), call("time", "{"))
+    weather, time, unknown, broken = terms().fill_arguments(calls)
+    assert time == call("time", "{}")
+    assert (weather, unknown, broken) == (calls[0], calls[2], calls[3])
+    terms().check_calls((time,))
+    with pytest.raises(ToolArgumentsInvalid, match="weather: expected JSON, found"):
+        terms().check_calls((weather,))
+
+
+@pytest.mark.parametrize(
+    ("thinking", "effort", "expected"),
+    [(None, None, False), (True, None, True), (False, "high", False), (None, "high", True), (None, "none", False)],
+)
+def test_reasoning_is_asked_for_by_thinking_or_by_an_effort(
+    thinking: bool | None, effort: str | None, expected: bool
+) -> None:
+    options = ChatOptions(thinking=thinking, reasoning_effort=effort)
+    assert TermsCache(options, None).find(None).asks_for_reasoning == expected
+
+
 def test_a_choice_binds_the_answer() -> None:
     for choice in (ToolChoice("required"), ToolChoice("named", "time")):
         with pytest.raises(MissingToolCall):

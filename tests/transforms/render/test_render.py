@@ -15,7 +15,10 @@ from moebeam.schemas.tables import plan_schema, read_schema
 from moebeam.transforms.render.render_rows import Renderer, RenderSpec
 
 
-def render(checkpoint: Path, rows: list[dict[str, Any]], **changes: Any) -> list[dict[str, Any]]:
+def render(
+    checkpoint: Path, rows: list[dict[str, Any]], *, types: dict[str, pa.DataType] | None = None, **changes: Any
+) -> list[dict[str, Any]]:
+    types = types or {}
     spec = RenderSpec(
         **{
             "prompt": PromptSection(system="be terse", template="{{ text }}"),
@@ -27,7 +30,7 @@ def render(checkpoint: Path, rows: list[dict[str, Any]], **changes: Any) -> list
         }
     )
     names = {name for row in rows for name in row["input"]}
-    fields = [pa.field(name, pa.string()) for name in sorted(names)]
+    fields = [pa.field(name, types.get(name, pa.string())) for name in sorted(names)]
     defaults = {"scope": "row", "num_rows": 1, "tenant": "", "passthrough": {}}
     batch = pa.RecordBatch.from_pylist([{**defaults, **row} for row in rows], schema=read_schema(fields, []))
     rendered = Renderer(spec).render_batch(batch)
@@ -74,6 +77,26 @@ def test_a_row_of_its_own_sampling_overrides_the_job_and_is_checked(tiny_checkpo
     assert parse_sampling_json(rendered[1]["sampling"]) == Sampling(max_tokens=16)
     assert (rendered[2]["error_type"], "top_p" in rendered[2]["error_message"]) == ("invalid_sampling", True)
     assert rendered[3]["error_type"] == "context_overflow"
+
+
+def test_fields_that_only_other_rows_of_a_struct_set_are_no_data(tiny_checkpoint: Path) -> None:
+    def chat(name: str, **arguments: str) -> list[dict[str, Any]]:
+        calls = [{"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}]
+        return [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+
+    chats = pa.array([chat("mail", to="Eve"), chat("post", town="Oslo")])
+    rows = [
+        {"custom_id": name, "input": {"messages": value}} for name, value in zip("ab", chats.to_pylist(), strict=True)
+    ]
+    assert "town" in rows[0]["input"]["messages"][1]["tool_calls"][0]["function"]["arguments"]
+    rendered = render(
+        tiny_checkpoint, rows, types={"messages": chats.type}, prompt=PromptSection(), messages_column="messages"
+    )
+    written = [json.loads(row["messages"])[1]["tool_calls"][0]["function"] for row in rendered]
+    assert written == [
+        {"name": "mail", "arguments": {"to": "Eve"}},
+        {"name": "post", "arguments": {"town": "Oslo"}},
+    ]
 
 
 def test_equal_samplings_are_spelled_alike() -> None:

@@ -1,6 +1,6 @@
 """The lines of a batch: requests as they are uploaded, answers and errors as they come back.
 
-Part of the `openai` engine in batch mode; `batch_service.py` sends the files. Each line's id is a digest of all that it
+Part of the `openai` engine in batch mode; `service.py` sends the files. Each line's id is a digest of all that it
 asks, so that our batches can be recognised at the provider, and no id of the input is sent.
 """
 
@@ -15,12 +15,12 @@ import httpx2
 import openai
 from pydantic import BaseModel, ValidationError
 
-from moebeam.model_runner.openai_engine.failures import CallFailure, classify_failure
+from moebeam.model_runner.openai_engine.failures import CallFailure, classify_failure, redact
 from moebeam.model_runner.openai_engine.profiles import Profile
 from moebeam.model_runner.openai_engine.request_body import chat_body
 from moebeam.model_runner.openai_engine.responses import Answer, read_answer
 from moebeam.schemas.canonical import fingerprint
-from moebeam.schemas.errors import EngineFailed, EngineTimeout, MalformedResponse, RowError
+from moebeam.schemas.errors import ContentRefused, EngineFailed, EngineTimeout, MalformedResponse, RequestRefused
 from moebeam.schemas.records import Request
 
 CHAT_URL = "/v1/chat/completions"
@@ -35,6 +35,9 @@ _SKETCHES_A_KEY = 64
 _SKETCH_CHARACTERS = 8
 """A batch's metadata has at most 16 keys of at most 512 characters."""
 
+_REFUSED_CODES = frozenset({"invalid_request", "invalid_request_error", "context_length_exceeded"})
+"""Codes without a status that speak of the line; all others, and none, may pass."""
+
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -44,12 +47,19 @@ class BatchWindow:
 
     Attributes:
         waiting: line id -> request id, of the requests without an outcome.
-        file: their lines, on disk and without a name.
+        num_prompt_tokens: request id -> its prompt's tokens, for answers whose provider does not count them.
+        answered: line id of one that was answered, here or in a batch before; None while there is none.
+        canary: a line like that one for a single token, among lines that go out again: it tells an outage from lines on
+            which the provider fails alone.
+        file: the lines, on disk and without a name.
     """
 
     file: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
     waiting: dict[str, str] = field(default_factory=dict[str, str])
+    num_prompt_tokens: dict[str, int] = field(default_factory=dict[str, int])
     num_bytes: int = 0
+    answered: str | None = None
+    canary: "Canary | None" = None
 
     def has_room(self, line: bytes) -> bool:
         """Whether a line fits; the first one always does."""
@@ -60,15 +70,25 @@ class BatchWindow:
         self.file.write(line)
         self.num_bytes += len(line)
 
-    def remaining(self) -> "BatchWindow":
-        """A window of the requests that still wait; this one's file is closed."""
-        rest = BatchWindow()
+    def remaining(self, max_tokens_field: str | None = None) -> "BatchWindow":
+        """A window of the requests that still wait; this one's file is closed.
+
+        Args:
+            max_tokens_field: set where they go out again, so that a canary goes with them if there can be one.
+        """
+        rest = BatchWindow(canary=self.canary, num_prompt_tokens=self.num_prompt_tokens)
         self.file.seek(0)
         for line in self.file:
-            line_id = json.loads(line)["custom_id"]
+            fields = json.loads(line)
+            line_id = fields["custom_id"]
             if line_id in self.waiting:
                 rest.add(line_id, self.waiting[line_id], line)
+            elif line_id == self.answered and max_tokens_field is not None:
+                rest.canary = Canary.from_line(fields, max_tokens_field)
         self.file.close()
+        if rest.canary is not None and max_tokens_field is not None:
+            rest.canary = rest.canary.renew()
+            rest.file.write(rest.canary.line)
         return rest
 
     @property
@@ -83,6 +103,35 @@ class BatchWindow:
             f"{_SKETCH_KEY}{key}": "".join(shown[key * _SKETCHES_A_KEY : (key + 1) * _SKETCHES_A_KEY]) for key in keys
         }
         return {DIGEST_KEY: fingerprint(sorted(self.waiting)), **sketches}
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """A line whose answer nobody waits for.
+
+    Attributes:
+        number: how many of the same body went out before.
+    """
+
+    fields: Mapping[str, Any]
+    number: int = 0
+
+    @classmethod
+    def from_line(cls, fields: Mapping[str, Any], max_tokens_field: str) -> "Canary":
+        """The same line for one token."""
+        return cls({**fields, "body": {**fields["body"], max_tokens_field: 1}})
+
+    def renew(self) -> "Canary":
+        """The same with an id of its own."""
+        return Canary(self.fields, self.number + 1)
+
+    @property
+    def line_id(self) -> str:
+        return fingerprint({"canary": self.number, "body": self.fields["body"]})[:40]
+
+    @property
+    def line(self) -> bytes:
+        return _line_bytes({**self.fields, "custom_id": self.line_id})
 
 
 def request_line(request: Request, profile: Profile, model: str, *, scope: str) -> tuple[str, bytes]:
@@ -134,7 +183,7 @@ def may_hold(metadata: Mapping[str, str] | None, window: BatchWindow) -> bool:
 
 
 class _Response(BaseModel):
-    status_code: int
+    status_code: int = 0
     body: Any = None
 
 
@@ -174,17 +223,24 @@ def read_outcomes(lines: Iterable[bytes], profile: Profile, secret: str) -> Iter
 def _result(line: _Line, profile: Profile, secret: str) -> Answer | CallFailure:
     response = line.response
     if response is not None and 200 <= response.status_code < 300:
+        # Some gateways give the body as text.
+        body = response.body if isinstance(response.body, str) else json.dumps(response.body)
         try:
-            return read_answer(json.dumps(response.body).encode(), profile)
+            return read_answer(body.encode(), profile)
         except MalformedResponse as error:
             return classify_failure(error, profile, secret)
     if response is not None and response.status_code >= 400:
         return classify_failure(_status_error(response), profile, secret)
     code = line.error.code if line.error is not None else None
     message = (line.error.message if line.error is not None else None) or "no reason given"
-    text = f"{profile.name}: {code or 'error'}: {message}"
-    error: RowError = EngineTimeout(text) if code == "batch_expired" else EngineFailed(text)
-    return CallFailure("retry" if code == "batch_expired" else "row", error)
+    text = redact(f"{profile.name}: {code or 'error'}: {message}", secret)
+    if code in profile.stop_codes:
+        return CallFailure("closed", EngineFailed(text))
+    if code in profile.refusal_codes:
+        return CallFailure("row", ContentRefused(text))
+    if code in _REFUSED_CODES:
+        return CallFailure("row", RequestRefused(text))
+    return CallFailure("failed", EngineTimeout(text) if code == "batch_expired" else EngineFailed(text))
 
 
 def _status_error(response: _Response) -> openai.APIStatusError:

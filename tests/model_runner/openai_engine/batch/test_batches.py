@@ -4,6 +4,8 @@ import gc
 import json
 import logging
 import re
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,19 +17,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.model_runner.openai_engine import batch_lines
-from moebeam.model_runner.openai_engine import batch_runner as batches
-from moebeam.model_runner.openai_engine.batch_lines import BatchWindow, may_hold, request_line
-from moebeam.model_runner.openai_engine.batch_runner import BatchRunner
-from moebeam.model_runner.openai_engine.batch_service import BatchPolling, BatchService
-from moebeam.model_runner.openai_engine.endpoint import EndpointSpec
+from moebeam.model_runner.openai_engine.batch import lines as batch_lines
+from moebeam.model_runner.openai_engine.batch import runner as batches
+from moebeam.model_runner.openai_engine.batch.lines import BatchWindow, may_hold, request_line
+from moebeam.model_runner.openai_engine.batch.runner import BatchRunner
+from moebeam.model_runner.openai_engine.batch.service import BatchPolling, BatchService
+from moebeam.model_runner.openai_engine.client import EndpointSpec
 from moebeam.model_runner.openai_engine.options import FallbackSection
 from moebeam.model_runner.openai_engine.profiles import find_profile
 from moebeam.schemas.errors import EngineLoadError, EngineUnavailable
-from moebeam.schemas.records import Completion, Message, Request, Sampling, ToolCall
+from moebeam.schemas.records import Completion, Message, Request, Sampling, ToolCall, Usage
 from tests.support.batch_endpoint import BatchEndpoint, Fault
 from tests.support.engine_configs import engine_config
-from tests.support.fake_endpoint import deepseek
+from tests.support.fake_endpoint import deepseek, with_usage
 
 KEY = "sk-test-0123456789"
 
@@ -92,7 +94,8 @@ def make() -> Make:
             engine="openai", path="", name="deepseek-v4-flash", revision="", **values.pop("config", {})
         )
         polling = BatchPolling(first_poll_s=0.001, max_poll_s=0.002, max_failed_polls=3, queue_wait_s=0.001)
-        service = BatchService(spec, KEY, polling, values.pop("sleep", lambda seconds: None))
+        max_outage_s = values.pop("max_outage_s", 20.0)
+        service = BatchService(spec, KEY, polling, values.pop("sleep", time.sleep), max_outage_s)
         return BatchRunner(config, service, **values)
 
     return runner
@@ -179,6 +182,7 @@ def test_failed_lines_are_typed_by_status_and_code_and_leave_their_neighbours(ma
     }
     with BatchEndpoint(by_text(outcomes)) as endpoint:
         found = {one.request_id: one for one in make(endpoint).generate(requests(10))}
+        assert len(endpoint.batches) == 3, "what may pass went out twice more"
     kinds = {row: one.error.error_type for row, one in found.items() if one.error is not None}
     assert kinds == {
         "row-0": "refused",
@@ -373,8 +377,8 @@ def test_looks_may_fail_for_a_while(make: Make) -> None:
 def test_a_provider_that_stays_silent_stops_the_run_which_goes_on_later_without_paying_twice(make: Make) -> None:
     with BatchEndpoint(echo) as endpoint:
         endpoint.fault = lambda method, path: "refused" if re.fullmatch("/v1/batches/.+", path) else "none"
-        with pytest.raises(EngineUnavailable, match=r"batch .* cannot be looked at: alibaba: HTTP 500"):
-            list(make(endpoint).generate(requests(2)))
+        with pytest.raises(EngineUnavailable, match=r"cannot be looked at: alibaba: no answer since .*HTTP 500"):
+            list(make(endpoint, max_outage_s=0.05).generate(requests(2)))
         endpoint.fault = lambda method, path: "none"
         assert ids(list(make(endpoint).generate(requests(2)))) == once(requests(2))
         assert asked_once(endpoint, requests(2))
@@ -408,13 +412,135 @@ def test_a_cancelled_batch_stops_the_run_after_its_answers_and_resuming_submits_
         assert len(endpoint.asked) == 16, "the six that were cancelled are asked again, and nothing else"
 
 
-def test_an_expired_batch_fails_what_it_did_not_run_as_a_timeout(make: Make) -> None:
+def test_what_no_batch_ran_before_it_expired_fails_as_a_timeout(make: Make) -> None:
     late = {f"text {n}": ended("batch_expired") for n in range(4, 10)}
     with BatchEndpoint(by_text(late), endings=["expired"]) as endpoint:
         found = list(make(endpoint).generate(requests(10)))
     assert ids(found) == once(requests(10))
     errors = [one.error for one in found if one.error is not None]
     assert len(errors) == 6 and all(error.error_type == "engine_timeout" and error.retryable for error in errors)
+
+
+FAILURES: dict[str, Mapping[str, Any] | None] = {
+    "HTTP 500": refused(500),
+    "HTTP 503": refused(503),
+    "HTTP 429": refused(429),
+    "HTTP 408": refused(408),
+    "status 0": {"response": {"status_code": 0, "request_id": "", "body": {}}, "error": None},
+    "no reason": {"response": None, "error": None},
+    "server_error": ended("server_error"),
+    "expired": ended("batch_expired"),
+    "no line": None,
+    "half an answer": {"response": {"status_code": 200, "body": {"choices": []}}, "error": None},
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize("num_failed", [1, 3], ids=["one line", "all lines"])
+def test_a_line_on_which_the_provider_failed_goes_out_again(
+    make: Make, failure: Mapping[str, Any] | None, num_failed: int
+) -> None:
+    times_asked: Counter[str] = Counter()
+
+    def answer(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        times_asked[text_of(body)] += 1
+        is_failed = int(text_of(body).removeprefix("text ")) < num_failed and times_asked[text_of(body)] == 1
+        return failure if is_failed else echo(body)
+
+    with BatchEndpoint(answer) as endpoint:
+        found = list(make(endpoint, max_retries=1).generate(requests(3)))
+        assert ids(found) == once(requests(3)) and all(one.error is None for one in found)
+        assert len(endpoint.batches) == 2
+
+
+def test_a_line_that_fails_alone_is_told_by_a_canary_whose_cost_is_named(make: Make) -> None:
+    with BatchEndpoint(by_text({"text 1": refused(500)})) as endpoint:
+        found = {one.request_id: one for one in make(endpoint, max_retries=3).generate(requests(3))}
+        assert len(endpoint.batches) == 4
+        canaries = [body for body in endpoint.asked if body["max_tokens"] == 1]
+    error = found["row-1"].error
+    assert error is not None and error.error_type == "engine_failed"
+    assert len(canaries) == 3 and {text_of(body) for body in canaries} <= {"text 0", "text 2"}
+    lost = [call for one in found.values() for call in one.lost_calls]
+    assert [(call.error_type, call.price_mode, call.max_output_tokens) for call in lost] == [("canary", "batch", 1)] * 3
+
+
+@pytest.mark.parametrize("num_before", [0, 2])
+def test_a_provider_that_fails_on_all_lines_of_its_last_batch_rejects_none(make: Make, num_before: int) -> None:
+    begun: list[int] = []
+
+    def answer(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        begun.append(1)
+        return echo(body) if len(begun) <= num_before else refused(500)
+
+    found: list[Completion] = []
+    with BatchEndpoint(answer) as endpoint:
+        stream = make(endpoint, max_retries=2).generate(requests(5))
+        with pytest.raises(EngineUnavailable, match=r"answered none of its \d requests \(alibaba: HTTP 500"):
+            found.extend(stream)
+        assert len(endpoint.batches) == 3
+    assert len(found) == num_before and all(one.error is None for one in found)
+
+
+def test_lines_that_are_all_refused_alike_stop_the_run_and_few_of_them_are_rejects(make: Make) -> None:
+    with BatchEndpoint(lambda body: refused(400, message="no such model")) as endpoint:
+        found: list[Completion] = []
+        with pytest.raises(EngineUnavailable, match=r"refused all 30 requests of batch .*no such model"):
+            found.extend(make(endpoint).generate(requests(30)))
+        assert found == [] and len(endpoint.batches) == 1
+        few = list(make(endpoint).generate(requests(5, first=50)))
+    assert [one.error.error_type for one in few if one.error is not None] == ["request_refused"] * 5
+
+
+def test_refused_lines_beside_answered_ones_are_rejects_however_many(make: Make) -> None:
+    with BatchEndpoint(by_text({f"text {n}": refused(400) for n in range(40)})) as endpoint:
+        found = list(make(endpoint).generate(requests(41)))
+    assert sum(one.error is not None for one in found) == 40 and ids(found) == once(requests(41))
+
+
+def test_an_outage_while_a_batch_is_waited_for_is_told_and_outlived(make: Make) -> None:
+    is_down = threading.Event()
+    is_down.set()
+    with BatchEndpoint(echo) as endpoint:
+        endpoint.fault = lambda method, path: (
+            "refused" if re.fullmatch("/v1/batches/.+", path) and is_down.is_set() else "none"
+        )
+        asking, found = make(endpoint), list[Completion]()
+        run = threading.Thread(target=lambda: found.extend(asking.generate(requests(3))))
+        run.start()
+        while (outage := asking.find_outage()) is None:
+            time.sleep(0.001)
+        assert outage.provider == "alibaba" and "HTTP 500" in outage.message
+        is_down.clear()
+        run.join(20)
+        assert ids(found) == once(requests(3)) and asked_once(endpoint, requests(3))
+        assert asking.find_outage() is None and asking.counters()["num_outages"] == 1
+
+
+@pytest.mark.parametrize("is_down", [False, True])
+def test_a_batch_that_is_given_back_stays_at_the_provider_and_is_taken_up(make: Make, is_down: bool) -> None:
+    wanted = requests(4)
+    with BatchEndpoint(echo, num_looks=10**9) as endpoint:
+        endpoint.fault = lambda method, path: "refused" if is_down and re.fullmatch("/v1/batches/.+", path) else "none"
+        asking, found = make(endpoint, sleep=None, max_outage_s=600.0), list[Completion]()
+        run = threading.Thread(target=lambda: found.extend(asking.generate(wanted)))
+        run.start()
+        while asking.counters().get("num_looks", 0) < 2:
+            time.sleep(0.001)
+        asking.give_back()
+        run.join(20)
+        assert not run.is_alive() and found == []
+        endpoint.end_now()
+        endpoint.fault = lambda method, path: "none"
+        assert ids(list(make(endpoint).generate(wanted))) == once(wanted)
+        assert asked_once(endpoint, wanted)
+
+
+def test_a_body_that_comes_as_text_is_read(make: Make) -> None:
+    reply = {"response": {"status_code": 200, "body": json.dumps(deepseek("fine"))}, "error": None}
+    with BatchEndpoint(lambda body: reply) as endpoint:
+        (found,) = make(endpoint).generate(requests(1))
+    assert (found.text, found.error) == ("fine", None)
 
 
 def test_a_batch_that_did_not_begin_says_why_and_is_forgotten(make: Make) -> None:
@@ -488,6 +614,17 @@ def test_batches_are_found_on_every_page_of_the_list(make: Make) -> None:
         num_batches = len(endpoint.batches)
         list(make(endpoint).generate(requests(14)))
         assert len(endpoint.batches) == num_batches == 7
+
+
+def test_answers_without_a_usage_are_answers_with_estimates(make: Make) -> None:
+    def uncounted(body: Mapping[str, Any]) -> Mapping[str, Any]:
+        response = echo(body)["response"]
+        return {"response": {**response, "body": with_usage(response["body"], None)}, "error": None}
+
+    with BatchEndpoint(uncounted) as endpoint:
+        found = list(make(endpoint).generate(requests(2)))
+    assert {(each.error, each.text) for each in found} == {(None, "echo text 0"), (None, "echo text 1")}
+    assert {each.usage for each in found} == {Usage(None, None).with_estimates(3, 3)}
 
 
 def test_providers_without_batches_and_fallbacks_are_refused(make: Make) -> None:

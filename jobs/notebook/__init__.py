@@ -1,0 +1,1 @@
+"""The notebook's way in: `run_job`."""

@@ -1,0 +1,1 @@
+"""Batch mode: requests as files that a provider answers within a day."""

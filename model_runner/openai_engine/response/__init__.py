@@ -1,0 +1,1 @@
+"""What providers spell differently in a response: reasons of its end, pieces of tool calls, text in halves, usage."""

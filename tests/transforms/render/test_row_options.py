@@ -1,0 +1,167 @@
+"""Options that rows of batch files bring: followed by their engine, or rejected with its name."""
+
+import json
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from moebeam.model_runner.prefix_tree import common_prefix_lengths
+from moebeam.schemas.chat_options import ChatOptions, parse_options_json
+from moebeam.schemas.job.model import ModelSection, load_options
+from moebeam.schemas.job.sections import PromptSection, SamplingSection
+from moebeam.schemas.records import Sampling, parse_sampling_json
+from moebeam.schemas.tables import read_schema
+from moebeam.transforms.read.batch_lines import parse_batch_line
+from moebeam.transforms.read.input_rows import JSONL_INPUT_FIELDS
+from moebeam.transforms.render.answer_terms import TermsCache
+from moebeam.transforms.render.render_rows import Renderer, RenderSpec
+
+MESSAGES = [{"role": "user", "content": "Which of the colours of the rainbow is the warmest one?"}]
+
+
+def engine_of(engine: str, **options: Any) -> ModelSection:
+    return load_options(engine).model_validate({"engine": engine, "name": "m", **options})
+
+
+def rendered(engine: ModelSection, *bodies: dict[str, Any], job: Any = (), sampling: Any = ()) -> list[dict[str, Any]]:
+    """The planned rows of batch lines with these bodies."""
+    spec = RenderSpec(
+        prompt=PromptSection(),
+        sampling=SamplingSection(**dict({"max_tokens": 16}, **dict(sampling))),
+        checkpoint="",
+        passthrough=(),
+        messages_column="messages",
+        sampling_column="sampling",
+        options_column="options",
+        terms=TermsCache(ChatOptions(**dict(job)), None),
+        model="m",
+        engine=engine,
+    )
+    rows = []
+    for number, body in enumerate(bodies):
+        line = {"custom_id": str(number), "url": "/v1/chat/completions", "body": {"messages": MESSAGES, **body}}
+        request = parse_batch_line(json.dumps(line).encode())
+        values = {field.name: getattr(request, field.name) for field in JSONL_INPUT_FIELDS}
+        place = {"custom_id": str(number), "scope": "row", "num_rows": 1, "tenant": "", "passthrough": {}}
+        rows.append({**place, "input": values})
+    batch = pa.RecordBatch.from_pylist(rows, schema=read_schema(JSONL_INPUT_FIELDS, []))
+    return Renderer(spec).render_batch(batch).to_pylist()
+
+
+def rejection(engine: ModelSection, body: dict[str, Any], **job: Any) -> tuple[str, str] | None:
+    (row,) = rendered(engine, body, **job)
+    return row["error_type"] and (row["error_type"], row["error_message"])
+
+
+OPENAI = engine_of("openai")
+DEEPSEEK = engine_of("openai", provider="deepseek")
+
+
+@pytest.mark.parametrize(
+    ("engine", "body", "words"),
+    [
+        (
+            "torch",
+            {"service_tier": "flex"},
+            "service_tier: the engine 'torch' cannot follow it, found 'flex'; openai can",
+        ),
+        ("torch", {"logprobs": True, "top_logprobs": 3}, "top_logprobs: the engine 'torch' cannot follow it, found 3"),
+        ("transformers", {"logprobs": True}, "logprobs: the engine 'transformers' cannot follow it"),
+        ("vllm", {"service_tier": "priority"}, "service_tier: the engine 'vllm' cannot follow it"),
+        ("torch", {"n": 2}, "n: the engine 'torch' gives 1 answer a request, found 2"),
+        ("openai", {"n": 2}, "n: the engine 'openai' gives 1 answer a request, found 2"),
+    ],
+)
+def test_what_an_engine_cannot_follow_is_a_reject_that_names_it(engine: str, body: dict[str, Any], words: str) -> None:
+    found = rejection(engine_of(engine), body)
+    assert found is not None
+    assert found[0] == "unsupported_request"
+    assert found[1].startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"service_tier": "flex"}, "service_tier: the provider 'deepseek' cannot follow it, found 'flex'"),
+        ({"seed": 7, "temperature": 1}, "seed: the provider 'deepseek' cannot follow it, found 7"),
+        ({"max_reasoning_tokens": 9}, "max_reasoning_tokens: the provider 'deepseek' cannot follow it, found 9"),
+    ],
+)
+def test_what_a_provider_cannot_follow_is_a_reject_that_names_it(body: dict[str, Any], words: str) -> None:
+    assert rejection(DEEPSEEK, body) == ("unsupported_request", words)
+
+
+@pytest.mark.parametrize(
+    ("engine", "body"),
+    [
+        (OPENAI, {"service_tier": "flex"}),
+        (OPENAI, {"logprobs": True, "top_logprobs": 5, "frequency_penalty": 1, "presence_penalty": -1}),
+        (DEEPSEEK, {"service_tier": "default"}),
+        (DEEPSEEK, {"seed": 7, "temperature": 0}),
+        (engine_of("torch"), {"service_tier": "auto", "frequency_penalty": 0.5, "presence_penalty": 0.5}),
+        (engine_of("transformers"), {"frequency_penalty": 0.5, "logprobs": False}),
+        (engine_of("vllm"), {"logprobs": True, "top_logprobs": 5, "frequency_penalty": 1}),
+    ],
+)
+def test_what_can_be_followed_is_planned(engine: ModelSection, body: dict[str, Any]) -> None:
+    assert rejection(engine, body) is None
+
+
+def test_values_of_the_row_win_over_those_of_the_job() -> None:
+    own, plain = rendered(
+        OPENAI,
+        {"service_tier": "flex", "presence_penalty": 0},
+        {},
+        job={"service_tier": "priority"},
+        sampling={"presence_penalty": 1.5, "frequency_penalty": 0.5},
+    )
+    assert parse_options_json(own["options"]).service_tier == "flex"
+    assert plain["options"] is None
+    assert parse_sampling_json(own["sampling"]) == Sampling(16, frequency_penalty=0.5)
+    assert parse_sampling_json(plain["sampling"]) == Sampling(16, frequency_penalty=0.5, presence_penalty=1.5)
+
+
+def test_likely_tokens_need_log_probabilities() -> None:
+    found = rejection(OPENAI, {"top_logprobs": 2})
+    assert found == ("invalid_sampling", "top_logprobs: expected `logprobs` beside it, found 2 without")
+    assert rejection(OPENAI, {"logprobs": False}, sampling={"logprobs": True, "top_logprobs": 2}) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"service_tier": "scale"}, "service_tier: expected one of auto, default, flex, priority, found 'scale'"),
+        ({"model": "gpt-9"}, "body.model: expected 'm' or 'b', found 'gpt-9'; [model] name names the job's model"),
+        ({"model": 7}, "body.model: expected 'm' or 'b', found 7"),
+    ],
+)
+def test_other_words_are_refused_with_those_that_are_known(body: dict[str, Any], words: str) -> None:
+    found = rejection(engine_of("openai", routes=[{"name": "b"}]), body)
+    assert found is not None
+    assert found[1].startswith(words)
+
+
+def test_a_route_is_a_model_of_its_own() -> None:
+    engine = engine_of("openai", routes=[{"name": "b"}, {"name": "c"}])
+    own, named, routed, other = rendered(engine, {}, {"model": "m"}, {"model": "b"}, {"model": "c"})
+    assert own["options"] is None
+    assert named["options"] is None
+    assert parse_options_json(routed["options"]).model == "b"
+    assert own["prefix_key"] == named["prefix_key"]
+    keys = sorted({row["prefix_key"] for row in (own, routed, other)})
+    assert len(keys) == 3
+    assert common_prefix_lengths(keys).tolist() == [0, 0, 0]
+
+
+def test_an_engine_without_routes_answers_for_its_own_model_alone() -> None:
+    found = rejection(engine_of("torch"), {"model": "gpt-4o"})
+    assert found is not None
+    assert found[1].startswith("body.model: expected 'm', found 'gpt-4o'")
+    assert rejection(engine_of("torch"), {"model": "m"}) is None
+
+
+def test_a_route_is_judged_by_its_own_provider() -> None:
+    engine = engine_of("openai", provider="deepseek", routes=[{"name": "b", "provider": "openai"}])
+    assert rejection(engine, {"model": "b", "service_tier": "flex"}) is None
+    assert rejection(engine, {"model": "m", "service_tier": "flex"}) is not None

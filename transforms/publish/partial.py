@@ -1,0 +1,121 @@
+"""Partial answers: what is journaled of shards that are not committed, as tables.
+
+Part of *publish*, of a run that was stopped or killed. `partial/` has a file a shard with a line an answer, priced and
+named as its ledger line will be. The files are made anew from the journals and removed when the run is complete.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from moebeam.schemas.answers import AccountedAnswer
+from moebeam.schemas.arrow import encode_parquet_file, replace_column, take_rows
+from moebeam.schemas.errors import RequestGivenUp
+from moebeam.schemas.store import storage
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.tables import LEDGER_SCHEMA, PARTIAL_SCHEMA
+from moebeam.transforms.answer.shard_tables import PlannedRows, shard_tables
+from moebeam.transforms.answer.waste import account_entries
+from moebeam.transforms.durable.journal_file import read_journal
+from moebeam.transforms.money.account import Accounting
+
+JOURNALED = "journaled"
+"""Outcome of these lines."""
+
+_PREFIX, _SUFFIX = "part-", ".parquet"
+
+
+@dataclass(frozen=True, slots=True)
+class PartialShard:
+    """Journaled answers of a shard that is not committed.
+
+    Attributes:
+        lines: in `PARTIAL_SCHEMA`, in token order.
+        rows: those that have an answer, merged rows included, as *answer* would write them without validation: columns
+            of results and rejects in plan order.
+        num_damaged: lines of the journal that cannot be read; what they cost is unknown.
+    """
+
+    lines: pa.Table
+    rows: pa.Table
+    num_damaged: int
+
+
+def journaled_shards(layout: RunLayout) -> list[str]:
+    """Shards of which any answer was journaled, committed ones included."""
+    paths = (path for path, _ in storage.list_files(layout.journal))
+    return sorted({path.rpartition("/")[0].rpartition("/")[2] for path in paths})
+
+
+def read_partial(layout: RunLayout, shard: str, accounting: Accounting) -> PartialShard:
+    """Read and price the journal of a shard.
+
+    Raises:
+        OSError: the store failed.
+    """
+    found = read_journal(layout, shard)
+    rows, answers = account_entries(layout, shard, found.entries, accounting)
+    # A request that was given up has no answer, only lost calls.
+    arrived = {row: kept for row, attempts in answers.items() if (kept := [a for a in attempts if not _is_given_up(a)])}
+    return PartialShard(
+        _lines(shard, rows, answers, accounting), _answered_rows(shard, rows, arrived, accounting), found.num_damaged
+    )
+
+
+def _is_given_up(answer: AccountedAnswer) -> bool:
+    return isinstance(answer.answer.error, RequestGivenUp)
+
+
+def _lines(
+    shard: str, rows: PlannedRows, answers: dict[int, list[AccountedAnswer]], accounting: Accounting
+) -> pa.Table:
+    asked = rows.with_asked(answers)
+    ledger = shard_tables(shard, asked, answers, accounting)["ledger"]
+    ledger = replace_column(ledger, "outcome", [JOURNALED] * ledger.num_rows)
+    in_order = [answer.answer for row in asked.asked for answer in answers[row]]
+    texts: dict[str, list[Any]] = {
+        "output_text": [answer.completion.text for answer in in_order],
+        "reasoning_content": [answer.completion.reasoning_content for answer in in_order],
+        "tool_calls": [
+            [{"id": call.id, "name": call.name, "arguments": call.arguments} for call in answer.completion.tool_calls]
+            or None
+            for answer in in_order
+        ],
+        "error_message": [None if answer.error is None else str(answer.error) for answer in in_order],
+    }
+    added = [pa.array(values, PARTIAL_SCHEMA.field(name).type) for name, values in texts.items()]
+    return pa.table([*(ledger.column(name) for name in LEDGER_SCHEMA.names), *added], schema=PARTIAL_SCHEMA)
+
+
+def _answered_rows(
+    shard: str, rows: PlannedRows, answers: dict[int, list[AccountedAnswer]], accounting: Accounting
+) -> pa.Table:
+    """The last answer of each row decides; rows that were not asked, or not answered, are left out."""
+    asked = rows.with_asked(answers)
+    members = [member for row in asked.asked for member in (row, *rows.followers.get(row, ()))]
+    places = {member: place for place, member in enumerate(sorted(members))}
+    kept = PlannedRows(
+        take_rows(rows.table, sorted(members)),
+        tuple(places[row] for row in asked.asked),
+        {places[row]: [places[follower] for follower in rows.followers.get(row, ())] for row in asked.asked},
+    )
+    tables = shard_tables(shard, kept, {places[row]: attempts for row, attempts in answers.items()}, accounting)
+    return pa.concat_tables([tables["results"], tables["rejects"]])
+
+
+def write_partials(layout: RunLayout, accounting: Accounting, committed: Collection[str]) -> None:
+    """Write `partial/` anew: a file for each journaled shard that is not committed, and no other; idempotent.
+
+    Raises:
+        OSError: the store failed.
+    """
+    shards = [shard for shard in journaled_shards(layout) if shard not in committed]
+    for shard in shards:
+        lines = read_partial(layout, shard, accounting).lines
+        if lines.num_rows:
+            storage.write_whole(layout.partial_file(shard), encode_parquet_file(lines))
+    names = {f"{_PREFIX}{shard}{_SUFFIX}" for shard in shards}
+    stale = [name for name in storage.list_names(layout.partial, _SUFFIX) if name not in names]
+    storage.remove_files([storage.join(layout.partial, name) for name in stale])

@@ -1,0 +1,112 @@
+"""Publishes a run again, without its pipeline, as far as it is committed.
+
+After a kill nothing of what was committed since the last launch may be visible, and no manifest names it. Whoever looks
+at the run then publishes it first, so that tables, manifest and all that reads them say the same. The run stays
+incomplete, and its next launch goes on as if nothing had happened.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moebeam.schemas.answers import ShardCommit
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.store import storage
+from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.answer.waste import record_unused
+from moebeam.transforms.durable.commit import read_commit
+from moebeam.transforms.plan.plan_record import read_plan
+from moebeam.transforms.publish.invariants import RowSums, sum_shard
+from moebeam.transforms.publish.manifest import RunAccounts, publish_shard, write_manifest
+from moebeam.transforms.publish.publish_spec import PublishSpec, read_spec
+from moebeam.transforms.publish.rollup import (
+    DEFAULT_BY,
+    MAX_GROUPS,
+    Rollup,
+    largest_groups,
+    merge_groups,
+    read_ledger,
+    roll_up,
+)
+from moebeam.transforms.publish.run_account import RunAccount, digest_of_state
+
+
+def is_current(manifest: Mapping[str, Any] | None, layout: RunLayout) -> bool:
+    """Whether a manifest tells of all that is committed, wasted and journaled.
+
+    Raises:
+        OSError: the store failed.
+    """
+    if manifest is None:
+        return False
+    return manifest["status"] == "complete" or manifest.get("state_digest") == digest_of_state(layout)
+
+
+def republish(layout: RunLayout) -> bool:
+    """Publish what is committed and journaled, and write the manifest of an incomplete run; idempotent.
+
+    Only for a run at which nobody is at work.
+
+    Returns:
+        False if the run has nothing to publish yet, or was begun by a version that kept no record for it.
+    Raises:
+        CommitError: a committed table is missing or damaged, or the accounts contradict each other.
+        OSError: the store failed, or may only be read.
+    """
+    spec = read_spec(layout)
+    if spec is None or read_plan(layout) is None:
+        return False
+    commits = read_commits(layout)
+    for commit in commits:
+        publish_shard(commit, layout)
+        if spec.accounting is not None:
+            record_unused(layout, commit.shard, spec.accounting)
+    write_manifest(commits, spec, RunAccounts(_roll_up(commits, spec), _sum_rows(commits, spec)), can_complete=False)
+    return True
+
+
+def outline_manifest(layout: RunLayout, account: RunAccount) -> dict[str, Json] | None:
+    """What the manifest of an unfinished run would say, but for its tables; None as `republish` returns False.
+
+    Raises:
+        OSError: the store failed.
+    """
+    spec, plan = read_spec(layout), read_plan(layout)
+    if spec is None or plan is None:
+        return None
+    return {
+        "status": "incomplete",
+        "run_id": spec.run_id,
+        **spec.described,
+        "rows_in": spec.num_input_rows - account.committed.num_unreadable_rows,
+        "num_shards": len(plan.shards),
+        "num_committed_shards": len(storage.list_names(layout.commits, ".json")),
+        "max_hit_rate": plan.max_hit_rate,
+        **account.to_json(),
+        "rejects_by_message": None,
+        "checks": None,
+    }
+
+
+def read_commits(layout: RunLayout) -> list[ShardCommit]:
+    """All commit records, in order of their shards.
+
+    Raises:
+        CommitError: a record cannot be read.
+        OSError: the store failed.
+    """
+    names = (name.removesuffix(".json") for name in storage.list_names(layout.commits, ".json"))
+    return [commit for shard in names if (commit := read_commit(layout, shard)) is not None]
+
+
+def _roll_up(commits: list[ShardCommit], spec: PublishSpec) -> Rollup:
+    paths = (
+        spec.layout.published_file("ledger", commit.shard)
+        for commit in commits
+        if any(file.table == "ledger" for file in commit.files)
+    )
+    groups = merge_groups(roll_up(read_ledger(path), DEFAULT_BY) for path in paths)
+    return largest_groups(groups.items(), DEFAULT_BY, MAX_GROUPS)
+
+
+def _sum_rows(commits: list[ShardCommit], spec: PublishSpec) -> RowSums:
+    return sum((sums for commit in commits for sums in sum_shard(commit, spec.layout)), RowSums())
