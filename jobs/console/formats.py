@@ -8,6 +8,11 @@ if TYPE_CHECKING:
     from moebeam.transforms.durable.progress import OutageNote
 
 
+def escape_control_characters(text: str) -> str:
+    """Replace control characters, which a terminal would obey, by their codes."""
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+
+
 def format_duckdb_command(query: str, path: str) -> str:
     """A shell line that runs `query` with `path` in place of `{}`, quoted for SQL and for the shell."""
     sql = query.format(path.replace("'", "''"))

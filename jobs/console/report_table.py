@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moebeam.jobs.console.formats import format_money
+from moebeam.jobs.console.formats import escape_control_characters, format_money
 from moebeam.schemas.arrow import encode_parquet_file
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.tables import MONEY
@@ -110,7 +110,7 @@ def format_html(title: str, tables: Sequence[ReportTable]) -> str:
 
 def print_table(console: Console, table: ReportTable) -> None:
     """Print a table; a long one is cut, with a note."""
-    console.print(Text(printable(table.title), style="bold"), soft_wrap=True)
+    console.print(Text(escape_control_characters(table.title), style="bold"), soft_wrap=True)
     # Empty columns only take room.
     places = [place for place in range(len(table.columns)) if any(row[place] is not None for row in table.rows)]
     shown = Table(box=None, padding=(0, 2, 0, 0))
@@ -118,7 +118,7 @@ def print_table(console: Console, table: ReportTable) -> None:
         shown.add_column(column.name, justify="left" if column.kind == "text" else "right", no_wrap=True)
     for row in table.rows[:_MAX_SHOWN_ROWS]:
         cells = (_format_cell(row[place], table.columns[place]) for place in places)
-        shown.add_row(*(Text(printable(cell)) for cell in cells))
+        shown.add_row(*(Text(escape_control_characters(cell)) for cell in cells))
     # Rich would cut cells to the terminal's width; a line that the terminal wraps still holds its figures.
     wide = Console(file=io.StringIO(), width=_MAX_WIDTH)
     with wide.capture() as captured:
@@ -128,13 +128,8 @@ def print_table(console: Console, table: ReportTable) -> None:
     if len(table.rows) > _MAX_SHOWN_ROWS:
         console.print(f"… and {len(table.rows) - _MAX_SHOWN_ROWS:,} more rows; --csv DIR writes all", highlight=False)
     if table.note is not None:
-        console.print(Text(printable(table.note)), soft_wrap=True)
+        console.print(Text(escape_control_characters(table.note)), soft_wrap=True)
     console.print()
-
-
-def printable(text: str) -> str:
-    """Replaces control characters, which a terminal would obey, by their codes."""
-    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
 
 
 def _format_cell(cell: Cell, column: Column) -> str:

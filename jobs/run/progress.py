@@ -16,6 +16,7 @@ from rich.text import Text
 
 from moebeam.jobs.console.facts_table import facts_table
 from moebeam.jobs.console.formats import (
+    escape_control_characters,
     format_duckdb_command,
     format_duration,
     format_money,
@@ -23,7 +24,6 @@ from moebeam.jobs.console.formats import (
     format_outage_end,
 )
 from moebeam.jobs.console.paid_line import format_paid
-from moebeam.jobs.console.report_table import printable
 from moebeam.jobs.console.summary import EXIT_DONE, EXIT_STOPPED, LIMITS, CheckReport, ProgressSnapshot, RunSummary
 
 ShowSnapshot = Callable[[ProgressSnapshot], None]
@@ -204,7 +204,7 @@ def _list_facts(summary: RunSummary) -> Iterator[tuple[str, str]]:
     by_type = ", ".join(f"{count:,} {name}" for name, count in sorted(summary.rejects_by_type.items()))
     yield "rejects", f"{summary.num_rejects:,}{f' ({by_type})' if by_type else ''}"
     for message, count in summary.rejects_by_message.items():
-        yield "", f"{count:,} x {printable(message)}"
+        yield "", f"{count:,} x {escape_control_characters(message)}"
     if summary.num_unreadable:
         yield "unreadable", f"{summary.num_unreadable:,} files or row groups"
     yield "tokens", _format_tokens(summary)

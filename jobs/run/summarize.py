@@ -10,6 +10,7 @@ from moebeam.jobs.output.current_run import read_current_run
 from moebeam.schemas.answers import Totals
 from moebeam.schemas.errors import CommitError, EngineUnavailable, JobInterrupted, OutputError, PipelineFailed
 from moebeam.schemas.job.sections import Job
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.publish.manifest import find_cost, find_sole_amount
 from moebeam.transforms.publish.reject_messages import parse_commonest
@@ -99,6 +100,8 @@ def telling_what_was_paid(output: str) -> Generator[None]:
     try:
         yield
     except (PipelineFailed, EngineUnavailable, JobInterrupted) as error:
+        layout = RunLayout(output)
         with suppress(OSError, CommitError, OutputError):
-            error.account = read_current_run(RunLayout(output)).account.by_state()
+            if storage.exists(layout.plan_record):
+                error.account = read_current_run(layout).account.by_state()
         raise

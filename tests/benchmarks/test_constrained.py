@@ -92,7 +92,7 @@ def test_nothing_that_can_be_read_is_exit_code_2(tmp_path: Path, schemas: dict[s
     assert run(tmp_path, schemas) == (2, {})
 
 
-@pytest.mark.parametrize("arguments", [["--attempts", "0"], ["--max-tokens", "0"], ["--seed", "-1"]])
+@pytest.mark.parametrize("arguments", [["--attempts", "-1"], ["--max-tokens", "0"], ["--seed", "-1"]])
 def test_wrong_arguments_are_refused(tmp_path: Path, arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         run(tmp_path, {"a.json": True}, *arguments)

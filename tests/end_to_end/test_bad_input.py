@@ -251,7 +251,7 @@ def test_an_output_whose_claim_was_killed_half_way_is_free(tmp_path: Path, tiny_
     (state / "probe-0123").write_bytes(b"first")
     summary = run_fake_job(source, tmp_path / "out", tiny_checkpoint)
     assert summary.num_results == 1
-    assert sorted(path.name for path in state.iterdir() if path.is_file()) == ["input.json", "job.json"]
+    assert sorted(path.name for path in state.iterdir() if path.is_file()) == ["input.json", "job.json", "publish.json"]
 
 
 def test_an_output_that_another_launcher_claims_meanwhile_is_shared(

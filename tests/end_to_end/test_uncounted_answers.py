@@ -85,7 +85,7 @@ def test_a_limit_of_money_stops_at_an_answer_whose_cost_nobody_knows(tmp_path: P
         )
         assert len(endpoint.calls) < 6
     assert (summary.exit_code, summary.reason) == (4, "max_cost")
-    assert "an answer has no price, so nobody knows the cost" in (summary.message or "")
+    assert "an answer came without a usage, so nobody knows the cost" in (summary.message or "")
 
 
 def test_a_limit_of_tokens_counts_what_is_estimated(tmp_path: Path) -> None:

@@ -368,6 +368,7 @@ def start_run(job_file: str, behaviour: str, *options: str) -> "subprocess.Popen
 
         def launch(job, *, limit, beam_args, stop, progress, reuse):
             os.system("echo a child process says hello")
+            stop.is_awaited = True
             if "{behaviour}" == "hang":
                 # A thread like Beam's workers, which a normal exit would wait for.
                 threading.Thread(target=threading.Event().wait, args=(120,)).start()
@@ -406,7 +407,7 @@ def test_the_first_signal_drains_and_exits_with_4(job_file: str, number: signal.
     out, err = process.communicate(timeout=60)
     assert process.returncode == 4
     assert json.loads(out)["status"] == "incomplete"
-    assert "the shards at work are finished first; a second signal stops at once" in err
+    assert "no new request leaves; answers on their way are awaited for 5 s; a second signal ends at once" in err
     assert "Traceback" not in err
 
 

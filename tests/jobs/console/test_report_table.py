@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from moebeam.jobs.console.formats import escape_control_characters
 from moebeam.jobs.console.report_table import (
     Column,
     ReportTable,
@@ -19,7 +20,6 @@ from moebeam.jobs.console.report_table import (
     format_csv,
     format_html,
     print_table,
-    printable,
 )
 from moebeam.schemas.tables import MONEY
 
@@ -93,7 +93,7 @@ def test_control_sequences_in_data_do_not_reach_the_terminal() -> None:
     print_table(Console(file=sink, width=200), table("\x1b[2J\x9b31mred[bold]"))
     assert "\\x1b[2J\\x9b31mred[bold]" in sink.getvalue()
     assert "\x1b" not in sink.getvalue()
-    assert printable("plain ünïcode") == "plain ünïcode"
+    assert escape_control_characters("plain ünïcode") == "plain ünïcode"
 
 
 def test_a_table_keeps_its_types_in_parquet_when_it_is_null_or_empty() -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
@@ -48,8 +49,10 @@ def start() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
 
     yield begin
     for process in started:
-        process.kill()
-        process.communicate()
+        left = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        for one in (process, *left):
+            one.kill()
+        process.communicate(timeout=TIMEOUT_S)
 
 
 def rest_of(process: subprocess.Popen[str]) -> list[str]:
@@ -59,6 +62,7 @@ def rest_of(process: subprocess.Popen[str]) -> list[str]:
 
 
 Start = Callable[[str], "subprocess.Popen[str]"]
+Found = TypeVar("Found")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -146,7 +150,14 @@ with watch(drain_s=0) as stop:
     hold_the_interpreter()
     time.sleep(600)
 """)
-    (worker,) = [child for child in psutil.Process(process.pid).children() if "time.sleep" in " ".join(child.cmdline())]
+    parent = psutil.Process(process.pid)
+    # Between fork and exec it has its parent's command line.
+    worker = wait_for(
+        lambda: next(
+            (child for child in parent.children() if child.cmdline()[-1:] == ["import time; time.sleep(600)"]), None
+        )
+    )
+    assert worker is not None
     process.send_signal(signal.SIGINT)
     assert process.wait(TIMEOUT_S) == -signal.SIGKILL
     assert wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
@@ -166,7 +177,7 @@ with watch() as stop:
     assert wait_for(lambda: not watchdog.is_running())
 
 
-def wait_for(find: Callable[[], object]) -> object:
+def wait_for(find: Callable[[], Found]) -> Found:
     deadline = time.monotonic() + TIMEOUT_S
     while not (found := find()) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -96,15 +96,16 @@ def test_sampled_text_depends_on_the_request_alone(tiny_checkpoint: Path, runner
     assert texts(run_all(small, requests)) == first
 
 
-def test_seed_and_attempt_change_what_is_drawn(runner: TorchRunner) -> None:
+def test_seed_row_and_attempt_change_what_is_drawn(runner: TorchRunner) -> None:
     prompt = [70, 71, 72]
     seeds = [1, 1, 2, None, None]
     requests = [request_of(i, prompt, 30, temperature=2.0, seed=seed) for i, seed in enumerate(seeds)]
-    requests.append(replace(requests[4], request_id="5", attempt=2))
+    requests = [replace(one, row_id="row") for one in requests]
+    requests += [replace(requests[4], request_id="5", attempt=2), replace(requests[0], request_id="6", row_id="other")]
     found = [one.text for _, one in sorted(run_all(runner, requests).items())]
     assert found[0] == found[1]
     assert found[3] == found[4]
-    assert len(set(found)) == 4
+    assert len(set(found)) == 5
 
 
 def test_greedy_and_sampled_requests_do_not_change_each_other(runner: TorchRunner) -> None:

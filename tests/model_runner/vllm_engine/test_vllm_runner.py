@@ -212,16 +212,17 @@ def test_usage_finish_reason_and_logprobs_are_vllms(runner: VllmRunner) -> None:
     assert one.latency_ms > 0
 
 
-def test_sampling_is_sent_as_asked_and_seeds_depend_on_the_request_alone(runner: VllmRunner, fake: Fake) -> None:
-    sampled = request("a", [70], temperature=0.7, top_p=0.9, min_p=0.1, grammar="{}")
+def test_sampling_is_sent_as_asked_and_seeds_depend_on_the_row_and_its_attempt(runner: VllmRunner, fake: Fake) -> None:
+    sampled = replace(request("a", [70], temperature=0.7, top_p=0.9, min_p=0.1, grammar="{}"), row_id="row")
     others = [
         replace(sampled, request_id="b", attempt=2),
         replace(sampled, request_id="c", sampling=Sampling(6, 0.7, seed=-1)),
         request("d", [71], logprobs=True),
         replace(sampled, request_id="e"),
+        replace(sampled, request_id="f", row_id="other"),
     ]
     by_id(runner.generate([sampled, *others]))
-    first, second, seeded, same, greedy = fake.asks()
+    first, second, seeded, same, other, greedy = fake.asks()
     assert first["sampling"] | {"seed": None} == {
         "max_tokens": 6,
         "temperature": 0.7,
@@ -235,7 +236,8 @@ def test_sampling_is_sent_as_asked_and_seeds_depend_on_the_request_alone(runner:
     }
     assert (first["grammar"], greedy["grammar"], greedy["sampling"]["logprobs"]) == ("{}", None, 0)
     assert first["sampling"]["seed"] == same["sampling"]["seed"] != second["sampling"]["seed"]
-    assert (seeded["sampling"]["seed"], greedy["sampling"]["seed"]) == (2**63 - 1, None)
+    assert len({ask["sampling"]["seed"] for ask in (first, second, seeded, other)}) == 4
+    assert greedy["sampling"]["seed"] is None
 
 
 def test_penalties_and_likely_tokens_are_vllms(runner: VllmRunner, fake: Fake) -> None:
