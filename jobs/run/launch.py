@@ -117,7 +117,13 @@ def launch(
         write_template(pipeline, location)
         return summarize_template(checked, location, started)
     run = PipelineThread(pipeline, is_remote=not runs_here(options))
-    _wait_for(run, checked, main_job.answer.limits.deadline_at, stop, progress)
+    try:
+        _wait_for(run, checked, main_job.answer.limits.deadline_at, stop, progress)
+    except KeyboardInterrupt:
+        name = stop.name if isinstance(stop, StopSignal) else "a signal"
+        with contextlib.suppress(OSError):
+            request_stop(layout, StopReason(SIGNAL, f"stopped by {name}; a second signal ended it at once"))
+        raise
     with _store_errors(layout.output):
         stopped = read_stop(layout)
         if run.has_failed and stopped is not None and read_plan(layout) is None:

@@ -98,7 +98,12 @@ def test_a_price_check_without_its_package_says_what_to_install() -> None:
 
 def test_run_job_takes_what_needs_no_pandas(tmp_path: Path, tiny_checkpoint: Path) -> None:
     code = (
-        "import sys; sys.modules['pandas'] = None; from moebeam import run_job; "
+        "import sys, importlib.abc\n"
+        "class NoPandas(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'pandas': raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, NoPandas())\n"
+        "from moebeam import run_job\n"
         f"model = {{'engine': 'fake', 'path': {str(tiny_checkpoint)!r}}}; "
         "job = {'prompt': {'template': '{{ text }}'}, 'model': model, 'sampling': {'max_tokens': 8}}; "
         "print([row['status'] for row in run_job(job, [{'text': 'one'}])])"
