@@ -106,5 +106,5 @@ def served(folder: Path, port: int) -> Generator[ServerLog]:
         yield log
     finally:
         process.terminate()
-        process.wait()
+        process.communicate()
         log.read_on()
