@@ -124,11 +124,13 @@ def launch(
         with contextlib.suppress(OSError):
             request_stop(layout, StopReason(SIGNAL, f"stopped by {name}; a second signal ended it at once"))
         raise
-    with _store_errors(layout.output):
-        stopped = read_stop(layout)
-        if run.has_failed and stopped is not None and read_plan(layout) is None:
-            # Another launcher of this run was told to.
-            raise JobInterrupted(stopped.message)
+    if run.has_failed:
+        # Where the store is what failed, the pipeline's own words say so.
+        with contextlib.suppress(OSError):
+            stopped = read_stop(layout)
+            if stopped is not None and read_plan(layout) is None:
+                # Another launcher of this run was told to.
+                raise JobInterrupted(stopped.message)
     run.raise_failure(layout)
     forget_stop(layout)
     with _store_errors(layout.output):
