@@ -16,6 +16,7 @@ from moebeam.schemas.errors import OutputError
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.durable.commit import list_committed_shards
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.plan.shard_cut import USUAL_OUTPUT_TOKENS
 from moebeam.transforms.read.input_rows import ReadColumns
@@ -86,7 +87,7 @@ def check_disk(job: Job, scan: InputScan, columns: ReadColumns) -> str | None:
     is_planned = plan is not None
     num_rows = scan.num_rows
     if plan is not None:
-        committed = {name.removesuffix(".json") for name in storage.list_names(layout.commits, ".json")}
+        committed = {*list_committed_shards(layout)}
         num_rows = sum(shard.num_rows for shard in plan.shards if shard.shard not in committed)
     estimate = estimate_disk(
         num_rows=num_rows,

@@ -24,7 +24,7 @@ from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.store.streamed_file import Write, streamed_file
 from moebeam.schemas.tables import TABLES, Table
-from moebeam.transforms.durable.commit import read_commit
+from moebeam.transforms.durable.commit import list_committed_shards, read_commit
 
 OUTPUT_FILE = "output.jsonl"
 ERROR_FILE = "error.jsonl"
@@ -192,8 +192,8 @@ def _read_manifest_shards(layout: RunLayout, manifest: Mapping[str, Any]) -> lis
 
 def _read_committed_shards(layout: RunLayout) -> Iterator[_Shard]:
     try:
-        for name in storage.list_names(layout.commits, ".json"):
-            commit = read_commit(layout, name.removesuffix(".json"))
+        for name in list_committed_shards(layout):
+            commit = read_commit(layout, name)
             if commit is None:
                 raise OutputError(f"{layout.shard_commit(name)}: expected a commit record, found none")
             shard: dict[Table, _ShardFile] = {}

@@ -19,7 +19,7 @@ from moebeam.schemas.errors import OutputError
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import waste_folder
-from moebeam.transforms.durable.commit import read_commit
+from moebeam.transforms.durable.commit import read_commits
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.publish.manifest import passing_files
 
@@ -167,9 +167,8 @@ def _find_leftovers(layout: RunLayout, *, is_complete: bool) -> Iterator[Removal
 def _list_committed_files(layout: RunLayout) -> set[str]:
     """List the staged files that commits name."""
     names: set[str] = set()
-    for name in storage.list_names(layout.commits, ".json"):
-        commit = read_commit(layout, name.removesuffix(".json"))
-        names |= {file.path.rpartition("/")[2] for file in commit.files} if commit is not None else set()
+    for commit in read_commits(layout).values():
+        names |= {file.path.rpartition("/")[2] for file in commit.files}
     return names
 
 

@@ -16,9 +16,11 @@ from moebeam.jobs.output.run_state import find_signs_of_life, read_manifest
 from moebeam.schemas.errors import CommitError
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.durable.commit import list_committed_shards
+from moebeam.transforms.durable.journal_file import list_journaled_shards
 from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.plan.plan_record import read_plan
-from moebeam.transforms.publish.partial import PartialShard, journaled_shards, read_partial
+from moebeam.transforms.publish.partial import PartialShard, read_partial
 from moebeam.transforms.publish.publish_spec import read_spec
 from moebeam.transforms.publish.republish import is_current, outline_manifest, republish
 from moebeam.transforms.publish.rollup import read_ledger
@@ -64,8 +66,8 @@ def read_partials(layout: RunLayout) -> Iterator[PartialShard]:
         OSError: the store failed.
     """
     accounting = read_accounting(layout)
-    committed = {name.removesuffix(".json") for name in storage.list_names(layout.commits, ".json")}
-    for shard in journaled_shards(layout):
+    committed = {*list_committed_shards(layout)}
+    for shard in list_journaled_shards(layout):
         if shard not in committed:
             yield read_partial(layout, shard, accounting)
 

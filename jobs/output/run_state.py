@@ -25,7 +25,7 @@ from moebeam.schemas.store import storage
 from moebeam.schemas.store.record_json import read_note, write_note
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import read_waste, waste_names
-from moebeam.transforms.durable.commit import read_commit
+from moebeam.transforms.durable.commit import list_committed_shards, read_commit
 from moebeam.transforms.durable.lease import LEASE_S, host_identity, read_leases
 from moebeam.transforms.durable.progress import read_outage, read_progress
 from moebeam.transforms.plan.plan_record import PlanRecord, read_plan
@@ -80,8 +80,7 @@ class RunWatch:
             rows_done = sum(beat.rows_done for beat in read_progress(layout, "plan").values())
             cost = None if self._currency is None else Decimal(0)
             return self._snapshot("plan", rows_done, self._rows_total, Totals(cached_tokens=0), cost)
-        for name in storage.list_names(layout.commits, ".json"):
-            shard = name.removesuffix(".json")
+        for shard in list_committed_shards(layout):
             if shard not in self._commits and (commit := read_commit(layout, shard)) is not None:
                 self._commits[shard] = commit
         for name in waste_names(layout):
@@ -266,11 +265,7 @@ def find_signs_of_life(layout: RunLayout) -> SignsOfLife:
     leases = read_leases(layout)
     beats = [read_modified_at(info) for _, info in storage.list_files(layout.progress)]
     who = [f"a launcher on {beat.host_name} (process {beat.pid})" for beat in launchers if beat.is_alive]
-    who += [
-        f"a worker at shard {shard}"
-        for shard, lease in leases.items()
-        if now <= lease.expires_at and not lease.is_held_by_a_dead_process
-    ]
+    who += [f"a worker at shard {shard}" for shard, lease in leases.items() if lease.is_at_work]
     instants = [beat.at for beat in launchers]
     instants += [lease.expires_at - LEASE_S for lease in leases.values() if lease.expires_at]
     instants += [instant for instant in beats if instant is not None]

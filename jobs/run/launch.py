@@ -120,9 +120,10 @@ def launch(
     try:
         _wait_for(run, checked, main_job.answer.limits.deadline_at, stop, progress)
     except KeyboardInterrupt:
-        name = stop.name if isinstance(stop, StopSignal) else "a signal"
         with contextlib.suppress(OSError):
-            request_stop(layout, StopReason(SIGNAL, f"stopped by {name}; a second signal ended it at once"))
+            request_stop(
+                layout, StopReason(SIGNAL, f"stopped by {_name_signal(stop)}; a second signal ended it at once")
+            )
         raise
     if run.has_failed:
         # Where the store is what failed, the pipeline's own words say so.
@@ -247,19 +248,19 @@ def _stop(run: PipelineThread, layout: RunLayout, reason: StopReason) -> None:
 
 def _reason_to_stop(stop: threading.Event | None, deadline_at: float | None, drain_s: float) -> StopReason | None:
     if stop is not None and stop.is_set():
-        name = stop.name if isinstance(stop, StopSignal) else "a signal"
         kept = f"no further request left, and answers that arrived within {drain_s:g} s are kept"
-        return StopReason(SIGNAL, f"stopped by {name}: {kept}")
+        return StopReason(SIGNAL, f"stopped by {_name_signal(stop)}: {kept}")
     if deadline_at is not None and time.time() >= deadline_at:
         return StopReason("deadline", "[limits] deadline: is past")
     return None
 
 
+def _name_signal(stop: threading.Event | None) -> str:
+    return stop.name if isinstance(stop, StopSignal) else "a signal"
+
+
 def _is_answering(layout: RunLayout) -> bool:
     """Whether a worker still holds a shard; one that publishes does not, and is not disturbed."""
     with contextlib.suppress(OSError):
-        now = time.time()
-        return any(
-            now <= lease.expires_at and not lease.is_held_by_a_dead_process for lease in read_leases(layout).values()
-        )
+        return any(lease.is_at_work for lease in read_leases(layout).values())
     return False

@@ -28,7 +28,6 @@ CACHED = frozenset(
         "cache_miss_cost",
         "cost",
         "cost_allocated",
-        "accelerator_s",
     }
 )
 """What a stop in the middle of a shard may change: the rows asked later compute their shared prefixes again."""

@@ -27,14 +27,13 @@ from moebeam.schemas.store.appended_file import AppendedFile
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.answer_shard import AnswerSpec, LoadedEngine, answer_shard
 from moebeam.transforms.answer.waste import record_unused
-from moebeam.transforms.durable.commit import read_commit
+from moebeam.transforms.durable.commit import read_commit, read_commits
 from moebeam.transforms.durable.journal_file import Entry, JournalWriter, read_journal
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.plan.sorted_runs import read_rows
 from moebeam.transforms.publish.invariants import RowSums, sum_shard
 from moebeam.transforms.publish.manifest import RunAccounts, publish_shard, write_manifest
 from moebeam.transforms.publish.publish_spec import PublishSpec
-from moebeam.transforms.publish.republish import read_commits
 from moebeam.transforms.publish.rollup import DEFAULT_BY, MAX_GROUPS, largest_groups, merge_groups, read_ledger, roll_up
 from tests.support.jobs_for_tests import fake_job, priced, write_parquet
 
@@ -189,7 +188,7 @@ class PlannedRun:
     def _publish(self) -> None:
         """What *publish* does, in one process."""
         spec = self.publish
-        commits = read_commits(spec.layout)
+        commits = [*read_commits(spec.layout).values()]
         for commit in commits:
             publish_shard(commit, spec.layout)
             assert spec.accounting is not None

@@ -15,11 +15,10 @@ from weakref import WeakValueDictionary
 
 from moebeam.schemas.answers import Totals
 from moebeam.schemas.records import Completion
-from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import read_waste, waste_names
-from moebeam.transforms.durable.commit import read_commit
-from moebeam.transforms.durable.journal_file import read_journal
+from moebeam.transforms.durable.commit import list_committed_shards, read_commit
+from moebeam.transforms.durable.journal_file import list_journaled_shards, read_journal
 from moebeam.transforms.durable.progress import ShardProgress, read_progress
 from moebeam.transforms.money.account import Accounting
 
@@ -105,9 +104,8 @@ class JournaledSpending:
         Raises:
             OSError: the store failed.
         """
-        paths = (path for path, _ in storage.list_files(self.layout.journal))
-        shards = {path.rpartition("/")[0].rpartition("/")[2] for path in paths} - {*committed}
-        return {shard: self.read_shard(shard) for shard in sorted(shards)}
+        shards = list_journaled_shards(self.layout)
+        return {shard: self.read_shard(shard) for shard in shards if shard not in committed}
 
     def read_shard(self, shard: str) -> Spent:
         """What was paid for one shard."""
@@ -215,8 +213,7 @@ class RunSpending(Spending):
         # Progress before commits: a shard that commits in between is then counted as committed, never not at all.
         at_work = {shard: Spent.from_progress(found) for shard, found in read_progress(layout, "answer").items()}
         committed: dict[str, Spent] = {}
-        for name in storage.list_names(layout.commits, ".json"):
-            shard = name.removesuffix(".json")
+        for shard in list_committed_shards(layout):
             if shard not in self._committed and (commit := read_commit(layout, shard)) is not None:
                 committed[shard] = Spent.from_totals(commit.totals)
         if self._paid_before is None:

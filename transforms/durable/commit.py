@@ -36,6 +36,26 @@ def read_commit(layout: RunLayout, shard: str) -> ShardCommit | None:
     return read_record(layout.shard_commit(shard), ShardCommit, "a commit record")
 
 
+def list_committed_shards(layout: RunLayout) -> list[str]:
+    """Names of the shards that are committed.
+
+    Raises:
+        OSError: the store failed.
+    """
+    return [name.removesuffix(".json") for name in storage.list_names(layout.commits, ".json")]
+
+
+def read_commits(layout: RunLayout) -> dict[str, ShardCommit]:
+    """All commit records by shard, in order of their shards.
+
+    Raises:
+        CommitError: a record cannot be read.
+        OSError: the store failed.
+    """
+    shards = list_committed_shards(layout)
+    return {shard: commit for shard in shards if (commit := read_commit(layout, shard)) is not None}
+
+
 def commit_shard(
     layout: RunLayout,
     run_id: str,

@@ -65,6 +65,16 @@ class JournalContent:
     num_damaged: int = 0
 
 
+def list_journaled_shards(layout: RunLayout) -> list[str]:
+    """Shards of which any answer was journaled, committed ones included.
+
+    Raises:
+        OSError: the store failed.
+    """
+    paths = (path for path, _ in storage.list_files(layout.journal))
+    return sorted({path.rpartition("/")[0].rpartition("/")[2] for path in paths})
+
+
 def read_journal(layout: RunLayout, shard: str) -> JournalContent:
     """Read what all writers journaled for a shard, in order of attempt and start time.
 

@@ -62,6 +62,11 @@ class Lease:
     expires_at: float
 
     @property
+    def is_at_work(self) -> bool:
+        """Whether the holder's time is not up and its process, as far as can be seen, is not gone."""
+        return time.time() <= self.expires_at and not self.is_held_by_a_dead_process
+
+    @property
     def is_held_by_a_dead_process(self) -> bool:
         """Whether the holder ran on this host and is gone; False for holders elsewhere."""
         if self.host != host_identity():

@@ -18,7 +18,7 @@ from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA, PARTIAL_SCHEMA
 from moebeam.transforms.answer.shard_tables import PlannedRows, shard_tables
 from moebeam.transforms.answer.waste import account_entries
-from moebeam.transforms.durable.journal_file import read_journal
+from moebeam.transforms.durable.journal_file import list_journaled_shards, read_journal
 from moebeam.transforms.money.account import Accounting
 
 JOURNALED = "journaled"
@@ -41,12 +41,6 @@ class PartialShard:
     lines: pa.Table
     rows: pa.Table
     num_damaged: int
-
-
-def journaled_shards(layout: RunLayout) -> list[str]:
-    """Shards of which any answer was journaled, committed ones included."""
-    paths = (path for path, _ in storage.list_files(layout.journal))
-    return sorted({path.rpartition("/")[0].rpartition("/")[2] for path in paths})
 
 
 def read_partial(layout: RunLayout, shard: str, accounting: Accounting) -> PartialShard:
@@ -111,7 +105,7 @@ def write_partials(layout: RunLayout, accounting: Accounting, committed: Collect
     Raises:
         OSError: the store failed.
     """
-    shards = [shard for shard in journaled_shards(layout) if shard not in committed]
+    shards = [shard for shard in list_journaled_shards(layout) if shard not in committed]
     for shard in shards:
         lines = read_partial(layout, shard, accounting).lines
         if lines.num_rows:

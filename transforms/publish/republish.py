@@ -13,7 +13,7 @@ from moebeam.schemas.canonical import Json
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import record_unused
-from moebeam.transforms.durable.commit import read_commit
+from moebeam.transforms.durable.commit import read_commits
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.publish.invariants import RowSums, sum_shard
 from moebeam.transforms.publish.manifest import RunAccounts, publish_shard, write_manifest
@@ -55,7 +55,7 @@ def republish(layout: RunLayout) -> bool:
     spec = read_spec(layout)
     if spec is None or read_plan(layout) is None:
         return False
-    commits = read_commits(layout)
+    commits = [*read_commits(layout).values()]
     for commit in commits:
         publish_shard(commit, layout)
         if spec.accounting is not None:
@@ -85,17 +85,6 @@ def outline_manifest(layout: RunLayout, account: RunAccount) -> dict[str, Json] 
         "rejects_by_message": None,
         "checks": None,
     }
-
-
-def read_commits(layout: RunLayout) -> list[ShardCommit]:
-    """All commit records, in order of their shards.
-
-    Raises:
-        CommitError: a record cannot be read.
-        OSError: the store failed.
-    """
-    names = (name.removesuffix(".json") for name in storage.list_names(layout.commits, ".json"))
-    return [commit for shard in names if (commit := read_commit(layout, shard)) is not None]
 
 
 def _roll_up(commits: list[ShardCommit], spec: PublishSpec) -> Rollup:

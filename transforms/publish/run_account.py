@@ -20,9 +20,10 @@ from moebeam.schemas.store.record_json import RecordJson
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA
 from moebeam.transforms.answer.waste import count_used, unused_lines, unused_name, waste_folder, waste_names
-from moebeam.transforms.durable.commit import ledger_totals, read_commit
+from moebeam.transforms.durable.commit import ledger_totals, list_committed_shards, read_commit, read_commits
+from moebeam.transforms.durable.journal_file import list_journaled_shards
 from moebeam.transforms.money.account import Accounting
-from moebeam.transforms.publish.partial import journaled_shards, read_partial
+from moebeam.transforms.publish.partial import read_partial
 from moebeam.transforms.publish.rollup import read_ledger
 
 PaidState: TypeAlias = Literal["committed", "journaled", "wasted"]
@@ -133,8 +134,8 @@ def read_paid_lines(layout: RunLayout, accounting: Accounting) -> Iterator[PaidL
         CommitError: a table is missing or damaged.
         OSError: the store failed.
     """
-    committed = {name.removesuffix(".json") for name in storage.list_names(layout.commits, ".json")}
-    journaled = {*journaled_shards(layout)}
+    committed = {*list_committed_shards(layout)}
+    journaled = {*list_journaled_shards(layout)}
     for shard in sorted(committed):
         ledger = read_committed_ledger(layout, shard)
         yield PaidLines("committed", shard, ledger)
@@ -191,9 +192,8 @@ def read_account(
         OSError: the store failed.
     """
     if commits is None:
-        names = (name.removesuffix(".json") for name in storage.list_names(layout.commits, ".json"))
-        commits = {shard: commit for shard in names if (commit := read_commit(layout, shard)) is not None}
-    committed, journaled = {*commits}, {*journaled_shards(layout)}
+        commits = read_commits(layout)
+    committed, journaled = {*commits}, {*list_journaled_shards(layout)}
     anew = set[str]() if is_waste_recorded else committed & journaled
     wasted = [
         ledger_totals(read_ledger(storage.join(waste_folder(layout), name)))

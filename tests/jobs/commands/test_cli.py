@@ -20,23 +20,11 @@ from moebeam.schemas.errors import EngineLoadError, InputPatternError, JobError,
 from moebeam.schemas.job.sections import Job
 from moebeam.transforms.answer.reuse import ReuseSource
 from tests.support.paths import ROOT
+from tests.support.progress_snapshots import answering_snapshot
 
 HEAVY = ("apache_beam", "torch", "transformers", "pyarrow", "pandas")
 
-SNAPSHOT = ProgressSnapshot(
-    stage="answer",
-    rows_done=5,
-    rows_total=10,
-    shards_done=0,
-    shards_total=1,
-    prompt_tokens=0,
-    cached_tokens=0,
-    completion_tokens=0,
-    num_rejects=0,
-    cost=None,
-    currency=None,
-    elapsed_s=1.0,
-)
+SNAPSHOT = answering_snapshot(rows_done=5, rows_total=10, elapsed_s=1.0)
 
 
 def summary(**changes: object) -> RunSummary:

@@ -9,24 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from moebeam.jobs.console.summary import ProgressSnapshot
 from moebeam.jobs.notebook import notebook_bar
 from moebeam.jobs.notebook.notebook_bar import show_run
+from tests.support.progress_snapshots import answering_snapshot
 
-SNAPSHOT = ProgressSnapshot(
-    stage="answer",
-    rows_done=3,
-    rows_total=12,
-    shards_done=0,
-    shards_total=1,
-    prompt_tokens=0,
-    cached_tokens=0,
-    completion_tokens=0,
-    num_rejects=0,
-    cost=None,
-    currency=None,
-    elapsed_s=1.0,
-)
+SNAPSHOT = answering_snapshot(rows_done=3, rows_total=12, elapsed_s=1.0)
 
 
 class Notebook:

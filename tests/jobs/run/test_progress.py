@@ -19,21 +19,9 @@ from moebeam.jobs.console.formats import (
 from moebeam.jobs.console.summary import CheckReport, ProgressSnapshot, RunSummary
 from moebeam.jobs.run.progress import StageRates, print_report, print_summary, show_progress
 from moebeam.transforms.durable.progress import OutageNote
+from tests.support.progress_snapshots import answering_snapshot
 
-START = ProgressSnapshot(
-    stage="answer",
-    rows_done=0,
-    rows_total=2000,
-    shards_done=0,
-    shards_total=8,
-    prompt_tokens=0,
-    cached_tokens=0,
-    completion_tokens=0,
-    num_rejects=0,
-    cost=None,
-    currency=None,
-    elapsed_s=0.0,
-)
+START = answering_snapshot(rows_total=2000, shards_total=8)
 SUMMARY = RunSummary(
     status="succeeded",
     exit_code=0,
