@@ -77,7 +77,7 @@ def test_a_slow_first_byte_of_a_stream_holds_nothing_up() -> None:
 
 
 def test_who_waits_for_a_provider_that_is_out_leaves_without_a_completion() -> None:
-    asking = load_engine(f"http://127.0.0.1:{free_port()}/v1", brief(600, first_wait_s=600.0))
+    asking = load_engine(f"http://127.0.0.1:{free_port()}/v1", brief(600, first_wait_s=600.0), max_concurrency=1)
     found, settled = given_back(asking, lambda: asking.find_outage() is not None, ask_rows(50))
     assert found == settled.completions == []
 
