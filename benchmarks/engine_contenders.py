@@ -280,6 +280,7 @@ def run_vllm_runner(work: Work, python: str) -> Run:
         ContenderFailed: a prompt got an error.
         EngineLoadError: vLLM could not be started.
     """
+    from moebeam.model_runner.encoding.chat_encoding import load_encoding
     from moebeam.model_runner.vllm_engine.runner import VllmRunner
     from tests.support.engine_configs import engine_config
 
@@ -297,6 +298,7 @@ def run_vllm_runner(work: Work, python: str) -> Run:
             **({"max_num_seqs": work.batch_size} if work.batch_size else {}),
         },
         tokenizer=_spelling_tokenizer(work.checkpoint),
+        encoding=load_encoding(work.checkpoint, "deepseek_v3_2"),
         end_token_ids=work.stop_token_ids,
     )
     try:

@@ -15,7 +15,7 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.contenders.plain_loop import results_table
+from benchmarks.contenders.plain_loop import render_rows, results_table
 from benchmarks.prompts import ANSWER, SYSTEM, TEMPLATE, BenchmarkFiles
 from moebeam.jobs.check.beam_options import parse_beam_options
 from moebeam.jobs.deploy.job_service import prepare_job_service
@@ -78,7 +78,7 @@ class _Render(beam.DoFn):
 
     def process(self, element: tuple[int, pa.RecordBatch]) -> Iterator[tuple[int, pa.RecordBatch]]:
         key, batch = element
-        prompts = [self._encoder.render(self._template.render(row)) for row in batch.to_pylist()]
+        prompts = render_rows(self._template, self._encoder, batch.to_pylist())
         lengths = [int(token_ids.shape[0]) for token_ids in self._encoder.encode_batch(prompts)]
         columns = [pa.array(prompts), pa.array(lengths, pa.int64()), pa.array(range(len(prompts)), pa.int64())]
         yield key, pa.record_batch(columns, schema=_PROMPTS)

@@ -172,6 +172,7 @@ def rendered_batches(
             "unit": [start // GROUP_ROWS] * count,
             "scope": ["row"] * count,
             "num_rows": [1] * count,
+            "sample": [0] * count,
             "prefix_key": [prefix_key("", ids) for ids in tokens],
             "num_prompt_tokens": [len(ids) for ids in tokens],
             "messages": [json.dumps([{"role": "user", "content": ids.tobytes().hex()[::2]}]) for ids in tokens],

@@ -90,7 +90,7 @@ def _write_runs(job: MainJob, clock: StageClock) -> Iterator[RunFile]:
                 batches = list(read_unit(unit, job.columns))
             for batch in batches:
                 with clock.timed("render"):
-                    rendered.append(renderer.render_batch(batch))
+                    rendered += renderer.render_rows(batch)
                 if sum(batch.nbytes for batch in rendered) >= MAX_SORTED_RUN_BYTES:
                     yield from _write_run(rendered, job, clock)
                     rendered = []

@@ -140,6 +140,18 @@ def require_packages(options: ModelSection) -> None:
         require_extra(options.extra, f'[model] engine = "{options.engine}"')
 
 
+def check_loadable(config: EngineConfig) -> None:
+    """Check a checkpoint as its engine loads it, as far as that can be known without weights; imports the engine.
+
+    Raises:
+        EngineLoadError: names the file and what is wrong with it.
+    """
+    if config.options.checker:
+        module_name, _, function_name = config.options.checker.partition(":")
+        check = cast("Callable[[EngineConfig], None]", getattr(import_module(module_name), function_name))
+        check(config)
+
+
 def load_runner(config: EngineConfig) -> ModelRunner:
     """Load the engine that a configuration names.
 

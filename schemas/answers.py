@@ -85,6 +85,7 @@ class Totals:
         num_unpriced: attempts whose cost is unknown: without a price, or without a usage.
         num_unknown_usage: those without a usage; their tokens are in no sum of tokens.
         estimated_prompt_tokens, estimated_completion_tokens: what was counted here in place of the unknown tokens.
+        num_further_samples: results and rejected rows beyond the first of their row of the input.
         num_lost_calls: provider calls that returned no usage but may still be billed.
         lost_costs_at_most: currency -> most that may be billed for them, not part of `costs`; excludes calls without a
             price.
@@ -109,6 +110,12 @@ class Totals:
     num_unknown_usage: int = 0
     estimated_prompt_tokens: int = 0
     estimated_completion_tokens: int = 0
+    num_further_samples: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the input that have all their results and rejects."""
+        return self.num_results + self.num_rejects - self.num_further_samples
 
     def __add__(self, other: "Totals") -> "Totals":
         unknown = self.cached_tokens is None or other.cached_tokens is None
@@ -132,6 +139,7 @@ class Totals:
             num_unknown_usage=self.num_unknown_usage + other.num_unknown_usage,
             estimated_prompt_tokens=self.estimated_prompt_tokens + other.estimated_prompt_tokens,
             estimated_completion_tokens=self.estimated_completion_tokens + other.estimated_completion_tokens,
+            num_further_samples=self.num_further_samples + other.num_further_samples,
         )
 
 

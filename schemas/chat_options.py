@@ -26,6 +26,7 @@ ORDINARY_TIERS: tuple[ServiceTier, ...] = ("auto", "default")
 """Service tiers that mean what an engine or a provider without tiers does anyway."""
 
 _SERVICE_TIERS: tuple[ServiceTier, ...] = get_args(ServiceTier)
+NO_EFFORT = "none"
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
@@ -75,7 +76,8 @@ class ChatOptions:
 
     Attributes:
         thinking: None is the default of the model's encoding.
-        reasoning_effort: as the job or the row spells it; the encoder maps it to what the model supports.
+        reasoning_effort: as the job or the row spells it; the encoder maps it to what the model supports. `none` asks
+            for no thinking.
         max_reasoning_tokens: an in-process engine closes the reasoning after this many tokens.
         service_tier: how soon, and at which price, a provider answers; None leaves the choice to it.
         model: the route to another model than the job's; None asks the job's.
@@ -90,6 +92,11 @@ class ChatOptions:
     max_reasoning_tokens: int | None = None
     service_tier: ServiceTier | None = None
     model: str | None = None
+
+    @property
+    def is_thinking_off(self) -> bool:
+        """Whether the request asks for no thinking: by the switch, or by the effort `none`, which wins over it."""
+        return self.thinking is False or self.reasoning_effort == NO_EFFORT
 
     @property
     def callable_tools(self) -> tuple[Tool, ...]:

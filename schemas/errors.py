@@ -100,6 +100,10 @@ class CommitError(JobError):
     """A run's durable state is missing, damaged or inconsistent."""
 
 
+class FileDamaged(CommitError):
+    """A file of a run does not hold what was written."""
+
+
 class PipelineFailed(JobError):
     """A pipeline step failed on a worker; started again, the run continues."""
 

@@ -4,7 +4,7 @@ Between stages, rows travel as Arrow record batches (`moebeam.schemas.tables`).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -58,11 +58,26 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message. `extra` holds fields other than role and content, such as `tool_calls`."""
+    """One chat message. `extra` holds fields other than role and content, such as `tool_calls`.
+
+    Attributes:
+        parts: the texts of a content that came as a list of several; how they are joined is the encoding's to say.
+            `content` is then what readers without an encoding make of them: one a line.
+    """
 
     role: str
     content: str
     extra: Mapping[str, Json] = field(default_factory=dict[str, Json])
+    parts: tuple[str, ...] = ()
+
+    @classmethod
+    def of_parts(cls, role: str, parts: Sequence[str], extra: Mapping[str, Json]) -> "Message":
+        """A message whose content is a list of texts; a single one is a content like any other."""
+        return cls(role, "\n".join(parts), extra, tuple(parts) if len(parts) > 1 else ())
+
+    def join_parts(self, separator: str) -> str:
+        """The content, its parts joined by a separator."""
+        return separator.join(self.parts) if self.parts else self.content
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +93,10 @@ class Request:
         options: tools, response format and thinking, as rendered; remote engines send them.
         grammar: llguidance grammar (JSON text) that constrains decoding; only in-process engines apply it.
         row_id: the row's id in the input, for random numbers of its own; empty where `request_id` is one.
+        sample: which of the row's answers this is, from 0; each has random numbers of its own.
+        run_key: of the run, in place of a seed where `sampling` has none; empty where nothing tells runs apart.
+        earlier: the answer that an earlier attempt at the shard kept. An engine that plans prefixes is handed it in its
+            place among the others, yields it as it is, and counts later prompts' hits as if it had computed this one.
     """
 
     request_id: str
@@ -90,6 +109,14 @@ class Request:
     options: ChatOptions = DEFAULT_OPTIONS
     scope: str = ""
     row_id: str = ""
+    sample: int = 0
+    run_key: str = ""
+    earlier: "Completion | None" = None
+
+    @property
+    def own_draws(self) -> str:
+        """The run's key where its random numbers are this run's alone; empty for what every run answers alike."""
+        return "" if self.sampling.is_greedy or self.sampling.seed is not None else self.run_key
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -276,7 +303,8 @@ class Completion:
     `started_at` (UTC) decides the price; `latency_ms` runs from there to the last token. `usage` is what was billed,
     for a failure too; `price_mode` says at which of the provider's prices. `logprobs` are natural logarithms, one per
     completion token, if asked for, and `top_logprobs` the likeliest tokens at each place. `lost_calls` are earlier
-    calls (for a failure, all calls) that the provider may have worked on without reporting usage.
+    calls (for a failure, all calls) that the provider may have worked on without reporting usage. `repaired` names what
+    was mended in the markup of the answer's calls.
     """
 
     request_id: str
@@ -296,6 +324,7 @@ class Completion:
     lost_calls: tuple[LostCall, ...] = ()
     provider_finish_reason: str | None = None
     top_logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None
+    repaired: tuple[str, ...] = ()
 
     @classmethod
     def from_error(

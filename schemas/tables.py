@@ -8,7 +8,9 @@ from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 
-TABLES_VERSION = 5
+from moebeam.schemas.column_types import restored_field
+
+TABLES_VERSION = 6
 
 MONEY = pa.decimal128(38, 12)
 """Type of every price, cost and sum of costs."""
@@ -87,6 +89,8 @@ RESULT_SCHEMA = pa.schema(
         pa.field("estimated_prompt_tokens", pa.int64()),
         pa.field("estimated_completion_tokens", pa.int64()),
         pa.field("top_logprobs", TOP_LOGPROBS),
+        pa.field("sample", pa.int32()),
+        pa.field("repaired", pa.list_(pa.string())),
     ]
 )
 """Columns shared by `results/` and `rejects/`, before the input's passthrough columns.
@@ -103,6 +107,12 @@ provider did not count the tokens of some attempt: they and the cost are null) o
 counts cannot all be right; they stand as it reported them), null for a row that no engine answered. Where a sum of
 tokens is null, the column `estimated_...` has what was counted here in place of the provider, added to what it did
 count; null elsewhere.
+
+`sample` numbers the answers of one row, from 0; a row that was rejected before it was asked is one line with 0.
+`merged_into` names the row whose answer stands here: its sample of the same number, or its only one.
+
+`repaired` names what was mended to read the calls of an answer that breaks its model's format (docs/api.md lists the
+names); null where nothing was.
 """
 
 LEDGER_SCHEMA = pa.schema(
@@ -148,6 +158,7 @@ LEDGER_SCHEMA = pa.schema(
         pa.field("usage_status", pa.string()),
         pa.field("estimated_prompt_tokens", pa.int64()),
         pa.field("estimated_completion_tokens", pa.int64()),
+        pa.field("sample", pa.int32()),
     ]
 )
 """One line per attempt at a request, with disjoint token classes; prices are per 1,000,000 tokens.
@@ -199,12 +210,13 @@ PLAN_SCHEMA = pa.schema(
         pa.field("error_type", pa.string()),
         pa.field("error_message", pa.string()),
         pa.field("merged_into", pa.string()),
+        pa.field("sample", pa.int32()),
     ]
 )
 """A planned row, before its `passthrough` struct: a request in `prefix_key` (see `moebeam.model_runner.prefix_tree`),
 `messages` and `sampling` (canonical JSON) and `options` (`moebeam.schemas.chat_options`; null means the job's own), or
 a reject in the `error_*` columns, never both. `unit` is the ordinal of the input unit (file, row group), `source_row`
-the row's index in its file."""
+the row's index in its file. A request is one answer of a row: its number is `sample`; a reject covers the whole row."""
 
 PASSTHROUGH = "passthrough"
 OUTPUT = "output"
@@ -233,9 +245,13 @@ READ_SCHEMA = pa.schema(
 
 
 def result_schema(passthrough: "Iterable[pa.Field[Any]]", output: pa.DataType | None = None) -> pa.Schema:
-    """`RESULT_SCHEMA`, then the typed answer column if the job has a schema, then the passthrough columns."""
+    """`RESULT_SCHEMA`, then the typed answer column if the job has a schema, then the passthrough columns.
+
+    Args:
+        passthrough: plain fields that note what the input declares them to be (`moebeam.schemas.column_types`).
+    """
     typed = [] if output is None else [pa.field(OUTPUT, output)]
-    return pa.schema([*RESULT_SCHEMA, *typed, *passthrough])
+    return pa.schema([*RESULT_SCHEMA, *typed, *map(restored_field, passthrough)])
 
 
 def plan_schema(passthrough: "Iterable[pa.Field[Any]]") -> pa.Schema:

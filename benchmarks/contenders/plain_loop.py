@@ -4,6 +4,7 @@ No identity, plan, sorting, accounting or commit; no engine either, the answer i
 *read* gives, so that the tokenizer has as many prompts to spread over the cores.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pyarrow.parquet as pq
 
 from benchmarks.prompts import ANSWER, NUM_ANSWER_TOKENS, SYSTEM, TEMPLATE, BenchmarkFiles
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
+from moebeam.schemas.chat_options import DEFAULT_OPTIONS
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.contract.output_column import output_column
 from moebeam.schemas.contract.output_type import output_type
+from moebeam.schemas.errors import RowError
 from moebeam.schemas.job.sections import PromptSection
 from moebeam.schemas.tables import OUTPUT, RESULT_SCHEMA, result_schema
 from moebeam.transforms.read.input_rows import MAX_BATCH_ROWS
@@ -35,7 +38,7 @@ def run(files: BenchmarkFiles, output: Path, checkpoint: str) -> int:
         pq.ParquetWriter(output / "results.parquet", result_schema([], typed.arrow), compression="zstd") as sink,
     ):
         for batch in source.iter_batches(MAX_BATCH_ROWS, use_threads=False):
-            prompts = [encoder.render(template.render(row)) for row in batch.to_pylist()]
+            prompts = render_rows(template, encoder, batch.to_pylist())
             lengths = [int(token_ids.shape[0]) for token_ids in encoder.encode_batch(prompts)]
             answers = [ANSWER] * len(prompts)
             values = output_column([schema.check(answer) for answer in answers], typed).array
@@ -43,6 +46,15 @@ def run(files: BenchmarkFiles, output: Path, checkpoint: str) -> int:
             sink.write_table(table.append_column(OUTPUT, values))
             num_rows += len(answers)
     return num_rows
+
+
+def render_rows(template: PromptTemplate, encoder: PromptEncoder, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The prompts of rows that all can be rendered."""
+    written = [messages for messages in template.render_batch(rows) if not isinstance(messages, RowError)]
+    rendered = encoder.render_batch([(messages, DEFAULT_OPTIONS) for messages in written])
+    prompts = [prompt for prompt in rendered if not isinstance(prompt, RowError)]
+    assert len(prompts) == len(rows), "every row of the benchmark is an ordinary one"
+    return prompts
 
 
 def results_table(answers: list[str], num_prompt_tokens: list[int], first_row: int, source_file: str) -> pa.Table:

@@ -18,7 +18,6 @@ from moebeam.schemas.contract.output_type import OutputType, output_type
 from moebeam.schemas.contract.strict_json import parse_json
 from moebeam.schemas.errors import JobFileError, RowError
 from moebeam.schemas.job.sections import Job
-from moebeam.schemas.records import Sampling
 from moebeam.schemas.store import storage
 from moebeam.transforms.answer.grammar_cache import GrammarCache
 from moebeam.transforms.render.answer_terms import TermsCache
@@ -103,9 +102,11 @@ def terms_warnings(job: Job, checked: CheckedEngine, terms: TermsCache) -> Itera
     """Warn about terms that will not be enforced or that the model does not support."""
     engine, encoder = checked.config, checked.encoder
     thinking = thinks(encoder, terms.options)
-    sampling = Sampling(**job.sampling.model_dump())
+    sampling = job.sampling.of_one_answer
     today = datetime.now(UTC).date()
     yield from parameter_warnings(engine.name, today, thinking=thinking, sampling=sampling, options=terms.options)
+    if job.sampling.n > 1 and sampling.is_greedy:
+        yield f"[sampling] n = {job.sampling.n} with temperature 0: the answers of a row are equal"
     for tool in terms.options.tools:
         if tool.is_strict and (problems := strict_tool_problems(tool)):
             yield f"tool {tool.name!r} is strict, and DeepSeek's API would refuse it: {'; '.join(problems)}"

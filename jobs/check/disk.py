@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moebeam.jobs.console.formats import format_bytes
 from moebeam.schemas.errors import OutputError
@@ -21,6 +20,7 @@ from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.plan.shard_cut import USUAL_OUTPUT_TOKENS
 from moebeam.transforms.read.input_rows import ReadColumns
 from moebeam.transforms.read.input_scan import InputScan
+from moebeam.transforms.read.parquet_file import open_parquet, sum_column_bytes
 
 _PLAN_ROW_BYTES = 64
 """Compressed identity, sampling and options of a planned row."""
@@ -55,7 +55,7 @@ def estimate_disk(
     """Estimate the bytes of a run's plan and tables.
 
     Args:
-        num_rows: rows still to be answered.
+        num_rows: rows still to be answered, each sample one; equal prompts side by side compress to one.
         input_bytes: stored bytes of the columns read, passthrough included.
         template_chars: text that every prompt repeats; counted at a tenth, because equal prefixes compress well.
         is_planned: the plan exists already.
@@ -85,7 +85,7 @@ def check_disk(job: Job, scan: InputScan, columns: ReadColumns) -> str | None:
     layout = RunLayout(output)
     plan = read_plan(layout)
     is_planned = plan is not None
-    num_rows = scan.num_rows
+    num_rows = scan.num_rows * job.sampling.n
     if plan is not None:
         committed = {*list_committed_shards(layout)}
         num_rows = sum(shard.num_rows for shard in plan.shards if shard.shard not in committed)
@@ -96,8 +96,9 @@ def check_disk(job: Job, scan: InputScan, columns: ReadColumns) -> str | None:
         max_tokens=job.sampling.max_tokens,
         is_planned=is_planned,
     )
+    counted = "rows" if job.sampling.n == 1 else "answers"
     message = (
-        f"[output] path {output!r}: about {format_bytes(estimate.num_bytes)} for {num_rows:,} rows "
+        f"[output] path {output!r}: about {format_bytes(estimate.num_bytes)} for {num_rows:,} {counted} "
         f"(plan {format_bytes(estimate.plan_bytes)}, tables {format_bytes(estimate.tables_bytes)}), "
         f"{format_bytes(free)} free on its disk"
     )
@@ -113,12 +114,9 @@ def _count_needed_bytes(scan: InputScan, columns: ReadColumns) -> int:
     if scan.format == "jsonl" or first is None:
         return num_bytes
     try:
-        with storage.open_input(first.path) as source, pq.ParquetFile(source) as parquet:
-            group = parquet.metadata.row_group(first.row_group)
-            chunks = [group.column(index) for index in range(group.num_columns)]
-    except (pa.ArrowException, OSError):
+        with open_parquet(first.path) as parquet:
+            needed = sum_column_bytes(parquet, first.row_group, columns.names)
+            return num_bytes * needed // max(1, sum_column_bytes(parquet, first.row_group, parquet.schema_arrow.names))
+    except (pa.ArrowException, OSError, ValueError):
         # *read* reports the file.
         return num_bytes
-    sizes = {chunk.path_in_schema: chunk.total_uncompressed_size for chunk in chunks}
-    needed = sum(size for name, size in sizes.items() if name.partition(".")[0] in columns.names)
-    return num_bytes * needed // max(1, sum(sizes.values()))

@@ -62,8 +62,11 @@ def _local_engine(section: ModelSection) -> CheckedEngine:
         raise JobFileError(_explain_missing_model(section))
     path = section.path if section.path is not None else str(CHECKPOINT_PATH)
     default_name = EMBEDDED_NAME if section.path is None else path.rstrip("/").rpartition("/")[2]
-    # Read first: its errors name the file and the field.
-    encoder = PromptEncoder.load(path, section.encoding)
+    # Read first: their errors name the file and the field.
+    section.check_files(path)
+    encoder = PromptEncoder.load(path, section.encoding, section.max_model_len)
+    if section.has_weights:
+        encoder.end_token_ids()
     config = EngineConfig(section, path, section.name or default_name, compute_checkpoint_revision(path))
     return CheckedEngine(config, encoder)
 
@@ -115,7 +118,7 @@ def _remote_engine(section: OpenAIOptions, *, needs_key: bool) -> CheckedEngine:
             raise JobFileError(f"[model] {key}: expected none in mode 'batch', whose batches lie at one provider")
     revision = compute_checkpoint_revision(section.path) if section.path is not None else ""
     config = EngineConfig(section, section.path or "", section.name, revision)
-    return CheckedEngine(config, load_encoder(config.path, section.encoding, config.name))
+    return CheckedEngine(config, load_encoder(config.path, section.encoding, config.name, section.max_model_len))
 
 
 def _profile(name: str | None, where: str) -> Profile:

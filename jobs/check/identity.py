@@ -4,11 +4,14 @@ Stored in `_moebeam/job.json`. An output folder belongs to one job; running that
 once if it is complete.
 """
 
+import contextlib
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from moebeam.jobs.output.run_record import RunRequest
+from moebeam.jobs.output.run_state import find_run_id
 from moebeam.model_runner.openai_engine.options import OpenAIOptions
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.canonical import Json, fingerprint
@@ -19,6 +22,7 @@ from moebeam.schemas.job.sections import Job
 from moebeam.schemas.providers import name_provider
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.store.sealed_json import seal_json, unseal_json
 from moebeam.schemas.tables import TABLES_VERSION
 from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.read.input_scan import InputScan
@@ -79,9 +83,15 @@ class JobIdentity:
                         f"[output] path {layout.output!r}: expected an empty folder or one of this job, "
                         "found files that are not a moebeam run"
                     )
-            found = json.loads(storage.read_bytes(layout.job))["parts"]
+            content = storage.read_bytes(layout.job)
+            found = json.loads(unseal_json(content))["parts"]
         except (ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{layout.job}: expected the identity of a run, found: {error}") from error
+            if find_run_id(layout) == self.run_id:
+                return  # the record is damaged, others say that the run is of this job, and `claim_output` follows
+            raise OutputError(
+                f"{layout.job}: expected the identity of a run, found a damaged file: {error}; moebeam run JOB.toml, "
+                "with the job of this run, writes it again"
+            ) from error
         except OSError as error:
             raise OutputError(f"[output] path {layout.output!r}: cannot be looked at: {error}") from error
         changed = sorted(name for name in {*found, *self.parts} if found.get(name) != self.parts.get(name))
@@ -94,24 +104,41 @@ class JobIdentity:
                 f"[output] path {layout.output!r} belongs to another job; different: {', '.join(different)}. {advice}"
             )
 
-    def claim_output(self, layout: RunLayout, kept: Mapping[str, Json]) -> None:
+    def claim_output(self, layout: RunLayout, kept: Mapping[str, Json]) -> str:
         """Write the identity into the output folder; of two jobs that start at once, only one succeeds.
 
         Args:
             kept: further contents of `job.json`; the last attempt's stay.
+        Returns:
+            The run's key, which its first attempt draws: random numbers without a seed follow it, so that a run goes on
+            as it began and another one, of the same job, differs.
         Raises:
             OutputError: the folder cannot be written, or another job has just claimed it.
         """
-        content = json.dumps({"fingerprint": self.fingerprint, "parts": dict(self.parts), **kept}, indent=2).encode()
+        run_key = secrets.token_hex(16)
+        values = {"fingerprint": self.fingerprint, "parts": dict(self.parts), **kept}
         try:
             storage.check_exclusive(layout.state)
-            is_ours = storage.create_exclusive(layout.job, content)
-            if not is_ours:
-                self.check_output(layout)
-                # The identity is ours, so only attempts of this job write the file.
-                storage.write_whole(layout.job, content)
+            if storage.create_exclusive(layout.job, _encode_job({**values, "run_key": run_key})):
+                return run_key
+            self.check_output(layout)
+            # The identity is ours, so only attempts of this job write the file.
+            run_key = run_key if (kept_key := _read_run_key(layout)) is None else kept_key
+            storage.write_whole(layout.job, _encode_job({**values, "run_key": run_key}))
         except OSError as error:
             raise OutputError(f"[output] path {layout.output!r}: cannot be written: {error}") from error
+        return run_key
+
+
+def _encode_job(values: Mapping[str, Json]) -> bytes:
+    return seal_json(json.dumps(values, indent=2).encode())
+
+
+def _read_run_key(layout: RunLayout) -> str | None:
+    """The key that an earlier attempt drew; empty in runs of older versions, None where the record is damaged."""
+    with contextlib.suppress(ValueError):
+        return str(json.loads(unseal_json(storage.read_bytes(layout.job))).get("run_key", ""))
+    return None
 
 
 def why_not_resumable(place: Sequence[str]) -> str | None:
@@ -193,13 +220,13 @@ def identify(
     return JobIdentity({name: fingerprint(part) for name, part in parts.items()})
 
 
-_LATER_SAMPLING = ("top_logprobs", "frequency_penalty", "presence_penalty")
+_LATER_SAMPLING: Mapping[str, Json] = {"top_logprobs": 0, "frequency_penalty": 0, "presence_penalty": 0, "n": 1}
 
 
 def _sampling(job: Job) -> dict[str, Json]:
     """`[sampling]` as identities of all versions record it: keys that came later only where they are set."""
     section = job.sampling
-    unset = {name for name in _LATER_SAMPLING if not getattr(section, name)}
+    unset = {name for name, value in _LATER_SAMPLING.items() if getattr(section, name) == value}
     return section.model_dump(mode="json", exclude=unset)
 
 

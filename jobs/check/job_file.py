@@ -175,13 +175,20 @@ def find_folder(path: str) -> str:
 def _resolve_paths(values: Mapping[str, Any], folder: str) -> None:
     for section, key in _PATH_KEYS:
         table = values.get(section)
-        if isinstance(table, dict) and isinstance(table.get(key), str) and table[key]:
-            table[key] = _resolve_key((section, key), table[key], folder)
+        if isinstance(table, dict) and table.get(key):
+            table[key] = _resolve_value((section, key), table[key], folder)
     chain: Any = values.get("value_chain")
     parties: Any = chain.get("parties") if isinstance(chain, dict) else None
     for party in cast("list[Any]", parties) if isinstance(parties, list) else []:
         if isinstance(party, dict) and isinstance(party.get("price_book"), str) and party["price_book"]:
             party["price_book"] = _resolve_key(("accounting", "price_book"), party["price_book"], folder)
+
+
+def _resolve_value(place: KeyPath, value: Any, folder: str) -> Any:
+    """A path, or each of several; what is no path is left for the validation."""
+    if isinstance(value, list):
+        return [_resolve_value(place, item, folder) for item in cast("list[Any]", value)]
+    return _resolve_key(place, value, folder) if isinstance(value, str) and value else value
 
 
 def _resolve_key(place: KeyPath, path: str, folder: str) -> str:
@@ -238,8 +245,8 @@ def _split_table(place: KeyPath, value: Any) -> list[tuple[KeyPath, Any]]:
 
 def _set_value(draft: Draft, place: KeyPath, value: Any, text: str) -> None:
     draft.set_texts[place] = text
-    if isinstance(value, str) and place in _PATH_KEYS and value:
-        value = _resolve_key(place, value, os.getcwd())
+    if place in _PATH_KEYS:
+        value = _resolve_value(place, value, os.getcwd())
     table: Any = draft.values if len(place) == 1 else draft.values.setdefault(place[0], {})
     if isinstance(table, dict):
         table[place[-1]] = value

@@ -20,7 +20,7 @@ from moebeam.jobs.console.summary import CheckReport
 from moebeam.jobs.output.run_record import RetryOf, RunRequest, describe_changed_files, find_secrets, read_saved_scan
 from moebeam.jobs.prices.shipped import load_named_book
 from moebeam.schemas.contract.output_type import OutputType, describe_output_type
-from moebeam.schemas.errors import JobError, JobFileError, OutputError
+from moebeam.schemas.errors import InputPatternError, JobError, JobFileError, OutputError
 from moebeam.schemas.job.sections import Job, PlanSection
 from moebeam.schemas.prices import PriceLine
 from moebeam.schemas.store import storage
@@ -75,7 +75,7 @@ class CheckedJob:
             prompt=job.prompt,
             sampling=job.sampling,
             checkpoint=engine.path,
-            passthrough=self.columns.passthrough,
+            passthrough=self.columns.output_fields,
             messages_column="messages" if is_jsonl else job.prompt.messages_column,
             sampling_column="sampling" if is_jsonl else None,
             encoding=engine.options.encoding,
@@ -95,23 +95,39 @@ class CheckedJob:
             return job.plan.model_copy(update={"merge": "never"})
         return job.plan
 
-    def claim_output(self) -> None:
+    def claim_output(self) -> str:
         """Write the job into its output folder; of two jobs that start at once, only one succeeds.
 
+        Returns:
+            The run's key, see `JobIdentity.claim_output`.
         Raises:
             OutputError: the folder cannot be written, or another job has just claimed it.
         """
         layout = RunLayout(self.request.job.output.path)
-        self.identity.claim_output(layout, self.request.to_json(self.currency))
+        return self.identity.claim_output(layout, self.request.to_json(self.currency))
+
+    def check_readable(self) -> None:
+        """Refuse an input of which no file can be read; a run would only reject its files.
+
+        Raises:
+            InputPatternError: names the first file and the reason.
+        """
+        if self.scan.num_unreadable_files == self.scan.num_files:
+            path = self.request.job.input.shown_path
+            raise InputPatternError(f"[input] path {path}: {self._describe_unreadable()}")
+
+    def _describe_unreadable(self) -> str:
+        scan = self.scan
+        first = next(unit for unit in scan.units if unit.error is not None)
+        which = f": {first.path}: {first.error}" if first.path else ""
+        return f"{scan.num_unreadable_files} of {scan.num_files} files cannot be read{which}"
 
     def report(self) -> CheckReport:
         """The report of `moebeam validate`."""
         job, scan, line = self.request.job, self.scan, self.price_line
         warnings = list(self.warnings)
         if scan.num_unreadable_files:
-            first = next(unit for unit in scan.units if unit.error is not None)
-            which = f": {first.path}: {first.error}" if first.path else ""
-            warnings.append(f"{scan.num_unreadable_files} of {scan.num_files} files cannot be read{which}")
+            warnings.append(self._describe_unreadable())
         if job.accounting.price_book is None:
             warnings.append("no [accounting] price_book: tokens are counted, costs stay null")
         return CheckReport(
@@ -241,14 +257,14 @@ def _find_limit_problems(job: Job, prices: PriceBook | None, line: PriceLine | N
 
 def _find_output_problems(job: Job) -> Iterable[JobError]:
     output = job.output.path
-    source = job.input.path
-    is_glob = any(mark in source for mark in "*?[")
-    folder = (source.partition("**")[0] if is_glob else source).rstrip("/")
-    reads_below = not is_glob or "**" in source
-    if reads_below and folder and (output.rstrip("/") == folder or output.startswith(folder + "/")):
-        yield OutputError(
-            f"[output] path {output!r} lies inside the input {source!r}: a later run would read its own results"
-        )
+    for source in job.input.paths:
+        is_glob = any(mark in source for mark in "*?[{")
+        folder = (source.partition("**")[0] if is_glob else source).rstrip("/")
+        reads_below = not is_glob or "**" in source
+        if reads_below and folder and (output.rstrip("/") == folder or output.startswith(folder + "/")):
+            yield OutputError(
+                f"[output] path {output!r} lies inside the input {source!r}: a later run would read its own results"
+            )
     if not storage.is_local(output):
         return
     path = Path(output)

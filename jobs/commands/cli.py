@@ -187,10 +187,13 @@ def validate(
         _check_job_comes_first(job)
         loaded = load_job(job, overrides or ())
         from moebeam.jobs.check.preflight import check_job
-        from moebeam.model_runner.protocol import require_packages
+        from moebeam.model_runner.protocol import check_loadable, require_packages
 
-        report = check_job(loaded, limit=limit).report()
+        checked = check_job(loaded, limit=limit)
+        checked.check_readable()
+        report = checked.report()
         require_packages(loaded.model)
+        check_loadable(checked.engine.config)
         if not is_quiet:
             print_report(console, report)
         return 0, {"status": "valid", "exit_code": 0, **report.to_json()}

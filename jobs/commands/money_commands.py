@@ -148,15 +148,18 @@ def reconcile(
             )
         found = compare(ledger, bill, tolerance)
         table = comparison_table(found, num_unpriced)
+        num_damaged = run.account.num_damaged
         if not is_json:
             print_table(console, table)
+            if num_damaged:
+                console.print(f"{num_damaged:,} lines of journals cannot be read: what they cost is in no sum")
         counts: dict[str, int] = {}
         for one in found:
             counts[one.verdict] = counts.get(one.verdict, 0) + 1
         exit_code = 0 if set(counts) <= {"matched"} and not num_unpriced else EXIT_DIFFERENT
         status = "reconciled" if exit_code == 0 else "different"
         answer = {"status": status, "exit_code": exit_code, "num_unpriced": num_unpriced, "counts": counts}
-        return exit_code, {**answer, "lines": table.to_json()}
+        return exit_code, {**answer, "num_damaged_journal_lines": num_damaged, "lines": table.to_json()}
 
     run_and_report(work, is_json=is_json, is_debug=is_debug)
 

@@ -1,4 +1,4 @@
-"""Commands that start from the output folder of a run: `moebeam resume | status | retry-failed | clean`.
+"""Commands that start from the output folder of a run: `moebeam resume | status | retry-failed | clean | repair`.
 
 As in `jobs/commands/cli.py`, Beam and pyarrow are imported inside commands.
 """
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from moebeam.jobs.console.console import Answer, AsJson, Debug, Overrides, Quiet, run_and_report
 from moebeam.jobs.console.signals import draining_command
-from moebeam.schemas.errors import JobFileError
+from moebeam.schemas.errors import JobFileError, OutputError
 
 _RESUME_HELP = """Resume a stopped run from its output folder alone.
 
@@ -56,6 +56,16 @@ ledger, manifest, commits, and all that an unfinished run needs to resume. A run
 Examples:
   moebeam clean out --dry-run
   moebeam clean out --older-than 0 --yes
+"""
+_REPAIR_HELP = """Check every file of a run, and make a damaged folder usable again.
+
+Holds each file against the checksum that was written with it. What other files hold is made again at once; the rest \
+is set aside below _moebeam/damaged, so that moebeam resume makes it again: the plan from the input, a shard's tables \
+from its journal or by asking the model. Nothing is deleted. A run at work is left alone.
+
+Examples:
+  moebeam repair out
+  moebeam repair s3://bucket/out --json
 """
 
 OutputPath = Annotated[
@@ -182,6 +192,24 @@ def clean(
     run_and_report(work, is_json=is_json, is_debug=is_debug)
 
 
+def repair(output: OutputPath, is_json: AsJson = False, is_debug: Debug = False) -> None:
+    def work(console: Console) -> tuple[int, Answer]:
+        folder = parse_output_folder(output, "moebeam repair OUTPUT")
+        from moebeam.jobs.output.repair import describe_repair, print_repair
+        from moebeam.jobs.output.repair import repair as mend
+        from moebeam.schemas.store.run_layout import RunLayout
+
+        layout = RunLayout(folder)
+        try:
+            found = mend(layout)
+        except OSError as error:
+            raise OutputError(f"{folder}: could not be repaired to the end: {error}") from error
+        print_repair(console, layout, found)
+        return 0, {"status": "repaired" if found else "whole", "exit_code": 0, **describe_repair(found)}
+
+    run_and_report(work, is_json=is_json, is_debug=is_debug)
+
+
 def _has_agreed(console: Console) -> bool:
     if not sys.stdin.isatty():
         raise JobFileError("nobody is here to be asked; add --yes to remove these files, or --dry-run only to see them")
@@ -211,5 +239,6 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], Mapping[str, Any]], ...] = 
     ("status", _STATUS_HELP, status, {}),
     ("retry-failed", _RETRY_HELP, retry_failed, _PASSES_BEAM_OPTIONS),
     ("clean", _CLEAN_HELP, clean, {}),
+    ("repair", _REPAIR_HELP, repair, {}),
 )
 """Name, help, function and settings of each command here, for `jobs/commands/cli.py`."""

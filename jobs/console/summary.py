@@ -26,6 +26,9 @@ PIPELINE_THREAD = "pipeline"
 
 RunStatus = Literal["succeeded", "incomplete", "already_done", "staged"]
 
+CountedUnit = Literal["rows", "answers"]
+"""What progress counts: answers where some row has several of them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgressSnapshot:
@@ -40,6 +43,7 @@ class ProgressSnapshot:
         elapsed_s: seconds since the start of this attempt.
         stop: why the run is about to end, in words; None while it goes on.
         outage: the provider that workers wait for; None while it answers.
+        unit: what `rows_done`, `rows_total` and `num_rejects` count.
     """
 
     stage: str
@@ -56,6 +60,7 @@ class ProgressSnapshot:
     elapsed_s: float
     stop: str | None = None
     outage: "OutageNote | None" = None
+    unit: CountedUnit = "rows"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +69,9 @@ class RunSummary:
 
     Attributes:
         rows_in: rows of the input that could be read; None where the run stopped before that was known.
-        num_rejects: rejected rows; unreadable files and row groups are not among them.
+        answers_in: answers that these rows were planned to have; a row rejected before it was asked counts as one.
+        num_rejects: rejected answers and rows; unreadable files and row groups are not among them.
+        num_further_samples: how many of results and rejects are not the first of their row.
         num_unreadable: files and row groups that could not be read.
         prompt_tokens, completion_tokens, reasoning_tokens: as far as they were counted; None where no answer's were.
         cached_tokens: None where the engine does not say, never 0 for unknown.
@@ -72,7 +79,7 @@ class RunSummary:
         estimated_prompt_tokens, estimated_completion_tokens: of those, as counted here.
         max_hit_rate: h* of the plan, the largest share of prompt tokens that sharing can save; 0 to 1.
         rejects_by_message: the commonest messages, the commonest first, and how many rows have them.
-        num_answered: rows with a result, a reject or a journaled answer.
+        num_answered: results, rejects and journaled answers.
         num_journaled: those whose answer is in a journal; it is in the tables once the run has gone on.
         cost: what is billed for answers in the tables and in journals, as tokens are theirs; None without a price.
         cost_journaled: the part of `cost` for answers in journals; None if none.
@@ -91,6 +98,8 @@ class RunSummary:
     run_id: str
     output: str
     rows_in: int | None
+    answers_in: int | None = None
+    num_further_samples: int = 0
     num_results: int = 0
     num_rejects: int = 0
     num_unreadable: int = 0
@@ -159,21 +168,21 @@ class CheckReport:
 
 
 def choose_exit_code(
-    *, is_complete: bool, rows_in: int, num_rejects: int, num_unreadable: int, max_reject_share: float
+    *, is_complete: bool, answers_in: int, num_rejects: int, num_unreadable: int, max_reject_share: float
 ) -> int:
     """The exit code of a run that neither failed nor was refused.
 
     Args:
-        rows_in: readable rows of the input, `results + rejects`.
-        num_rejects: rejected rows, without unreadable files.
-        max_reject_share: share of `rows_in` that may be rejected; taken as the decimal number its author wrote, so
+        answers_in: of the readable rows of the input, `results + rejects`.
+        num_rejects: rejected ones, without unreadable files.
+        max_reject_share: share of `answers_in` that may be rejected; taken as the decimal number its author wrote, so
             that 29 of 100 rows are within 0.29.
     Returns:
         4 where work is left, 3 for more rejects than allowed or anything unreadable, else 0.
     """
     if not is_complete:
         return EXIT_STOPPED
-    if num_unreadable > 0 or num_rejects > Decimal(str(max_reject_share)) * rows_in:
+    if num_unreadable > 0 or num_rejects > Decimal(str(max_reject_share)) * answers_in:
         return EXIT_TOO_MANY_REJECTS
     return EXIT_DONE
 

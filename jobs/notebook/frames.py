@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
 import pyarrow as pa
 
+from moebeam.schemas.column_types import storable_table
 from moebeam.schemas.errors import InputPatternError, abbreviate
-from moebeam.transforms.read.input_scan import plain_type
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Restore: TypeAlias = Callable[[pa.Table], Any]
-"""Makes the caller's kind of frame of answers, which are sorted by `source_row`."""
+"""Makes the caller's kind of frame of answers, which are sorted by `source_row` and `sample`."""
 
 _EXPECTED = "a data frame of pandas, polars or pyarrow, or a list of dicts"
 
@@ -81,11 +81,26 @@ def _read_pandas(data: "pd.DataFrame") -> Frame:
     index = data.index
 
     def restore(answers: pa.Table) -> "pd.DataFrame":
-        frame: pd.DataFrame = answers.to_pandas()
+        frame = _to_pandas(answers)
         frame.index = index.take(answers.column("source_row").to_numpy())
         return frame
 
     return Frame(_plain_table(pa.Table.from_pandas(data, preserve_index=False)), restore)
+
+
+def _to_pandas(answers: pa.Table) -> "pd.DataFrame":
+    """Answers as a frame; a column that pandas' own types cannot hold, as of the year 14,000, stays one of Arrow's."""
+    try:
+        return answers.to_pandas()
+    except Exception:  # each Arrow type raises its own errors
+        pandas = cast("Any", sys.modules["pandas"])
+        columns: dict[str, Any] = {}
+        for name in answers.column_names:
+            try:
+                columns[name] = answers.column(name).to_pandas()
+            except Exception:
+                columns[name] = pandas.Series(pandas.arrays.ArrowExtensionArray(answers.column(name)))
+        return pandas.DataFrame(columns)
 
 
 def _read_dicts(rows: Sequence[object]) -> Frame:
@@ -100,7 +115,23 @@ def _read_dicts(rows: Sequence[object]) -> Frame:
     names = list(dict.fromkeys(name for row in dicts for name in row))
     _check_names(names)
     columns = {str(name): _array(str(name), [row.get(name) for row in dicts]) for name in names}
-    return Frame(_plain_table(pa.table(columns)), lambda answers: answers.to_pylist())
+    return Frame(_plain_table(pa.table(columns)), _to_dicts)
+
+
+def _to_dicts(answers: pa.Table) -> list[dict[str, Any]]:
+    try:
+        return answers.to_pylist()
+    except Exception:  # each Arrow type raises its own errors
+        columns = {name: _to_values(answers.column(name)) for name in answers.column_names}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _to_values(column: "pa.ChunkedArray[Any]") -> list[Any]:
+    """A column as Python values; of one that Python cannot hold, Arrow's scalars."""
+    try:
+        return column.to_pylist()
+    except Exception:
+        return list(column)
 
 
 def _array(name: str, values: list[Any]) -> "pa.Array[Any]":
@@ -129,6 +160,5 @@ def _check_names(names: Sequence[object]) -> None:
 
 
 def _plain_table(table: pa.Table) -> pa.Table:
-    """The same values in types that every Parquet reader knows, so that equal rows make equal files."""
-    fields = [pa.field(field.name, plain_type(field.type)) for field in table.schema]
-    return table.cast(pa.schema(fields)).replace_schema_metadata(None)
+    """The same values without metadata, in types that every Parquet reader knows."""
+    return storable_table(table).replace_schema_metadata(None)

@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moebeam.jobs.check.identity import is_free
+from moebeam.jobs.output.frame_record import is_frame_whole, write_frame
 from moebeam.jobs.output.run_record import read_record
+from moebeam.schemas.column_types import plain_type
 from moebeam.schemas.errors import InputPatternError, OutputError
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout, find_frame_digest
@@ -30,8 +32,8 @@ def keep_frame(layout: RunLayout, table: pa.Table) -> str:
     path = layout.frame(digest_table(table))
     try:
         _check_output(layout, path, table.num_rows)
-        if not storage.exists(path):
-            storage.write_whole(path, _encode(table))
+        if not is_frame_whole(storage.normalize_path(path)):
+            write_frame(path, _encode(table))
     except OSError as error:
         raise OutputError(f"[output] path {layout.output!r}: cannot be written: {error}") from error
     return storage.normalize_path(path)
@@ -41,15 +43,19 @@ def drop_unclaimed_frame(layout: RunLayout, path: str) -> None:
     """Remove a frame whose job was refused before it claimed the folder."""
     with contextlib.suppress(OSError):
         if not storage.exists(layout.job):
-            storage.remove_files([path])
+            storage.remove_tree(path.rpartition("/")[0])
             if storage.is_local(path):
-                for folder in Path(path).parents[:3]:
+                for folder in Path(path).parents[1:3]:
                     folder.rmdir()
 
 
 def digest_table(table: pa.Table) -> str:
-    """SHA-256 of names, types and values, which depends neither on chunks nor on what lies under nulls."""
+    """SHA-256 of names, types and values, which depends on neither chunks, dictionaries nor what lies under nulls."""
     digest = _Digest()
+    plain = table.cast(pa.schema([pa.field(field.name, plain_type(field.type)) for field in table.schema]))
+    if plain.schema != table.schema:
+        digest.write(str(table.schema).encode())
+        table = plain
     with pa.ipc.new_stream(pa.PythonFile(digest, mode="w"), table.schema) as stream:
         for start in range(0, table.num_rows, _ROW_GROUP_ROWS):
             piece = table.slice(start, _ROW_GROUP_ROWS)
@@ -92,9 +98,10 @@ def _check_output(layout: RunLayout, path: str, num_rows: int) -> None:
                 "found files that are not a moebeam run"
             )
         return
-    source = read_record(layout.output).request.job.input.path
-    if find_frame_digest(source) != find_frame_digest(path):
-        found = f"the files of {source}" if find_frame_digest(source) is None else "another data frame"
+    source = read_record(layout.output).request.job.input
+    digest = find_frame_digest(source.paths[0])
+    if digest != find_frame_digest(path):
+        found = f"the files of {source.shown_path}" if digest is None else "another data frame"
         raise OutputError(
             f"[output] path {layout.output!r} belongs to a run over {found}, expected these {num_rows:,} rows; "
             "choose another output path, or bring the data of that run"

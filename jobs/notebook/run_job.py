@@ -23,11 +23,14 @@ from moebeam.jobs.notebook.job_source import JobSource, load_job_for_frame, with
 from moebeam.jobs.notebook.kept_frame import drop_unclaimed_frame, keep_frame
 from moebeam.jobs.notebook.notebook_bar import describe_end, show_run
 from moebeam.jobs.output.current_run import read_partials
-from moebeam.schemas.errors import JobError, JobInterrupted, OutputError, PipelineFailed, RunStopped
+from moebeam.schemas.column_types import loosen_sizes
+from moebeam.schemas.errors import CommitError, JobError, JobInterrupted, OutputError, PipelineFailed, RunStopped
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import RESULT_SCHEMA
+from moebeam.transforms.durable.commit import open_committed, read_commits
+from moebeam.transforms.publish.publish_spec import read_spec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,8 +61,9 @@ def run_job(job: JobSource, data: object, *, progress: bool | None = None) -> An
             dicts.
         progress: whether to show progress; None shows it in a notebook and on a terminal.
     Returns:
-        Results and rejects in the order of `data`, with the columns of `results/`; `source_row` is the position. The
-        kind is that of `data`, for unknown Arrow streams a `pyarrow.Table`; a pandas frame has the index of `data`.
+        Results and rejects in the order of `data`, with the columns of `results/`; `source_row` is the position. With
+        `[sampling] n` a row comes as often as it has answers, numbered in `sample`. The kind is that of `data`, for
+        unknown Arrow streams a `pyarrow.Table`; a pandas frame has the index of `data`, repeated where rows are.
     Raises:
         RunStopped: an interrupt or a limit of the job stopped the run; it carries what was answered.
         JobError: the job cannot run, or failed.
@@ -102,12 +106,12 @@ def _answer(job: Job, frame: Frame, progress: bool | None, *, is_temporary: bool
             if view is not None:
                 view.show_end(describe_end(summary))
     except JobInterrupted as error:
-        drop_unclaimed_frame(layout, named.input.path)
+        drop_unclaimed_frame(layout, named.input.paths[0])
         answers = frame.restore(read_answers(layout, is_finished=False))
         message = f"{error}; {_explain_how_to_go_on(layout, is_temporary=is_temporary)}"
         raise RunStopped(message, answers=answers, output=layout.output) from error
     except JobError:
-        drop_unclaimed_frame(layout, named.input.path)
+        drop_unclaimed_frame(layout, named.input.paths[0])
         raise
     is_stopped = summary.exit_code == EXIT_STOPPED
     answers = frame.restore(read_answers(layout, is_finished=not is_stopped))
@@ -135,19 +139,24 @@ def read_answers(layout: RunLayout, *, is_finished: bool = True) -> pa.Table:
     Raises:
         OutputError: the tables cannot be read.
     """
-    tables = [RESULT_SCHEMA.empty_table()]
+    tables: list[pa.Table] = []
     try:
-        for name in ("results", "rejects"):
-            folder = layout.table(name)
-            for file in storage.list_names(folder, ".parquet"):
-                with storage.open_input(storage.join(folder, file)) as source:
-                    tables.append(pq.read_table(source))
+        for commit in read_commits(layout).values():
+            for name in ("results", "rejects"):
+                if (source := open_committed(layout, commit, name)) is not None:
+                    with source:
+                        tables.append(pq.read_table(source))
+        if not tables and (spec := read_spec(layout)) is not None:
+            tables.append(spec.schema.empty_table())
         if not is_finished and storage.is_folder(layout.journal):
             tables += [partial.rows for partial in read_partials(layout)]
-    except (OSError, pa.ArrowException) as error:
+    except (CommitError, OSError, pa.ArrowException) as error:
         raise OutputError(f"{layout.output}: its tables cannot be read: {error}") from error
-    found = [table.replace_schema_metadata(None) for table in tables]
-    return pa.concat_tables(found, promote_options="default").sort_by("source_row")
+    found = [table.replace_schema_metadata(None) for table in tables if table.num_rows] or tables[:1]
+    if any(table.schema != found[0].schema for table in found):
+        found = [loosen_sizes(table) for table in found]
+    answers = pa.concat_tables(found, promote_options="default") if found else RESULT_SCHEMA.empty_table()
+    return answers.sort_by([("source_row", "ascending"), ("sample", "ascending")])
 
 
 @contextmanager

@@ -5,7 +5,7 @@ A run that ended by itself has published both. Of one that was killed, whoever l
 that may only be read, commands still say it, but the tables stay behind.
 """
 
-import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from moebeam.jobs.output.run_state import find_signs_of_life, read_manifest
-from moebeam.schemas.errors import CommitError
+from moebeam.schemas.errors import CommitError, FileDamaged
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.commit import list_committed_shards
@@ -25,6 +25,8 @@ from moebeam.transforms.publish.publish_spec import read_spec
 from moebeam.transforms.publish.republish import is_current, outline_manifest, republish
 from moebeam.transforms.publish.rollup import read_ledger
 from moebeam.transforms.publish.run_account import RunAccount, read_account, read_paid_lines
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class CurrentRun:
         if self.manifest is not None and self.is_published:
             files = self.manifest["files"]
             for file in (*files["ledger"], *files.get("partial", ())):
-                yield read_ledger(storage.join(self.layout.output, file["path"]))
+                yield read_ledger(storage.join(self.layout.output, file["path"]), file.get("sha256"))
         else:
             for found in read_paid_lines(self.layout, read_accounting(self.layout)):
                 yield found.lines
@@ -68,8 +70,16 @@ def read_partials(layout: RunLayout) -> Iterator[PartialShard]:
     accounting = read_accounting(layout)
     committed = {*list_committed_shards(layout)}
     for shard in list_journaled_shards(layout):
-        if shard not in committed:
-            yield read_partial(layout, shard, accounting)
+        if shard in committed:
+            continue
+        partial = read_partial(layout, shard, accounting)
+        if partial.num_damaged:
+            _LOGGER.warning(
+                "%s: %d answers cannot be read and are left out; the next launch asks for them again",
+                layout.shard_journal(shard),
+                partial.num_damaged,
+            )
+        yield partial
 
 
 def read_accounting(layout: RunLayout) -> Accounting:
@@ -92,9 +102,12 @@ def read_current_run(layout: RunLayout) -> CurrentRun:
     """
     manifest = read_manifest(layout)
     if not is_current(manifest, layout) and not find_signs_of_life(layout).is_alive:
-        # What it cannot publish it can still say.
-        with contextlib.suppress(OSError, CommitError):
+        try:
             republish(layout)
+        except FileDamaged:
+            raise
+        except (OSError, CommitError):
+            pass  # what it cannot publish it can still say
         manifest = read_manifest(layout)
     if manifest is not None and is_current(manifest, layout):
         return CurrentRun(layout, manifest, RunAccount.from_manifest(manifest), is_published=True)

@@ -18,14 +18,16 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from moebeam.schemas.canonical import Json, fingerprint
-from moebeam.schemas.errors import InputPatternError, JobFileError, OutputError
+from moebeam.schemas.errors import FileDamaged, InputPatternError, JobFileError, OutputError
 from moebeam.schemas.job.sections import InputSection, Job
 from moebeam.schemas.store import storage
-from moebeam.schemas.store.record_json import RecordJson
+from moebeam.schemas.store.record_json import decode_record, encode_record
 from moebeam.schemas.store.run_layout import RunLayout, find_frame_digest
+from moebeam.schemas.store.sealed_json import unseal_json
 from moebeam.transforms.answer.reuse import ReuseSource
 from moebeam.transforms.plan.plan_record import read_plan
-from moebeam.transforms.read.input_scan import InputFormat, InputScan, InputUnit, files_fingerprint, identify_files
+from moebeam.transforms.read.input_files import files_fingerprint, identify_files
+from moebeam.transforms.read.input_scan import InputFormat, InputScan, InputUnit
 
 _NUM_SHOWN_FILES = 3
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+", re.IGNORECASE)
@@ -104,7 +106,7 @@ def read_record(output: str) -> RunRecord:
     except OSError as error:
         raise OutputError(f"{output}: cannot be looked at: {error}") from error
     try:
-        found: Any = json.loads(content)
+        found: Any = json.loads(unseal_json(content))
         if isinstance(found, dict) and "job" not in found:
             raise OutputError(
                 f"{layout.job}: was written by an older version, which did not keep the job; "
@@ -135,12 +137,15 @@ def read_record(output: str) -> RunRecord:
             f"{layout.job}: its job is not one that this version understands: {error.errors()[0]['msg']}"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(f"{layout.job}: expected the record of a run, found a damaged file: {error!r}") from error
+        raise OutputError(
+            f"{layout.job}: expected the record of a run, found a damaged file: {error!r}; moebeam run JOB.toml, with "
+            "the job of this run, writes it again"
+        ) from error
 
 
 def _move_frame(section: InputSection, before: RunLayout, now: RunLayout) -> InputSection:
     """The input of a run whose data frame moved along with its output folder; any other input stays."""
-    digest = find_frame_digest(section.path)
+    digest = find_frame_digest(section.paths[0])
     if digest is None or section.path != storage.normalize_path(before.frame(digest)):
         return section
     return section.model_copy(update={"path": storage.normalize_path(now.frame(digest))})
@@ -232,10 +237,10 @@ def save_input(layout: RunLayout, request: RunRequest, scan: InputScan) -> None:
     section, is_retry = request.job.input, request.retry_of is not None
     files = {} if is_retry else identify_files(section)
     if not is_retry and files_fingerprint(files) != scan.fingerprint:
-        raise InputPatternError(f"[input] path {section.path!r}: files changed while they were looked at; run again")
+        raise InputPatternError(f"[input] path {section.shown_path}: files changed during the check; run again")
     record = InputRecord.from_scan(scan, section, request.limit, files)
     try:
-        storage.write_whole(input_record_path(layout), RecordJson(InputRecord).encode(record))
+        storage.write_whole(input_record_path(layout), encode_record(record))
     except OSError as error:
         raise OutputError(f"[output] path {layout.output!r}: cannot be written: {error}") from error
 
@@ -243,7 +248,7 @@ def save_input(layout: RunLayout, request: RunRequest, scan: InputScan) -> None:
 def read_input_record(layout: RunLayout) -> InputRecord | None:
     """Read the saved record of the input; None if missing or unreadable."""
     with contextlib.suppress(OSError, ValueError):
-        return RecordJson(InputRecord).decode(storage.read_bytes(input_record_path(layout)))
+        return decode_record(storage.read_bytes(input_record_path(layout)), InputRecord)
     return None
 
 
@@ -255,7 +260,8 @@ def read_saved_scan(layout: RunLayout, request: RunRequest) -> InputScan | None:
     Raises:
         InputPatternError: the files cannot be listed.
     """
-    with contextlib.suppress(OSError):
+    # A damaged record of the plan is made again, or the plan is.
+    with contextlib.suppress(OSError, FileDamaged):
         record, section = read_input_record(layout), request.job.input
         if record is None or record.limit != request.limit or record.section != _digest(section):
             return None

@@ -4,7 +4,6 @@ The launcher watches its run this way, `moebeam status` shows any run, and `moeb
 """
 
 import contextlib
-import json
 import os
 import socket
 import time
@@ -20,7 +19,7 @@ import psutil
 
 from moebeam.jobs.console.summary import ProgressSnapshot
 from moebeam.schemas.answers import ShardCommit, Totals
-from moebeam.schemas.errors import OutputError
+from moebeam.schemas.errors import CommitError, FileDamaged, OutputError
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.record_json import read_note, write_note
 from moebeam.schemas.store.run_layout import RunLayout
@@ -30,6 +29,8 @@ from moebeam.transforms.durable.lease import LEASE_S, host_identity, read_leases
 from moebeam.transforms.durable.progress import read_outage, read_progress
 from moebeam.transforms.plan.plan_record import PlanRecord, read_plan
 from moebeam.transforms.publish.manifest import find_cost
+from moebeam.transforms.publish.manifest_file import read_manifest_file
+from moebeam.transforms.publish.publish_spec import read_spec
 from moebeam.transforms.publish.run_account import RunAccount, sum_totals
 
 LAUNCHER_BEAT_S = 5.0
@@ -84,8 +85,8 @@ class RunWatch:
             if shard not in self._commits and (commit := read_commit(layout, shard)) is not None:
                 self._commits[shard] = commit
         for name in waste_names(layout):
-            if name not in self._wasted:
-                self._wasted[name] = read_waste(layout, name).totals
+            if name not in self._wasted and (waste := read_waste(layout, name)) is not None:
+                self._wasted[name] = waste.totals
         if account is not None:
             return self._snapshot_at_rest(account, self._plan)
         totals = self.committed
@@ -132,6 +133,7 @@ class RunWatch:
             currency=self._currency,
             elapsed_s=time.monotonic() - self._started,
             outage=read_outage(self._layout) if stage == "answer" else None,
+            unit="answers" if self._plan is not None and self._plan.num_further_samples else "rows",
         )
 
 
@@ -141,18 +143,27 @@ def read_manifest(layout: RunLayout) -> dict[str, Any] | None:
     Raises:
         OutputError: the manifest is damaged.
     """
-    with contextlib.suppress(FileNotFoundError):
-        content = storage.read_bytes(layout.manifest)
-        try:
-            found: object = json.loads(content)
-            if isinstance(found, dict) and found.get("status") in ("complete", "incomplete"):
-                return found
-        except ValueError:
-            pass
+    try:
+        return read_manifest_file(layout)
+    except FileDamaged as error:
         raise OutputError(
             f"{layout.manifest}: expected the manifest of a run, found a damaged file; remove it and resume the run, "
             "which writes it again"
-        )
+        ) from error
+
+
+def find_run_id(layout: RunLayout) -> str | None:
+    """The id of the run in a folder by its other records, where `job.json` is damaged; None if none is left.
+
+    Raises:
+        OSError: the store failed.
+    """
+    with contextlib.suppress(CommitError, OutputError):
+        if (manifest := read_manifest(layout)) is not None:
+            return str(manifest["run_id"])
+    with contextlib.suppress(CommitError):
+        if (spec := read_spec(layout)) is not None:
+            return spec.run_id
     return None
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from moebeam.jobs.console.facts_table import facts_table
 from moebeam.jobs.console.formats import format_duration, format_money, format_outage
-from moebeam.jobs.console.summary import json_value
+from moebeam.jobs.console.summary import CountedUnit, json_value
 from moebeam.jobs.output.current_run import read_current_run
 from moebeam.jobs.output.run_record import RunRecord, read_input_record
 from moebeam.jobs.output.run_state import RunWatch, SignsOfLife, find_signs_of_life, read_manifest
@@ -43,6 +43,7 @@ class StatusReport:
         reason: for an incomplete or stopped run, a key of `[limits]` or `signal`; for a failed one, the step.
         rows_total: None while unknown.
         rows_done: answered or rejected; of shards that are not committed those whose answers arrived.
+        unit: what `rows_done` and `rows_total` count.
         cost: all that was paid so far, for wasted work and unfinished shards too; None without prices.
         account: what was paid by state, as in `RunSummary.account`; None while somebody is at work, when `cost` and the
             tokens follow the workers' progress.
@@ -80,6 +81,7 @@ class StatusReport:
     lost_cost_at_most: Decimal | None = None
     account: Mapping[str, object] | None = None
     outage: OutageNote | None = None
+    unit: CountedUnit = "rows"
 
     def to_json(self) -> dict[str, object]:
         """The record as JSON values, decimals as strings and times in ISO form."""
@@ -142,6 +144,7 @@ def read_status(record: RunRecord) -> StatusReport:
         lost_cost_at_most=find_sole_amount(paid.lost_costs_at_most)[0],
         account=account and account.by_state(),
         outage=seen.outage if life.is_alive else None,
+        unit=seen.unit,
     )
 
 
@@ -204,7 +207,7 @@ def _list_facts(report: StatusReport) -> Iterator[tuple[str, str]]:
     total = "" if report.rows_total is None else f" of {report.rows_total:,}"
     rejects = f", {report.num_rejects:,} of them rejected" if report.num_rejects else ""
     journaled = f", {report.num_journaled:,} of them in the journal" if report.num_journaled else ""
-    yield "rows", f"{report.rows_done:,}{total}{' planned' if report.stage == 'plan' else ''}{rejects}{journaled}"
+    yield report.unit, f"{report.rows_done:,}{total}{' planned' if report.stage == 'plan' else ''}{rejects}{journaled}"
     if report.rejects_by_type:
         yield "rejects", ", ".join(f"{count:,} {name}" for name, count in sorted(report.rejects_by_type.items()))
     if report.shards_total is not None:

@@ -1,15 +1,16 @@
 """Answer lengths, repairs and engine speed of an earlier run, for quotes; read from its ledger and manifest."""
 
-import json
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from moebeam.schemas.errors import OutputError
+from moebeam.jobs.output.run_state import read_manifest
+from moebeam.schemas.errors import FileDamaged, OutputError
 from moebeam.schemas.store import storage
+from moebeam.schemas.store.checked_file import open_checked
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.quote.quote import OutputForecast
 
@@ -67,13 +68,12 @@ def read_earlier_run(output: str) -> EarlierRun:
     """
     layout = RunLayout(output.rstrip("/"))
     try:
-        manifest: dict[str, Any] = json.loads(storage.read_bytes(layout.manifest))
+        if (manifest := read_manifest(layout)) is None:
+            raise OutputError(f"--like {output}: expected the output of a finished run, found no manifest")
         engine, counters = str(manifest["model"]["engine"]), cast("dict[str, float]", manifest["engine"])
-        names = storage.list_names(layout.table("ledger"), ".parquet")
-        tables = [_read_ledger(storage.join(layout.table("ledger"), name)) for name in names]
-    except FileNotFoundError as error:
-        raise OutputError(f"--like {output}: expected the output of a finished run, found no manifest") from error
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        files = manifest["files"]["ledger"]
+        tables = [_read_ledger(storage.join(layout.output, file["path"]), file["sha256"]) for file in files]
+    except (FileDamaged, OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise OutputError(f"--like {output}: expected the manifest and ledger of a run, found: {error}") from error
     ledger = pa.concat_tables(tables) if tables else None
     if ledger is not None:
@@ -102,8 +102,8 @@ def read_earlier_run(output: str) -> EarlierRun:
     )
 
 
-def _read_ledger(path: str) -> pa.Table:
-    with storage.open_input(path) as source:
+def _read_ledger(path: str, sha256: str) -> pa.Table:
+    with open_checked(path, sha256) as source:
         return pq.ParquetFile(source).read(columns=list(_COLUMNS))
 
 

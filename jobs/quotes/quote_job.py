@@ -134,6 +134,7 @@ def quote_job(job: Job, terms: QuoteTerms, *, limit: int | None = None) -> tuple
         JobError: the job is wrong, or a named provider or model has no price.
     """
     checked = check_job(job, limit=limit, is_quote=True)
+    checked.check_readable()
     renderer = Renderer(checked.render_spec)
     survey = survey_prompts(
         checked.scan,

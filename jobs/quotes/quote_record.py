@@ -10,10 +10,12 @@ from decimal import Decimal
 from typing import Any, Literal, TypeAlias
 
 from moebeam.jobs.check.identity import JobIdentity
+from moebeam.jobs.output.run_state import read_manifest
 from moebeam.jobs.quotes.quote_job import Quote
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.store.sealed_json import seal_json, unseal_json
 from moebeam.transforms.plan.plan_record import read_plan
 
 QuoteUnit: TypeAlias = Literal["rows", "tokens", "money"]
@@ -59,7 +61,7 @@ def save_quote(quote: Quote, identity: JobIdentity) -> str:
     """
     layout = RunLayout(quote.output)
     identity.check_output(layout)
-    content = json.dumps(quote.to_json(), indent=2, ensure_ascii=False).encode()
+    content = seal_json(json.dumps(quote.to_json(), indent=2, ensure_ascii=False).encode())
     try:
         storage.write_whole(layout.quote, content)
     except OSError as error:
@@ -78,28 +80,31 @@ def compare_quote_with_run(layout: RunLayout, manifest: Mapping[str, Any] | None
         OutputError: the run has no manifest, or its quote is damaged.
     """
     try:
-        manifest = manifest or dict[str, Any](json.loads(storage.read_bytes(layout.manifest)))
+        manifest = manifest or read_manifest(layout)
+        if manifest is None:
+            raise OutputError(f"{layout.manifest}: expected the manifest of a run, found none")
         totals: Mapping[str, Any] = manifest["totals"]
         fingerprint = manifest["job_fingerprint"]
-    except FileNotFoundError as error:
-        raise OutputError(f"{layout.manifest}: expected the manifest of a run, found none") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{layout.manifest}: expected the manifest of a run, found: {error!r}") from error
     try:
-        quote: dict[str, Any] = json.loads(storage.read_bytes(layout.quote))
+        quote: dict[str, Any] = json.loads(unseal_json(storage.read_bytes(layout.quote)))
         if quote["job_fingerprint"] == fingerprint:
             return list(_compare_with_quote(quote, totals))
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{layout.quote}: expected a quote, found a damaged file: {error!r}") from error
+        raise OutputError(
+            f"{layout.quote}: expected a quote, found a damaged file: {error!r}; remove it, or write it again by "
+            "moebeam estimate JOB.toml --save"
+        ) from error
     return list(_compare_with_plan(layout, totals))
 
 
 def _compare_with_quote(quote: Mapping[str, Any], totals: Mapping[str, Any]) -> Iterator[QuotedFigure]:
     own = quote["offers"][0]
     rows = Decimal(int(quote["num_rows"]))
-    num_rows = Decimal(int(totals["num_results"]) + int(totals["num_rejects"]))
+    num_rows = Decimal(totals["num_results"] + totals["num_rejects"] - totals.get("num_further_samples", 0))
     yield QuotedFigure("rows", "rows", None, rows, None, num_rows)
     prompts = quote["prompt_tokens"]
     # No upper bound: retries add tokens too.

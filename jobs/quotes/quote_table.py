@@ -38,8 +38,8 @@ def _list_facts(quote: Quote) -> Iterator[tuple[str, str]]:
     if survey.rejects:
         by_type = ", ".join(f"{count:,} {name}" for name, count in sorted(survey.rejects.items()))
         yield "rejects", f"{by_type} before the model is asked"
-    merged = f"; {_format_range(tokens.merged_rows)} rows take another one's answer" if tokens.merged_rows.high else ""
-    yield "requests", f"{_format_range(tokens.requests)}{merged}"
+    copies = f"; {_format_range(tokens.merged_rows)} more answers are those of equal requests"
+    yield "requests", f"{_format_range(tokens.requests)}{copies if tokens.merged_rows.high else ''}"
     about = "about " if quote.is_estimated else ""
     yield (
         "prompt",

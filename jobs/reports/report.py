@@ -145,12 +145,14 @@ def _run_table(manifest: Mapping[str, Any], account: RunAccount, groups: Mapping
     whole = sum(groups.values(), GroupSums())
     totals = manifest["totals"]
     model = manifest["model"]
+    answers_in = _count_answers(manifest)
     rows: list[tuple[str, Cell]] = [
         ("run", manifest["run_id"]),
         ("status", manifest["status"]),
         ("engine and model", f"{model['engine']}, {model['name']}"),
         ("price book", manifest["price_book"]),
         ("rows", f"{manifest['rows_in']:,}"),
+        *([("answers", f"{answers_in:,}")] if answers_in != manifest["rows_in"] else []),
         ("results", f"{totals['num_results']:,}"),
         ("rejects", f"{totals['num_rejects']:,}"),
         ("unreadable files or row groups", f"{totals['num_unreadable']:,}"),
@@ -186,6 +188,11 @@ def _run_table(manifest: Mapping[str, Any], account: RunAccount, groups: Mapping
     if account.num_damaged:
         rows.append(("lines of journals that cannot be read", f"{account.num_damaged:,}"))
     return ReportTable("run", "Run", (Column("what", "text"), Column("value", "text")), tuple(rows))
+
+
+def _count_answers(manifest: Mapping[str, Any]) -> int:
+    """Answers that the rows were planned to have; one each in runs of older versions."""
+    return manifest.get("answers_in", manifest["rows_in"])
 
 
 def _costs_table(costs: Rollup) -> ReportTable:
@@ -235,8 +242,8 @@ def _outcomes_table(groups: Mapping[GroupKey, GroupSums]) -> ReportTable:
 
 def _rejects_table(manifest: Mapping[str, Any]) -> ReportTable:
     counts: Mapping[str, int] = manifest["totals"]["rejects_by_type"] or {}
-    rows_in = manifest["rows_in"]
-    rows = tuple((kind, count, count / rows_in if rows_in else None) for kind, count in sorted(counts.items()))
+    answers_in = _count_answers(manifest)
+    rows = tuple((kind, count, count / answers_in if answers_in else None) for kind, count in sorted(counts.items()))
     columns = (Column("error_type", "text"), Column("rows", "count"), Column("share_of_rows", "share"))
     return ReportTable("rejects", "Rejects by type", columns, rows, None if rows else "None.")
 

@@ -17,6 +17,7 @@ from moebeam.jobs.console.summary import ProgressSnapshot, RunSummary
 from moebeam.jobs.deploy.dataflow.dataflow_options import complete_dataflow_options
 from moebeam.jobs.deploy.dataflow.job_template import summarize_template, template_location, write_template
 from moebeam.jobs.deploy.job_service import prepare_job_service
+from moebeam.jobs.output.frame_record import check_frame
 from moebeam.jobs.output.run_record import RetryOf, RunRecord, save_input
 from moebeam.jobs.output.run_state import RunWatch, announce_presence, read_manifest, remove_dead_launchers
 from moebeam.jobs.run.main_job import make_main_job
@@ -25,12 +26,12 @@ from moebeam.jobs.run.retry_failed import write_retry_plan
 from moebeam.jobs.run.summarize import summarize_run
 from moebeam.model_runner.protocol import require_packages
 from moebeam.pipelines.main_job import build
-from moebeam.schemas.errors import JobInterrupted, OutputError, PipelineFailed
+from moebeam.schemas.errors import FileDamaged, JobInterrupted, OutputError, PipelineFailed
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.reuse import ReuseSource
-from moebeam.transforms.durable.failure import WorkerWatch
+from moebeam.transforms.durable.failure import WorkerWatch, read_failure
 from moebeam.transforms.durable.lease import read_leases
 from moebeam.transforms.durable.stop import (
     ON_ERROR,
@@ -41,6 +42,7 @@ from moebeam.transforms.durable.stop import (
     read_stop,
     request_stop,
 )
+from moebeam.transforms.plan.mend_plan import mend_record, set_plan_aside
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.publish.publish_spec import save_spec
 from moebeam.transforms.read.input_scan import InputScan
@@ -85,9 +87,12 @@ def launch(
     options = parse_beam_options(beam_args)
     complete_dataflow_options(options, job, reuse and reuse.output)
     prepare_job_service(options)
+    layout = RunLayout(job.output.path)
     with _store_errors(job.output.path):
+        _mend_plan(layout)
+        if not storage.exists(layout.plan_record):
+            check_frame(job.input.paths[0])
         checked = check_job(job, limit=limit, retry_of=retry_of, retried=retried, reuse=reuse)
-        layout = RunLayout(job.output.path)
         for warning in checked.warnings:
             _LOGGER.warning("%s", warning)
         manifest = read_manifest(layout)
@@ -97,20 +102,20 @@ def launch(
             return summarize_run(manifest, job, "already_done", started)
         if runs_here(options):
             require_packages(job.model)
-        checked.claim_output()
+        run_key = checked.claim_output()
         save_input(layout, checked.request, checked.scan)
         storage.remove_files([layout.stop, layout.failure])
         forget_stop(layout)
         if reuse is not None:
             save_fences(layout, reuse)
-        planned = read_plan(layout)
+        planned = mend_record(layout)
         if planned is None and retry_of is not None:
             # A retry reads no input: its plan is taken from its source's plan.
             planned = write_retry_plan(
                 layout, retry_of, job, parts=checked.identity.parts, encoder=checked.engine.encoder
             )
     pipeline = beam.Pipeline(options=options)
-    build(pipeline, main_job := make_main_job(checked, planned))
+    build(pipeline, main_job := make_main_job(checked, planned, run_key))
     with _store_errors(layout.output):
         save_spec(main_job.publish)
     if (location := template_location(options)) is not None:
@@ -172,6 +177,18 @@ def resume(
         retry_of=record.request.retry_of,
         reuse=record.request.reuse,
     )
+
+
+def _mend_plan(layout: RunLayout) -> None:
+    """Set the plan aside if it is why the last launch failed; this one then makes it again from the input.
+
+    Raises:
+        CommitError: its record is damaged, too.
+        OSError: the store failed.
+    """
+    failure = read_failure(layout)
+    if failure is not None and failure.error == FileDamaged.__name__ and set_plan_aside(layout):
+        _LOGGER.warning("%s: the plan is damaged (%s); it is made again from the input", layout.plan, failure.message)
 
 
 @contextlib.contextmanager

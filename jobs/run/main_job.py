@@ -20,12 +20,18 @@ _VIEWS = Path(__file__).parent / "sql" / "views.sql"
 """DuckDB views over a run's tables, with paths relative to its output folder."""
 
 
-def make_main_job(checked: CheckedJob, planned: PlanRecord | None) -> MainJob:
-    """Split a checked job into the parts of its stages; `planned` is an earlier attempt's plan, if any."""
+def make_main_job(checked: CheckedJob, planned: PlanRecord | None, run_key: str = "") -> MainJob:
+    """Split a checked job into the parts of its stages.
+
+    Args:
+        planned: an earlier attempt's plan, if any.
+        run_key: as `CheckedJob.claim_output` returns it.
+    """
     job, scan, columns = checked.request.job, checked.scan, checked.columns
     layout = RunLayout(job.output.path)
     run_id, section = checked.identity.run_id, job.accounting
-    accounting = Accounting(run_id, checked.prices, section.provider, section.model, section.tag_columns)
+    tag_fields = tuple(map(job.input.passthrough.name_output, section.tag_columns))
+    accounting = Accounting(run_id, checked.prices, section.provider, section.model, section.tag_columns, tag_fields)
     return MainJob(
         scan=scan,
         columns=columns,
@@ -33,7 +39,7 @@ def make_main_job(checked: CheckedJob, planned: PlanRecord | None) -> MainJob:
         plan=PlanSpec(
             checked.plan_section,
             layout,
-            columns.passthrough,
+            columns.output_fields,
             group_starts=tuple(group.units[0].ordinal for group in scan.groups),
         ),
         answer=AnswerSpec(
@@ -48,11 +54,12 @@ def make_main_job(checked: CheckedJob, planned: PlanRecord | None) -> MainJob:
             limits=SpendingLimits.from_section(job.limits, time.time()),
             failures=job.failures,
             reuse=checked.request.reuse,
+            run_key=run_key,
         ),
         publish=PublishSpec(
             run_id,
             layout,
-            result_schema(columns.passthrough, checked.output_type and checked.output_type.arrow),
+            result_schema(columns.output_fields, checked.output_type and checked.output_type.arrow),
             scan.num_rows,
             _describe_run(checked),
             accounting,
@@ -72,7 +79,7 @@ def _describe_run(checked: CheckedJob) -> dict[str, Json]:
         "product_version": version("moebeam"),
         "job_fingerprint": checked.identity.fingerprint,
         "input": {
-            "path": request.job.input.path,
+            "path": request.job.input.path if isinstance(request.job.input.path, str) else [*request.job.input.paths],
             "format": scan.format,
             "num_files": scan.num_files,
             "num_rows": scan.num_rows,

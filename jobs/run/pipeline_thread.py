@@ -10,7 +10,7 @@ import grpc
 
 from moebeam.jobs.console.summary import PIPELINE_THREAD
 from moebeam.jobs.deploy.job_service import format_rpc_error
-from moebeam.schemas.errors import PipelineFailed
+from moebeam.schemas.errors import CommitError, FileDamaged, PipelineFailed
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.failure import read_failure
 
@@ -62,6 +62,10 @@ class PipelineThread(threading.Thread):
         if recorded is None:
             raise PipelineFailed(f"the pipeline failed: {_last_line(self._failure)}") from self._failure
         message = _STAGE_SUFFIX.sub("", f"{recorded.step}: {recorded.error}: {recorded.message}")
+        if recorded.error == FileDamaged.__name__ and "/_moebeam/plan/" in recorded.message:
+            raise PipelineFailed(f"{message}; or run again: the plan is made again from the input") from self._failure
+        if recorded.error in _LASTING:
+            raise PipelineFailed(f"{message}; what is committed is kept") from self._failure
         raise PipelineFailed(f"{message}; what is committed is kept, run again to continue") from self._failure
 
     def _cancel_job(self) -> None:
@@ -70,6 +74,9 @@ class PipelineThread(threading.Thread):
             if self._result is not None:
                 self._result.cancel()
 
+
+_LASTING = (CommitError.__name__, FileDamaged.__name__)
+"""Errors that running again meets again."""
 
 _STAGE_SUFFIX = re.compile(r" \[while running '[^']*'\]")
 """Beam's own name of the step, which it adds to messages: `Answer/AnswerShard-ptransform-12`."""

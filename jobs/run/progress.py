@@ -148,7 +148,7 @@ def format_progress(snapshot: ProgressSnapshot, rates: StageRates) -> str:
 
 def _format_rows(snapshot: ProgressSnapshot) -> str:
     total = "" if snapshot.rows_total is None else f"/{snapshot.rows_total:,}"
-    return f"{snapshot.rows_done:,}{total} rows"
+    return f"{snapshot.rows_done:,}{total} {snapshot.unit}"
 
 
 def _list_details(snapshot: ProgressSnapshot, rates: StageRates) -> Iterator[str]:
@@ -229,11 +229,13 @@ def _format_answered(summary: RunSummary) -> str:
     """How many rows there are and, of a run that was stopped, how many are answered."""
     if summary.rows_in is None:
         return "unknown"
+    answers_in = summary.rows_in if summary.answers_in is None else summary.answers_in
+    told = f"{summary.rows_in:,}" if answers_in == summary.rows_in else f"{summary.rows_in:,}, {answers_in:,} answers"
     if summary.exit_code != EXIT_STOPPED:
-        return f"{summary.rows_in:,}"
+        return told
     journaled = f" ({summary.num_journaled:,} of them in the journal)" if summary.num_journaled else ""
-    left = max(0, summary.rows_in - summary.num_answered)
-    return f"{summary.rows_in:,}: {summary.num_answered:,} answered{journaled}, {left:,} left"
+    left = max(0, answers_in - summary.num_answered)
+    return f"{told}: {summary.num_answered:,} answered{journaled}, {left:,} left"
 
 
 def _format_lost_calls(summary: RunSummary) -> str:
@@ -277,7 +279,7 @@ def _format_cost(summary: RunSummary) -> str:
         return "unknown: the job names no price book" if summary.price_book is None else "unknown: no price applies"
     bound = "at most " if summary.cost_basis == "upper_bound" else ""
     cost = f"{bound}{format_money(summary.cost, summary.currency)}"
-    num_rows = summary.num_results + summary.num_rejects
+    num_rows = summary.num_results + summary.num_rejects - summary.num_further_samples
     if num_rows == 0:
         return cost
     return f"{cost}, {format_money(summary.cost * 1000 / num_rows, summary.currency)} per 1,000 rows"

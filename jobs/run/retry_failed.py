@@ -1,7 +1,8 @@
 """`moebeam retry-failed`: a new run over the rejected rows of chosen kinds, in a separate output folder.
 
 Published files stay untouched: both runs have their own rejects and ledger, and the new manifest names the first run in
-`retry_of`. The rows come from the first run's plan, shard by shard; the input is not read.
+`retry_of`. The rows come from the first run's plan, shard by shard; the input is not read. Of a row with several
+samples only those that were rejected are asked again, under their numbers.
 """
 
 import json
@@ -16,12 +17,14 @@ import pyarrow.parquet as pq
 from moebeam.jobs.output.run_record import RetryOf, RunRecord, read_input_record, read_record
 from moebeam.jobs.output.run_state import read_manifest
 from moebeam.model_runner.encoding.remote_prompts import Encoder
+from moebeam.schemas.answers import ShardCommit
 from moebeam.schemas.arrow import list_values, replace_column
 from moebeam.schemas.canonical import canonical_json
 from moebeam.schemas.errors import CommitError, ContextOverflow, JobFileError, OutputError, RowError
 from moebeam.schemas.job.sections import Job, SamplingSection
-from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.tables import RESULT_SCHEMA
+from moebeam.transforms.durable.commit import open_committed, read_commit, read_commits
 from moebeam.transforms.plan.build_shards import write_plan, write_shard
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_plan
 from moebeam.transforms.plan.sorted_runs import read_rows
@@ -91,7 +94,33 @@ def prepare_retry(output: str, kinds: Sequence[str]) -> Retry:
     if record is None:
         raise OutputError(f"{source.layout.state}/input.json: expected what the run kept of its input, found nothing")
     retry_of = RetryOf(output, source.run_id, tuple(sorted(kinds)))
-    return Retry(source, retry_of, record.scan(sum(found.get(kind, 0) for kind in kinds)), note)
+    return Retry(source, retry_of, record.scan(_count_rows(source.layout, retry_of.kinds, manifest["totals"])), note)
+
+
+def _count_rows(layout: RunLayout, kinds: Sequence[str], totals: Mapping[str, Any]) -> int:
+    """Rows of the input of which something was rejected as one of the kinds."""
+    if not totals.get("num_further_samples"):
+        return sum(totals["rejects_by_type"].get(kind, 0) for kind in kinds)
+    try:
+        chosen = [_read_chosen(layout, commit, kinds) for commit in read_commits(layout).values()]
+    except OSError as error:
+        raise OutputError(f"{layout.table('rejects')}: cannot be read: {error}") from error
+    # All samples of a row are in one shard.
+    return sum(table.group_by(["source_file", "source_row"]).aggregate([]).num_rows for table in chosen)
+
+
+def _read_chosen(layout: RunLayout, commit: ShardCommit, kinds: Sequence[str]) -> pa.Table:
+    """The places of a shard's rejects of the kinds.
+
+    Raises:
+        CommitError: the rejects are damaged.
+        OSError: a store failed.
+    """
+    if (file := open_committed(layout, commit, "rejects")) is None:
+        return RESULT_SCHEMA.empty_table().select([*_PLACE, "error_type"])
+    with file:
+        rejects = pq.read_table(file, columns=[*_PLACE, "error_type"])
+    return rejects.filter(pc.is_in(rejects.column("error_type"), pa.array(kinds, pa.string())))
 
 
 def _list_retryable_kinds() -> list[str]:
@@ -134,6 +163,8 @@ def _check_kinds(kinds: Sequence[str], found: dict[str, int]) -> None:
 
 def why_not_retryable(place: Sequence[str], otherwise: Callable[[Sequence[str]], str | None]) -> str | None:
     """Why a retry cannot change a key; None if it can. `otherwise` decides keys outside a retry's sections."""
+    if tuple(place) == ("sampling", "n"):
+        return "says how many answers a row has, and a retry asks for those again that were rejected"
     if place[0] in _RETRY_SECTIONS:
         return None
     reason = otherwise(place)
@@ -171,7 +202,7 @@ def write_retry_plan(
         shards.append(write_shard(layout, name, _apply_sampling(table, source.request.job.sampling, job, encoder)))
         waiting.clear()
 
-    for table in _read_rejected_rows(source, retry_of):
+    for table in read_rejected_rows(source, retry_of):
         if waiting and sum(held.num_rows for held in waiting) + table.num_rows > job.plan.max_shard_rows:
             write()
         waiting.append(table)
@@ -180,22 +211,28 @@ def write_retry_plan(
     return PlanRecord(write_plan(shards, layout))
 
 
-def _read_rejected_rows(source: RunRecord, retry_of: RetryOf) -> Iterator[pa.Table]:
-    """Read the planned rows rejected for one of the kinds, shard by shard, in token order."""
+def read_rejected_rows(source: RunRecord, retry_of: RetryOf) -> Iterator[pa.Table]:
+    """Read the planned rows rejected for one of the kinds, shard by shard, in token order.
+
+    Raises:
+        OutputError: the plan is gone.
+        CommitError: plan or rejects are damaged or contradict each other.
+        OSError: a store failed.
+    """
     layout = source.layout
     plan = read_plan(layout)
     if plan is None:
         raise OutputError(f"{layout.plan_record}: expected the plan of a finished run, found no such file")
     for shard in plan.shards:
+        if not shard.num_requests:
+            continue
         path = layout.published_file("rejects", shard.shard)
-        if not shard.num_requests or not storage.exists(path):
+        if (commit := read_commit(layout, shard.shard)) is None:
+            missing = layout.shard_commit(shard.shard)
+            raise CommitError(f"{missing}: expected the commit of a finished run, found no such file")
+        wanted = set(_list_places(_read_chosen(layout, commit, retry_of.kinds)))
+        if not wanted:
             continue
-        with storage.open_input(path) as file:
-            rejects = pq.read_table(file, columns=["source_file", "source_row", "error_type"])
-        chosen = rejects.filter(pc.is_in(rejects.column("error_type"), pa.array(retry_of.kinds, pa.string())))
-        if not chosen.num_rows:
-            continue
-        wanted = set(zip(list_values(chosen, "source_file"), list_values(chosen, "source_row"), strict=True))
         try:
             planned = read_rows(layout.shard_plan(shard.shard))
         except FileNotFoundError as error:
@@ -203,16 +240,22 @@ def _read_rejected_rows(source: RunRecord, retry_of: RetryOf) -> Iterator[pa.Tab
                 f"{layout.shard_plan(shard.shard)}: the plan of this run was cleaned, and with it the prompts; "
                 "run the job anew"
             ) from error
-        places = zip(list_values(planned, "source_file"), list_values(planned, "source_row"), strict=True)
-        kept = planned.filter(pa.array([place in wanted for place in places]))
+        kept = planned.filter(pa.array([place in wanted for place in _list_places(planned)]))
         if kept.num_rows != len(wanted):
             raise CommitError(f"{path}: expected {len(wanted)} rejected rows in the plan, found {kept.num_rows}")
         yield kept
 
 
+_PLACE = ("source_file", "source_row", "sample")
+
+
+def _list_places(table: pa.Table) -> Iterator[tuple[str, int, int]]:
+    return zip(*(list_values(table, name) for name in _PLACE), strict=True)
+
+
 def _apply_sampling(table: pa.Table, before: SamplingSection, job: Job, encoder: Encoder) -> pa.Table:
     """Apply the changed keys of `[sampling]`; values set by a row itself stay."""
-    old, new = before.model_dump(mode="json"), job.sampling.model_dump(mode="json")
+    old, new = (section.model_dump(mode="json", exclude={"n"}) for section in (before, job.sampling))
     changed = {key: value for key, value in new.items() if value != old[key]}
     if not changed:
         return table

@@ -37,12 +37,14 @@ def summarize_run(manifest: Mapping[str, Any], job: Job, status: RunStatus, star
         left = manifest["num_shards"] - manifest["num_committed_shards"]
         why = manifest.get("reason_message") or "stopped"
         message = f"{why}; {left} of {manifest['num_shards']} shards left; moebeam resume {job.output.path} goes on"
+    # Manifests of older versions know one answer a row.
+    answers_in = manifest.get("answers_in", manifest["rows_in"])
     counts = parse_commonest(manifest.get("rejects_by_message") or ())
     return RunSummary(
         status=status,
         exit_code=choose_exit_code(
             is_complete=is_complete,
-            rows_in=manifest["rows_in"],
+            answers_in=answers_in,
             num_rejects=committed.num_rejects,
             num_unreadable=committed.num_unreadable,
             max_reject_share=job.output.max_reject_share,
@@ -50,6 +52,8 @@ def summarize_run(manifest: Mapping[str, Any], job: Job, status: RunStatus, star
         run_id=manifest["run_id"],
         output=job.output.path,
         rows_in=manifest["rows_in"],
+        answers_in=answers_in,
+        num_further_samples=committed.num_further_samples,
         num_results=committed.num_results,
         num_reused=committed.num_reused,
         num_rejects=committed.num_rejects,

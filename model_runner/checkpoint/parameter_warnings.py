@@ -11,7 +11,7 @@ from moebeam.model_runner.checkpoint.model_limits import (
     to_instant,
 )
 from moebeam.model_runner.checkpoint.strict_tools import strict_tool_problems
-from moebeam.schemas.chat_options import ChatOptions
+from moebeam.schemas.chat_options import NO_EFFORT, ChatOptions
 from moebeam.schemas.errors import InvalidSampling
 from moebeam.schemas.records import Sampling
 
@@ -89,7 +89,7 @@ def _option_warnings(limits: ModelLimits, thinking: bool, options: ChatOptions) 
 
 def _effort_warnings(limits: ModelLimits, at: date, thinking: bool, options: ChatOptions) -> Iterator[str]:
     effort = options.reasoning_effort
-    if effort is None:
+    if effort in (None, NO_EFFORT):
         return
     if not thinking:
         yield f"reasoning_effort = {effort} has no effect without thinking."

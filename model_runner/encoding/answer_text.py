@@ -1,18 +1,14 @@
 """Reads an answer from generated tokens: where it ends, its text, reasoning and calls. Used by in-process engines."""
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import tokenizers
 
-from moebeam.model_runner.checkpoint.files import read_json_object
 from moebeam.model_runner.encoding.chat.answers import END_OF_THINKING
 from moebeam.model_runner.encoding.chat_encoding import ChatEncoding
-from moebeam.schemas.errors import EngineLoadError, RowError
+from moebeam.schemas.errors import RowError
 from moebeam.schemas.records import FinishReason, Request, TokenIds, ToolCall
-from moebeam.schemas.store import storage
 
 _NUM_SPARE_TOKENS = 8
 _NUM_TAIL_TOKENS = 64
@@ -26,6 +22,7 @@ class Answer:
         text: what is meant for the user, up to a stop string.
         num_reasoning_tokens: tokens of the reasoning, the one that closes it included.
         error: why markup in the answer cannot be read; the text then holds all of it.
+        repaired: what was mended in the markup.
     """
 
     text: str
@@ -34,17 +31,24 @@ class Answer:
     tool_calls: tuple[ToolCall, ...] = ()
     num_reasoning_tokens: int = 0
     error: RowError | None = None
+    repaired: tuple[str, ...] = ()
 
 
 class AnswerReader:
     """Reads one model's answers, with its tokenizer and the encoding of its prompts."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, encoding: ChatEncoding) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, encoding: ChatEncoding, end_token_ids: Iterable[int] = ()
+    ) -> None:
+        """
+        Args:
+            end_token_ids: tokens that end an answer; they are no part of its text, special or not.
+        """
         self._tokenizer = tokenizer
         self._encoding = encoding
         markup = {token_id for text in encoding.markup if (token_id := tokenizer.token_to_id(text)) is not None}
         special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._silent = special - markup
+        self._silent = (special | set(end_token_ids)) - markup
         self._think_end_id = tokenizer.token_to_id(END_OF_THINKING)
 
     def read(self, request: Request, token_ids: Sequence[int], finish_reason: FinishReason) -> Answer:
@@ -56,13 +60,19 @@ class AnswerReader:
         """
         spoken = [token_id for token_id in token_ids if token_id not in self._silent]
         text, _ = cut_at_stop(self._tokenizer.decode(spoken, skip_special_tokens=False), request.sampling.stop)
-        has_tools = bool(request.options.callable_tools)
-        if not self._encoding.has_reasoning and not has_tools:
+        tools = request.options.callable_tools
+        if not self._encoding.has_reasoning and not tools:
             return Answer(text, finish_reason)
         starts_in_reasoning = self._encoding.has_reasoning and self._encoding.starts_in_reasoning(
             decode_tail(self._tokenizer, request.prompt_token_ids)
         )
-        parsed = self._encoding.parse(text, starts_in_reasoning=starts_in_reasoning, has_tools=has_tools)
+        parsed = self._encoding.parse(
+            text,
+            starts_in_reasoning=starts_in_reasoning,
+            has_tools=bool(tools),
+            tools=tools,
+            is_cut=finish_reason == "length",
+        )
         num_reasoning = 0
         if parsed.reasoning_content is not None:
             num_reasoning = self._num_reasoning_tokens(token_ids, parsed.reasoning_content)
@@ -74,6 +84,7 @@ class AnswerReader:
             parsed.tool_calls,
             num_reasoning,
             parsed.error,
+            parsed.repaired,
         )
 
     def _num_reasoning_tokens(self, token_ids: Sequence[int], reasoning: str) -> int:
@@ -119,36 +130,3 @@ class StopStrings:
         if not decode_answer(last, self._tokenizer, self._stop)[1]:
             return False
         return decode_answer(token_ids, self._tokenizer, self._stop)[1]
-
-
-def derive_seed(request: Request) -> int:
-    """A hash of what makes a request's random numbers its own: prompt, row, attempt and the seed that it was given.
-
-    Rows draw apart from each other, also those of one prompt or of a job with one seed, and the same in any batch,
-    order or run.
-    """
-    row_id = (request.row_id or request.request_id).encode("utf-8", "surrogatepass")
-    digest = hashlib.sha256(request.prompt_token_ids.astype("<i4").tobytes())
-    digest.update(request.attempt.to_bytes(8, "little"))
-    digest.update(f"{len(row_id)} {request.sampling.seed} ".encode() + row_id)
-    return int.from_bytes(digest.digest()[:8], "little") % 2**63
-
-
-@lru_cache(maxsize=16)
-def read_end_token_ids(path: str) -> tuple[int, ...]:
-    """The ids of tokens that end an answer: from `generation_config.json`, else from `config.json`.
-
-    Raises:
-        EngineLoadError: neither names one.
-    """
-    names = storage.list_names(path)
-    for name in ("generation_config.json", "config.json"):
-        found: object = read_json_object(path, name).get("eos_token_id") if name in names else None
-        if isinstance(found, int):
-            return (found,)
-        if isinstance(found, list) and found and all(isinstance(token_id, int) for token_id in found):
-            return tuple(found)
-    raise EngineLoadError(
-        f"{path}: expected `eos_token_id` in generation_config.json or config.json, found none: "
-        "the model could not say that an answer is over"
-    )

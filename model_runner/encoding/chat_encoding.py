@@ -18,8 +18,8 @@ from moebeam.model_runner.encoding.deepseek.deepseek_v3_2 import DeepSeekV32
 from moebeam.model_runner.encoding.deepseek.deepseek_v4 import DeepSeekV4
 from moebeam.model_runner.encoding.deepseek.deepseek_v4_1 import DeepSeekV41
 from moebeam.model_runner.encoding.deepseek.effort import V4_1_RELEASE, V4_RELEASE, read_v4_1_efforts, read_v4_efforts
-from moebeam.schemas.chat_options import ChatOptions
-from moebeam.schemas.errors import EngineLoadError
+from moebeam.schemas.chat_options import ChatOptions, Tool
+from moebeam.schemas.errors import EngineLoadError, RowError
 from moebeam.schemas.records import Message, ToolCall
 from moebeam.schemas.store import storage
 
@@ -65,6 +65,10 @@ class ChatEncoding(Protocol):
         """
         ...
 
+    def render_batch(self, chats: Sequence[tuple[Sequence[Message], ChatOptions]]) -> list[str | RowError]:
+        """As `render`, for many chats; an error, `TemplateBudgetExceeded` among them, stands in a prompt's place."""
+        ...
+
     def render_calls(self, calls: Sequence[ToolCall]) -> str:
         """Calls as the model writes them after its content.
 
@@ -73,13 +77,23 @@ class ChatEncoding(Protocol):
         """
         ...
 
-    def parse(self, text: str, *, starts_in_reasoning: bool, has_tools: bool) -> ParsedAnswer:
+    def parse(
+        self,
+        text: str,
+        *,
+        starts_in_reasoning: bool,
+        has_tools: bool,
+        tools: Sequence[Tool] = (),
+        is_cut: bool = False,
+    ) -> ParsedAnswer:
         """Splits an answer into reasoning, content and calls; never raises, never loses a character.
 
         Args:
             text: the answer, markup included.
             starts_in_reasoning: see `starts_in_reasoning`.
             has_tools: False leaves the markup of calls in the content.
+            tools: those that could be called, where they are known: their schemas tell how a malformed value is meant.
+            is_cut: the answer ended for want of tokens, so that nothing at its end is certain.
         """
         ...
 

@@ -1,28 +1,25 @@
 """Renders prompts with a checkpoint's Jinja chat template: DeepSeek-V3, R1 and V3.1, and all other families.
 
-The environment is the one that Hugging Face documents. How the model writes calls and whether it reasons is read from
-the markers in the template's source.
+The template runs behind the fence, in `chat_program.py`. How the model writes calls and whether it reasons is read from
+the markers in its source.
 """
 
-import json
+import pickle
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any, Self, cast
-
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 
 from moebeam.model_runner.checkpoint.files import read_checkpoint_file, read_json_object
 from moebeam.model_runner.encoding.chat.answers import END_OF_THINKING, THINK, ParsedAnswer, parse_answer
 from moebeam.model_runner.encoding.chat.call_formats import JsonCallFormat, format_of_template
 from moebeam.model_runner.encoding.chat.conversation import check_messages, is_prefix
+from moebeam.model_runner.encoding.chat.past_calls import convert_calls
+from moebeam.model_runner.encoding.chat.template_forms import CallForm, Render, find_call_form, reads_parts
 from moebeam.model_runner.encoding.chat.token_marks import NO_MARKS, TokenMarks
+from moebeam.model_runner.encoding.chat_program import ENTRY, Chat
+from moebeam.model_runner.fence.fence import Program
 from moebeam.schemas.canonical import Json
-from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
-from moebeam.schemas.errors import EngineLoadError, InvalidMessages
+from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions, Tool
+from moebeam.schemas.errors import EngineLoadError, InvalidMessages, RowError, TemplateBudgetExceeded
 from moebeam.schemas.records import Message, ToolCall
 from moebeam.schemas.store import storage
 
@@ -31,6 +28,8 @@ SETTINGS_FILE = "tokenizer_config.json"
 
 _TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DEFAULT_NAME, _TOOLS_NAME = "default", "tool_use"
+_THINKING = (THINK, END_OF_THINKING)
+_PROBED_ANSWER = "Quite so"
 _END_OF_PREFIX = "\ufdd1"
 """A noncharacter behind the text that is gone on with: its end is found by it, and templates do not trim it."""
 
@@ -44,7 +43,7 @@ class ChatTemplate:
         special_tokens: `bos_token` and its kin as text, which templates print.
         marks: the tokens that data must not spell.
     Raises:
-        jinja2.TemplateError: a source is no Jinja.
+        EngineLoadError: a source is no Jinja, or even a small chat takes more than the fence allows.
     """
 
     name = "chat_template"
@@ -57,15 +56,16 @@ class ChatTemplate:
         special_tokens: Mapping[str, str] | None = None,
         marks: TokenMarks = NO_MARKS,
     ) -> None:
-        environment = _build_environment()
-        self._template = environment.from_string(source)
-        self._tool_template = environment.from_string(tool_source) if tool_source is not None else self._template
+        self._program = Program(ENTRY, pickle.dumps((source, tool_source)), "the chat template")
         self._special_tokens = dict(special_tokens or {})
         self._marks = marks
         both = source + (tool_source or "")
         self.call_format: JsonCallFormat | None = format_of_template(both)
         self.has_reasoning: bool = THINK in both or END_OF_THINKING in both
         self._probes: dict[tuple[bool | None, str | None], bool] = {}
+        self._call_forms: dict[bool, CallForm] = {}
+        self._part_readers: dict[tuple[bool, str], bool] = {}
+        self._check_small_chat()
 
     @classmethod
     def load(cls, path: str, settings: Mapping[str, Any], marks: TokenMarks = NO_MARKS) -> Self:
@@ -74,7 +74,7 @@ class ChatTemplate:
         Args:
             settings: what `tokenizer_config.json` holds.
         Raises:
-            EngineLoadError: there is none, or it is no Jinja; names the file.
+            EngineLoadError: there is none, it is no Jinja, or a small chat takes too much; names the file.
         """
         tool_source = None
         file = TEMPLATE_FILE
@@ -86,13 +86,11 @@ class ChatTemplate:
         else:
             file = SETTINGS_FILE
             source, tool_source = _read_templates(path, settings.get("chat_template"))
-        tokens = _read_special_tokens(path, settings)
+        tokens = read_special_tokens(path, settings)
         try:
             return cls(source, tool_source=tool_source, special_tokens=tokens, marks=marks)
-        except jinja2.TemplateError as error:
-            raise EngineLoadError(
-                f"{storage.join(path, file)}: expected a Jinja chat template, found: {error}"
-            ) from error
+        except EngineLoadError as error:
+            raise EngineLoadError(f"{storage.join(path, file)}: {error}") from error
 
     @property
     def markup(self) -> frozenset[str]:
@@ -106,27 +104,68 @@ class ChatTemplate:
             probe = ChatOptions(thinking=options.thinking, reasoning_effort=options.reasoning_effort)
             try:
                 self._probes[key] = self.starts_in_reasoning(self.render([Message("user", "x")], probe))
-            except InvalidMessages:
+            except (InvalidMessages, TemplateBudgetExceeded):
                 self._probes[key] = False
         return self._probes[key]
 
     def render(self, messages: Sequence[Message], options: ChatOptions = DEFAULT_OPTIONS) -> str:
+        (prompt,) = self.render_batch([(messages, options)])
+        if isinstance(prompt, RowError):
+            raise prompt
+        return prompt
+
+    def render_batch(self, chats: Sequence[tuple[Sequence[Message], ChatOptions]]) -> list[str | RowError]:
+        prepared: list[Chat | RowError] = []
+        for messages, options in chats:
+            try:
+                prepared.append(self._prepare(messages, options))
+            except RowError as error:
+                prepared.append(error)
+        prompts = iter(self._run([chat for chat in prepared if not isinstance(chat, RowError)]))
+        return [
+            chat if isinstance(chat, RowError) else _cut_at_end(next(prompts)) if is_prefix(messages) else next(prompts)
+            for chat, (messages, _) in zip(prepared, chats, strict=True)
+        ]
+
+    def _prepare(self, messages: Sequence[Message], options: ChatOptions) -> Chat:
+        """A chat as the template gets it."""
         check_messages(messages)
         completes_prefix = is_prefix(messages)
-        chat = [self._template_message(message) for message in messages]
-        if completes_prefix:
-            chat[-1]["content"] += _END_OF_PREFIX
         tools = self._template_tools(options)
-        template = self._tool_template if tools else self._template
-        variables = {**self._special_tokens, **tools, **_list_switches(options)}
-        try:
-            prompt = template.render(messages=chat, add_generation_prompt=not completes_prefix, **variables)
-        except jinja2.TemplateError as error:
-            raise InvalidMessages(f"the chat template refused the messages: {error}") from error
-        except Exception as error:
-            # A template is foreign code: a chat that it did not expect may raise anything.
-            raise InvalidMessages(f"the chat template failed: {type(error).__name__}: {error}") from error
-        return _cut_at_end(prompt) if completes_prefix else prompt
+        variables = {
+            **self._special_tokens,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": not completes_prefix,
+            **_list_switches(options),
+        }
+
+        def render_chat(chat: Sequence[dict[str, Any]]) -> str:
+            (prompt,) = self._run([(bool(tools), chat, variables)])
+            if isinstance(prompt, RowError):
+                raise prompt
+            return prompt
+
+        chat = [
+            self._template_message(index, message, bool(tools), render_chat) for index, message in enumerate(messages)
+        ]
+        if completes_prefix:
+            chat[-1]["content"] = self._marks.mark(messages[-1].content, but=_THINKING) + _END_OF_PREFIX
+        return bool(tools), chat, variables
+
+    def _run(self, chats: Sequence[Chat]) -> list[str | RowError]:
+        return [cast("str | RowError", result) for result in self._program.run(chats)]
+
+    def _check_small_chat(self) -> None:
+        """Compile the template, and render a chat that costs nothing.
+
+        Raises:
+            EngineLoadError: see the class.
+        """
+        variables = {**self._special_tokens, "tools": None, "documents": None, "add_generation_prompt": True}
+        (result,) = self._run([(False, [{"role": "user", "content": "x"}], variables)])
+        if isinstance(result, TemplateBudgetExceeded):
+            raise EngineLoadError(str(result)) from result
 
     def render_calls(self, calls: Sequence[ToolCall]) -> str:
         """Calls as the model writes them.
@@ -140,90 +179,92 @@ class ChatTemplate:
             raise InvalidMessages("tool_calls: expected none, because the model's chat template knows no calls")
         return self.call_format.render(calls, marks=self._marks)
 
-    def parse(self, text: str, *, starts_in_reasoning: bool, has_tools: bool) -> ParsedAnswer:
+    def parse(
+        self,
+        text: str,
+        *,
+        starts_in_reasoning: bool,
+        has_tools: bool,
+        tools: Sequence[Tool] = (),
+        is_cut: bool = False,
+    ) -> ParsedAnswer:
         return parse_answer(
             text,
             starts_in_reasoning=starts_in_reasoning,
             has_reasoning=self.has_reasoning,
             call_format=self.call_format if has_tools else None,
             end_marker=self._special_tokens.get("eos_token"),
+            tools=tools,
+            is_cut=is_cut,
         )
 
     def starts_in_reasoning(self, prompt_tail: str) -> bool:
         """Whether the prompt ends with an open `<think>`, as that of R1 does."""
         return prompt_tail.rstrip().endswith(THINK)
 
-    def _template_message(self, message: Message) -> dict[str, Any]:
-        # Templates look for the reasoning in what an assistant said.
-        but = (THINK, END_OF_THINKING) if message.role == "assistant" else ()
-        extra = {key: self._marks.mark_json(value, but=but) for key, value in message.extra.items()}
-        return {**extra, "role": message.role, "content": self._marks.mark(message.content, but=but)}
+    def find_turn_end(self) -> str:
+        """What the template writes behind an answer that ends a chat; empty where it takes no such chat."""
+        chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PROBED_ANSWER}]
+        variables = {**self._special_tokens, "tools": None, "documents": None, "add_generation_prompt": False}
+        (prompt,) = self._run([(False, chat, variables)])
+        return prompt.rpartition(_PROBED_ANSWER)[2] if isinstance(prompt, str) and _PROBED_ANSWER in prompt else ""
 
-    def _template_tools(self, options: ChatOptions) -> dict[str, Json]:
+    def _template_message(self, index: int, message: Message, has_tools: bool, render: Render) -> dict[str, Any]:
+        """A message in the form that the template reads.
+
+        Raises:
+            InvalidMessages: a past call whose arguments cannot be brought into that form.
+        """
+        # Templates look for the reasoning in what an assistant said.
+        but = _THINKING if message.role == "assistant" else ()
+        fields: dict[str, Json] = dict(message.extra)
+        content: Any = self._marks.mark(message.content, but=but)
+        if fields.get("tool_calls"):
+            form = self._find_call_form(has_tools, render)
+            fields["tool_calls"] = convert_calls(fields["tool_calls"], form.arguments, f"messages[{index}].tool_calls")
+            content = content or (None if form.has_null else "")
+        if message.parts and self._reads_parts(message.role, has_tools, render):
+            content = [{"type": "text", "text": self._marks.mark(text, but=but)} for text in message.parts]
+        extra = {key: self._marks.mark_json(value, but=but) for key, value in fields.items()}
+        return {**extra, "role": message.role, "content": content}
+
+    def _find_call_form(self, has_tools: bool, render: Render) -> CallForm:
+        if has_tools not in self._call_forms:
+            self._call_forms[has_tools] = find_call_form(render)
+        return self._call_forms[has_tools]
+
+    def _reads_parts(self, role: str, has_tools: bool, render: Render) -> bool:
+        key = has_tools, role
+        if key not in self._part_readers:
+            self._part_readers[key] = reads_parts(render, role)
+        return self._part_readers[key]
+
+    def _template_tools(self, options: ChatOptions) -> list[Json] | None:
+        """The tools to show; None, as `transformers` gives it, where there are none."""
         if not options.tools or options.tool_choice.mode == "none":
-            return {}
-        return {
-            "tools": [{"type": "function", "function": self._marks.mark_json(tool.document)} for tool in options.tools]
-        }
+            return None
+        return [{"type": "function", "function": self._marks.mark_json(tool.document)} for tool in options.tools]
 
 
 def _list_switches(options: ChatOptions) -> dict[str, Json]:
     """The variables by which templates switch thinking; undefined where a request does not ask."""
     switches: dict[str, Json] = {}
-    if options.thinking is not None:
-        switches |= {"thinking": options.thinking, "enable_thinking": options.thinking}
+    if options.is_thinking_off or options.thinking is not None:
+        thinking = not options.is_thinking_off
+        switches |= {"thinking": thinking, "enable_thinking": thinking}
     if options.reasoning_effort is not None:
         switches["reasoning_effort"] = options.reasoning_effort
     return switches
 
 
-def _cut_at_end(prompt: str) -> str:
+def _cut_at_end(prompt: str | RowError) -> str | RowError:
     """The prompt up to the end of the text that the model goes on with, without what the template puts behind it."""
+    if isinstance(prompt, RowError):
+        return prompt
     end = prompt.rfind(_END_OF_PREFIX)
     if end < 0:
-        raise InvalidMessages("the chat template does not show the prefix that the last message asks to complete")
+        return InvalidMessages("the chat template does not show the prefix that the last message asks to complete")
     return prompt[:end]
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: marks answers for training; a prompt keeps the body as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja declares it as a plain set
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _build_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """The environment that Hugging Face documents for chat templates."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    functions = cast("dict[str, Any]", environment.globals)
-    functions["raise_exception"] = _raise_exception
-    functions["strftime_now"] = _strftime_now
-    return environment
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> str:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    # UTC, because workers of one job may run in different time zones.
-    return datetime.now(UTC).strftime(pattern)
 
 
 def _read_templates(path: str, found: object) -> tuple[str, str | None]:
@@ -250,7 +291,7 @@ def _read_templates(path: str, found: object) -> tuple[str, str | None]:
     return found, tool_source if isinstance(tool_source, str) else None
 
 
-def _read_special_tokens(path: str, settings: Mapping[str, Any]) -> dict[str, str]:
+def read_special_tokens(path: str, settings: Mapping[str, Any]) -> dict[str, str]:
     """`bos_token` and its kin as text; `tokenizer_config.json` wins over `special_tokens_map.json`."""
     sources = [settings]
     if storage.exists(storage.join(path, "special_tokens_map.json")):

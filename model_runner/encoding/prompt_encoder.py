@@ -13,11 +13,13 @@ import numpy as np
 import tokenizers
 
 from moebeam.model_runner.checkpoint.files import compute_checkpoint_revision, read_json_object, read_tokenizer
+from moebeam.model_runner.checkpoint.model_config import CONFIG_NAME, find_context_length
 from moebeam.model_runner.encoding.answer_text import decode_tail
 from moebeam.model_runner.encoding.chat.token_marks import MARK, TokenMarks
 from moebeam.model_runner.encoding.chat_encoding import ChatEncoding, load_encoding
+from moebeam.model_runner.encoding.end_tokens import read_end_token_ids
 from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions
-from moebeam.schemas.errors import EngineLoadError, InvalidMessages
+from moebeam.schemas.errors import EngineLoadError, InvalidMessages, RowError
 from moebeam.schemas.records import Message, TokenIds
 from moebeam.schemas.store import storage
 
@@ -46,6 +48,7 @@ class PromptEncoder:
         marks: TokenMarks,
         context_length: int,
         encoding_name: str = "auto",
+        max_model_len: int = 0,
     ) -> None:
         self.path = path
         self.encoding = encoding
@@ -53,27 +56,24 @@ class PromptEncoder:
         self._tokenizer = tokenizer
         self._marks = marks
         self._encoding_name = encoding_name
+        self._max_model_len = max_model_len
 
     @classmethod
-    def load(cls, path: str, encoding: str = "auto") -> Self:
+    def load(cls, path: str, encoding: str = "auto", max_model_len: int = 0) -> Self:
         """Read `config.json`, `tokenizer.json`, `tokenizer_config.json` and what lays out the chats of a checkpoint.
 
         Args:
             path: folder of a Hugging Face checkpoint, local or on an object store.
             encoding: see `load_encoding`.
+            max_model_len: the context that the job asks for; 0 means what `config.json` implies.
         Raises:
             EngineLoadError: a file is missing or not what it should be; names the file, the expected and the found.
         """
-        config = read_json_object(path, "config.json")
+        config = read_json_object(path, CONFIG_NAME)
         tokenizer = read_tokenizer(path)
         text_config = config.get("text_config")
         sizes = cast("Mapping[str, Any]", text_config) if isinstance(text_config, dict) else config
-        context_length = sizes.get("max_position_embeddings")
-        if not isinstance(context_length, int) or context_length <= 0:
-            raise EngineLoadError(
-                f"{storage.join(path, 'config.json')}: expected a positive integer `max_position_embeddings`, "
-                f"found {context_length!r}"
-            )
+        context_length = find_context_length(config, storage.join(path, CONFIG_NAME), max_model_len)
         num_embeddings = sizes.get("vocab_size")
         num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
         if isinstance(num_embeddings, int) and num_tokens > num_embeddings:
@@ -89,10 +89,11 @@ class PromptEncoder:
             marks=TokenMarks(token_texts),
             context_length=context_length,
             encoding_name=encoding,
+            max_model_len=max_model_len,
         )
 
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        return type(self).load, (self.path, self._encoding_name)
+    def __reduce__(self) -> tuple[Any, tuple[str, str, int]]:
+        return type(self).load, (self.path, self._encoding_name, self._max_model_len)
 
     def fits(self, num_prompt_tokens: int, max_tokens: int) -> bool:
         """Whether a prompt and its longest answer have room in the context."""
@@ -102,6 +103,14 @@ class PromptEncoder:
     def vocab_size(self) -> int:
         """How many tokens the tokenizer knows, added ones included; every id is below it or an added token's."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The ids of tokens that end an answer.
+
+        Raises:
+            EngineLoadError: see `read_end_token_ids`.
+        """
+        return read_end_token_ids(self.path, self._tokenizer, self.encoding)
 
     def token_id(self, text: str) -> int | None:
         """The id of the token with this text, or None."""
@@ -121,6 +130,10 @@ class PromptEncoder:
         prompt = self.encoding.render(messages, options)
         _check_utf8(prompt, "prompt")
         return prompt
+
+    def render_batch(self, chats: Sequence[tuple[Sequence[Message], ChatOptions]]) -> list[str | RowError]:
+        """As `render`, for many chats; an error stands in a prompt's place."""
+        return [_check_prompt(prompt) for prompt in self.encoding.render_batch(chats)]
 
     def plain(self, prompt: str) -> str:
         """A rendered prompt as people read it, without the marks of `render`."""
@@ -189,6 +202,16 @@ class PromptEncoder:
             "post_processor": None,
         }
         return tokenizers.Tokenizer.from_str(json.dumps(document))
+
+
+def _check_prompt(prompt: str | RowError) -> str | RowError:
+    if isinstance(prompt, RowError):
+        return prompt
+    try:
+        _check_utf8(prompt, "prompt")
+    except InvalidMessages as error:
+        return error
+    return prompt
 
 
 def _check_utf8(text: str, what: str) -> None:

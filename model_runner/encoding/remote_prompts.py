@@ -17,10 +17,11 @@ from typing import TypeAlias
 import numpy as np
 
 from moebeam.model_runner.checkpoint.model_limits import find_limits
+from moebeam.model_runner.encoding.chat.conversation import render_each
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.schemas.canonical import Json, canonical_json
 from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions, options_json
-from moebeam.schemas.errors import InvalidMessages
+from moebeam.schemas.errors import InvalidMessages, RowError
 from moebeam.schemas.records import Message, TokenIds, ToolCall
 
 NUM_BYTES_PER_WORD = 4
@@ -47,8 +48,10 @@ class RemotePrompts:
     context_length: int | None = None
 
     @classmethod
-    def of_model(cls, model: str) -> "RemotePrompts":
-        """The prompts of a model, with its limits as of now where they are known."""
+    def of_model(cls, model: str, max_model_len: int = 0) -> "RemotePrompts":
+        """The prompts of a model, with the job's `max_model_len`, else its limits as of now where they are known."""
+        if max_model_len:
+            return cls(model, max_model_len)
         limits = find_limits(model, datetime.now(UTC))
         return cls(model, limits.context_tokens if limits is not None else None)
 
@@ -60,8 +63,8 @@ class RemotePrompts:
     def thinks(self, options: ChatOptions) -> bool:
         """Whether the model will think, as far as its limits tell what it does by default."""
         limits = find_limits(self.model, datetime.now(UTC))
-        if options.thinking is not None:
-            return options.thinking
+        if options.is_thinking_off or options.thinking is not None:
+            return not options.is_thinking_off
         return limits is not None and limits.is_api and limits.thinking != "never"
 
     def render(self, messages: Sequence[Message], options: ChatOptions = DEFAULT_OPTIONS) -> str:
@@ -74,6 +77,10 @@ class RemotePrompts:
             raise InvalidMessages("messages: expected at least one, found none")
         layout = "".join(f"{_PART}{_FIELD.join(map(_check_text, part))}" for part in _list_parts(messages, options))
         return layout + _PART
+
+    def render_batch(self, chats: Sequence[tuple[Sequence[Message], ChatOptions]]) -> list[str | RowError]:
+        """As `render`, for many chats; an error stands in a layout's place."""
+        return render_each(self.render, chats)
 
     def encode_batch(self, prompts: Sequence[str]) -> list[TokenIds]:
         """The words of layouts: int32 of any sign, shape (num_words,) each; as unsigned numbers in bytewise order."""
@@ -96,17 +103,20 @@ Encoder: TypeAlias = PromptEncoder | RemotePrompts
 """What lays out the prompts of a job: exactly, or by estimates."""
 
 
-def load_encoder(path: str, encoding: str, model: str) -> Encoder:
+def load_encoder(path: str, encoding: str, model: str, max_model_len: int = 0) -> Encoder:
     """The encoder of a tokenizer's folder, or estimates where there is no folder.
 
     Args:
         path: of a checkpoint, or of its `tokenizer.json` and `config.json` alone; empty for a model behind an endpoint
             whose tokenizer is not at hand.
         encoding: see `load_encoding`.
+        max_model_len: the context that the job asks for; 0 means what is known of the model.
     Raises:
         EngineLoadError: the folder cannot be read.
     """
-    return PromptEncoder.load(path, encoding) if path else RemotePrompts.of_model(model)
+    if not path:
+        return RemotePrompts.of_model(model, max_model_len)
+    return PromptEncoder.load(path, encoding, max_model_len)
 
 
 def _list_parts(messages: Sequence[Message], options: ChatOptions) -> Iterator[tuple[str, ...]]:
@@ -139,7 +149,7 @@ def _strip_shared(options: ChatOptions) -> ChatOptions:
 
 def _render_message(message: Message) -> tuple[str, ...]:
     extra = (canonical_json(dict(message.extra)),) if message.extra else ()
-    return (message.role, message.content, *extra)
+    return (message.role, *(message.parts or (message.content,)), *extra)
 
 
 def _format_json(value: Json) -> str:

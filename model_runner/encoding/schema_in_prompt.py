@@ -34,7 +34,8 @@ def with_schema_in_prompt(messages: Sequence[Message], schema: Json) -> tuple[Me
     for position, message in enumerate(messages):
         if message.role == "system":
             content = f"{message.content}\n\n{text}" if message.content else text
-            return (*messages[:position], replace(message, content=content), *messages[position + 1 :])
+            parts = (*message.parts, text) if message.parts else ()
+            return (*messages[:position], replace(message, content=content, parts=parts), *messages[position + 1 :])
     return (Message("system", text), *messages)
 
 

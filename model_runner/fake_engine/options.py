@@ -12,6 +12,7 @@ class FakeOptions(LocalModelSection):
 
     loader: ClassVar[str] = "moebeam.model_runner.fake_engine.runner:load_fake_runner"
     has_weights: ClassVar[bool] = False
+    plans_prefixes: ClassVar[bool] = True
 
     engine: str = "fake"
     script: str | None = Field(default=None, description="JSON file of scripted answers and failures")

@@ -7,7 +7,7 @@ Replaces a model in *answer*. A script is a JSON file:
         {"pattern": "^\\\\s*$", "failure": "refused", "message": "nothing to read"},
         {"contains": "overload", "attempt": 1, "failure": "engine_overloaded"}]}
 
-The first rule that matches the last user message (and the attempt, if it names one) gives the reply.
+The first rule that matches the last user message (and the attempt and the sample, if it names them) gives the reply.
 """
 
 import hashlib
@@ -94,11 +94,12 @@ class Reply(BaseModel):
 
 
 class Rule(Reply):
-    """A reply, and the last user message and attempt that it applies to."""
+    """A reply, and the last user message, attempt and sample that it applies to."""
 
     contains: str | None = None
     pattern: str | None = None
     attempt: int | None = Field(default=None, ge=1)
+    sample: int | None = Field(default=None, ge=0)
 
     @field_validator("pattern")
     @classmethod
@@ -114,13 +115,13 @@ class Rule(Reply):
     def _check_condition(self) -> Self:
         if self.contains is not None and self.pattern is not None:
             raise ValueError("give `contains` or `pattern`, not both")
-        if self.contains is None and self.pattern is None and self.attempt is None:
-            raise ValueError("give `contains`, `pattern` or `attempt`: a rule without any would always match")
+        if self.contains is None and self.pattern is None and self.attempt is None and self.sample is None:
+            raise ValueError("give `contains`, `pattern`, `attempt` or `sample`: a rule without any would always match")
         return self
 
-    def is_match(self, text: str, attempt: int) -> bool:
-        """Whether the rule applies to a last user message and an attempt."""
-        if self.attempt is not None and self.attempt != attempt:
+    def is_match(self, text: str, attempt: int, sample: int) -> bool:
+        """Whether the rule applies to a last user message, an attempt and a sample."""
+        if self.attempt not in (None, attempt) or self.sample not in (None, sample):
             return False
         if self.contains is not None:
             return self.contains in text
@@ -158,12 +159,12 @@ class FakeRunner:
         """Answer each request as it is pulled; pulls nothing ahead."""
         last_token_ids: dict[str, TokenIds] = {}
         for request in requests:
-            if self._wait_for_latency():
+            if request.earlier is None and self._wait_for_latency():
                 return
             before = last_token_ids.get(request.tenant)
             num_shared = 0 if before is None else common_prefix_length(before, request.prompt_token_ids)
             last_token_ids[request.tenant] = request.prompt_token_ids
-            yield self._answer(request, num_shared)
+            yield request.earlier or self._answer(request, num_shared)
 
     def _wait_for_latency(self) -> bool:
         """Whether the engine was given back, before or meanwhile."""
@@ -230,7 +231,7 @@ class FakeRunner:
             return self.script.default
         text = next((message.content for message in reversed(request.messages) if message.role == "user"), "")
         for rule in self.script.rules:
-            if rule.is_match(text, request.attempt):
+            if rule.is_match(text, request.attempt, request.sample):
                 return rule
         return self.script.default
 

@@ -324,7 +324,8 @@ class Endpoint:
         header = self.spec.profile.idempotency_header
         if header is None:
             return {}
-        attempt = [self.spec.run_id, request.scope, request.request_id, request.attempt, *extra]
+        own = [request.own_draws] if request.own_draws else []
+        attempt = [self.spec.run_id, *own, request.scope, request.request_id, request.attempt, *extra]
         return {header: fingerprint([*attempt, body.fields])}
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
 
-from moebeam.schemas.chat_options import ORDINARY_TIERS, ResponseType, ServiceTier
+from moebeam.schemas.chat_options import NO_EFFORT, ORDINARY_TIERS, ResponseType, ServiceTier
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.providers import name_provider, suggest_provider
 
@@ -48,6 +48,7 @@ class Profile(BaseModel):
         idempotency_header: where it offers one.
         key_header: the header that carries the key; `Authorization` has it as a bearer's token.
         takes_api_version: whether an address may end with `?api-version=...`.
+        part_separator: what joins the text parts of a message where the provider takes text only; None sends the list.
         more_fields: what else stands in every request.
     """
 
@@ -84,6 +85,7 @@ class Profile(BaseModel):
     idempotency_header: str | None = None
     key_header: Literal["Authorization", "api-key"] = "Authorization"
     takes_api_version: bool = False
+    part_separator: str | None = None
     more_fields: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue])
     has_batches: bool = False
 
@@ -99,7 +101,7 @@ class Profile(BaseModel):
             case "thinking":
                 can_follow = self.thinking != "none"
             case "reasoning_effort":
-                can_follow = self.effort != "none"
+                can_follow = self.effort != "none" or (value == NO_EFFORT and self.thinking != "none")
             case "max_reasoning_tokens":
                 can_follow = False
             case _:

@@ -15,10 +15,12 @@ from typing import Any
 
 from moebeam.model_runner.checkpoint.model_limits import map_effort
 from moebeam.model_runner.checkpoint.strict_tools import strict_tool_problems
+from moebeam.model_runner.encoding.chat.past_calls import convert_calls
 from moebeam.model_runner.encoding.schema_in_prompt import with_schema_in_prompt
 from moebeam.model_runner.openai_engine.profiles import Profile
+from moebeam.model_runner.seeds import derive_sent_seed
 from moebeam.schemas.canonical import Json
-from moebeam.schemas.chat_options import ORDINARY_TIERS, ChatOptions, Tool
+from moebeam.schemas.chat_options import NO_EFFORT, ORDINARY_TIERS, ChatOptions, Tool
 from moebeam.schemas.errors import RequestRefused
 from moebeam.schemas.records import Message, Request, Sampling
 
@@ -46,9 +48,9 @@ def chat_body(request: Request, profile: Profile, model: str, *, is_stream: bool
     fields: dict[str, Any] = {
         **profile.more_fields,
         "model": model,
-        "messages": [_message(message) for message in _messages(request, profile)],
+        "messages": [_message(message, profile) for message in _messages(request, profile)],
         profile.max_tokens_field: request.sampling.max_tokens,
-        **_sampling(request.sampling, profile),
+        **_sampling(request.sampling, derive_sent_seed(request), profile),
         **_thinking(options, profile, model),
         **_tools(options, is_strict=is_strict),
         **_response_format(options, profile),
@@ -73,27 +75,24 @@ def _messages(request: Request, profile: Profile) -> Sequence[Message]:
     return with_schema_in_prompt(request.messages, response_format.schema)
 
 
-def _message(message: Message) -> dict[str, Json]:
+def _message(message: Message, profile: Profile) -> dict[str, Json]:
     extra = dict(message.extra)
-    if isinstance(calls := extra.get("tool_calls"), list):
-        extra["tool_calls"] = [_with_arguments_text(call) for call in calls]
-    return {"role": message.role, "content": message.content, **extra}
+    if "tool_calls" in extra:
+        extra["tool_calls"] = convert_calls(extra["tool_calls"], "text", "tool_calls")
+    content: Json = message.content
+    if message.parts and profile.part_separator is None:
+        content = [{"type": "text", "text": text} for text in message.parts]
+    elif message.parts and profile.part_separator is not None:
+        content = message.join_parts(profile.part_separator)
+    return {"role": message.role, "content": content, **extra}
 
 
-def _with_arguments_text(call: Json) -> Json:
-    """A call of an earlier turn; a row may have its arguments as an object, the interface takes their JSON text."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
-        return call
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        return call
-    text = json.dumps({} if arguments is None else arguments, ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": text}}
+def _sampling(sampling: Sampling, seed: int | None, profile: Profile) -> dict[str, Any]:
+    """Only what differs from the interface's defaults, but the temperature always: its default is 1.
 
-
-def _sampling(sampling: Sampling, profile: Profile) -> dict[str, Any]:
-    """Only what differs from the interface's defaults, but the temperature always: its default is 1."""
+    Args:
+        seed: of this request alone, in place of the one that all rows may share.
+    """
     num_stop = len(sampling.stop)
     if profile.max_stop_strings and num_stop > profile.max_stop_strings:
         raise RequestRefused(
@@ -104,8 +103,8 @@ def _sampling(sampling: Sampling, profile: Profile) -> dict[str, Any]:
         fields["top_p"] = sampling.top_p
     if sampling.stop:
         fields["stop"] = list(sampling.stop)
-    if sampling.seed is not None:
-        fields["seed"] = sampling.seed
+    if seed is not None:
+        fields["seed"] = seed
     if sampling.min_p > 0.0:
         fields["min_p"] = sampling.min_p
     if sampling.logprobs:
@@ -137,25 +136,32 @@ def _service_tier(options: ChatOptions, profile: Profile) -> dict[str, Any]:
 
 def _thinking(options: ChatOptions, profile: Profile, model: str) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    if options.thinking is not None:
-        form, _, argument = profile.thinking.partition(":")
+    form, _, argument = profile.thinking.partition(":")
+    thinking, effort = options.thinking, options.reasoning_effort
+    if effort == NO_EFFORT and form != "none":
+        # A switch says the same, and is known by more models behind it; a chat template may read either.
+        thinking = False
+        effort = effort if form == "template" else None
+    elif thinking is False:
+        effort = None
+    if thinking is not None:
         match form:
             case "type":
-                fields["thinking"] = {"type": "enabled" if options.thinking else "disabled"}
+                fields["thinking"] = {"type": "enabled" if thinking else "disabled"}
             case "enable_thinking":
-                fields["enable_thinking"] = options.thinking
+                fields["enable_thinking"] = thinking
             case "reasoning":
-                fields["reasoning"] = {"enabled": options.thinking}
+                fields["reasoning"] = {"enabled": thinking}
             case "template":
-                fields["chat_template_kwargs"] = {argument: options.thinking}
+                fields["chat_template_kwargs"] = {argument: thinking}
             case _:
                 _warn_once(f"{profile.name} has no switch for thinking: it is not sent")
-    if options.reasoning_effort is not None and options.thinking is not False:
+    if effort is not None:
         match profile.effort:
             case "mapped":
-                fields["reasoning_effort"] = map_effort(model, options.reasoning_effort, datetime.now(UTC))
+                fields["reasoning_effort"] = map_effort(model, effort, datetime.now(UTC))
             case "plain":
-                fields["reasoning_effort"] = options.reasoning_effort
+                fields["reasoning_effort"] = effort
             case "none":
                 _warn_once(f"{profile.name} takes no reasoning_effort: it is not sent")
     if options.max_reasoning_tokens is not None:

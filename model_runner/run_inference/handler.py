@@ -31,7 +31,11 @@ class LoadedEngine:
         Raises:
             EngineContractError: the engine left a request unanswered or answered one twice.
         """
-        rekeyed = [dataclasses.replace(request, request_id=str(i)) for i, request in enumerate(requests)]
+        # A request keeps the random numbers of its own id, wherever in a batch Beam puts it.
+        rekeyed = [
+            dataclasses.replace(request, request_id=str(i), row_id=request.row_id or request.request_id)
+            for i, request in enumerate(requests)
+        ]
         answers: list[Completion | None] = [None] * len(requests)
         for completion in self._runner.generate(rekeyed):
             position = int(completion.request_id)

@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moebeam.model_runner.checkpoint.model_config import load_transformers_config
 from moebeam.model_runner.checkpoint.prompt_limits import why_not_runnable
 from moebeam.model_runner.grammar.constraint import MaskFiller
 from moebeam.model_runner.torch_engine.accelerators import pick_device
 from moebeam.model_runner.torch_engine.counters import EngineCounters
+from moebeam.model_runner.torch_engine.loading import build_model, parse_dtype, read_our_config
 from moebeam.model_runner.torch_engine.memory.cache import Cache
-from moebeam.model_runner.torch_engine.models.architecture import Architecture, build_architecture, place_step
+from moebeam.model_runner.torch_engine.models.architecture import Architecture, place_step
 from moebeam.model_runner.torch_engine.sampler import Draw, Drawn, sample
 from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node
 from moebeam.model_runner.torch_engine.schedule.running import Running
@@ -39,7 +41,7 @@ from moebeam.model_runner.torch_engine.weights.devices import (
     num_threads,
     touch_memory,
 )
-from moebeam.schemas.errors import EngineFailed, EngineLoadError
+from moebeam.schemas.errors import EngineFailed
 from moebeam.schemas.records import Sampling
 
 DEFAULT_BATCH_SIZE = 128
@@ -49,7 +51,6 @@ NUM_PROBES = 64
 MAX_TOUCHED_BYTES = 3 << 29
 NUM_PROBED_TOKENS = 4
 _LOGGER = logging.getLogger(__name__)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TorchEngine:
@@ -67,8 +68,10 @@ class TorchEngine:
         batch_size: int = 0,
         max_cache_bytes: int = 0,
         max_step_rows: int = MAX_STEP_ROWS,
+        context_length: int | None = None,
     ) -> None:
         self.model = model
+        self.context_length = context_length
         self.placement = placement
         self.batch_size = batch_size or DEFAULT_BATCH_SIZE
         self.max_cache_bytes = max_cache_bytes or available_bytes(placement.device) // 3
@@ -90,6 +93,7 @@ class TorchEngine:
         batch_size: int = 0,
         max_cache_bytes: int = 0,
         max_step_rows: int = MAX_STEP_ROWS,
+        max_model_len: int = 0,
     ) -> "TorchEngine":
         """Load a checkpoint folder.
 
@@ -99,27 +103,22 @@ class TorchEngine:
             batch_size: most running prompts; 0 lets the engine decide.
             max_cache_bytes: most memory for live keys and states; 0 means a third of the device's free memory.
             max_step_rows: most prompt tokens in a step.
+            max_model_len: most tokens of prompt and answer; 0 means what the configuration implies.
         Raises:
             EngineLoadError: the checkpoint cannot be read, or its model is unknown.
         """
-        from transformers import AutoConfig  # takes seconds to import
-
-        try:
-            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EngineLoadError(
-                f"{path}: expected a config.json of a known model, found: {type(error).__name__}: {error}"
-            ) from error
-        parsed_dtype = _parse_dtype(dtype, config.dtype)
+        found = read_our_config(path, max_model_len)
+        config = load_transformers_config(found)
+        parsed_dtype = parse_dtype(dtype, config.dtype)
         taken = pick_device(device)
         placement = Placement(taken.device, parsed_dtype)
         keep_freed_memory(placement.device)
-        weights = CheckpointWeights.open(path, str(config.model_type), parsed_dtype)
-        with torch.inference_mode():
-            model = build_architecture(config, weights, placement)
+        weights = CheckpointWeights.open(path, found.model_type, parsed_dtype)
+        model = build_model(config, weights, placement, path)
         engine = cls(
             model,
             placement,
+            context_length=found.context_length,
             batch_size=batch_size,
             max_cache_bytes=max_cache_bytes,
             max_step_rows=max_step_rows,
@@ -161,6 +160,7 @@ class TorchEngine:
                 yield from _drain(refused)
                 with self._turn:
                     finished = run.step()
+                yield from run.schedule.take_passed()
                 yield from finished
             yield from _drain(refused)
         finally:
@@ -187,7 +187,7 @@ class TorchEngine:
                 prompt.token_ids,
                 prompt.max_tokens,
                 vocab_size=self.model.vocab_size,
-                context_length=self.model.context_length,
+                context_length=self.context_length,
             )
             if error is None:
                 yield prompt
@@ -210,6 +210,7 @@ class _Run:
             max_cache_bytes=engine.max_cache_bytes,
             max_running=engine.batch_size,
             max_step_rows=engine.max_step_rows,
+            find_length_class=engine.model.find_length_class if engine.model.has_length_classes else None,
         )
 
     @torch.inference_mode()
@@ -226,8 +227,8 @@ class _Run:
     def add_to_counters(self) -> None:
         """Add what this run did to the engine's counters."""
         counters, schedule, cache = self._engine.counters, self.schedule, self._cache
-        counters.num_prompts += schedule.num_planned
-        counters.num_prompt_tokens += schedule.num_prompt_tokens
+        counters.num_prompts += schedule.num_planned - schedule.num_passed
+        counters.num_prompt_tokens += schedule.num_prompt_tokens - schedule.num_passed_tokens
         counters.num_tree_tokens += schedule.num_tree_tokens
         counters.num_preemptions += schedule.num_preemptions
         counters.num_uncomputed_answer_tokens += schedule.num_uncomputed_answer_tokens
@@ -257,7 +258,7 @@ class _Run:
         """Run the model over a step's rows: float32 logits, shape (num_logit_rows, vocab_size)."""
         engine, cache = self._engine, self._cache
         cache.prepare(step.spans, step.num_rows, self.schedule.live_spans)
-        batch = place_step(step, engine.model.kinds, engine.placement.device)
+        batch = place_step(step, engine.model, engine.placement.device)
         self._end_phase("plan")
         logits = engine.model.extend(batch, cache)
         cache.commit(step.spans)
@@ -367,11 +368,3 @@ def _accept_token(schedule: Schedule, running: Running, token: Drawn) -> Finishe
         message = f"the model's logits for position {position} are not numbers, or allow no token"
         return schedule.fail(running, EngineFailed(message))
     return schedule.append_token(running, token.token_id, token.logprob)
-
-
-def _parse_dtype(name: str, configured: object) -> torch.dtype:
-    if name == "auto":
-        return configured if isinstance(configured, torch.dtype) else torch.float32
-    if name not in _DTYPES:
-        raise EngineLoadError(f"expected a dtype of auto, {', '.join(sorted(_DTYPES))}, found {name!r}")
-    return _DTYPES[name]

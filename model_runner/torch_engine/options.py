@@ -4,6 +4,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from moebeam.model_runner.checkpoint.model_config import check_limits, read_model_config
+from moebeam.model_runner.checkpoint.weight_files import check_weight_files
 from moebeam.schemas.job.model import CheckpointSection
 
 
@@ -11,10 +13,17 @@ class TorchOptions(CheckpointSection):
     """`engine = "torch"`: our own engine, in process, on any torch accelerator; the default."""
 
     loader: ClassVar[str] = "moebeam.model_runner.torch_engine.runner:load_torch_runner"
+    checker: ClassVar[str] = "moebeam.model_runner.torch_engine.loading:check_torch_checkpoint"
     extra: ClassVar[str] = "torch"
     is_constrained: ClassVar[bool] = True
+    plans_prefixes: ClassVar[bool] = True
 
     engine: str = "torch"
     max_cache_bytes: int = Field(
         default=0, ge=0, description="Most memory for live keys and states; 0 lets the device decide"
     )
+
+    def check_files(self, path: str) -> None:
+        """As of `ModelSection`."""
+        check_limits(read_model_config(path, self.max_model_len))
+        check_weight_files(path, takes_old_files=False)

@@ -11,10 +11,12 @@ from datetime import UTC, datetime
 import tokenizers
 
 from moebeam.model_runner.checkpoint.files import read_tokenizer
-from moebeam.model_runner.encoding.answer_text import AnswerReader, StopStrings, derive_seed, read_end_token_ids
-from moebeam.model_runner.encoding.chat_encoding import load_encoding
+from moebeam.model_runner.encoding.answer_text import AnswerReader, StopStrings
+from moebeam.model_runner.encoding.chat_encoding import ChatEncoding, load_encoding
+from moebeam.model_runner.encoding.end_tokens import read_end_token_ids
 from moebeam.model_runner.grammar.constraint import ConstraintCompiler
 from moebeam.model_runner.protocol import EngineConfig
+from moebeam.model_runner.seeds import derive_seed
 from moebeam.model_runner.torch_engine.engine import TorchEngine
 from moebeam.model_runner.torch_engine.options import TorchOptions
 from moebeam.model_runner.torch_engine.schedule.sequences import Finished, Prompt
@@ -32,13 +34,14 @@ class TorchRunner:
         config: EngineConfig,
         engine: TorchEngine,
         tokenizer: tokenizers.Tokenizer,
+        encoding: ChatEncoding,
         end_token_ids: Iterable[int],
     ) -> None:
         self.config = config
         self.engine = engine
         self._tokenizer = tokenizer
-        self._reader = AnswerReader(tokenizer, load_encoding(config.path, config.options.encoding))
         self._end_token_ids = frozenset(end_token_ids)
+        self._reader = AnswerReader(tokenizer, encoding, self._end_token_ids)
         self._compiler = ConstraintCompiler(tokenizer, engine.model.vocab_size, sorted(self._end_token_ids))
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
@@ -47,7 +50,8 @@ class TorchRunner:
         refused: list[tuple[Request, RowError]] = []
         for finished in self.engine.run(self._prompts(requests, waiting, refused)):
             yield from self._refusals(refused)
-            yield self._completion(waiting.pop(finished.prompt_id), finished)
+            request = waiting.pop(finished.prompt_id)
+            yield request.earlier or self._completion(request, finished)
         yield from self._refusals(refused)
 
     def give_back(self) -> None:
@@ -66,7 +70,8 @@ class TorchRunner:
         for request in requests:
             sampling = request.sampling
             try:
-                constraint = None if request.grammar is None else self._compiler.compile(request.grammar)
+                grammar = request.grammar if request.earlier is None else None
+                constraint = None if grammar is None else self._compiler.compile(grammar)
             except RowError as error:
                 refused.append((request, error))
                 continue
@@ -81,6 +86,7 @@ class TorchRunner:
                 seed=derive_seed(request),
                 is_over=StopStrings(sampling.stop, self._tokenizer) if sampling.stop else None,
                 constraint=constraint,
+                is_answered=request.earlier is not None,
             )
 
     def _refusals(self, refused: list[tuple[Request, RowError]]) -> Iterator[Completion]:
@@ -105,6 +111,7 @@ class TorchRunner:
             logprobs=tuple(finished.logprobs) if request.sampling.logprobs and not finished.error else None,
             reasoning_content=answer.reasoning_content,
             tool_calls=answer.tool_calls,
+            repaired=answer.repaired,
             error=finished.error or answer.error,
         )
 
@@ -117,12 +124,14 @@ def load_torch_runner(config: EngineConfig) -> TorchRunner:
     """
     options = config.options_as(TorchOptions)
     tokenizer = read_tokenizer(config.path)
-    end_token_ids = read_end_token_ids(config.path)
+    encoding = load_encoding(config.path, options.encoding)
+    end_token_ids = read_end_token_ids(config.path, tokenizer, encoding)
     engine = TorchEngine.load(
         config.path,
         dtype=options.dtype,
         device=options.device,
         batch_size=options.batch_size,
         max_cache_bytes=options.max_cache_bytes,
+        max_model_len=options.max_model_len,
     )
-    return TorchRunner(config, engine, tokenizer, end_token_ids)
+    return TorchRunner(config, engine, tokenizer, encoding, end_token_ids)

@@ -31,11 +31,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from moebeam.model_runner.checkpoint.files import read_tokenizer
+from moebeam.model_runner.checkpoint.model_config import load_transformers_config, read_model_config
 from moebeam.model_runner.checkpoint.prompt_limits import why_not_runnable
-from moebeam.model_runner.encoding.answer_text import AnswerReader, derive_seed
-from moebeam.model_runner.encoding.chat_encoding import load_encoding
+from moebeam.model_runner.encoding.answer_text import AnswerReader
+from moebeam.model_runner.encoding.chat_encoding import ChatEncoding, load_encoding
+from moebeam.model_runner.encoding.end_tokens import read_end_token_ids
 from moebeam.model_runner.grammar.constraint import Constraint, ConstraintCompiler, MaskFiller
 from moebeam.model_runner.protocol import EngineConfig
+from moebeam.model_runner.seeds import derive_seed
 from moebeam.model_runner.torch_engine.accelerators import pick_device
 from moebeam.model_runner.transformers_engine.growing_answers import (
     AllowedTokens,
@@ -44,6 +47,7 @@ from moebeam.model_runner.transformers_engine.growing_answers import (
     Penalties,
     StopWhenAnswered,
 )
+from moebeam.model_runner.transformers_engine.loaded_models import check_loaded, find_ropes_by_length
 from moebeam.model_runner.transformers_engine.options import TransformersOptions
 from moebeam.schemas.errors import EngineFailed, EngineLoadError, RowError
 from moebeam.schemas.records import Completion, Request, Usage
@@ -69,16 +73,17 @@ class TransformersRunner:
         *,
         model: Any,
         tokenizer: tokenizers.Tokenizer,
-        eos_token_ids: Sequence[int],
+        encoding: ChatEncoding,
+        context_length: int,
     ) -> None:
         options = config.options_as(TransformersOptions)
         self.config = config
         self._model = model
         self._tokenizer = tokenizer
-        self._reader = AnswerReader(tokenizer, load_encoding(config.path, config.options.encoding))
-        self._eos_token_ids = frozenset(eos_token_ids)
-        text_config = model.config.get_text_config()
-        self._context_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._eos_token_ids = frozenset(read_end_token_ids(config.path, tokenizer, encoding))
+        self._reader = AnswerReader(tokenizer, encoding, self._eos_token_ids)
+        self._context_length = context_length
+        self._ropes = find_ropes_by_length(model)
         self._num_embeddings = int(model.get_input_embeddings().weight.shape[0])
         self._device = model.device
         self._batch_size = options.batch_size or DEFAULT_BATCH_SIZE
@@ -111,7 +116,9 @@ class TransformersRunner:
             if not waiting:
                 return
             waiting.sort(key=lambda request: request.num_prompt_tokens)
-            first, end = next_batch([request.num_prompt_tokens for request in waiting], self._batch_size)
+            max_spread = 0 if self._ropes else MAX_LENGTH_SPREAD
+            lengths = [request.num_prompt_tokens for request in waiting]
+            first, end = next_batch(lengths, self._batch_size, max_spread)
             batch = waiting[first:end]
             del waiting[first:end]
             yield from self._complete(batch)
@@ -187,6 +194,7 @@ class TransformersRunner:
                 model_revision=self.config.revision,
                 reasoning_content=answer.reasoning_content,
                 tool_calls=answer.tool_calls,
+                repaired=answer.repaired,
                 error=growing.error or answer.error,
             )
 
@@ -224,6 +232,8 @@ class TransformersRunner:
         if any(answer.constraint is not None for answer in answers):
             processors.append(AllowedTokens(prompts, answers, self._masks))
         seed = None if sampling.is_greedy else derive_seed(batch[0])
+        for rope in self._ropes:
+            rope.reset()
         with torch.inference_mode(), _silence_transformers(), _seed_rng(self._device, seed):
             self._model.generate(
                 input_ids,
@@ -235,19 +245,20 @@ class TransformersRunner:
         return answers
 
 
-def next_batch(lengths: Sequence[int], batch_size: int) -> tuple[int, int]:
+def next_batch(lengths: Sequence[int], batch_size: int, max_spread: int = MAX_LENGTH_SPREAD) -> tuple[int, int]:
     """Which of the waiting prompts run next, as a half-open range.
 
     Args:
         lengths: prompt lengths, ascending, at least one.
         batch_size: most prompts that run together.
+        max_spread: most tokens by which they may differ.
     Returns:
-        The most prompts that differ by at most `MAX_LENGTH_SPREAD` tokens; of equally many, those closest in length.
+        The most prompts that differ by at most `max_spread` tokens; of equally many, those closest in length.
     """
     best, best_rank = (0, 1), (0, 0)
     end = 0
     for first in range(len(lengths)):
-        while end < len(lengths) and end - first < batch_size and lengths[end] - lengths[first] <= MAX_LENGTH_SPREAD:
+        while end < len(lengths) and end - first < batch_size and lengths[end] - lengths[first] <= max_spread:
             end += 1
         rank = (end - first, lengths[first] - lengths[end - 1])
         if first == 0 or rank > best_rank:
@@ -268,13 +279,22 @@ def load_transformers_runner(config: EngineConfig) -> TransformersRunner:
         raise EngineLoadError(f"{config.path}: expected a local folder with a checkpoint, found none")
     if options.dtype not in _DTYPES:
         raise EngineLoadError(f"expected dtype {', '.join(_DTYPES)}, found {options.dtype!r}")
+    found = read_model_config(config.path, options.max_model_len)
     tokenizer = read_tokenizer(config.path)
+    encoding = load_encoding(config.path, options.encoding)
     taken = pick_device(options.device)
     try:
         with _silence_transformers():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                config.path, dtype=_DTYPES[options.dtype], local_files_only=True, trust_remote_code=False
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                config.path,
+                config=load_transformers_config(found),
+                dtype=_DTYPES[options.dtype],
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
+            model, loading = loaded
+            check_loaded(model, loading, config.path)
             model = model.to(taken.device).eval()
             _check_forward(model)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
@@ -282,15 +302,11 @@ def load_transformers_runner(config: EngineConfig) -> TransformersRunner:
             f"{config.path}: expected a checkpoint that transformers can load on {options.device!r}, "
             f"found: {type(error).__name__}: {error}"
         ) from error
-    eos_token_ids = _eos_token_ids(model)
-    if not eos_token_ids:
-        raise EngineLoadError(
-            f"{config.path}: expected `eos_token_id` in generation_config.json or config.json, found none: "
-            "the model could not say that an answer is over"
-        )
     # `generate` fills what a call leaves open from here: a checkpoint's own temperature or penalties must not leak in.
     model.generation_config = GenerationConfig()
-    runner = TransformersRunner(config, model=model, tokenizer=tokenizer, eos_token_ids=eos_token_ids)
+    runner = TransformersRunner(
+        config, model=model, tokenizer=tokenizer, encoding=encoding, context_length=found.context_length
+    )
     runner.claim = taken.claim
     return runner
 
@@ -305,14 +321,6 @@ def _check_forward(model: Any) -> None:
         model.set_experts_implementation("eager")
         with torch.inference_mode():
             model(input_ids)
-
-
-def _eos_token_ids(model: Any) -> list[int]:
-    for source in (model.generation_config, model.config.get_text_config()):
-        found: Any = getattr(source, "eos_token_id", None)
-        if found is not None:
-            return [int(found)] if isinstance(found, int) else [int(token_id) for token_id in found]
-    return []
 
 
 @contextmanager

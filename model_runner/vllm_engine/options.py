@@ -2,6 +2,8 @@
 
 from typing import ClassVar
 
+from moebeam.model_runner.checkpoint.model_config import read_model_config
+from moebeam.model_runner.checkpoint.weight_files import check_weight_files
 from moebeam.schemas.job.model import CheckpointSection
 
 
@@ -14,3 +16,8 @@ class VllmOptions(CheckpointSection):
     unsupported: ClassVar[frozenset[str]] = frozenset({"service_tier"})
 
     engine: str = "vllm"
+
+    def check_files(self, path: str) -> None:
+        """As of `ModelSection`; vLLM has a rope of its own."""
+        read_model_config(path, self.max_model_len, checks_rope=False)
+        check_weight_files(path, takes_old_files=True)

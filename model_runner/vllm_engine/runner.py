@@ -27,13 +27,16 @@ from typing import cast
 import tokenizers
 
 from moebeam.model_runner.checkpoint.files import read_json_object, read_tokenizer
+from moebeam.model_runner.checkpoint.model_config import read_model_config
 from moebeam.model_runner.checkpoint.prompt_limits import why_not_runnable
-from moebeam.model_runner.encoding.answer_text import AnswerReader, StopStrings, derive_seed, read_end_token_ids
-from moebeam.model_runner.encoding.chat_encoding import load_encoding
+from moebeam.model_runner.encoding.answer_text import AnswerReader, StopStrings
+from moebeam.model_runner.encoding.chat_encoding import ChatEncoding, load_encoding
+from moebeam.model_runner.encoding.end_tokens import read_end_token_ids
 from moebeam.model_runner.engine_process.process_link import EngineExit
 from moebeam.model_runner.engine_process.supervisor import Supervisor
 from moebeam.model_runner.prefix_tree import prefix_key
 from moebeam.model_runner.protocol import EngineConfig
+from moebeam.model_runner.seeds import derive_seed
 from moebeam.model_runner.vllm_engine.options import VllmOptions
 from moebeam.model_runner.vllm_engine.process import PYTHON_VARIABLE, Replies, TokenUpdate, VllmProcess
 from moebeam.schemas.canonical import Json
@@ -66,6 +69,7 @@ class VllmRunner:
         python: str,
         engine_arguments: Mapping[str, Json],
         tokenizer: tokenizers.Tokenizer,
+        encoding: ChatEncoding,
         end_token_ids: Sequence[int],
     ) -> None:
         """
@@ -74,6 +78,7 @@ class VllmRunner:
             python: an interpreter that has vLLM.
             engine_arguments: of `vllm.EngineArgs`.
             tokenizer: makes text of tokens.
+            encoding: reads answers out of that text.
             end_token_ids: the tokens that end an answer.
         Raises:
             EngineLoadError: vLLM cannot be started or cannot load the model.
@@ -81,7 +86,7 @@ class VllmRunner:
         self.config = config
         self._tokenizer = tokenizer
         self._end_token_ids = frozenset(end_token_ids)
-        self._reader = AnswerReader(tokenizer, load_encoding(config.path, config.options.encoding))
+        self._reader = AnswerReader(tokenizer, encoding, self._end_token_ids)
         self._ask_ids = count()
         self._is_given_back = Event()
         self._calls: list[_Call] = []
@@ -221,6 +226,7 @@ class VllmRunner:
             top_logprobs=self._name_tokens(answer) if request.sampling.top_logprobs and error is None else None,
             reasoning_content=said.reasoning_content,
             tool_calls=said.tool_calls,
+            repaired=said.repaired,
             error=error or said.error,
         )
 
@@ -297,8 +303,7 @@ def load_vllm_runner(config: EngineConfig) -> VllmRunner:
     """Load a checkpoint folder into a vLLM of its own; nothing is ever fetched, and no code of the checkpoint is run.
 
     Args:
-        config: `device` is vLLM's own, whatever it was built for; another one is refused. `dtype` `auto` is the
-            checkpoint's. `batch_size` is vLLM's `max_num_seqs`.
+        config: a `device` that vLLM was not built for is refused; `batch_size` is vLLM's `max_num_seqs`.
     Raises:
         EngineLoadError: no interpreter has vLLM, or the folder, the device or an argument cannot be used.
     """
@@ -307,12 +312,16 @@ def load_vllm_runner(config: EngineConfig) -> VllmRunner:
         raise EngineLoadError(f"{config.path}: expected a local folder with a checkpoint, found none")
     if options.dtype not in _DTYPES:
         raise EngineLoadError(f"expected dtype {', '.join(sorted(_DTYPES))}, found {options.dtype!r}")
+    read_model_config(config.path, options.max_model_len, checks_rope=False)
+    tokenizer = read_tokenizer(config.path)
+    encoding = load_encoding(config.path, options.encoding)
     runner = VllmRunner(
         config,
         python=_find_python(),
         engine_arguments=_build_engine_arguments(config),
-        tokenizer=read_tokenizer(config.path),
-        end_token_ids=read_end_token_ids(config.path),
+        tokenizer=tokenizer,
+        encoding=encoding,
+        end_token_ids=read_end_token_ids(config.path, tokenizer, encoding),
     )
     if options.device != "auto" and options.device.partition(":")[0] != runner.limits.device:
         runner.close()
@@ -323,12 +332,11 @@ def load_vllm_runner(config: EngineConfig) -> VllmRunner:
 def _build_ask(request: Request, end_token_ids: Iterable[int]) -> dict[str, object]:
     """A request as the worker takes it."""
     sampling = request.sampling
+    # A digest, so that names stay out of vLLM's logs.
+    salt = hashlib.sha256(request.tenant.encode("utf-8", "surrogatepass")).hexdigest() if request.tenant else None
     return {
         "prompt_token_ids": request.prompt_token_ids.tolist(),
-        # A digest, so that names stay out of vLLM's logs.
-        "cache_salt": hashlib.sha256(request.tenant.encode("utf-8", "surrogatepass")).hexdigest()
-        if request.tenant
-        else None,
+        "cache_salt": salt,
         "sampling": {
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
@@ -379,6 +387,8 @@ def _build_engine_arguments(config: EngineConfig) -> dict[str, Json]:
     }
     if options.batch_size:
         arguments["max_num_seqs"] = options.batch_size
+    if options.max_model_len:
+        arguments["max_model_len"] = options.max_model_len
     try:
         more: object = json.loads(os.environ.get(ARGUMENTS_VARIABLE) or "{}")
     except ValueError as error:

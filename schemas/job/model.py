@@ -36,6 +36,8 @@ class ModelSection(Section):
 
     loader: ClassVar[str] = ""
     """Where the engine's loading function lives, as `module:function`."""
+    checker: ClassVar[str] = ""
+    """Where the function lives that checks a checkpoint as the engine loads it, but without weights; empty for none."""
     has_weights: ClassVar[bool] = True
     """Whether the engine reads a checkpoint's weights on this machine."""
     extra: ClassVar[str] = ""
@@ -46,6 +48,8 @@ class ModelSection(Section):
     """Whether the engine holds answers to `Request.grammar`."""
     is_self_healing: ClassVar[bool] = False
     """Whether the model lives elsewhere, so that the engine itself sees to its crashes and its silence."""
+    plans_prefixes: ClassVar[bool] = False
+    """Whether the engine takes requests with `Request.earlier`."""
     unsupported: ClassVar[frozenset[str]] = frozenset({"service_tier", "top_logprobs"})
     """Options of requests, by their names in `Sampling` and `ChatOptions`, that the engine cannot follow."""
 
@@ -69,6 +73,12 @@ class ModelSection(Section):
         default="auto",
         description="How chats become prompts: `chat_template`, `deepseek_v4`, `deepseek_v4_1`, `deepseek_v3_2`; "
         "`auto` is what the checkpoint brings",
+    )
+    max_model_len: int = Field(
+        default=0,
+        ge=0,
+        description="Most tokens of prompt and answer together, as vLLM names it; 0 takes what the checkpoint's "
+        "`config.json` implies, a scaled rope included",
     )
     min_ram: str | None = Field(
         default=None,
@@ -104,6 +114,13 @@ class ModelSection(Section):
             return None
         able = [name for name in ENGINE_OPTIONS if option not in load_options(name).unsupported]
         return f"{option}: the engine {self.engine!r} cannot follow it, found {value!r}; {' and '.join(able)} can"
+
+    def check_files(self, path: str) -> None:
+        """Check the files of a checkpoint as far as that is quick: without the engine's packages and without weights.
+
+        Raises:
+            EngineLoadError: names the file, what was expected and what was found.
+        """
 
     @property
     def extra_files(self) -> dict[str, str]:

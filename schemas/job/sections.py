@@ -10,25 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, PrivateAttr, SerializeAsAny, field_validator, model_validator
 
+from moebeam.schemas.job.input_section import InputSection
 from moebeam.schemas.job.model import ModelSection, check_model, default_model
 from moebeam.schemas.job.section import Section
-
-
-class InputSection(Section):
-    """`[input]`: which rows are read."""
-
-    path: Annotated[str, Field(min_length=1, description="A file, a folder, a glob or an object-store URL")]
-    format: Literal["auto", "parquet", "jsonl"] = Field(default="auto", description="`jsonl` is the OpenAI batch shape")
-    id_column: str | None = Field(
-        default=None, description="Column whose values become custom_id; else derived from position"
-    )
-    passthrough: tuple[str, ...] | Literal["all"] = Field(
-        default=(), description="Input columns repeated in the output"
-    )
-    tenant_column: str | None = Field(
-        default=None, description="Rows of different tenants never share or merge anything"
-    )
-    cost_center_column: str | None = Field(default=None, description="Who is charged within a tenant")
+from moebeam.schemas.records import Sampling
 
 
 class PromptSection(Section):
@@ -38,6 +23,9 @@ class PromptSection(Section):
     template: str | None = Field(default=None, description="User message, a Jinja template over the input's columns")
     messages_column: str | None = Field(default=None, description="Column that holds whole chats instead of a template")
     max_template_steps: int = Field(default=10_000, gt=0, description="Loop iterations one row's templates may take")
+    max_template_s: float = Field(
+        default=2.0, gt=0, allow_inf_nan=False, description="Processor time one row's templates may take, in seconds"
+    )
 
     @model_validator(mode="after")
     def _check_one_source(self) -> "PromptSection":
@@ -101,7 +89,15 @@ class SamplingSection(Section):
         default=None,
         ge=-(2**63),
         lt=2**63,
-        description="Makes sampled answers repeatable; every row still draws its own",
+        description="Makes sampled answers repeatable; every row and every sample of it still draws its own. Without "
+        "one, each run draws anew, and a run that is resumed goes on as it began",
+    )
+    n: int = Field(
+        default=1,
+        ge=1,
+        le=128,
+        description="Answers a row, each with its number in the column `sample`; they share one prompt, and with "
+        "`temperature` 0 one answer",
     )
 
     @model_validator(mode="after")
@@ -109,6 +105,11 @@ class SamplingSection(Section):
         if self.top_logprobs and not self.logprobs:
             raise ValueError(f"top_logprobs: expected `logprobs` beside it, found {self.top_logprobs} without")
         return self
+
+    @property
+    def of_one_answer(self) -> Sampling:
+        """How each of the `n` answers is sampled."""
+        return Sampling(**self.model_dump(exclude={"n"}))
 
 
 class ThinkingSection(Section):
@@ -118,7 +119,8 @@ class ThinkingSection(Section):
         default="auto", description="`auto` leaves it to the model's encoding"
     )
     reasoning_effort: str | None = Field(
-        default=None, description="Such as `low`, `high` or `max`; which ones exist depends on the model"
+        default=None,
+        description="Such as `low`, `high` or `max`, as the model has them; `none` switches thinking off",
     )
     max_reasoning_tokens: int | None = Field(
         default=None, gt=0, description="Ends reasoning after this many tokens; engines in process only"

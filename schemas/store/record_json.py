@@ -1,7 +1,8 @@
 """Frozen records as canonical JSON, as stored and as sent between stages.
 
-`read_record` reads a record that must be whole. `write_note` and `read_note` are for notes, which may be lost or torn.
-Free of Beam; `transforms/beam/coders.py` wraps it in Beam coders.
+On the store a record carries the digest of `sealed_json.py`. `read_record` reads a record that must be whole.
+`write_note` and `read_note` are for notes, which may be lost or torn. Free of Beam; `transforms/beam/coders.py` wraps
+`RecordJson` in Beam coders.
 """
 
 import json
@@ -11,8 +12,10 @@ from typing import Any, Generic, TypeVar, cast
 from pydantic import TypeAdapter
 
 from moebeam.schemas.canonical import Json, canonical_json
-from moebeam.schemas.errors import CommitError, abbreviate
+from moebeam.schemas.errors import abbreviate
 from moebeam.schemas.store import storage
+from moebeam.schemas.store.damage import describe_damage
+from moebeam.schemas.store.sealed_json import seal_json, unseal_json
 
 Record = TypeVar("Record")
 
@@ -43,21 +46,35 @@ class RecordJson(Generic[Record]):
             return self._adapter.validate_python(json.loads(encoded))
 
 
+def encode_record(record: object) -> bytes:
+    """A record as it is stored."""
+    return seal_json(RecordJson(type(record)).encode(record))
+
+
+def decode_record(content: bytes, record_type: type[Record]) -> Record:
+    """The record of `encode_record`, or one that an older version stored without a digest.
+
+    Raises:
+        ValueError: it is not what was stored, or no such record.
+    """
+    return RecordJson(record_type).decode(unseal_json(content))
+
+
 def read_record(path: str, record_type: type[Record], what: str) -> Record | None:
     """The record at a path, or None where there is none.
 
     Args:
         what: the record's name in messages, such as `a commit record`.
     Raises:
-        CommitError: the record is there but cannot be read.
+        FileDamaged: the record is there but cannot be read.
         OSError: the store failed.
     """
     if not storage.exists(path):
         return None
     try:
-        return RecordJson(record_type).decode(storage.read_bytes(path))
+        return decode_record(storage.read_bytes(path), record_type)
     except ValueError as error:
-        raise CommitError(f"{path}: expected {what}, found {abbreviate(str(error))}") from error
+        raise describe_damage(path, f"expected {what}, found: {abbreviate(str(error))}") from error
 
 
 def write_note(path: str, note: object) -> None:
@@ -66,7 +83,7 @@ def write_note(path: str, note: object) -> None:
     Raises:
         OSError: the store failed.
     """
-    storage.write_note(path, RecordJson(type(note)).encode(note))
+    storage.write_note(path, encode_record(note))
 
 
 def read_note(path: str, record_type: type[Record]) -> Record | None:
@@ -75,7 +92,7 @@ def read_note(path: str, record_type: type[Record]) -> Record | None:
     Fields that the record does not know are ignored.
     """
     try:
-        return RecordJson(record_type).decode(storage.read_bytes(path))
+        return decode_record(storage.read_bytes(path), record_type)
     except (OSError, ValueError):
         return None
 

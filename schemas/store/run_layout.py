@@ -9,12 +9,15 @@ _moebeam/frames/            data frames that `run_job` answers, each in a folder
 _moebeam/stop               the launcher was asked to stop; workers look for it
 _moebeam/failure.json       why the last launch failed
 _moebeam/publish.json       what *publish* needs, so that a run can be published after its launcher was killed
-_moebeam/plan/              runs/ (while planning), one Arrow file a shard, plan.json when complete
+_moebeam/plan/              runs/ (while planning), one sealed Arrow file a shard, plan.json when complete
 _moebeam/progress/          progress of each shard, for people and for budgets
 _moebeam/staging/           a shard's tables before commit, under names no `*.parquet` glob matches
 _moebeam/leases/            which worker answers which shard, see `transforms/durable/lease.py`
 _moebeam/journal/           paid answers in order of arrival, one folder per shard
 _moebeam/commits/           one record per committed shard; the first one wins
+
+Records carry a digest (`sealed_json.py`), plans and runs a checksum of each block (`sealed_file.py`), journals one of
+each line; commits and the manifest name the digests of tables (`checked_file.py`).
 
 What is kept on a host and not in the output folder, such as cached checkpoints, is not listed here.
 """
@@ -88,6 +91,11 @@ class RunLayout:
     @property
     def plan_record(self) -> str:
         return storage.join(self.plan, "plan.json")
+
+    @property
+    def plan_before(self) -> str:
+        """The record of a damaged plan, until it is made again."""
+        return storage.join(self.plan, "plan-before.json")
 
     @property
     def commits(self) -> str:

@@ -138,7 +138,7 @@ def list_files(pattern: str) -> list[tuple[str, Mapping[str, Any]]]:
 
 def _find_on_disk(fs: Any, inner: str, folders: set[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     entries: Mapping[str, Mapping[str, Any]] = {}
-    if any(mark in inner for mark in "*?[") and not fs.isfile(inner):
+    if any(mark in inner for mark in "*?[") and not fs.exists(inner):
         entries = fs.glob(inner, detail=True)
     elif fs.isdir(inner):
         entries = fs.find(inner, detail=True)

@@ -62,6 +62,7 @@ def rendered(prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]) -> pa.
             "unit": 0,
             "scope": "row",
             "num_rows": 1,
+            "sample": 0,
             "prefix_key": prefix_key("", np.array(tokens, np.int32)),
             "num_prompt_tokens": len(tokens),
             "messages": "[]",

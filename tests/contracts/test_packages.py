@@ -42,7 +42,7 @@ IMPORTERS: dict[str, tuple[str, ...]] = {
         "model_runner/transformers_engine/*",
     ),
     "transformers": (
-        "model_runner/torch_engine/engine.py",
+        "model_runner/checkpoint/model_config.py",
         "model_runner/torch_engine/layers/rotary.py",
         "model_runner/transformers_engine/*",
     ),

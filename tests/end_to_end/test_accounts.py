@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from moebeam.jobs.run.launch import launch
+from moebeam.schemas.answers import StagedFile
 from moebeam.schemas.errors import PipelineFailed
-from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.tables import Table
+from moebeam.transforms.durable import commit
 from tests.support.jobs_for_tests import fake_job, priced, write_parquet
 
 NUM_ROWS = 24
@@ -134,12 +136,13 @@ def test_the_shipped_views_add_up_in_duckdb_and_find_nothing_broken(
 def damage(folder: Path, column: str, value: Any) -> None:
     """Change one value of the first file of a table."""
     path = sorted(folder.glob("*.parquet"))[0]
-    table = pq.read_table(path)
+    pq.write_table(change_first(pq.read_table(path), column, value), path)
+
+
+def change_first(table: pa.Table, column: str, value: Any) -> pa.Table:
     place = table.schema.get_field_index(column)
     values = [value, *table.column(column).to_pylist()[1:]]
-    pq.write_table(
-        table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type)), path
-    )
+    return table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def damage(folder: Path, column: str, value: Any) -> None:
         ("results", "cost_allocated", Decimal("0.5"), "cost_allocated: expected the ledger and the rows to agree"),
     ],
 )
-def test_a_published_table_that_was_changed_stops_the_manifest(
+def test_a_table_that_was_changed_together_with_its_digest_stops_the_manifest(
     table: str,
     column: str,
     value: Any,
@@ -163,15 +166,15 @@ def test_a_published_table_that_was_changed_stops_the_manifest(
     tiny_checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The commit has the digest of what was changed: only the accounts can tell."""
     output = tmp_path / "out"
-    real = storage.copy_whole
+    real = commit._stage
 
-    def copy_and_damage(origin: str, target: str) -> None:
-        real(origin, target)
-        if f"/{table}/" in target and target.endswith("part-s000000.parquet"):
-            damage(output / table, column, value)
+    def change_and_stage(layout: RunLayout, shard: str, attempt: str, name: Table, rows: pa.Table) -> StagedFile:
+        is_changed = (shard, name) == ("s000000", table)
+        return real(layout, shard, attempt, name, change_first(rows, column, value) if is_changed else rows)
 
-    monkeypatch.setattr(storage, "copy_whole", copy_and_damage)
+    monkeypatch.setattr(commit, "_stage", change_and_stage)
     with pytest.raises(PipelineFailed, match=expected):
         launch(fake_job(source, output, tiny_checkpoint, **sections(tmp_path)))
     assert not Path(RunLayout(str(output)).manifest).exists()

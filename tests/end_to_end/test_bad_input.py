@@ -1,7 +1,6 @@
 """What users' data does to a job: every bad value is a named reject or a clear error, and no row is lost."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moebeam.jobs.check.preflight import check_job
 from moebeam.jobs.run.launch import launch
-from moebeam.schemas.errors import InputPatternError, JobFileError, OutputError
-from moebeam.schemas.store import storage
+from moebeam.schemas.errors import InputPatternError, JobFileError
 from tests.support.jobs_for_tests import column, fake_job, read_table, run_fake_job, write_parquet, write_script
 
 TEXTS = [f"ticket number {row}" for row in range(30)]
@@ -226,57 +223,6 @@ def test_a_recursive_schema_validates_recursive_answers(tmp_path: Path, tiny_che
     assert "/child/child/n" in rejected(tmp_path / "out")["in.parquet:1"][1]
 
 
-def test_an_output_of_another_job_or_with_other_files_is_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    source = write_parquet(tmp_path / "in.parquet", {"text": ["a"]})
-    run_fake_job(source, tmp_path / "out", tiny_checkpoint)
-    with pytest.raises(OutputError, match=r"belongs to another job; different: \[sampling\]\."):
-        run_fake_job(source, tmp_path / "out", tiny_checkpoint, sampling={"max_tokens": 65})
-    with pytest.raises(OutputError, match=r"different: --limit\. A trial needs an output of its own"):
-        launch(fake_job(source, tmp_path / "out", tiny_checkpoint), limit=1)
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
-    with pytest.raises(OutputError, match="files that are not a moebeam run"):
-        run_fake_job(source, tmp_path / "photos", tiny_checkpoint)
-    (tmp_path / "photos" / "_moebeam").mkdir()
-    (tmp_path / "photos" / "cat.jpg").rename(tmp_path / "photos" / "_moebeam" / "cat.jpg")
-    with pytest.raises(OutputError, match="files that are not a moebeam run"):
-        run_fake_job(source, tmp_path / "photos", tiny_checkpoint)
-
-
-def test_an_output_whose_claim_was_killed_half_way_is_free(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    source = write_parquet(tmp_path / "in.parquet", {"text": ["a"]})
-    state = tmp_path / "out" / "_moebeam"
-    state.mkdir(parents=True)
-    (state / ".job.json.0123.tmp").write_bytes(b"{")
-    (state / "probe-0123").write_bytes(b"first")
-    summary = run_fake_job(source, tmp_path / "out", tiny_checkpoint)
-    assert summary.num_results == 1
-    assert sorted(path.name for path in state.iterdir() if path.is_file()) == ["input.json", "job.json", "publish.json"]
-
-
-def test_an_output_that_another_launcher_claims_meanwhile_is_shared(
-    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write_parquet(tmp_path / "in.parquet", {"text": ["a"]})
-    real = storage.list_files
-
-    def list_files(pattern: str) -> list[tuple[str, Mapping[str, Any]]]:
-        if pattern == str(tmp_path / "out"):
-            monkeypatch.setattr(storage, "list_files", real)
-            run_fake_job(source, tmp_path / "out", tiny_checkpoint)
-        return real(pattern)
-
-    monkeypatch.setattr(storage, "list_files", list_files)
-    (tmp_path / "out").mkdir()
-    assert run_fake_job(source, tmp_path / "out", tiny_checkpoint).num_results == 1
-
-
-def test_an_output_inside_the_input_folder_is_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    write_parquet(tmp_path / "in" / "a.parquet", {"text": ["a"]})
-    with pytest.raises(OutputError, match="lies inside the input"):
-        run_fake_job(tmp_path / "in", tmp_path / "in" / "out", tiny_checkpoint)
-
-
 def test_columns_that_are_not_there_are_refused_with_the_nearest_name(tmp_path: Path, tiny_checkpoint: Path) -> None:
     source = write_parquet(tmp_path / "in.parquet", {"text": ["a"], "Cost": [1]})
     with pytest.raises(JobFileError) as found:
@@ -290,7 +236,8 @@ def test_columns_that_are_not_there_are_refused_with_the_nearest_name(tmp_path: 
     message = str(found.value)
     assert "has no column 'texxt'; did you mean 'text'?" in message
     assert "[input] id_column" in message
-    assert "column 'Cost' has the name of an output column (case ignored)" in message
+    assert "column 'Cost' would have the name of an output column (case ignored)" in message
+    assert 'passthrough = { columns = ["Cost"], prefix = "in_" }' in message
 
 
 def test_compatible_schemas_are_unified_and_contradicting_ones_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -330,7 +277,9 @@ def test_jsonl_in_the_openai_batch_shape_is_answered_line_by_line(tmp_path: Path
             "{broken",
             "",
             batch_line("short", "hello", max_tokens=3),
-            batch_line("many", "hello", n=2),
+            batch_line("two", "hello", n=2),
+            batch_line("many", "hello", n=129),
+            batch_line("stream", "hello", stream=True),
             {**batch_line("embed", "hello"), "url": "/v1/embeddings"},
             batch_line("ok", "again"),
             batch_line(None, "hello"),
@@ -340,17 +289,21 @@ def test_jsonl_in_the_openai_batch_shape_is_answered_line_by_line(tmp_path: Path
         ],
     )
     summary = run_fake_job(source, tmp_path / "out", tiny_checkpoint, prompt={"template": None})
-    assert (summary.rows_in, summary.num_results, summary.exit_code) == (10, 2, 3)
-    results = {row["custom_id"]: row for row in read_table(tmp_path / "out", "results")}
+    assert (summary.rows_in, summary.num_results, summary.exit_code) == (12, 4, 3)
+    answers = read_table(tmp_path / "out", "results")
+    found = [(row["custom_id"], row["sample"]) for row in answers]
+    assert sorted(found) == [("ok", 0), ("short", 0), ("two", 0), ("two", 1)]
+    results = {row["custom_id"]: row for row in answers}
     assert (results["ok"]["finish_reason"], results["short"]["finish_reason"]) == ("stop", "length")
     assert results["short"]["completion_tokens"] == 3
     found = [(row["custom_id"], row["error_type"]) for row in read_table(tmp_path / "out", "rejects")]
     assert found == [
         ("in.jsonl:1", "invalid_id"),
-        ("many", "unsupported_request"),
+        ("many", "invalid_sampling"),
+        ("stream", "unsupported_request"),
         ("embed", "unsupported_request"),
         ("ok", "duplicate_id"),
-        ("in.jsonl:6", "invalid_id"),
+        ("in.jsonl:8", "invalid_id"),
         ("image", "unsupported_request"),
         ("hot", "invalid_sampling"),
         ("surrogate", "invalid_line"),
@@ -375,15 +328,6 @@ def test_limit_answers_the_first_rows_only(tmp_path: Path, tiny_checkpoint: Path
     summary = launch(fake_job(source, tmp_path / "out", tiny_checkpoint), limit=13)
     assert summary.rows_in == 13
     assert column(read_table(tmp_path / "out", "results"), "source_row") == list(range(13))
-
-
-def test_an_output_that_cannot_be_written_is_a_clear_error(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    source = write_parquet(tmp_path / "in.parquet", {"text": ["a"]})
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match=r"file.*cannot be written"):
-        run_fake_job(source, tmp_path / "file" / "out", tiny_checkpoint)
-    with pytest.raises(OutputError, match=r"/proc/moebeam'.*cannot be written"):
-        run_fake_job(source, Path("/proc/moebeam"), tiny_checkpoint)
 
 
 def test_values_that_python_cannot_hold_reject_their_rows_alone(tmp_path: Path, tiny_checkpoint: Path) -> None:
@@ -430,13 +374,3 @@ def test_a_derived_id_does_not_make_a_given_one_a_duplicate(tmp_path: Path, tiny
     source = write_parquet(tmp_path / "in.parquet", {"id": [None, "in.parquet:0"], "text": ["a", "b"]})
     summary = run_fake_job(source, tmp_path / "out", tiny_checkpoint, input={"id_column": "id"})
     assert (summary.num_results, summary.rejects_by_type) == (1, {"invalid_id": 1})
-
-
-def test_of_two_jobs_that_start_at_once_on_one_output_one_is_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    source = write_parquet(tmp_path / "in.parquet", {"text": ["a"]})
-    first = check_job(fake_job(source, tmp_path / "out", tiny_checkpoint))
-    second = check_job(fake_job(source, tmp_path / "out", tiny_checkpoint, prompt={"template": "B {{ text }}"}))
-    first.claim_output()
-    first.claim_output()
-    with pytest.raises(OutputError, match=r"belongs to another job; different: \[prompt\]"):
-        second.claim_output()

@@ -30,7 +30,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "routed": {"model": "b"},
     "penalised": {"frequency_penalty": 0.5, "presence_penalty": 0.25, "logprobs": True, "top_logprobs": 1},
     "stranger": {"model": "gpt-9"},
-    "many": {"n": 2},
+    "many": {"n": 2, "temperature": 1, "seed": 5},
     "wild": {"presence_penalty": 3},
 }
 
@@ -72,15 +72,18 @@ def test_rows_get_what_they_ask_for_or_a_reject_that_says_why(tmp_path: Path, mo
         )
         launch(job)
         sent = {call.body["messages"][0]["content"].removeprefix(PROMPT): call.body for call in served.calls}
+        seeds = {call.body["seed"] for call in served.calls if "seed" in call.body}
+        assert not any("n" in call.body for call in served.calls)
     results = {row["custom_id"]: row for row in read_table(tmp_path / "out", "results")}
     rejects = {row["custom_id"]: row for row in read_table(tmp_path / "out", "rejects")}
     ledger = {row["custom_id"]: row for row in read_table(tmp_path / "out", "ledger")}
 
-    assert set(rejects) == {"stranger", "many", "wild"}
+    assert set(rejects) == {"stranger", "wild"}
     assert sent.keys() == ledger.keys() == results.keys()
-    assert rejects["stranger"]["error_type"] == rejects["many"]["error_type"] == "unsupported_request"
+    assert rejects["stranger"]["error_type"] == "unsupported_request"
     assert "expected 'm' or 'b', found 'gpt-9'" in rejects["stranger"]["error_message"]
-    assert "the engine 'openai'" in rejects["many"]["error_message"]
+    many = [row["sample"] for row in read_table(tmp_path / "out", "results") if row["custom_id"] == "many"]
+    assert (sorted(many), len(seeds)) == ([0, 1], 2), "one request an answer, each with a seed of its own"
     assert rejects["wild"]["error_message"] == "body.presence_penalty: expected at most 2, found 3"
 
     assert sent["flex"]["service_tier"] == "flex"
@@ -99,6 +102,7 @@ def test_rows_get_what_they_ask_for_or_a_reject_that_says_why(tmp_path: Path, mo
         "unpriced": None,
         "routed": "4",
         "penalised": "2",
+        "many": "2",
     }
     assert results["routed"]["model"] == ledger["routed"]["model"] == "b"
     assert results["flex"]["cost"] == Decimal("0.001")

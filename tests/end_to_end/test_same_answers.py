@@ -20,7 +20,7 @@ from moebeam.jobs.console.summary import ProgressSnapshot
 from moebeam.jobs.notebook.run_job import run_job
 from moebeam.jobs.run.launch import launch
 from moebeam.schemas.errors import JobError
-from tests.support.disturbed_runs import tables_of, without_cache
+from tests.support.disturbed_runs import tables_of
 from tests.support.jobs_for_tests import column, fake_job, priced, read_table, run_fake_job, write_parquet, write_script
 from tests.support.paths import ROOT
 
@@ -197,14 +197,8 @@ def test_stopping_drains_to_a_state_that_the_same_command_finishes(tmp_path: Pat
     resumed = launch(job)
     assert (resumed.status, resumed.exit_code, resumed.num_results) == ("succeeded", 0, 60)
     run_fake_job(source, tmp_path / "undisturbed", tiny_checkpoint, **sections)
-    # The rows asked after the stop computed their shared prefix again: hits and costs may differ, tokens may not.
     after_stop, undisturbed = (tables_of(tmp_path / name) for name in ("out", "undisturbed"))
-    assert without_cache(after_stop) == without_cache(undisturbed)
-    num_prompt_tokens = [
-        [row["cache_hit_tokens"] + row["cache_miss_tokens"] for row in tables["ledger"]]
-        for tables in (after_stop, undisturbed)
-    ]
-    assert num_prompt_tokens[0] == num_prompt_tokens[1]
+    assert after_stop == undisturbed
 
 
 @pytest.mark.integration

@@ -135,11 +135,11 @@ def test_an_engine_in_process_stops_within_a_shard_and_goes_on_there(
 ) -> None:
     source = write_parquet(tmp_path / "in.parquet", {"text": [f"ticket {row}" for row in range(NUM_ROWS)]})
     values: dict[str, Any] = {
-        "model": {"script": str(write_script(tmp_path / "slow.json", {"latency_ms": 50}))},
         "plan": {"max_shard_rows": NUM_ROWS},
         "failures": {"drain_s": 0.2, "engine_process": "own" if is_own_process else "shared"},
     }
     undisturbed = launch(fake_job(source, tmp_path / "undisturbed", tiny_checkpoint, **values))
+    values["model"] = {"script": str(write_script(tmp_path / "slow.json", {"latency_ms": 50}))}
     assert undisturbed.num_results == NUM_ROWS
     stops = StopsAt(lambda snapshot: snapshot.stage == "answer" and snapshot.rows_done > 3)
     output = tmp_path / "out"
@@ -202,14 +202,15 @@ def test_a_stop_while_planning_is_told_by_status_until_the_run_goes_on(tmp_path:
 
 @pytest.fixture
 def slow_template(tmp_path: Path, tiny_checkpoint: Path) -> Path:
-    """A job whose template takes minutes of C code for its row."""
+    """A job whose template takes an hour of C code for its row, and may."""
     write_parquet(tmp_path / "in.parquet", {"text": ["x"]})
     path = tmp_path / "job.toml"
     path.write_text(f"""
 [input]
 path = "{tmp_path}/in.parquet"
 [prompt]
-template = "{{{{ text }}}}{{{{ (text|length)|round(300000000, 'floor') }}}}"
+template = "{{{{ text }}}}{{{{ ([[text]] * 1000000) | sum(start=[]) | length }}}}"
+max_template_s = 3600
 [output]
 path = "{tmp_path}/out"
 [model]
@@ -239,7 +240,7 @@ def wait_for(is_so: Callable[[], bool]) -> None:
 @pytest.mark.integration
 @pytest.mark.parametrize("num_signals", [1, 2])
 @pytest.mark.parametrize("options", [(), ("--direct_num_workers=2", "--direct_running_mode=multi_processing")])
-def test_a_template_that_holds_the_interpreter_outlives_no_signal(
+def test_a_template_that_takes_an_hour_outlives_no_signal(
     slow_template: Path, options: tuple[str, ...], num_signals: int
 ) -> None:
     output = slow_template.parent / "out"

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moebeam.jobs.deploy.flink.worker_pool import WORKER_MODULE
-from tests.support.disturbed_runs import Tables, Work, problems_of, tables_of, without_cache
+from tests.support.disturbed_runs import Tables, Work, problems_of, tables_of
 from tests.support.flink.built_cluster import make_cluster
 from tests.support.flink.cluster import LocalCluster
 from tests.support.killed_runs import run_to_end, start
@@ -179,7 +179,7 @@ def test_ctrl_c_drains_a_run_on_flink_and_the_local_runner_finishes_it(
     assert json.loads((output / "manifest.json").read_text())["status"] == "incomplete"
     assert command("resume", str(output)).returncode == UNREADABLE_EXIT_CODE
     assert problems_of(output, work, None) == []
-    assert without_cache(tables_of(output)) == without_cache(local_tables)
+    assert tables_of(output) == local_tables
 
 
 def test_ctrl_c_while_planning_ends_the_work_on_flink_and_status_says_why(cluster: LocalCluster, work: Work) -> None:

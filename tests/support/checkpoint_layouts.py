@@ -242,7 +242,8 @@ class Layout:
 
     def engine(self, **options: int) -> TorchEngine:
         """A new engine around weights that are loaded once."""
-        return TorchEngine(self._loaded.model, self._loaded.placement, **options)
+        loaded = self._loaded
+        return TorchEngine(loaded.model, loaded.placement, **({"context_length": loaded.context_length} | options))
 
 
 def load_engine(path: Path, **options: Any) -> TorchEngine:

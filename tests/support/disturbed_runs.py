@@ -18,19 +18,6 @@ from moebeam.schemas.job.sections import Job
 from tests.support.jobs_for_tests import fake_job, priced, write_parquet, write_script
 
 MEASURED = frozenset({"latency_ms", "started_at", "journal"})
-CACHED = frozenset(
-    {
-        "cached_tokens",
-        "computed_tokens",
-        "cache_hit_tokens",
-        "cache_miss_tokens",
-        "cache_hit_cost",
-        "cache_miss_cost",
-        "cost",
-        "cost_allocated",
-    }
-)
-"""What a stop in the middle of a shard may change: the rows asked later compute their shared prefixes again."""
 """Columns that two runs of one job need not have in common."""
 
 SCHEMA = {
@@ -121,14 +108,6 @@ def tables_of(output: Path) -> Tables:
             rows, key=lambda row: (row["source_file"], row["source_row"] or 0, row.get("attempt", 0))
         )
     return tables
-
-
-def without_cache(tables: Tables) -> Tables:
-    """The same tables without what depends on where a run was stopped."""
-    return {
-        table: [{name: value for name, value in row.items() if name not in CACHED} for row in rows]
-        for table, rows in tables.items()
-    }
 
 
 def problems_of(output: Path, work: Work, undisturbed: Tables | None) -> list[str]:

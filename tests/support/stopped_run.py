@@ -34,7 +34,14 @@ from moebeam.transforms.plan.sorted_runs import read_rows
 from moebeam.transforms.publish.invariants import RowSums, sum_shard
 from moebeam.transforms.publish.manifest import RunAccounts, publish_shard, write_manifest
 from moebeam.transforms.publish.publish_spec import PublishSpec
-from moebeam.transforms.publish.rollup import DEFAULT_BY, MAX_GROUPS, largest_groups, merge_groups, read_ledger, roll_up
+from moebeam.transforms.publish.rollup import (
+    DEFAULT_BY,
+    MAX_GROUPS,
+    largest_groups,
+    merge_groups,
+    read_committed_ledger,
+    roll_up,
+)
 from tests.support.jobs_for_tests import fake_job, priced, write_parquet
 
 NUM_ROWS, MAX_SHARD_ROWS = 24, 6
@@ -55,13 +62,16 @@ class Crashed(Exception):
 
 @dataclass
 class Engine:
-    """Answers by the row's text; breaks after so many answers, if told."""
+    """Answers by the row's text; breaks after so many answers, if told. Stands for `fake`, which plans prefixes."""
 
     num_left: int | None = None
     num_asked: int = 0
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         for request in requests:
+            if request.earlier is not None:
+                yield request.earlier
+                continue
             if self.num_left is not None and self.num_asked >= self.num_left:
                 raise Crashed("the engine broke")
             self.num_asked += 1
@@ -192,9 +202,9 @@ class PlannedRun:
         for commit in commits:
             publish_shard(commit, spec.layout)
             assert spec.accounting is not None
-            record_unused(spec.layout, commit.shard, spec.accounting)
-        ledgers = (read_ledger(spec.layout.published_file("ledger", commit.shard)) for commit in commits)
-        groups = merge_groups(roll_up(ledger, DEFAULT_BY) for ledger in ledgers)
+            record_unused(spec.layout, commit, spec.accounting)
+        ledgers = (read_committed_ledger(spec.layout, commit) for commit in commits)
+        groups = merge_groups(roll_up(ledger, DEFAULT_BY) for ledger in ledgers if ledger is not None)
         rows = sum((sums for commit in commits for sums in sum_shard(commit, spec.layout)), RowSums())
         write_manifest(commits, spec, RunAccounts(largest_groups(groups.items(), DEFAULT_BY, MAX_GROUPS), rows))
 

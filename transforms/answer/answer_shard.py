@@ -64,6 +64,7 @@ class AnswerSpec:
         failures: what happens to rows that the engine cannot answer, and to an engine that dies.
         reuse: the earlier run to take answers from, if any.
         attempt: unique to this attempt of the run.
+        run_key: of the run, the same for all its attempts: what random numbers follow where a request has no seed.
     """
 
     layout: RunLayout
@@ -78,6 +79,7 @@ class AnswerSpec:
     failures: FailuresSection = field(default_factory=FailuresSection)
     reuse: ReuseSource | None = None
     attempt: str = field(default_factory=lambda: uuid.uuid4().hex)
+    run_key: str = ""
 
     @property
     def is_journaled(self) -> bool:
@@ -118,7 +120,9 @@ class LoadedEngine:
                 runner = HostRunner(config, max_silence_s=max_silence_s)
             case "shared":
                 runner = load_runner(config)
-        return cls(runner, load_encoder(config.path, config.options.encoding, config.name))
+        return cls(
+            runner, load_encoder(config.path, config.options.encoding, config.name, config.options.max_model_len)
+        )
 
 
 def prepare_rows(table: pa.Table, spec: AnswerSpec) -> PlannedRows:
@@ -221,7 +225,9 @@ def _account_answers(
     options = rows.values("options")
     # Counted now as already spent, so replayed answers are not counted again.
     budget.count_earlier(Spent.from_completions((entry.completion for entry in journal.kept.entries), spec.accounting))
-    runner = JournaledRunner(BudgetedRunner(keeping_runner(engine.runner, journal), budget), journal)
+    runner = JournaledRunner(
+        BudgetedRunner(keeping_runner(engine.runner, journal), budget), journal, spec.engine.options.plans_prefixes
+    )
     validated = answer_and_validate(
         make_requests(shard, rows, spec, engine.encoder),
         runner,
@@ -262,14 +268,14 @@ def make_requests(
     Args:
         has_grammars: whether engines in process decode them under grammars, where the job has any.
     """
-    names = ("prefix_key", "messages", "sampling", "options", "tenant", "custom_id")
+    names = ("prefix_key", "messages", "sampling", "options", "tenant", "custom_id", "sample")
     columns = [rows.table.column(name) for name in names]
     is_constrained = has_grammars and spec.is_constrained and spec.engine.options.is_constrained
     grammars = GrammarCache(encoder) if is_constrained and isinstance(encoder, PromptEncoder) else None
     # With a tokenizer, the rendered prompt already holds the schema.
     is_told = spec.schema_in_prompt == "always" and spec.engine.options.is_remote
     for row in rows.asked:
-        key, messages, sampling, options, tenant, row_id = (column[row].as_py() for column in columns)
+        key, messages, sampling, options, tenant, row_id, sample = (column[row].as_py() for column in columns)
         token_ids = token_ids_of(key)
         terms = spec.terms.find(options)
         chat = parse_messages(json.loads(messages))
@@ -286,6 +292,8 @@ def make_requests(
             options=terms.options,
             scope=shard,
             row_id=row_id,
+            sample=sample,
+            run_key=spec.run_key,
         )
 
 

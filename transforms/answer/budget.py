@@ -297,7 +297,7 @@ class _Waiting:
     def pull_admitted(self) -> Iterator[Request]:
         """Those that may be sent now; the one after them is held for the next round."""
         while (request := self._held or self._next()) is not None:
-            verdict = self.budget.admit(request)
+            verdict = "send" if request.earlier is not None else self.budget.admit(request)
             self._held = request if verdict == "wait" else None
             if verdict != "send":
                 self.is_over = verdict == "stop"
@@ -309,7 +309,7 @@ class _Waiting:
         request = next(self.requests, None)
         if request is not None:
             self.unanswered[request.request_id] = None
-            if self.budget.may_ask():
+            if request.earlier is not None or self.budget.may_ask():
                 return request
         self.is_over = True
         return None

@@ -9,10 +9,11 @@ the same. Answers that were journaled but never used, because two attempts ran a
 published (`transforms/answer/waste.py`): each answer is priced exactly once.
 
 Where answers cost nothing but time, none is written as it arrives: `keep_late` journals those of a shard that stops
-before its end, and the next attempt asks the rest. It computes their shared prefixes again, so `cached_tokens` of rows
-asked later may differ from those of a run without a stop; answers do not.
+before its end, and the next attempt asks the rest. It hands engines that plan prefixes the kept answers too, in their
+places, so that the rest counts the hits that it would have had without the stop (`Request.earlier`).
 """
 
+import json
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from moebeam.model_runner.protocol import ModelRunner
 from moebeam.schemas.canonical import fingerprint
 from moebeam.schemas.chat_options import options_json
 from moebeam.schemas.errors import RequestGivenUp
-from moebeam.schemas.records import Completion, LostCall, Request
+from moebeam.schemas.records import Completion, LostCall, Request, sampling_json
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.journal_file import Entry, JournalContent, JournalWriter, read_journal
 
@@ -38,22 +39,13 @@ def request_key(request: Request) -> str:
 
     The attempt number is left out, so a request that is resent unchanged may take the answer to any of its sendings.
     """
-    sampling = request.sampling
     return fingerprint(
         {
             "row": request.request_id,
             "tenant": request.tenant,
             "messages": [{"role": m.role, "content": m.content, "extra": dict(m.extra)} for m in request.messages],
             "options": options_json(request.options),
-            "sampling": {
-                "max_tokens": sampling.max_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "stop": list(sampling.stop),
-                "seed": sampling.seed,
-                "min_p": sampling.min_p,
-                "logprobs": sampling.logprobs,
-            },
+            "sampling": json.loads(sampling_json(request.sampling)),
         }
     )
 
@@ -212,10 +204,15 @@ class ShardJournal:
 
 @dataclass(frozen=True, slots=True)
 class JournaledRunner:
-    """Replays journaled answers and sends only the other requests."""
+    """Replays journaled answers and sends only the other requests.
+
+    Attributes:
+        plans_prefixes: whether the engine takes requests with `Request.earlier`.
+    """
 
     runner: ModelRunner
     journal: ShardJournal
+    plans_prefixes: bool = False
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """As `ModelRunner.generate`; replayed answers come before the engine's next one."""
@@ -224,10 +221,12 @@ class JournaledRunner:
         def unanswered() -> Iterator[Request]:
             for request in requests:
                 completion = self.journal.replay(request)
-                if completion is not None:
-                    replayed.append(completion)
-                else:
+                if completion is None:
                     yield request
+                elif self.plans_prefixes:
+                    yield replace(request, earlier=completion)
+                else:
+                    replayed.append(completion)
 
         for completion in self.runner.generate(unanswered()):
             while replayed:

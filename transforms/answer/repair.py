@@ -12,7 +12,7 @@ from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import EmptyAnswer, RowError, TruncatedAnswer
 from moebeam.schemas.job.sections import RepairSection
 from moebeam.schemas.records import Completion, Message, Request
-from moebeam.transforms.render.render_rows import SchemaInPrompt, render_prompt
+from moebeam.transforms.render.render_rows import SchemaInPrompt, render_prompts
 
 _WITHOUT_ANSWER = (EmptyAnswer, TruncatedAnswer)
 """Errors whose answers are not shown to the model again: empty, or too long."""
@@ -42,10 +42,12 @@ class Repair:
             return None
         messages = (*request.messages, *_complain(answer.completion, error))
         try:
-            text = render_prompt(self.encoder, messages, request.options, self.schema_in_prompt)
-            token_ids = self.encoder.encode_batch([text])[0]
+            (text,) = render_prompts(self.encoder, [(messages, request.options)], self.schema_in_prompt)
+            if isinstance(text, RowError):
+                # The chat template does not accept such a turn.
+                return None
+            (token_ids,) = self.encoder.encode_batch([text])
         except RowError:
-            # The chat template does not accept such a turn.
             return None
         if not self.encoder.fits(int(token_ids.shape[0]), request.sampling.max_tokens):
             return None

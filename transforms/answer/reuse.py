@@ -7,6 +7,7 @@ held, however large the runs are.
 
 import json
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,8 +18,10 @@ import pyarrow.parquet as pq
 
 from moebeam.schemas.arrow import list_values
 from moebeam.schemas.errors import CommitError
+from moebeam.schemas.records import parse_sampling_json
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.durable.commit import open_committed, read_commit
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.plan.sorted_runs import read_rows, write_rows
 
@@ -39,12 +42,17 @@ ANSWER_COLUMNS = (
     "model_revision",
     "logprobs",
     "top_logprobs",
+    "repaired",
 )
 """Result columns to take over; null where tables of an older version lack one. Costs are not among them: the earlier
 run paid."""
 
 _FENCES = pa.schema([("shard", pa.string()), ("first", pa.binary()), ("last", pa.binary())])
-_RequestKey: TypeAlias = tuple[bytes, str, str | None]
+_RequestKey: TypeAlias = tuple[bytes, str, str | None, str, int]
+"""Prompt, sampling, options, the row's id and the sample. Greedy requests have no id and sample 0, since any answer to
+an equal one is theirs; of sampled ones each has its own."""
+
+_ANY_ROW = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +133,12 @@ class EarlierAnswers:
         Args:
             asked: rows of `table`, which has `moebeam.schemas.tables.plan_schema`.
         Raises:
-            CommitError: tables and plan of the earlier run contradict each other.
+            CommitError: tables and plan of the earlier run are damaged, or contradict each other.
             OSError: a store failed.
         """
-        keys, sampling, options = (list_values(table, name) for name in ("prefix_key", "sampling", "options"))
-        wanted = {row: (keys[row], sampling[row], options[row]) for row in asked}
+        requests = _list_requests(table)
+        wanted = {row: requests[row] for row in asked}
+        num_equal = Counter(map(_of_any_row, requests))
         found: dict[int, EarlierAnswer] = {}
         if not wanted:
             return found
@@ -137,7 +146,10 @@ class EarlierAnswers:
         for shard in self._shards(lowest, highest):
             answers = _read_answers(self.source, shard)
             for row, request in wanted.items():
-                if row not in found and (answer := answers.get(request)) is not None:
+                # Rows of one request that is sampled must not all take one answer; a row alone may take any.
+                is_alone = num_equal[_of_any_row(request)] == 1
+                answer = answers.get(request) or (answers.get(_of_any_row(request)) if is_alone else None)
+                if row not in found and answer is not None:
                     found[row] = answer
         return found
 
@@ -160,38 +172,62 @@ def _read_answers(source: ReuseSource, shard: str) -> dict[_RequestKey, EarlierA
     """Valid answers of one earlier shard, by request; of merged rows, the first one's."""
     layout = RunLayout(source.output)
     path = layout.published_file("results", shard)
-    if not storage.exists(path):
+    if (commit := read_commit(layout, shard)) is None:
+        raise CommitError(f"{layout.shard_commit(shard)}: expected the commit of a finished run, found no such file")
+    if (file := open_committed(layout, commit, "results")) is None:
         return {}  # all its rows were rejected
-    with storage.open_input(path) as file:
+    with file:
         parquet = pq.ParquetFile(file)
-        wanted = ("custom_id", "source_file", "source_row", *ANSWER_COLUMNS)
+        wanted = ("custom_id", *_PLACE, *ANSWER_COLUMNS)
         results = parquet.read([name for name in wanted if name in parquet.schema_arrow.names])
-    places = list(zip(list_values(results, "source_file"), list_values(results, "source_row"), strict=True))
-    row_of = {place: row for row, place in enumerate(places)}
+    row_of = {place: row for row, place in enumerate(_list_places(results))}
     missing: list[Any] = [None] * results.num_rows
     columns = {
         name: list_values(results, name) if name in results.schema.names else missing
         for name in ("custom_id", *ANSWER_COLUMNS)
     }
-    names = ("source_file", "source_row", "prefix_key", "sampling", "options")
-    planned = read_rows(layout.shard_plan(shard), names)
+    planned = read_rows(layout.shard_plan(shard), (*_PLACE, *_REQUEST))
     answers: dict[_RequestKey, EarlierAnswer] = {}
     num_found = 0
-    for file, number, *request in zip(*(list_values(planned, name) for name in names), strict=True):
-        row = row_of.get((file, number))
+    for place, request in zip(_list_places(planned), _list_requests(planned), strict=True):
+        row = row_of.get(place)
         if row is None:
             continue
         num_found += 1
-        key, sampling, options = request
         answer = EarlierAnswer(
             {name: columns[name][row] for name in ANSWER_COLUMNS}, f"{source.run_id}/{columns['custom_id'][row]}"
         )
-        answers.setdefault((key, sampling, options), answer)
+        answers.setdefault(request, answer)
+        answers.setdefault(_of_any_row(request), answer)
     if num_found != results.num_rows:
         raise CommitError(
             f"{path}: expected the rows of {layout.shard_plan(shard)}, found {results.num_rows - num_found} others"
         )
     return answers
+
+
+_PLACE = ("source_file", "source_row", "sample")
+_REQUEST = ("prefix_key", "sampling", "options", "custom_id")
+
+
+def _list_places(table: pa.Table) -> list[tuple[str, int, int]]:
+    """Where each row of a plan or a table of results comes from."""
+    return list(zip(*(list_values(table, name) for name in _PLACE), strict=True))
+
+
+def _list_requests(planned: pa.Table) -> list[_RequestKey]:
+    """What makes answers interchangeable, of each row of a plan; of a reject a key that no request has."""
+    samplings = list_values(planned, "sampling")
+    greedy = {text: text is None or parse_sampling_json(text).is_greedy for text in set(samplings)}
+    columns = (list_values(planned, name) for name in (*_REQUEST, "sample"))
+    return [
+        (key, sampling, options, _ANY_ROW, 0) if greedy[sampling] else (key, sampling, options, custom_id, sample)
+        for key, sampling, options, custom_id, sample in zip(*columns, strict=True)
+    ]
+
+
+def _of_any_row(request: _RequestKey) -> _RequestKey:
+    return (*request[:3], _ANY_ROW, request[4])
 
 
 def parse_output(answer: EarlierAnswer) -> Any:

@@ -17,6 +17,8 @@ from moebeam.model_runner.prefix_tree import common_prefix_lengths
 from moebeam.schemas.answers import AccountedAnswer, ValidatedAnswer
 from moebeam.schemas.arrow import list_values, struct_columns, take_rows
 from moebeam.schemas.canonical import Json
+from moebeam.schemas.column_types import loosen_sizes, restore_column
+from moebeam.schemas.column_values import print_column
 from moebeam.schemas.contract.output_column import output_column
 from moebeam.schemas.contract.output_type import OutputType
 from moebeam.schemas.records import Usage, UsageStatus
@@ -64,13 +66,15 @@ class PlannedRows:
     @classmethod
     def from_table(cls, table: pa.Table) -> "PlannedRows":
         """Classify the rows of a shard's plan."""
-        errors, merged_into, custom_ids = (list_values(table, n) for n in ("error_type", "merged_into", "custom_id"))
+        errors, merged_into = list_values(table, "error_type"), list_values(table, "merged_into")
+        custom_ids, samples = list_values(table, "custom_id"), list_values(table, "sample")
         asked = tuple(row for row, error in enumerate(errors) if error is None and merged_into[row] is None)
-        row_of = {custom_ids[row]: row for row in asked}
+        row_of = {(custom_ids[row], samples[row]): row for row in asked}
         followers: dict[int, list[int]] = {}
         for row, first_id in enumerate(merged_into):
             if first_id is not None:
-                followers.setdefault(row_of[first_id], []).append(row)
+                first = row_of.get((first_id, samples[row]))
+                followers.setdefault(row_of[first_id, 0] if first is None else first, []).append(row)
         return cls(table, asked, followers)
 
     def values(self, name: str) -> list[Any]:
@@ -96,15 +100,19 @@ def shard_tables(
     fields, passthrough = struct_columns(rows.table, PASSTHROUGH)
     typed = [] if output_type is None else [output_column(_values(rows, answers), output_type).array]
     table = pa.table(
-        [*(pa.array(columns[field.name], field.type) for field in RESULT_SCHEMA), *typed, *passthrough],
+        [
+            *(pa.array(columns[field.name], field.type) for field in RESULT_SCHEMA),
+            *typed,
+            *(restore_column(column, field) for field, column in zip(fields, passthrough, strict=True)),
+        ],
         schema=result_schema(fields, output_type and output_type.arrow),
     )
-    input_order = np.lexsort([rows.table.column("source_row").to_numpy(), rows.table.column("unit").to_numpy()])
+    input_order = np.lexsort([rows.table.column(name).to_numpy() for name in ("sample", "source_row", "unit")])
     table = take_rows(table, input_order)
     is_ok = pc.equal(table.column("status"), pa.scalar("ok"))
     return {
         "results": table.filter(is_ok),
-        "rejects": table.filter(pc.invert(is_ok)),
+        "rejects": loosen_sizes(table.filter(pc.invert(is_ok))),
         "ledger": _ledger(shard, rows, answers, allocations, accounting),
     }
 
@@ -139,7 +147,7 @@ def _result_columns(
     """All columns of `RESULT_SCHEMA`, in plan order."""
     num_rows = rows.table.num_rows
     columns: dict[str, list[Any]] = {field.name: [None] * num_rows for field in RESULT_SCHEMA}
-    repeated = ("custom_id", "source_file", "source_row", "scope", "num_rows", "merged_into")
+    repeated = ("custom_id", "sample", "source_file", "source_row", "scope", "num_rows", "merged_into")
     for name in (*repeated, "error_type", "error_message", "error_stage"):
         columns[name] = rows.values(name)
     columns["run_id"] = [accounting.run_id] * num_rows
@@ -211,6 +219,7 @@ def _fill_answer(columns: dict[str, list[Any]], row: int, attempts: Attempts) ->
             [{"token": likely.token, "logprob": likely.logprob} for likely in place]
             for place in completion.top_logprobs
         ],
+        "repaired": list(completion.repaired) or None,
     }
     if error is not None:
         values["error_type"], values["error_stage"] = error.error_type, error.error_stage
@@ -275,8 +284,9 @@ def _ledger(
     accounting: Accounting,
 ) -> pa.Table:
     """One line per attempt."""
-    repeated = {name: rows.values(name) for name in ("custom_id", "source_file", "source_row", "tenant", "cost_center")}
-    tags = _tags(rows, accounting.tag_columns)
+    names = ("custom_id", "sample", "source_file", "source_row", "tenant", "cost_center")
+    repeated = {name: rows.values(name) for name in names}
+    tags = _tags(rows, accounting.fields_of_tags)
     lines: list[dict[str, Any]] = []
     for row in rows.asked:
         for accounted, share in zip(answers[row], share_costs(answers[row], allocations[row]), strict=True):
@@ -310,12 +320,14 @@ def _ledger(
     return pa.table(list(arrays), schema=LEDGER_SCHEMA)
 
 
-def _tags(rows: PlannedRows, names: Sequence[str]) -> list[dict[str, str]]:
-    """Tags of each planned row; a null column is no tag."""
-    fields, columns = struct_columns(rows.table, PASSTHROUGH)
-    values = {field.name: column.to_pylist() for field, column in zip(fields, columns, strict=True)}
+def _tags(rows: PlannedRows, fields_of_tags: Mapping[str, str]) -> list[dict[str, str]]:
+    """Tags of each planned row; a null is no tag, and *read* has rejected rows with a value that has no text."""
+    columns = {
+        field.name: (column, field) for field, column in zip(*struct_columns(rows.table, PASSTHROUGH), strict=True)
+    }
+    texts = {tag: print_column(*columns[name]) for tag, name in fields_of_tags.items()}
     return [
-        {name: str(values[name][row]) for name in names if values[name][row] is not None}
+        {tag: text for tag, of_rows in texts.items() if isinstance(text := of_rows[row], str)}
         for row in range(rows.table.num_rows)
     ]
 

@@ -219,8 +219,8 @@ class RunSpending(Spending):
         if self._paid_before is None:
             self._paid_before = self._journaled.read({*self._committed, *committed})
         for name in waste_names(layout):
-            if name not in self._wasted:
-                self._wasted[name] = Spent.from_totals(read_waste(layout, name).totals)
+            if name not in self._wasted and (waste := read_waste(layout, name)) is not None:
+                self._wasted[name] = Spent.from_totals(waste.totals)
         with self.lock:
             self._at_work = at_work
             self._committed |= committed

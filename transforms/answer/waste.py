@@ -7,9 +7,9 @@ outcome `wasted`, become one file under `_moebeam/wasted/`, which *publish* copi
 killed process had paid without a journal is not here: it could not report it.
 """
 
-import contextlib
 import hashlib
 import io
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,16 +17,20 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moebeam.schemas.answers import AccountedAnswer, Totals, ValidatedAnswer
+from moebeam.schemas.answers import AccountedAnswer, ShardCommit, Totals, ValidatedAnswer
 from moebeam.schemas.arrow import encode_parquet_file, list_values, replace_column
+from moebeam.schemas.errors import FileDamaged
 from moebeam.schemas.records import Completion
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.store.sealed_file import PARQUET_END, read_sealed, seal
 from moebeam.transforms.answer.shard_tables import PlannedRows, shard_tables
-from moebeam.transforms.durable.commit import ledger_totals
+from moebeam.transforms.durable.commit import ledger_totals, open_committed
 from moebeam.transforms.durable.journal_file import Entry, read_journal
 from moebeam.transforms.money.account import Accounting, account
 from moebeam.transforms.plan.sorted_runs import read_rows
+
+_LOGGER = logging.getLogger(__name__)
 
 WASTED = "wasted"
 """Outcome of these ledger lines."""
@@ -59,17 +63,20 @@ def waste_names(layout: RunLayout) -> list[str]:
     return storage.list_names(waste_folder(layout), _SUFFIX)
 
 
-def record_unused(layout: RunLayout, shard: str, accounting: Accounting) -> None:
-    """Write the ledger lines of journaled answers that a published shard did not use; idempotent.
+def record_unused(layout: RunLayout, commit: ShardCommit, accounting: Accounting) -> None:
+    """Write the ledger lines of journaled answers that a committed shard did not use; idempotent.
 
     Raises:
+        CommitError: the shard's ledger is missing or damaged.
         OSError: the store failed.
     """
     used: dict[str, int] = {}
-    with contextlib.suppress(FileNotFoundError), storage.open_input(layout.published_file("ledger", shard)) as file:
-        used = count_used(pq.read_table(file, columns=["journal", "num_lost_calls"]))
-    if (ledger := unused_lines(layout, shard, used, accounting)) is not None:
-        storage.write_whole(storage.join(waste_folder(layout), unused_name(shard)), encode_parquet_file(ledger))
+    if (source := open_committed(layout, commit, "ledger")) is not None:
+        with source:
+            used = count_used(pq.read_table(source, columns=["journal", "num_lost_calls"]))
+    if (ledger := unused_lines(layout, commit.shard, used, accounting)) is not None:
+        path = storage.join(waste_folder(layout), unused_name(commit.shard))
+        storage.write_whole(path, seal(encode_parquet_file(ledger)))
 
 
 def count_used(ledger: pa.Table) -> dict[str, int]:
@@ -146,13 +153,32 @@ def _wasted_lines(
     return replace_column(ledger, "outcome", [WASTED] * ledger.num_rows)
 
 
-def read_waste(layout: RunLayout, name: str) -> Waste:
-    """Read and add up one attempt's lines.
+def read_waste_file(layout: RunLayout, name: str) -> bytes | None:
+    """A record of waste, as a Parquet file; None if it is damaged, which stops nobody.
+
+    As long as there is a journal, the next launch writes it again.
 
     Raises:
         OSError: the store failed.
     """
-    content = storage.read_bytes(storage.join(waste_folder(layout), name))
+    try:
+        return read_sealed(storage.join(waste_folder(layout), name), PARQUET_END)
+    except FileDamaged as error:
+        _LOGGER.warning("%s; what it says was paid in vain is in no sum", error)
+        return None
+
+
+def read_waste(layout: RunLayout, name: str) -> Waste | None:
+    """Read and add up one attempt's lines; None if the record is damaged.
+
+    Raises:
+        OSError: the store failed.
+    """
+    content = read_waste_file(layout, name)
+    return None if content is None else _sum_waste(layout, name, content)
+
+
+def _sum_waste(layout: RunLayout, name: str, content: bytes) -> Waste:
     ledger = pq.read_table(io.BytesIO(content))
     return Waste(
         path=_published_path(layout, name).removeprefix(layout.output.rstrip("/") + "/"),
@@ -164,11 +190,13 @@ def read_waste(layout: RunLayout, name: str) -> Waste:
 
 
 def publish_waste(layout: RunLayout) -> list[Waste]:
-    """Copy all waste to the ledger, under names derived from the attempts; idempotent."""
+    """Publish all waste in the ledger, under names derived from the attempts; idempotent."""
     wastes: list[Waste] = []
     for name in waste_names(layout):
-        storage.copy_whole(storage.join(waste_folder(layout), name), _published_path(layout, name))
-        wastes.append(read_waste(layout, name))
+        content = read_waste_file(layout, name)
+        if content is not None:
+            storage.write_whole(_published_path(layout, name), content)
+            wastes.append(_sum_waste(layout, name, content))
     return wastes
 
 

@@ -7,23 +7,24 @@ whoever creates it wins. It names the staged files, so a loser's files are never
 import hashlib
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from moebeam.schemas.answers import ShardCommit, StagedFile, Totals
 from moebeam.schemas.arrow import encode_parquet_file, list_values
-from moebeam.schemas.errors import CommitError
+from moebeam.schemas.errors import CommitError, FileDamaged
 from moebeam.schemas.prices import EXACT
 from moebeam.schemas.store import storage
-from moebeam.schemas.store.record_json import RecordJson, read_record
+from moebeam.schemas.store.checked_file import open_checked
+from moebeam.schemas.store.record_json import encode_record, read_record
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.schemas.tables import TABLES, Table
+from moebeam.schemas.tables import RESULT_SCHEMA, TABLES, Table
 from moebeam.transforms.money.accelerator_time import with_accelerator_seconds
 
 
@@ -56,6 +57,29 @@ def read_commits(layout: RunLayout) -> dict[str, ShardCommit]:
     return {shard: commit for shard in shards if (commit := read_commit(layout, shard)) is not None}
 
 
+def open_committed(layout: RunLayout, commit: ShardCommit, table: Table) -> BinaryIO | None:
+    """Open a table of a committed shard, checked, from where it is published or else staged; None if it has no row.
+
+    Raises:
+        FileDamaged: neither file is what was committed.
+        CommitError: there is neither.
+        OSError: the store failed.
+    """
+    file = next((file for file in commit.files if file.table == table), None)
+    if file is None:
+        return None
+    published, staged = layout.published_file(table, commit.shard), storage.join(layout.output, file.path)
+    damage: FileDamaged | None = None
+    for path in (published, staged):
+        try:
+            return open_checked(path, file.sha256)
+        except FileNotFoundError:
+            continue
+        except FileDamaged as error:
+            damage = damage or error
+    raise damage or CommitError(f"{published}: expected the {table} of shard {commit.shard}, found no file")
+
+
 def commit_shard(
     layout: RunLayout,
     run_id: str,
@@ -76,7 +100,7 @@ def commit_shard(
     tables = {**tables, "ledger": with_accelerator_seconds(tables["ledger"], engine)}
     files = tuple(_stage(layout, shard, attempt, table, tables[table]) for table in TABLES if tables[table].num_rows)
     commit = ShardCommit(shard, run_id, attempt, datetime.now(UTC).isoformat(timespec="seconds"), files, totals, engine)
-    if storage.create_exclusive(layout.shard_commit(shard), RecordJson(ShardCommit).encode(commit)):
+    if storage.create_exclusive(layout.shard_commit(shard), encode_record(commit)):
         return commit
     storage.remove_files([storage.join(layout.output, file.path) for file in files])
     winner = read_commit(layout, shard)
@@ -91,7 +115,7 @@ def sum_tables(tables: Mapping[Table, pa.Table]) -> Totals:
     Raises:
         CommitError: tokens or costs of the rows differ from the ledger's.
     """
-    rows = pa.concat_tables([tables["results"], tables["rejects"]])
+    rows = pa.concat_tables([tables[name].select(RESULT_SCHEMA.names) for name in ("results", "rejects")])
     results, rejects, ledger = tables["results"], tables["rejects"], tables["ledger"]
     paid = ledger_totals(ledger)
     is_row = pc.equal(rejects.column("scope"), pa.scalar("row"))
@@ -112,6 +136,7 @@ def sum_tables(tables: Mapping[Table, pa.Table]) -> Totals:
         num_unreadable=unreadable.num_rows,
         num_unreadable_rows=_sum(unreadable, "num_rows"),
         rejects_by_type=_counts(rejects.column("error_type")),
+        num_further_samples=_count_further_samples(rows.filter(pc.equal(rows.column("scope"), pa.scalar("row")))),
     )
 
 
@@ -124,9 +149,21 @@ def _with_sound_usage(rows: pa.Table, ledger: pa.Table) -> tuple[pa.Table, Total
     is_doubtful = pc.fill_null(is_other, False)
     if not pc.any(is_doubtful).as_py():
         return rows, ledger_totals(ledger)
-    doubtful = rows.filter(is_doubtful).column("custom_id").combine_chunks()
-    is_billed = pc.invert(pc.is_in(ledger.column("custom_id"), value_set=doubtful))
+    doubtful = set(_answers_of(rows.filter(is_doubtful)))
+    is_billed = pa.array([answer not in doubtful for answer in _answers_of(ledger)], pa.bool_())
     return rows.filter(pc.invert(is_doubtful)), ledger_totals(ledger.filter(is_billed))
+
+
+def _answers_of(table: pa.Table) -> Iterator[tuple[str, int]]:
+    """The answer that each line is about: its row's id and its number among the row's samples."""
+    return zip(list_values(table, "custom_id"), list_values(table, "sample"), strict=True)
+
+
+def _count_further_samples(rows: pa.Table) -> int:
+    """Rows beyond the first of their row of the input."""
+    if not pc.any(pc.greater(rows.column("sample"), pa.scalar(0, pa.int32()))).as_py():
+        return 0
+    return rows.num_rows - rows.group_by(["source_file", "source_row"]).aggregate([]).num_rows
 
 
 def ledger_totals(ledger: pa.Table) -> Totals:

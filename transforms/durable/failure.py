@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
+from moebeam.schemas.errors import FileDamaged
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.record_json import read_note, write_note
 from moebeam.schemas.store.run_layout import RunLayout
 
@@ -37,8 +39,15 @@ def record_failure(layout: RunLayout, step: str) -> Generator[None]:
 
 
 def read_failure(layout: RunLayout) -> Failure | None:
-    """The record that a failing step left, if any."""
-    return read_note(layout.failure, Failure)
+    """The record that a failing step left, if any; one that cannot be read still says that a step failed.
+
+    Raises:
+        OSError: the store failed.
+    """
+    failure = read_note(layout.failure, Failure)
+    if failure is None and storage.exists(layout.failure):
+        return Failure("unknown", FileDamaged.__name__, f"{layout.failure} is damaged, which said what failed")
+    return failure
 
 
 _WORKER_THREAD = "run_worker"

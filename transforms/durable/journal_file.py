@@ -1,8 +1,9 @@
 """The journal's files: completions as lines, appended on disk, batched into small objects in object stores.
 
-Part of *answer*, below `transforms/answer/journal.py`. A line is a checksum and a JSON object; it holds an answer and
-its usage, and only a digest of the request. A request that was given up at a stop has a line, too, if the provider may
-bill it: with the error `given_up` and its lost calls, which the request's next answer takes over. It is no answer.
+Part of *answer*, below `transforms/answer/journal.py`. A line is a checksum and, under it, the line's number in its
+file and a JSON object: an answer and its usage, and of the request only a digest. A request that was given up at a stop
+has a line, too, if the provider may bill it: with the error `given_up` and its lost calls, which the request's next
+answer takes over. It is no answer.
 
 On disk each writer appends to one file: a line survives its process at once, and the machine after at most
 `DISK_DELAY_S` or `DISK_GROUP` answers. Object stores cannot append: answers that arrive within `STORE_DELAY_S`, or
@@ -58,7 +59,7 @@ class JournalContent:
     """Everything the writers of a shard have journaled.
 
     Attributes:
-        num_damaged: lines that cannot be read, except a last line that its writer left unfinished.
+        num_damaged: answers that cannot be read, except one whose line its writer left unfinished at the end.
     """
 
     entries: tuple[Entry, ...]
@@ -94,16 +95,18 @@ def read_journal(layout: RunLayout, shard: str) -> JournalContent:
 
 def _read_lines(name: str, content: bytes) -> tuple[list[Entry], int]:
     entries: list[Entry] = []
-    num_damaged = 0
+    num_bad = last = 0
     *lines, rest = content.split(b"\n")
-    for number, line in enumerate(lines, start=1):
+    # A line without its end was never acknowledged, unless it is there to the last byte and only its end is damaged.
+    for place, line in enumerate([*lines, rest[:-1]], start=1):
         try:
-            entries.append(_parse_line(line, f"{name}:{number}"))
+            last, entry = _parse_line(line, name, place)
+            entries.append(entry)
+            num_bad = 0
         except (ValueError, KeyError, TypeError):
-            num_damaged += 1
-    # A line without its end was never acknowledged.
-    del rest
-    return entries, num_damaged
+            num_bad += place <= len(lines)
+    # A damaged byte may join two lines or cut one in two: up to the last good line, numbers tell what is missing.
+    return entries, last - len(entries) + num_bad
 
 
 class JournalWriter:
@@ -133,11 +136,12 @@ class JournalWriter:
             OSError: the store failed, now or since the last answer.
             ValueError: the writer is closed.
         """
-        line = _format_line(key, attempt, completion)
+        content = _format_content(key, attempt, completion)
         with self._state:
             self._raise_error()
             if self._is_closing:
                 raise ValueError("the journal was closed before this answer arrived")
+            line = _format_line(self._num_lines + 1, content)
             if self._is_disk:
                 if self._file is None:
                     self._file = AppendedFile(storage.join(self._folder, self._name()))
@@ -197,7 +201,12 @@ class JournalWriter:
             raise self._error
 
 
-def _format_line(key: str, attempt: int, completion: Completion) -> bytes:
+def _format_line(number: int, content: bytes) -> bytes:
+    numbered = b"%d %s" % (number, content)
+    return b"%08x %s\n" % (zlib.crc32(numbered), numbered)
+
+
+def _format_content(key: str, attempt: int, completion: Completion) -> bytes:
     error = completion.error
     values: dict[str, Any] = {
         "key": key,
@@ -217,30 +226,37 @@ def _format_line(key: str, attempt: int, completion: Completion) -> bytes:
         "logprobs": completion.logprobs,
         "top_logprobs": completion.top_logprobs
         and [[[likely.token, likely.logprob] for likely in place] for place in completion.top_logprobs],
+        "repaired": completion.repaired,
         "price_mode": completion.price_mode,
         "error": error and {"type": error.error_type, "message": str(error)},
         "lost_calls": [{**asdict(call), "started_at": call.started_at.isoformat()} for call in completion.lost_calls],
     }
     # A provider's JSON may hold lone surrogates. Each is kept as it is: as escapes, two adjacent ones would be read
     # back as one character.
-    content = json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
-    return b"%08x %s\n" % (zlib.crc32(content), content)
+    return json.dumps(values, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
-def _parse_line(line: bytes, reference: str) -> Entry:
-    """Parse one line.
+def _parse_line(line: bytes, name: str, place: int) -> tuple[int, Entry]:
+    """Parse one line of a file: its number, and what it says.
 
+    Args:
+        place: counted in the file, for lines of older versions, which have no number.
     Raises:
         ValueError, KeyError, TypeError: the line is damaged.
     """
     checksum, _, content = line.partition(b" ")
     if int(checksum, 16) != zlib.crc32(content):
         raise ValueError("checksum")
+    number = place
+    if not content.startswith(b"{"):
+        counted, _, content = content.partition(b" ")
+        number = int(counted)
     values: dict[str, Any] = json.loads(content.decode("utf-8", "surrogatepass"))
     key, attempt, error, logprobs = (values.pop(name) for name in ("key", "attempt", "error", "logprobs"))
     usage, calls = Usage(**values.pop("usage")), tuple(ToolCall(**call) for call in values.pop("tool_calls"))
     started_at = datetime.fromisoformat(values.pop("started_at"))
     likeliest = values.pop("top_logprobs", None)
+    repaired = tuple(values.pop("repaired", ()))
     lost_calls = tuple(_parse_lost_call(**call) for call in values.pop("lost_calls", ()))
     completion = Completion(
         **values,
@@ -251,8 +267,9 @@ def _parse_line(line: bytes, reference: str) -> Entry:
         top_logprobs=likeliest and tuple(tuple(TokenLogprob(*likely) for likely in place) for place in likeliest),
         error=None if error is None else _error_types().get(error["type"], EngineFailed)(error["message"]),
         lost_calls=lost_calls,
+        repaired=repaired,
     )
-    return Entry(reference, key, attempt, completion)
+    return number, Entry(f"{name}:{number}", key, attempt, completion)
 
 
 def _parse_lost_call(*, started_at: str, **values: Any) -> LostCall:

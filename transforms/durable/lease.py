@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from moebeam.schemas.store import storage
-from moebeam.schemas.store.record_json import RecordJson, write_note
+from moebeam.schemas.store.record_json import decode_record, encode_record, write_note
 from moebeam.schemas.store.run_layout import RunLayout
 
 LEASE_S = 60.0
@@ -154,9 +154,7 @@ class ShardLease:
         )
         _held.add(lease.attempt)
         try:
-            if storage.create_exclusive(
-                self._layout.lease(self._shard, self._generation), RecordJson(Lease).encode(lease)
-            ):
+            if storage.create_exclusive(self._layout.lease(self._shard, self._generation), encode_record(lease)):
                 return lease
         except BaseException:
             _held.discard(lease.attempt)
@@ -171,7 +169,7 @@ class ShardLease:
         if time.monotonic() - self._seen_since > LEASE_S:
             return False
         try:
-            lease = RecordJson(Lease).decode(content)
+            lease = decode_record(content, Lease)
         except ValueError:
             # Written by a later version, or damaged: only silence tells.
             return True
@@ -205,10 +203,12 @@ def _read_all(layout: RunLayout) -> dict[tuple[str, int], Lease]:
     leases: dict[tuple[str, int], Lease] = {}
     for name in storage.list_names(layout.leases, ".json"):
         shard, _, generation = name.removesuffix(".json").rpartition(".")
+        if not generation.isdecimal():
+            continue  # no lease: somebody else's file
         content = _read(layout.lease(shard, int(generation)))
         with contextlib.suppress(ValueError):
             if content is not None:
-                leases[shard, int(generation)] = RecordJson(Lease).decode(content)
+                leases[shard, int(generation)] = decode_record(content, Lease)
     return leases
 
 

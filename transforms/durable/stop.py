@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from moebeam.schemas.store import storage
-from moebeam.schemas.store.record_json import RecordJson, write_note
+from moebeam.schemas.store.record_json import decode_record, write_note
 from moebeam.schemas.store.run_layout import RunLayout
 
 StopKind: TypeAlias = Literal[
@@ -78,10 +78,10 @@ def read_stop(layout: RunLayout) -> StopReason | None:
     with contextlib.suppress(FileNotFoundError):
         content = storage.read_bytes(layout.stop)
         try:
-            return RecordJson(StopReason).decode(content)
+            return decode_record(content, StopReason)
         except ValueError:
-            # From another version, or torn by a machine failure: its presence is what counts.
-            return BY_SIGNAL
+            # From another version, or damaged: its presence is what counts.
+            return StopReason(SIGNAL, f"stopped; why is not known, because {layout.stop} is damaged")
     return None
 
 

@@ -25,7 +25,8 @@ class Accounting:
     Attributes:
         book: None leaves every charge None.
         provider, model: whose prices apply; None means what each completion names.
-        tag_columns: passthrough columns that become tags of ledger lines.
+        tag_columns: names of the tags of ledger lines.
+        tag_fields: the passthrough columns that hold them; empty where they have the tags' names.
     """
 
     run_id: str
@@ -33,6 +34,12 @@ class Accounting:
     provider: str | None = None
     model: str | None = None
     tag_columns: tuple[str, ...] = ()
+    tag_fields: tuple[str, ...] = ()
+
+    @property
+    def fields_of_tags(self) -> dict[str, str]:
+        """Tag -> the passthrough column that holds it."""
+        return dict(zip(self.tag_columns, self.tag_fields or self.tag_columns, strict=True))
 
     @property
     def book_version(self) -> str | None:

@@ -16,11 +16,11 @@ import pyarrow.compute as pc
 
 from moebeam.model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens
 from moebeam.schemas.arrow import list_values, replace_column
-from moebeam.schemas.errors import DuplicateId
+from moebeam.schemas.errors import CommitError, DuplicateId
 from moebeam.schemas.job.sections import PlanSection
 from moebeam.schemas.records import parse_sampling_json
 from moebeam.schemas.store import storage
-from moebeam.schemas.store.record_json import RecordJson
+from moebeam.schemas.store.record_json import encode_record, read_record
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import plan_schema
 from moebeam.transforms.durable.failure import record_failure
@@ -99,6 +99,11 @@ def _is_asked(table: pa.Table) -> Any:
 def write_shard(layout: RunLayout, shard: str, table: pa.Table) -> PlannedShard:
     """Write one shard's plan: rows of `moebeam.schemas.tables.plan_schema` in token order."""
     write_rows(layout.shard_plan(shard), table)
+    return describe_shard(shard, table)
+
+
+def describe_shard(shard: str, table: pa.Table) -> PlannedShard:
+    """A shard's line in the record of the plan, from its rows."""
     requests = table.select(["prefix_key", "num_prompt_tokens"]).filter(_is_asked(table))
     keys = list_values(requests, "prefix_key")
     lengths = requests.column("num_prompt_tokens").to_numpy().astype(np.int64)
@@ -109,16 +114,27 @@ def write_shard(layout: RunLayout, shard: str, table: pa.Table) -> PlannedShard:
         num_rejects=table.num_rows - table.column("error_type").null_count,
         num_prompt_tokens=int(lengths.sum()),
         num_tree_tokens=num_tree_tokens(lengths, common_prefix_lengths(keys)),
+        num_further_samples=_count_further_samples(table),
     )
 
 
+def _count_further_samples(table: pa.Table) -> int:
+    """Planned rows beyond the first of their row of the input; all of a row's are neighbours."""
+    units, rows = (table.column(name).to_numpy() for name in ("unit", "source_row"))
+    return int(np.count_nonzero((units[1:] == units[:-1]) & (rows[1:] == rows[:-1])))
+
+
 def _reject_duplicate_ids(table: pa.Table, duplicates: Mapping[int, set[int]]) -> pa.Table:
+    """Make rows whose id came before rejects, one for all samples of a row."""
     if not duplicates:
         return table
     rows = zip(list_values(table, "unit"), list_values(table, "source_row"), strict=True)
-    is_duplicate = [row in duplicates.get(unit, ()) for unit, row in rows]
-    if not any(is_duplicate):
+    found = np.array([row in duplicates.get(unit, ()) for unit, row in rows], dtype=np.bool_)
+    if not found.any():
         return table
+    is_kept = ~found | np.equal(list_values(table, "sample"), 0)
+    table = table.filter(pa.array(is_kept))
+    is_duplicate = found[is_kept].tolist()
     ids = list_values(table, "custom_id")
     error = DuplicateId
     columns = {
@@ -139,36 +155,64 @@ def _merge_requests(
 ) -> tuple[pa.Table, npt.NDArray[np.bool_]]:
     """Point each request that repeats the one before it at its first copy; `table` is in `RUN_ORDER`.
 
+    The samples of a row are copies where sampling is greedy. Where rows are merged that are not, each sample is a copy
+    of the first row's sample of its number.
+
     Returns:
-        The table, and whether a shard may begin at each row: not at one that repeats a mergeable request.
+        The table, and whether a shard may begin at each row: not at one that repeats a mergeable request, nor between
+        the samples of a row, which share a prompt.
     """
-    can_begin = np.ones(table.num_rows, dtype=np.bool_)
+    samples = list_values(table, "sample")
+    can_begin = np.equal(samples, 0)
     if section.merge == "never":
         return table, can_begin
-    mergeable = {text: can_merge(text, section) for text in set(list_values(table, "sampling"))}
+    texts = set(list_values(table, "sampling"))
+    mergeable = {text: can_merge(text, section) for text in texts}
+    greedy = {text: parse_sampling_json(text).is_greedy for text in texts}
     names = ("sampling", "options", "cost_center", "custom_id", "error_type")
     merged: list[str | None] = []
     before: tuple[Any, ...] = ()
-    first_id: str | None = None
+    first_ids: dict[int, str] = {}
     for row, (key, sampling, options, cost_center, custom_id, error) in enumerate(
         zip(keys, *(list_values(table, name) for name in names), strict=True)
     ):
         request = (key, sampling, options, cost_center)
-        can_begin[row] = not mergeable[sampling] or request != before
-        if can_begin[row]:
-            before, first_id = request, None
-        merged.append(first_id if error is None else None)
-        if error is None and first_id is None:
-            first_id = custom_id
+        is_copy = mergeable[sampling] and request == before
+        if not is_copy:
+            before, first_ids = request, {}
+        can_begin[row] &= not is_copy
+        number = 0 if greedy[sampling] else samples[row]
+        merged.append(first_ids.get(number) if error is None and mergeable[sampling] else None)
+        if error is None:
+            first_ids.setdefault(number, custom_id)
     return replace_column(table, "merged_into", merged), can_begin
 
 
 def write_plan(shards: Iterable[PlannedShard], layout: RunLayout) -> tuple[PlannedShard, ...]:
-    """Declare the plan complete, then drop the runs that it was built from."""
+    """Declare the plan complete, then drop the runs that it was built from.
+
+    Raises:
+        CommitError: shards were committed under another plan, which this one was to replace.
+    """
     record = PlanRecord(tuple(sorted(shards, key=lambda shard: shard.shard)))
     with record_failure(layout, "plan"):
-        storage.write_whole(layout.plan_record, RecordJson(PlanRecord).encode(record))
+        _check_same(record, layout)
+        storage.write_whole(layout.plan_record, encode_record(record))
+        storage.remove_files([layout.plan_before])
         with contextlib.suppress(OSError):
             # Another launcher may be writing the same runs; *publish* removes what is left.
             storage.remove_tree(layout.sorted_runs)
     return record.shards
+
+
+def _check_same(record: PlanRecord, layout: RunLayout) -> None:
+    """Hold a plan that was made again against the one that the committed shards were answered with."""
+    before = read_record(layout.plan_before, PlanRecord, "the record of a plan")
+    if before is None or before == record:
+        return
+    found = {shard.shard: shard for shard in record.shards}
+    shard = next((one for one in before.shards if found.get(one.shard) != one), before.shards[0])
+    raise CommitError(
+        f"{layout.plan}: expected to make the damaged plan again as it was, found {found.get(shard.shard)} in place of "
+        f"{shard}: the input or the program is not what it was; run the job into another output"
+    )

@@ -11,7 +11,12 @@ from moebeam.schemas.store.run_layout import RunLayout
 
 @dataclass(frozen=True, slots=True)
 class PlannedShard:
-    """A shard on the store. Requests merged into another count as rows, not as requests."""
+    """A shard on the store. Requests merged into another count as rows, not as requests.
+
+    Attributes:
+        num_rows: planned rows: one an answer, or a reject.
+        num_further_samples: those beyond the first of their row of the input.
+    """
 
     shard: str
     num_rows: int
@@ -19,6 +24,7 @@ class PlannedShard:
     num_rejects: int
     num_prompt_tokens: int
     num_tree_tokens: int
+    num_further_samples: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +35,13 @@ class PlanRecord:
 
     @property
     def num_rows(self) -> int:
+        """Answers and rejects that the run is to have."""
         return sum(shard.num_rows for shard in self.shards)
+
+    @property
+    def num_further_samples(self) -> int:
+        """Those beyond the first of their row of the input."""
+        return sum(shard.num_further_samples for shard in self.shards)
 
     @property
     def max_hit_rate(self) -> float:

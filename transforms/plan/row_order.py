@@ -15,8 +15,8 @@ from moebeam.schemas.canonical import canonical_json
 from moebeam.schemas.job.sections import PlanSection
 from moebeam.schemas.records import parse_sampling_json
 
-RUN_ORDER = ("prefix_key", "sampling", "options", "cost_center", "unit", "source_row")
-"""Token order first; equal requests of one cost centre are adjacent, in input order."""
+RUN_ORDER = ("prefix_key", "sampling", "options", "cost_center", "unit", "source_row", "sample")
+"""Token order first; equal requests of one cost centre are adjacent, in input order, a row's samples together."""
 
 RequestRest: TypeAlias = tuple[str, bool, str, str]
 """Distinguishes requests of one prompt, in order: sampling, whether there are no options, options, cost centre."""
@@ -24,7 +24,10 @@ RequestRest: TypeAlias = tuple[str, bool, str, str]
 
 @dataclass(frozen=True, slots=True, order=True)
 class RowKey:
-    """A point in `RUN_ORDER`; with parts left out, it stands before every row that matches the given ones."""
+    """A point in `RUN_ORDER`; with parts left out, it stands before every row that matches the given ones.
+
+    None is between two samples of a row, so that they stay together.
+    """
 
     key: bytes = b""
     request: RequestRest | tuple[()] = ()
@@ -49,7 +52,7 @@ class Places:
 
     def __init__(self, rows: pa.Table | pa.RecordBatch) -> None:
         self._num_rows = rows.num_rows
-        self._columns: list[Any] = [rows.column(name) for name in RUN_ORDER]
+        self._columns: list[Any] = [rows.column(name) for name in RUN_ORDER[:6]]
 
     def __len__(self) -> int:
         return self._num_rows

@@ -37,6 +37,7 @@ from moebeam.schemas.job.sections import PlanSection
 from moebeam.schemas.records import parse_sampling_json
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.store.sealed_file import ARROW_END, open_sealed, seal
 from moebeam.transforms.plan.row_order import Places, RowKey, can_merge, sort_rows
 from moebeam.transforms.plan.shard_cut import estimate_output_tokens
 
@@ -90,7 +91,7 @@ def write_runs(batches: Sequence[pa.RecordBatch], layout: RunLayout, section: Pl
     rejects = table.filter(is_reject)
     if rejects.num_rows:
         run_id = f"{first}-rejects"
-        storage.write_note(layout.sorted_run_file(run_id), encode_arrow_file(rejects, max_batch_rows=_BATCH_ROWS))
+        storage.write_note(layout.sorted_run_file(run_id), _encode(rejects, _BATCH_ROWS))
         yield RunFile(run_id, "rejects", rejects.num_rows, rejects.nbytes, 0)
     requests = table if not rejects.num_rows else table.filter(pc.invert(is_reject))
     if requests.num_rows:
@@ -100,12 +101,10 @@ def write_runs(batches: Sequence[pa.RecordBatch], layout: RunLayout, section: Pl
         num_bytes = int(bytes_before[-1])
         batch_rows = max(1, min(_BATCH_ROWS, requests.num_rows * _BATCH_BYTES // num_bytes))
         # A run lives only until the plan is complete, so it need not survive the machine.
-        storage.write_note(layout.sorted_run_file(run_id), encode_arrow_file(requests, max_batch_rows=batch_rows))
+        storage.write_note(layout.sorted_run_file(run_id), _encode(requests, batch_rows))
         picked = pick_sample_rows(bytes_before, offset_share=hash_share(run_id))
         samples = samples_table(sample_places(requests, picked, section), bytes_before, batch_rows=batch_rows)
-        storage.write_note(
-            layout.sorted_run_samples(run_id), encode_arrow_file(samples, max_batch_rows=samples.num_rows)
-        )
+        storage.write_note(layout.sorted_run_samples(run_id), _encode(samples, samples.num_rows))
         yield RunFile(run_id, "requests", requests.num_rows, num_bytes, _weight(requests, picked, section))
 
 
@@ -153,10 +152,8 @@ def _sample(places: Places, row: int, section: PlanSection) -> tuple[RowKey, int
     if key != before:
         return RowKey(key[: NUM_TENANT_BYTES + 4 * (_shared_tokens(before, key) + 1)]), row
     request = places.request(row)
-    if can_merge(request[0], section):
-        place = RowKey(key, request)
-        return place, places.first_from(place)
-    return places[row], row
+    place = RowKey(key, request) if can_merge(request[0], section) else places[row]
+    return place, places.first_from(place)
 
 
 def _shared_tokens(before: bytes, key: bytes) -> int:
@@ -205,12 +202,15 @@ def read_samples(layout: RunLayout, run_id: str) -> pa.Table:
 
 
 def read_rows(path: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """All rows of an Arrow file on the store.
+    """All rows of a sealed Arrow file on the store.
 
     Args:
         columns: those to read, which come in the file's order; None is all.
+    Raises:
+        FileDamaged: it is not what was written.
+        OSError: it is missing, or the store failed.
     """
-    with storage.open_input(path) as source, open_arrow_file(source, columns) as reader:
+    with open_sealed(path, ARROW_END) as source, open_arrow_file(source, columns) as reader:
         return reader.read_all()
 
 
@@ -221,7 +221,7 @@ def read_range(layout: RunLayout, run_id: str, lower: RowKey, upper: RowKey | No
     position = bisect_right(places, lower)
     first = samples.column("batch")[position - 1].as_py() if position else 0
     position = len(places) if upper is None else bisect_left(places, upper)
-    with storage.open_input(layout.sorted_run_file(run_id)) as source, open_arrow_file(source) as reader:
+    with open_sealed(layout.sorted_run_file(run_id), ARROW_END) as source, open_arrow_file(source) as reader:
         last = samples.column("batch")[position].as_py() if position < len(places) else reader.num_record_batches - 1
         kept: list[pa.RecordBatch] = []
         for index in range(first, last + 1):
@@ -235,5 +235,9 @@ def read_range(layout: RunLayout, run_id: str, lower: RowKey, upper: RowKey | No
 
 
 def write_rows(path: str, table: pa.Table) -> None:
-    """Write rows as one Arrow file, whole or not at all."""
-    storage.write_whole(path, encode_arrow_file(table, max_batch_rows=_BATCH_ROWS))
+    """Write rows as one sealed Arrow file, whole or not at all."""
+    storage.write_whole(path, _encode(table, _BATCH_ROWS))
+
+
+def _encode(table: pa.Table, batch_rows: int) -> bytes:
+    return seal(encode_arrow_file(table, max_batch_rows=batch_rows))

@@ -16,6 +16,7 @@ from apache_beam.pvalue import AsList
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
+from moebeam.schemas.arrow import list_values
 from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.beam.counters import add_to_counters
 from moebeam.transforms.durable.failure import record_failure
@@ -123,7 +124,8 @@ class _WriteRuns(beam.DoFn):
         return bisect_right(self._spec.group_starts, int(batch.column("unit")[0].as_py()))
 
     def _write_progress(self) -> None:
-        self._progress.write(self._run_name(), ShardProgress(rows_done=sum(batch.num_rows for batch in self._batches)))
+        num_rows = sum(list_values(batch, "sample").count(0) for batch in self._batches)
+        self._progress.write(self._run_name(), ShardProgress(rows_done=num_rows))
 
     def _run_name(self) -> str:
         return run_name(self._batches[0])

@@ -18,7 +18,7 @@ from moebeam.schemas.answers import ShardCommit, Totals
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import CommitError
 from moebeam.schemas.prices import EXACT
-from moebeam.schemas.store import storage
+from moebeam.schemas.store.checked_file import read_checked
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.commit import costs_by_currency
 from moebeam.transforms.money.accelerator_time import NUM_PROMPTS
@@ -78,10 +78,15 @@ def sum_rows(table: pa.Table) -> RowSums:
 
 
 def sum_shard(commit: ShardCommit, layout: RunLayout) -> Iterator[RowSums]:
-    """Sum each published file of results or rejects of a shard."""
+    """Sum each published file of results or rejects of a shard.
+
+    Raises:
+        FileDamaged: a file is not what was committed.
+        OSError: the store failed.
+    """
     for file in commit.files:
         if file.table != "ledger":
-            content = storage.read_bytes(layout.published_file(file.table, commit.shard))
+            content = read_checked(layout.published_file(file.table, commit.shard), file.sha256)
             present = set(pq.read_schema(io.BytesIO(content)).names)
             is_reject = file.table == "rejects"
             wanted = (*_ROW_COLUMNS, *MESSAGE_COLUMNS) if is_reject else _ROW_COLUMNS
@@ -141,6 +146,8 @@ def _check_engine(whole: GroupSums, engine: Mapping[str, float]) -> str:
         return "the engine does not count"
     if whole.num_failed:
         return f"not comparable: the engine failed on {whole.num_failed} attempts"
+    if num_kept := engine.get("num_replayed_answers", 0):
+        return f"not comparable: {num_kept:.0f} answers were kept by earlier attempts"
     if engine[NUM_PROMPTS] != whole.num_attempts:
         return (
             f"not comparable: the engine counted {engine[NUM_PROMPTS]:.0f} prompts for {whole.num_attempts} attempts, "

@@ -4,25 +4,26 @@ The core of *publish*; `step.py` wraps it for Beam. Everything here is idempoten
 """
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import reduce
 
 from moebeam.model_runner.protocol import add_counters
-from moebeam.schemas.answers import ShardCommit, StagedFile, Totals
+from moebeam.schemas.answers import ShardCommit, Totals
 from moebeam.schemas.arrow import encode_parquet_file
 from moebeam.schemas.canonical import Json
-from moebeam.schemas.errors import CommitError
+from moebeam.schemas.column_types import loosen_sizes
+from moebeam.schemas.errors import CommitError, FileDamaged
 from moebeam.schemas.store import storage
+from moebeam.schemas.store.checked_file import read_checked
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA, TABLES, TABLES_VERSION, Table
 from moebeam.transforms.answer.waste import Waste, publish_waste
 from moebeam.transforms.durable.stop import read_stop
-from moebeam.transforms.plan.plan_record import read_plan
+from moebeam.transforms.plan.plan_record import PlanRecord, read_plan
 from moebeam.transforms.publish.invariants import RowSums, check_invariants
+from moebeam.transforms.publish.manifest_file import format_manifest, read_manifest_file
 from moebeam.transforms.publish.partial import write_partials
 from moebeam.transforms.publish.publish_spec import PublishSpec
 from moebeam.transforms.publish.reject_messages import list_commonest
@@ -43,7 +44,7 @@ class RunAccounts:
 
 
 def publish_shard(commit: ShardCommit, layout: RunLayout) -> None:
-    """Copy a shard's committed files to their visible names; existing files are left as they are.
+    """Copy a shard's committed files to their visible names; where the staged file is gone, its copy must be whole.
 
     Raises:
         CommitError: a committed file is missing or damaged.
@@ -52,21 +53,18 @@ def publish_shard(commit: ShardCommit, layout: RunLayout) -> None:
         target = layout.published_file(file.table, commit.shard)
         staged = storage.join(layout.output, file.path)
         try:
-            _check_file(staged, file)
+            read_checked(staged, file.sha256)
             storage.copy_whole(staged, target)
-        except FileNotFoundError:
-            # An earlier attempt or another launcher has published it and dropped the staged file.
-            if not storage.exists(target):
+        except (FileNotFoundError, FileDamaged) as error:
+            # An earlier attempt or another launcher has published it, and dropped the staged file if it was whole.
+            try:
+                read_checked(target, file.sha256)
+            except FileNotFoundError:
+                if isinstance(error, FileDamaged):
+                    raise error from None
                 raise CommitError(
                     f"{staged}: expected the {file.table} of shard {commit.shard}, found no file"
                 ) from None
-            _check_file(target, file)
-
-
-def _check_file(path: str, file: StagedFile) -> None:
-    found = hashlib.sha256(storage.read_bytes(path)).hexdigest()
-    if found != file.sha256:
-        raise CommitError(f"{path}: expected the committed content (sha256 {file.sha256}), found {found}")
 
 
 def write_manifest(
@@ -94,15 +92,16 @@ def write_manifest(
         return complete
     totals = sum_totals(commit.totals for commit in ordered)
     if is_complete:
-        _check_rows(totals, spec)
+        _check_rows(totals, spec, plan)
     engine = reduce(add_counters, (commit.engine or {} for commit in ordered), {})
     checks = accounts and check_invariants(accounts.ledger, accounts.rows, totals, engine)
     wasted = publish_waste(layout)
     account = RunAccount(totals, wasted=sum_totals(waste.totals for waste in wasted))
+    partials: list[Json] = []
     if spec.accounting is not None and not is_complete:
         by_shard = {commit.shard: commit for commit in ordered}
         account = read_account(layout, spec.accounting, by_shard, is_waste_recorded=True)
-        write_partials(layout, spec.accounting, by_shard)
+        partials = [*write_partials(layout, spec.accounting, by_shard)]
     reason, message = (None, None) if is_complete else _find_reason(layout)
     files = {table: _list_files(table, ordered, wasted, spec) for table in TABLES}
     manifest: dict[str, Json] = {
@@ -114,6 +113,7 @@ def write_manifest(
         "run_id": spec.run_id,
         **spec.described,
         "rows_in": spec.num_input_rows - totals.num_unreadable_rows,
+        "answers_in": plan.num_rows - totals.num_unreadable,
         "num_shards": len(plan.shards),
         "num_committed_shards": len(ordered),
         "max_hit_rate": plan.max_hit_rate,
@@ -122,7 +122,7 @@ def write_manifest(
         "engine": engine,
         "checks": checks,
         "rollup": accounts and accounts.ledger.to_json(),
-        "files": files if is_complete else {**files, **_list_partial(layout)},
+        "files": {**files, "partial": partials} if partials else files,
         "state_digest": None if is_complete else digest_of_state(layout),
     }
     for folder in (*map(layout.table, TABLES), layout.output):
@@ -131,7 +131,7 @@ def write_manifest(
         _remove_leftovers(layout)
     if spec.views is not None:
         storage.write_whole(views_path(layout), spec.views.encode())
-    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    text = format_manifest(manifest)
     storage.write_whole(layout.manifest, text.encode())
     return text
 
@@ -140,9 +140,9 @@ def _find_reason(layout: RunLayout) -> tuple[str | None, str | None]:
     """Why the run stopped, as kind and message; what an earlier manifest said, once the note of it is gone."""
     if (stop := read_stop(layout)) is not None:
         return stop.kind, stop.message
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-        manifest = json.loads(storage.read_bytes(layout.manifest))
-        return manifest["reason"], manifest["reason_message"]
+    with contextlib.suppress(FileDamaged):
+        if (manifest := read_manifest_file(layout)) is not None:
+            return manifest.get("reason"), manifest.get("reason_message")
     return None, None
 
 
@@ -153,9 +153,9 @@ def views_path(layout: RunLayout) -> str:
 
 def _complete_manifest(layout: RunLayout) -> str | None:
     """The manifest of a complete run; None if there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        text = storage.read_bytes(layout.manifest).decode()
-        return text if json.loads(text)["status"] == "complete" else None
+    with contextlib.suppress(FileDamaged):
+        if (manifest := read_manifest_file(layout)) is not None and manifest["status"] == "complete":
+            return format_manifest(manifest)
     return None
 
 
@@ -177,13 +177,20 @@ def passing_files(layout: RunLayout) -> list[str]:
     ]
 
 
-def _check_rows(totals: Totals, spec: PublishSpec) -> None:
+def _check_rows(totals: Totals, spec: PublishSpec, plan: PlanRecord) -> None:
+    """Check that every readable row has an outcome, and as many as it was planned to have answers."""
     expected = spec.num_input_rows - totals.num_unreadable_rows
     found = totals.num_results + totals.num_rejects
-    if found != expected:
+    if totals.num_rows != expected:
+        samples = f" - {totals.num_further_samples} further samples" if totals.num_further_samples else ""
         raise CommitError(
             f"rows: expected results + rejects = {expected} rows of readable input, "
-            f"found {totals.num_results} + {totals.num_rejects} = {found}"
+            f"found {totals.num_results} + {totals.num_rejects}{samples} = {totals.num_rows}"
+        )
+    if found + totals.num_unreadable != plan.num_rows:
+        raise CommitError(
+            f"answers: expected {plan.num_rows} outcomes by the plan, found {totals.num_results} results + "
+            f"{totals.num_rejects} rejects + {totals.num_unreadable} unreadable files and row groups"
         )
 
 
@@ -210,15 +217,10 @@ def _list_files(table: Table, commits: Sequence[ShardCommit], wasted: Sequence[W
     if files:
         storage.remove_files([empty])
         return files
-    schema = LEDGER_SCHEMA if table == "ledger" else spec.schema
-    storage.write_whole(empty, encode_parquet_file(schema.empty_table()))
+    rows = spec.schema.empty_table()
+    empty_tables = {"results": rows, "rejects": loosen_sizes(rows), "ledger": LEDGER_SCHEMA.empty_table()}
+    storage.write_whole(empty, encode_parquet_file(empty_tables[table]))
     return []
-
-
-def _list_partial(layout: RunLayout) -> dict[str, Json]:
-    """Manifest entries of `partial/`; empty if nothing is journaled."""
-    names = storage.list_names(layout.partial, ".parquet")
-    return {"partial": [{"path": f"partial/{name}"} for name in names]} if names else {}
 
 
 def find_cost(totals: Totals) -> tuple[Decimal | None, str | None]:

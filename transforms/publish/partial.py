@@ -4,6 +4,7 @@ Part of *publish*, of a run that was stopped or killed. `partial/` has a file a 
 named as its ledger line will be. The files are made anew from the journals and removed when the run is complete.
 """
 
+import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ import pyarrow as pa
 
 from moebeam.schemas.answers import AccountedAnswer
 from moebeam.schemas.arrow import encode_parquet_file, replace_column, take_rows
+from moebeam.schemas.canonical import Json
+from moebeam.schemas.column_types import loosen_sizes
 from moebeam.schemas.errors import RequestGivenUp
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
@@ -24,7 +27,7 @@ from moebeam.transforms.money.account import Accounting
 JOURNALED = "journaled"
 """Outcome of these lines."""
 
-_PREFIX, _SUFFIX = "part-", ".parquet"
+_SUFFIX = ".parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +99,32 @@ def _answered_rows(
         {places[row]: [places[follower] for follower in rows.followers.get(row, ())] for row in asked.asked},
     )
     tables = shard_tables(shard, kept, {places[row]: attempts for row, attempts in answers.items()}, accounting)
-    return pa.concat_tables([tables["results"], tables["rejects"]])
+    return pa.concat_tables([loosen_sizes(tables["results"]), tables["rejects"]])
 
 
-def write_partials(layout: RunLayout, accounting: Accounting, committed: Collection[str]) -> None:
+def write_partials(layout: RunLayout, accounting: Accounting, committed: Collection[str]) -> list[dict[str, Json]]:
     """Write `partial/` anew: a file for each journaled shard that is not committed, and no other; idempotent.
 
+    Returns:
+        The files, as the manifest lists them.
     Raises:
         OSError: the store failed.
     """
-    shards = [shard for shard in list_journaled_shards(layout) if shard not in committed]
-    for shard in shards:
-        lines = read_partial(layout, shard, accounting).lines
-        if lines.num_rows:
-            storage.write_whole(layout.partial_file(shard), encode_parquet_file(lines))
-    names = {f"{_PREFIX}{shard}{_SUFFIX}" for shard in shards}
-    stale = [name for name in storage.list_names(layout.partial, _SUFFIX) if name not in names]
+    files: list[dict[str, Json]] = []
+    for shard in list_journaled_shards(layout):
+        if shard in committed or not (lines := read_partial(layout, shard, accounting).lines).num_rows:
+            continue
+        path, content = layout.partial_file(shard), encode_parquet_file(lines)
+        storage.write_whole(path, content)
+        files.append(
+            {
+                "path": path.removeprefix(layout.output.rstrip("/") + "/"),
+                "num_rows": lines.num_rows,
+                "num_bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+        )
+    kept = {str(file["path"]).rpartition("/")[2] for file in files}
+    stale = [name for name in storage.list_names(layout.partial, _SUFFIX) if name not in kept]
     storage.remove_files([storage.join(layout.partial, name) for name in stale])
+    return files

@@ -16,8 +16,10 @@ import pyarrow as pa
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.prices import PriceLine
 from moebeam.schemas.store import storage
-from moebeam.schemas.store.record_json import RecordJson
+from moebeam.schemas.store.damage import describe_damage
+from moebeam.schemas.store.record_json import RecordJson, encode_record
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.store.sealed_json import unseal_json
 from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.money.price_book import PriceBook
 
@@ -64,6 +66,7 @@ class _PublishRecord:
     book_version: str | None
     price_lines: tuple[PriceLine, ...]
     holidays: Mapping[str, frozenset[date]]
+    tag_fields: tuple[str, ...] = ()
 
 
 def save_spec(spec: PublishSpec) -> None:
@@ -84,21 +87,29 @@ def save_spec(spec: PublishSpec) -> None:
         provider=accounting.provider,
         model=accounting.model,
         tag_columns=accounting.tag_columns,
+        tag_fields=accounting.tag_fields,
         book_version=accounting.book_version,
         price_lines=book.lines if book is not None else (),
         holidays=book.holidays if book is not None else {},
     )
-    storage.write_whole(spec.layout.publish_record, RecordJson(_PublishRecord).encode(record))
+    storage.write_whole(spec.layout.publish_record, encode_record(record))
 
 
 def read_spec(layout: RunLayout) -> PublishSpec | None:
-    """Read the record; None if there is none, as in runs of older versions, or if it cannot be read.
+    """Read the record; None if there is none, as in runs of older versions, or if it is of another version.
 
     Raises:
+        FileDamaged: it is not what was written; the run's next launch writes it again.
         OSError: the store failed.
     """
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        record = RecordJson(_PublishRecord).decode(storage.read_bytes(layout.publish_record))
+    try:
+        content = unseal_json(storage.read_bytes(layout.publish_record))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise describe_damage(layout.publish_record, str(error)) from error
+    with contextlib.suppress(ValueError):
+        record = RecordJson(_PublishRecord).decode(content)
         book = (
             None
             if record.book_version is None
@@ -110,7 +121,9 @@ def read_spec(layout: RunLayout) -> PublishSpec | None:
             schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record.schema))),
             num_input_rows=record.num_input_rows,
             described=json.loads(record.described),
-            accounting=Accounting(record.run_id, book, record.provider, record.model, record.tag_columns),
+            accounting=Accounting(
+                record.run_id, book, record.provider, record.model, record.tag_columns, record.tag_fields
+            ),
             views=record.views,
         )
     return None

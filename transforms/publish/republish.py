@@ -24,7 +24,7 @@ from moebeam.transforms.publish.rollup import (
     Rollup,
     largest_groups,
     merge_groups,
-    read_ledger,
+    read_committed_ledger,
     roll_up,
 )
 from moebeam.transforms.publish.run_account import RunAccount, digest_of_state
@@ -59,7 +59,7 @@ def republish(layout: RunLayout) -> bool:
     for commit in commits:
         publish_shard(commit, layout)
         if spec.accounting is not None:
-            record_unused(layout, commit.shard, spec.accounting)
+            record_unused(layout, commit, spec.accounting)
     write_manifest(commits, spec, RunAccounts(_roll_up(commits, spec), _sum_rows(commits, spec)), can_complete=False)
     return True
 
@@ -78,6 +78,7 @@ def outline_manifest(layout: RunLayout, account: RunAccount) -> dict[str, Json] 
         "run_id": spec.run_id,
         **spec.described,
         "rows_in": spec.num_input_rows - account.committed.num_unreadable_rows,
+        "answers_in": plan.num_rows - account.committed.num_unreadable,
         "num_shards": len(plan.shards),
         "num_committed_shards": len(storage.list_names(layout.commits, ".json")),
         "max_hit_rate": plan.max_hit_rate,
@@ -88,12 +89,8 @@ def outline_manifest(layout: RunLayout, account: RunAccount) -> dict[str, Json] 
 
 
 def _roll_up(commits: list[ShardCommit], spec: PublishSpec) -> Rollup:
-    paths = (
-        spec.layout.published_file("ledger", commit.shard)
-        for commit in commits
-        if any(file.table == "ledger" for file in commit.files)
-    )
-    groups = merge_groups(roll_up(read_ledger(path), DEFAULT_BY) for path in paths)
+    ledgers = (read_committed_ledger(spec.layout, commit) for commit in commits)
+    groups = merge_groups(roll_up(ledger, DEFAULT_BY) for ledger in ledgers if ledger is not None)
     return largest_groups(groups.items(), DEFAULT_BY, MAX_GROUPS)
 
 

@@ -10,17 +10,21 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from moebeam.schemas.answers import ShardCommit
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import CommitError, JobFileError
 from moebeam.schemas.prices import EXACT
 from moebeam.schemas.store import storage
+from moebeam.schemas.store.checked_file import read_checked
+from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA
+from moebeam.transforms.durable.commit import open_committed
 
 DEFAULT_BY = ("tenant", "cost_center", "day")
 MAX_GROUPS = 1000
@@ -177,22 +181,45 @@ def parse_by(text: str, tags: Iterable[str] = ()) -> tuple[str, ...]:
     return tuple(dict.fromkeys(by))
 
 
-def read_ledger(path: str) -> pa.Table:
+def read_ledger(path: str, sha256: str | None) -> pa.Table:
     """Read a ledger file in the current columns; those that an older version did not write are null.
 
+    Args:
+        sha256: its digest; None where an older version recorded none.
     Raises:
-        CommitError: the file is missing or is no ledger.
+        CommitError: the file is missing, damaged or no ledger.
         OSError: the store failed.
     """
     try:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+        content = storage.read_bytes(path) if sha256 is None else read_checked(path, sha256)
+    except FileNotFoundError as error:
+        raise CommitError(f"{path}: expected a file of the ledger, found no such file") from error
+    return parse_ledger(io.BytesIO(content), path)
+
+
+def parse_ledger(source: BinaryIO, path: str) -> pa.Table:
+    """As `read_ledger`, from an open file; `path` is its name in messages."""
+    try:
+        table = pq.read_table(source)
         missing = {name: pa.nulls(table.num_rows, LEDGER_SCHEMA.field(name).type) for name in LEDGER_SCHEMA.names}
         columns = [table.column(name) if name in table.schema.names else missing[name] for name in LEDGER_SCHEMA.names]
         return pa.table(columns, names=LEDGER_SCHEMA.names).cast(LEDGER_SCHEMA)
-    except (pa.ArrowException, ValueError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise CommitError(f"{path}: expected a file of the ledger, found: {error}") from error
-    except FileNotFoundError as error:
-        raise CommitError(f"{path}: expected a file of the ledger, found no such file") from error
+
+
+def read_committed_ledger(layout: RunLayout, commit: ShardCommit) -> pa.Table | None:
+    """The ledger of a committed shard, from where it is published or else staged; None if nothing was asked.
+
+    Raises:
+        CommitError: the file is missing or damaged.
+        OSError: the store failed.
+    """
+    source = open_committed(layout, commit, "ledger")
+    if source is None:
+        return None
+    with source:
+        return parse_ledger(source, layout.published_file("ledger", commit.shard))
 
 
 def roll_up(ledger: pa.Table, by: Sequence[str]) -> dict[GroupKey, GroupSums]:

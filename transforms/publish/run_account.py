@@ -6,6 +6,7 @@ Part of *publish*, and read by everything that shows money: the manifest, the su
 provider may bill without having said so are counted beside the answers, as lost.
 """
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,12 +20,19 @@ from moebeam.schemas.store import storage
 from moebeam.schemas.store.record_json import RecordJson
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA
-from moebeam.transforms.answer.waste import count_used, unused_lines, unused_name, waste_folder, waste_names
+from moebeam.transforms.answer.waste import (
+    count_used,
+    read_waste_file,
+    unused_lines,
+    unused_name,
+    waste_folder,
+    waste_names,
+)
 from moebeam.transforms.durable.commit import ledger_totals, list_committed_shards, read_commit, read_commits
 from moebeam.transforms.durable.journal_file import list_journaled_shards
 from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.publish.partial import read_partial
-from moebeam.transforms.publish.rollup import read_ledger
+from moebeam.transforms.publish.rollup import parse_ledger, read_committed_ledger
 
 PaidState: TypeAlias = Literal["committed", "journaled", "wasted"]
 PAID_STATES: tuple[PaidState, ...] = ("committed", "journaled", "wasted")
@@ -53,7 +61,7 @@ class RunAccount:
     Attributes:
         journaled, wasted: attempts, tokens and money; nothing about rows.
         num_journaled_rows: rows with a journaled answer, merged ones included.
-        num_damaged: lines of journals that cannot be read; what they cost is not known.
+        num_damaged: lines of journals, and records of waste, that cannot be read; what they cost is not known.
     """
 
     committed: Totals = field(default_factory=lambda: sum_totals(()))
@@ -137,14 +145,15 @@ def read_paid_lines(layout: RunLayout, accounting: Accounting) -> Iterator[PaidL
     committed = {*list_committed_shards(layout)}
     journaled = {*list_journaled_shards(layout)}
     for shard in sorted(committed):
-        ledger = read_committed_ledger(layout, shard)
+        ledger = _read_committed(layout, shard)
         yield PaidLines("committed", shard, ledger)
         if shard in journaled and (unused := _read_unused(layout, shard, ledger, accounting)) is not None:
             yield PaidLines("wasted", shard, unused)
     for name in waste_names(layout):
         shard = name.partition(".")[0]
-        if not _is_computed(name, shard, committed & journaled):
-            yield PaidLines("wasted", shard, read_ledger(storage.join(waste_folder(layout), name)))
+        is_new = not _is_computed(name, shard, committed & journaled)
+        if is_new and (wasted := _read_wasted(layout, name)) is not None:
+            yield PaidLines("wasted", shard, wasted)
     for shard in sorted(journaled - committed):
         yield PaidLines("journaled", shard, read_partial(layout, shard, accounting).lines.select(LEDGER_SCHEMA.names))
 
@@ -158,20 +167,16 @@ def _read_unused(layout: RunLayout, shard: str, ledger: pa.Table, accounting: Ac
     return unused_lines(layout, shard, count_used(ledger), accounting)
 
 
-def read_committed_ledger(layout: RunLayout, shard: str) -> pa.Table:
-    """The ledger of a committed shard, from where it is published or else staged.
+def _read_wasted(layout: RunLayout, name: str) -> pa.Table | None:
+    """The ledger lines of a record of waste; None if it is damaged."""
+    content = read_waste_file(layout, name)
+    return None if content is None else parse_ledger(io.BytesIO(content), storage.join(waste_folder(layout), name))
 
-    Raises:
-        CommitError: the commit or the file is missing or damaged.
-        OSError: the store failed.
-    """
+
+def _read_committed(layout: RunLayout, shard: str) -> pa.Table:
     commit = read_commit(layout, shard)
-    for file in commit.files if commit is not None else ():
-        if file.table == "ledger":
-            published = layout.published_file("ledger", shard)
-            staged = storage.join(layout.output, file.path)
-            return read_ledger(published if storage.exists(published) else staged)
-    return LEDGER_SCHEMA.empty_table()
+    ledger = read_committed_ledger(layout, commit) if commit is not None else None
+    return LEDGER_SCHEMA.empty_table() if ledger is None else ledger
 
 
 def read_account(
@@ -195,16 +200,17 @@ def read_account(
         commits = read_commits(layout)
     committed, journaled = {*commits}, {*list_journaled_shards(layout)}
     anew = set[str]() if is_waste_recorded else committed & journaled
-    wasted = [
-        ledger_totals(read_ledger(storage.join(waste_folder(layout), name)))
+    recorded = [
+        _read_wasted(layout, name)
         for name in waste_names(layout)
         if not _is_computed(name, name.partition(".")[0], anew)
     ]
+    wasted = [ledger_totals(lines) for lines in recorded if lines is not None]
     for shard in sorted(anew):
-        unused = _read_unused(layout, shard, read_committed_ledger(layout, shard), accounting)
+        unused = _read_unused(layout, shard, _read_committed(layout, shard), accounting)
         wasted += [ledger_totals(unused)] if unused is not None else []
     kept: list[Totals] = []
-    num_rows = num_damaged = 0
+    num_rows, num_damaged = 0, recorded.count(None)
     for shard in sorted(journaled - committed):
         partial = read_partial(layout, shard, accounting)
         kept.append(ledger_totals(partial.lines))

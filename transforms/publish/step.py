@@ -26,7 +26,7 @@ from moebeam.transforms.publish.rollup import (
     GroupSums,
     Rollup,
     merge_largest,
-    read_ledger,
+    read_committed_ledger,
     roll_up,
 )
 
@@ -63,7 +63,7 @@ def _publish(commit: ShardCommit, spec: PublishSpec) -> Iterator[ShardCommit]:
     with record_failure(spec.layout, "publish"):
         publish_shard(commit, spec.layout)
         if spec.accounting is not None:
-            record_unused(spec.layout, commit.shard, spec.accounting)
+            record_unused(spec.layout, commit, spec.accounting)
     num_bytes = sum(file.num_bytes for file in commit.files)
     add_to_counters("publish", {"num_shards": 1, "num_files": len(commit.files), "num_bytes": num_bytes})
     yield commit
@@ -96,8 +96,8 @@ class RollUpLedger(beam.PTransform[Any, Any]):
 
 def _roll_up_shard(commit: ShardCommit, layout: RunLayout, by: Sequence[str]) -> Iterator[tuple[str, GroupSums]]:
     """Groups of one shard; keys travel as canonical JSON, which has the same bytes everywhere."""
-    if any(file.table == "ledger" for file in commit.files):
-        for key, sums in roll_up(read_ledger(layout.published_file("ledger", commit.shard)), by).items():
+    if (ledger := read_committed_ledger(layout, commit)) is not None:
+        for key, sums in roll_up(ledger, by).items():
             yield canonical_json(key), sums
 
 

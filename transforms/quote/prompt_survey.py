@@ -38,13 +38,17 @@ class PromptSurvey:
 
     Attributes:
         num_rows: rows of the input, sampled or not.
-        num_surveyed_rows: rows read and rendered, including those of rejects and merged requests.
+        num_surveyed_rows: rows read and rendered, including those of rejects and merged requests; of one with several
+            samples each asked one is a request.
         rejects: surveyed rows that would be rejected before the model is asked, by error type.
         num_prompt_tokens: of each request; int64, shape (num_requests,).
         num_shared_tokens: tokens that each request shares with the previous one; same shape.
-        num_nearest_tokens: tokens that it shares with whichever request shares most; same shape.
+        num_nearest_tokens: tokens that it shares with whichever other row's request shares most, or all of them if an
+            earlier sample of its row asks for the prompt; same shape.
         max_output_tokens: `max_tokens` of each request; same shape.
-        num_group_rows: rows that each request answers: itself and those merged into it; same shape.
+        num_group_rows: planned rows that each request answers: itself and those merged into it; same shape.
+        is_single: whether all that a request answers is of one row; bool, same shape.
+        row_starts: the first request of each row that has requests, the samples of which are neighbours; int64.
         starts_shard: approximately where the plan would cut; bool, same shape.
         own_terms: whether a request brings options of its own; bool, same shape.
     """
@@ -57,6 +61,8 @@ class PromptSurvey:
     num_nearest_tokens: Counts
     max_output_tokens: Counts
     num_group_rows: Counts
+    is_single: npt.NDArray[np.bool_]
+    row_starts: Counts
     starts_shard: npt.NDArray[np.bool_]
     own_terms: npt.NDArray[np.bool_]
 
@@ -80,6 +86,7 @@ class _Collected:
 
     keys: list[bytes] = field(default_factory=list[bytes])
     kinds: list[int] = field(default_factory=list[int])
+    samples: list[int] = field(default_factory=list[int])
     rejects: Counter[str] = field(default_factory=Counter[str])
     num_rows: int = 0
     num_key_bytes: int = 0
@@ -122,7 +129,8 @@ def survey_prompts(
         for batch in read_unit(unit, columns):
             picked = batch if rows is None else _take_sample(batch, unit, rows)
             if picked.num_rows:
-                _collect(collected, renderer.render_batch(picked), kinds, seen)
+                for rendered in renderer.render_rows(picked):
+                    _collect(collected, rendered, kinds, seen)
     return _count(collected, kinds, plan, scan.num_rows)
 
 
@@ -153,20 +161,27 @@ def _take_sample(batch: pa.RecordBatch, unit: InputUnit, rows: Sequence[int]) ->
 
 
 def _collect(collected: _Collected, batch: pa.RecordBatch, kinds: _Kinds, seen: set[str] | None) -> None:
-    names = ("prefix_key", "sampling", "options", "cost_center", "error_type", "custom_id", "num_rows")
-    for key, sampling, options, cost_center, error, custom_id, num_rows in zip(
+    names = ("prefix_key", "sampling", "options", "cost_center", "error_type", "custom_id", "num_rows", "sample")
+    is_duplicate = False
+    for key, sampling, options, cost_center, error, custom_id, num_rows, sample in zip(
         *(list_values(batch, name) for name in names), strict=True
     ):
-        collected.num_rows += num_rows or 0
-        if error is None and seen is not None:
-            error = "duplicate_id" if custom_id in seen else None
-            seen.add(custom_id)
-        if error is not None:
-            collected.rejects[error] += num_rows or 0
+        if sample == 0:
+            collected.num_rows += num_rows or 0
+            is_duplicate = error is None and seen is not None and custom_id in seen
+            if error is None and seen is not None:
+                seen.add(custom_id)
+            if is_duplicate:
+                error = "duplicate_id"
+            if error is not None:
+                collected.rejects[error] += num_rows or 0
+        if error is not None or is_duplicate:
             continue
-        collected.keys.append(key)
+        # The samples of a row share one key in memory.
+        collected.keys.append(collected.keys[-1] if sample else key)
         collected.kinds.append(kinds.number((sampling, options, cost_center)))
-        collected.num_key_bytes += len(key)
+        collected.samples.append(sample)
+        collected.num_key_bytes += 0 if sample else len(key)
     if collected.num_key_bytes > MAX_SURVEY_BYTES:
         raise JobFileError(
             f"--sample: the first {collected.num_rows:,} rows have {collected.num_key_bytes // 4:,} prompt tokens, "
@@ -179,23 +194,39 @@ def _count(collected: _Collected, kinds: _Kinds, plan: PlanSection, num_rows: in
     order = sorted(range(len(collected.keys)), key=lambda index: (collected.keys[index], collected.kinds[index]))
     sampling_texts = [sampling for sampling, _, _ in kinds.of]
     is_mergeable = [can_merge(text, plan) for text in sampling_texts]
+    is_greedy = [parse_sampling_json(text).is_greedy for text in sampling_texts]
     keys: list[bytes] = []
     kept: list[int] = []
+    numbers: list[int] = []
     group_rows: list[int] = []
+    group_sources: list[int] = []
+    firsts: dict[int, int] = {}
     for index in order:
-        key, kind = collected.keys[index], collected.kinds[index]
-        if keys and is_mergeable[kind] and kind == kept[-1] and key == keys[-1]:
-            group_rows[-1] += 1
+        key, kind, sample = collected.keys[index], collected.kinds[index], collected.samples[index]
+        if not (keys and is_mergeable[kind] and kind == kept[-1] and key == keys[-1]):
+            firsts = {}
+        # As in *plan*: copies of one answer, or of the answer of the same number.
+        number = 0 if is_greedy[kind] else sample
+        if is_mergeable[kind] and number in firsts:
+            group_rows[firsts[number]] += 1
+            group_sources[firsts[number]] += not is_greedy[kind] or sample == 0
             continue
+        firsts[number] = len(keys)
         keys.append(key)
         kept.append(kind)
+        numbers.append(sample)
         group_rows.append(1)
+        group_sources.append(1)
     kind_of = np.array(kept, dtype=np.int64)
     max_tokens = np.array([parse_sampling_json(text).max_tokens for text in sampling_texts], dtype=np.int64)
     has_options = np.array([options is not None for _, options, _ in kinds.of], dtype=np.bool_)
     lengths = np.array([(len(key) - 8) // 4 for key in keys], dtype=np.int64)
     shared = common_prefix_lengths(keys)
     num_group_rows = np.array(group_rows, dtype=np.int64)
+    row_starts = np.flatnonzero(np.array(numbers, dtype=np.int64) == 0)
+    nearest = lengths.copy()
+    between = common_prefix_lengths([keys[start] for start in row_starts.tolist()])
+    nearest[row_starts] = np.maximum(between, np.append(between[1:], 0)) if len(row_starts) else between
     outputs = max_tokens[kind_of] if len(kept) else np.zeros(0, dtype=np.int64)
     return PromptSurvey(
         num_rows=num_rows,
@@ -203,16 +234,18 @@ def _count(collected: _Collected, kinds: _Kinds, plan: PlanSection, num_rows: in
         rejects=dict(collected.rejects),
         num_prompt_tokens=lengths,
         num_shared_tokens=shared,
-        num_nearest_tokens=np.maximum(shared, np.append(shared[1:], 0)) if len(kept) else shared,
+        num_nearest_tokens=nearest,
         max_output_tokens=outputs,
         num_group_rows=num_group_rows,
-        starts_shard=_shard_starts(lengths - shared, shared, outputs, num_group_rows, plan),
+        is_single=np.array(group_sources, dtype=np.int64) == 1,
+        row_starts=row_starts,
+        starts_shard=_shard_starts(lengths - shared, shared, outputs, num_group_rows, row_starts, plan),
         own_terms=has_options[kind_of] if len(kept) else np.zeros(0, dtype=np.bool_),
     )
 
 
 def _shard_starts(
-    uncached: Counts, shared: Counts, max_outputs: Counts, group_rows: Counts, plan: PlanSection
+    uncached: Counts, shared: Counts, max_outputs: Counts, group_rows: Counts, row_starts: Counts, plan: PlanSection
 ) -> npt.NDArray[np.bool_]:
     """Approximate cuts of the plan, which also divides a large input into ranges and weighs bytes and rejects."""
     limits, places = np.unique(max_outputs, return_inverse=True)
@@ -222,7 +255,7 @@ def _shard_starts(
         shared_tokens=shared,
         num_rows=group_rows,
         num_bytes=np.zeros_like(uncached),
-        can_begin=np.ones(len(uncached), dtype=np.bool_),
+        can_begin=np.isin(np.arange(len(uncached)), row_starts),
     )
     starts = np.zeros(len(uncached), dtype=np.bool_)
     starts[cut_rows(costs, plan)] = True

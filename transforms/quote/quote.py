@@ -127,7 +127,7 @@ def forecast_tokens(survey: PromptSurvey) -> TokenForecast:
     tokens are covering functions, to which each further row adds less, so this mean errs on the high side, and the
     sample's own totals are the low bounds.
     """
-    is_single = survey.num_group_rows == 1
+    is_single = survey.is_single
     requests = np.ones(survey.num_requests, dtype=np.int64)
     added_tokens = survey.num_prompt_tokens - survey.num_nearest_tokens
     count = _extrapolate(survey, requests, requests * is_single)
@@ -154,7 +154,8 @@ def _extrapolate(survey: PromptSurvey, counted: Counts, added: Counts) -> Foreca
         return Forecast(0, 0, 0)
     # Rows without a request of their own add nothing; they are the zeros of the mean.
     mean = float(added.sum()) / num_rows
-    squares = float((added.astype(np.float64) ** 2).sum())
+    by_row = np.add.reduceat(added, survey.row_starts) if len(survey.row_starts) else added
+    squares = float((by_row.astype(np.float64) ** 2).sum())
     variance = max(0.0, squares / num_rows - mean * mean) * num_rows / max(1, num_rows - 1)
     error = _Z * math.sqrt(variance / num_rows)
     expected = total + round(num_others * mean)

@@ -61,7 +61,7 @@ class _Line(BaseModel):
 class BatchRequest(BaseModel):
     """A line's request: the chat and the row's own sampling values, both as canonical JSON.
 
-    The sampling values have OpenAI's names, `n` among them where it is not 1.
+    The sampling values have OpenAI's names, `n` among them.
     `options` is a JSON object of its further options (`moebeam.schemas.chat_options.OPTION_NAMES`), keys as written.
     """
 
@@ -160,8 +160,6 @@ def _read_sampling(body: dict[str, Any]) -> SamplingValues:
         values["max_tokens"] = values.pop("max_completion_tokens")
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
-    if values.get("n") == 1:
-        del values["n"]
     return values
 
 

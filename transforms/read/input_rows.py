@@ -6,7 +6,7 @@ promised comes out, as a row or inside a reject; a unit that cannot be read is o
 """
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from moebeam.schemas.column_types import plain_column, plain_field
+from moebeam.schemas.column_values import print_column, readable_column, readable_field
 from moebeam.schemas.errors import (
     InvalidId,
     InvalidValue,
@@ -27,6 +29,7 @@ from moebeam.schemas.store import storage
 from moebeam.schemas.tables import read_schema
 from moebeam.transforms.read.batch_lines import BatchRequest, parse_batch_line, read_custom_id
 from moebeam.transforms.read.input_scan import InputUnit
+from moebeam.transforms.read.parquet_file import list_columns, open_parquet
 from moebeam.transforms.read.transient_errors import RETRY_DELAYS_S, is_permanent, is_transient
 
 MAX_BATCH_ROWS = 1024
@@ -49,11 +52,13 @@ JSONL_INPUT_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class ReadColumns:
-    """Which input columns are read, and for what.
+    """Which input columns are read, and for what; fields are as `moebeam.schemas.column_types` makes them.
 
     Attributes:
-        input_fields: columns that the prompt is made of.
-        passthrough: columns repeated in the output.
+        input_fields: columns that the prompt is made of; batches have them as people read them.
+        passthrough: columns repeated in the output; they stay as they are.
+        tag_columns: those of `passthrough` that must have a text, too.
+        output_names: names of `passthrough` in the output; empty where each keeps its own.
     """
 
     input_fields: tuple["pa.Field[Any]", ...]
@@ -61,6 +66,14 @@ class ReadColumns:
     id_column: str | None = None
     tenant_column: str | None = None
     cost_center_column: str | None = None
+    output_names: tuple[str, ...] = ()
+    tag_columns: tuple[str, ...] = ()
+
+    @property
+    def output_fields(self) -> tuple["pa.Field[Any]", ...]:
+        """The passthrough columns as *read* and all later stages know them."""
+        names = self.output_names or [field.name for field in self.passthrough]
+        return tuple(field.with_name(name) for field, name in zip(self.passthrough, names, strict=True))
 
     @property
     def names(self) -> list[str]:
@@ -72,7 +85,12 @@ class ReadColumns:
     @property
     def schema(self) -> pa.Schema:
         """Schema of the batches that *read* yields."""
-        return read_schema(self.input_fields, self.passthrough)
+        return read_schema(self.readable_fields, self.output_fields)
+
+    @property
+    def readable_fields(self) -> list["pa.Field[Any]"]:
+        """The prompt's columns, as batches have them."""
+        return [readable_field(field) for field in self.input_fields]
 
 
 def read_unit(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
@@ -121,9 +139,10 @@ def _rows_from(num_read: int, unit: InputUnit, columns: ReadColumns) -> Iterator
 def _read_row_group(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
     assert unit.num_rows is not None
     first_row = unit.first_row
-    with storage.open_input(unit.path) as source, pq.ParquetFile(source, pre_buffer=False) as parquet:
-        present = [name for name in columns.names if name in parquet.schema_arrow.names]
-        _refuse_bomb(parquet.metadata.row_group(unit.row_group), present)
+    folders = dict(unit.partitions)
+    with open_parquet(unit.path) as parquet:
+        present = [name for name in columns.names if name in parquet.schema_arrow.names and name not in folders]
+        _refuse_bomb(parquet, unit.row_group, present)
         # Footers tell encoded sizes; repeated values may grow a thousandfold, so the first rows are probed.
         probed = 0
         for num_probed in (1, _PROBE_ROWS):
@@ -137,61 +156,73 @@ def _read_row_group(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.Record
             first_row += batch.num_rows
 
 
-def _refuse_bomb(group: "pq.RowGroupMetaData", names: Collection[str]) -> None:
+def _refuse_bomb(parquet: pq.ParquetFile, row_group: int, names: Collection[str]) -> None:
     """Refuse a column that would exhaust a worker's memory, judged by its footer.
 
     Raises:
         pa.ArrowInvalid: names the column, its size, and the limit.
     """
-    for index in range(group.num_columns):
-        column = group.column(index)
-        if column.path_in_schema.partition(".")[0] not in names:
-            continue
+    for path, column in list_columns(parquet, row_group, names):
         unpacked, packed = column.total_uncompressed_size, max(1, column.total_compressed_size)
         is_suspect = unpacked > SUSPECT_COLUMN_BYTES and unpacked > MAX_COMPRESSION * packed
         if unpacked > MAX_COLUMN_BYTES or is_suspect:
             most = f"{MAX_COMPRESSION:,} times the {packed:,} it takes" if is_suspect else f"{MAX_COLUMN_BYTES:,}"
             raise pa.ArrowInvalid(
-                f"column {column.path_in_schema}: expected to unpack to at most {most} bytes, found {unpacked:,}; "
+                f"column {path}: expected to unpack to at most {most} bytes, found {unpacked:,}; "
                 "write smaller row groups"
             )
 
 
 def _identify(batch: pa.RecordBatch, first_row: int, unit: InputUnit, columns: ReadColumns) -> pa.RecordBatch:
-    """Cast columns to their unified types and give every row its identity."""
+    """Cast columns to their unified types and give every row its identity.
+
+    Every value that must be a text later, such as a tag, is made one here, so that its row is not asked in vain.
+    """
     errors: dict[int, RowError] = {}
     fields = {field.name: field for field in (*columns.input_fields, *columns.passthrough)}
+    folders = dict(unit.partitions)
     values: dict[str, pa.Array[Any]] = {}
     for name in columns.names:
-        values[name] = _column(batch, name, fields.get(name), errors)
+        if name not in fields:  # of an id or a label: files may disagree about its type
+            is_known = name in batch.schema.names and name not in folders
+            fields[name] = plain_field(batch.schema.field(name)) if is_known else pa.field(name, pa.string())
+        if name in folders:
+            values[name] = _repeat_partition(folders[name], fields[name], batch.num_rows)
+        else:
+            values[name] = _column(batch, fields[name], errors)
+    texts = {
+        name: _texts(values[name], fields[name], errors)
+        for name in (columns.tenant_column, columns.cost_center_column, *columns.tag_columns)
+        if name is not None
+    }
     derived = pa.array([f"{unit.label}:{first_row + row}" for row in range(batch.num_rows)], pa.string())
-    custom_ids = derived if columns.id_column is None else _ids(values[columns.id_column], derived, errors, columns)
+    custom_ids = derived
+    if (name := columns.id_column) is not None:
+        custom_ids = _ids(_texts(values[name], fields[name], errors), derived, errors, name)
     return _assemble(
         columns,
         unit,
         np.arange(first_row, first_row + batch.num_rows),
         custom_ids,
-        tenants=_labels(values, columns.tenant_column, batch.num_rows),
-        cost_centers=_labels(values, columns.cost_center_column, batch.num_rows),
+        tenants=_labels(texts, columns.tenant_column, batch.num_rows),
+        cost_centers=_labels(texts, columns.cost_center_column, batch.num_rows),
         errors=errors,
-        inputs=[values[field.name] for field in columns.input_fields],
+        inputs=[readable_column(values[field.name], field) for field in columns.input_fields],
         passthrough=[values[field.name] for field in columns.passthrough],
     )
 
 
-def _column(
-    batch: pa.RecordBatch, name: str, field: "pa.Field[Any] | None", errors: dict[int, RowError]
-) -> "pa.Array[Any]":
-    """A column decoded from its dictionary, in its unified type; values that are not UTF-8 become null."""
-    if name not in batch.schema.names:
-        return pa.nulls(batch.num_rows, field.type if field is not None else pa.string())
-    column: pa.Array[Any] = batch.column(name)
-    if isinstance(column, pa.DictionaryArray):
-        column = column.dictionary_decode()
-    if isinstance(column, pa.ExtensionArray):
-        column = column.storage
-    column = _reject_invalid_text(column, name, errors)
-    return column if field is None or column.type == field.type else _cast(column, field, errors)
+def _repeat_partition(text: str | None, field: "pa.Field[Any]", num_rows: int) -> "pa.Array[Any]":
+    """The value of a partition folder as a column; `partitions.py` has seen that its text has the column's type."""
+    return pa.array([text] * num_rows, pa.string()).cast(field.type)
+
+
+def _column(batch: pa.RecordBatch, field: "pa.Field[Any]", errors: dict[int, RowError]) -> "pa.Array[Any]":
+    """A column in its unified, plain type; values that are not UTF-8 become null."""
+    if field.name not in batch.schema.names:
+        return pa.nulls(batch.num_rows, field.type)
+    column = _reject_invalid_text(plain_column(batch.column(field.name)), field.name, errors)
+    return column if column.type == field.type else _cast(column, field, errors)
 
 
 def _cast(column: "pa.Array[Any]", field: "pa.Field[Any]", errors: dict[int, RowError]) -> "pa.Array[Any]":
@@ -229,25 +260,28 @@ def _reject_invalid_text(column: "pa.Array[Any]", name: str, errors: dict[int, R
     return column.take(pa.array(kept, pa.int64()))
 
 
-def _ids(
-    column: "pa.Array[Any]", derived: "pa.Array[Any]", errors: dict[int, RowError], columns: ReadColumns
-) -> "pa.Array[Any]":
-    """The id column as text; a row without a usable id keeps its derived one and is rejected."""
-    ids = column.cast(pa.string()).to_pylist()
-    for row, value in enumerate(ids):
-        if not value:
-            found = errors.get(row) or ("null" if value is None else "an empty string")
-            errors[row] = InvalidId(f"id column {columns.id_column!r}: expected a value, found {found}")
-            ids[row] = derived[row].as_py()
-    return pa.array(ids, pa.string())
+def _texts(column: "pa.Array[Any]", field: "pa.Field[Any]", errors: dict[int, RowError]) -> list[str | None]:
+    """A column as text; a value that has none is null and rejects its row."""
+    texts: list[str | None] = []
+    for row, text in enumerate(print_column(column, field)):
+        if isinstance(text, InvalidValue):
+            errors.setdefault(row, text)
+        texts.append(text if isinstance(text, str) else None)
+    return texts
 
 
-def _labels(values: "dict[str, pa.Array[Any]]", name: str | None, num_rows: int) -> "pa.Array[Any]":
+def _ids(texts: list[str | None], derived: "pa.Array[Any]", errors: dict[int, RowError], name: str) -> "pa.Array[Any]":
+    """The id column; a row without a usable id keeps its derived one and is rejected."""
+    for row, text in enumerate(texts):
+        if not text:
+            found = errors.get(row) or ("null" if text is None else "an empty string")
+            errors[row] = InvalidId(f"id column {name!r}: expected a value, found {found}")
+    return pc.coalesce(pa.array([text or None for text in texts], pa.string()), derived)
+
+
+def _labels(texts: Mapping[str, list[str | None]], name: str | None, num_rows: int) -> "pa.Array[Any]":
     """Tenant or cost centre of each row; empty for a null, as if no column were named."""
-    if name is None:
-        return pa.array([""] * num_rows, pa.string())
-    labels = values[name].cast(pa.string())
-    return pc.if_else(labels.is_null(), pa.scalar(""), labels)
+    return pa.array([""] * num_rows if name is None else [text or "" for text in texts[name]], pa.string())
 
 
 def _read_lines(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
@@ -297,7 +331,7 @@ def _unit_reject(
 ) -> pa.RecordBatch:
     """One row that stands for all rows of a unit that could not be read."""
     name = unit.label if scope == "file" else f"{unit.label}:{unit.first_row + num_read}"
-    nothing = [pa.nulls(1, field.type) for field in columns.input_fields]
+    nothing = [pa.nulls(1, field.type) for field in columns.readable_fields]
     return _assemble(
         columns,
         unit,
@@ -342,8 +376,8 @@ def _assemble(
             pa.array([error and error.error_stage for error in found], pa.string()),
             pa.array([error and error.error_type for error in found], pa.string()),
             pa.array([error and str(error) for error in found], pa.string()),
-            make_struct(pa.struct(list(columns.input_fields)), inputs, size),
-            make_struct(pa.struct(list(columns.passthrough)), passthrough, size),
+            make_struct(pa.struct(columns.readable_fields), inputs, size),
+            make_struct(pa.struct(list(columns.output_fields)), passthrough, size),
         ],
         schema=columns.schema,
     )

@@ -4,22 +4,26 @@ Runs before *read*, in the launcher: reads footers (Parquet) or counts lines (JS
 result fingerprints the input, gives every unit its place in the input order, and fixes the output's types.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, takewhile
+from itertools import groupby, islice, takewhile
 from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moebeam.schemas.canonical import Json, fingerprint
+from moebeam.schemas.column_types import agree_on_types, note_categories, plain_field
 from moebeam.schemas.errors import InputPatternError
-from moebeam.schemas.job.sections import InputSection
+from moebeam.schemas.job.input_section import InputSection
 from moebeam.schemas.store import storage
-from moebeam.schemas.store.run_layout import find_frame_digest
-from moebeam.transforms.read.foreign_files import explain_foreign_file, explain_plain_jsonl
+from moebeam.transforms.read.foreign_files import refuse_foreign_files, refuse_foreign_lines
+from moebeam.transforms.read.input_files import files_fingerprint, list_input_files
+from moebeam.transforms.read.parquet_file import open_parquet, read_schema
+from moebeam.transforms.read.partitions import unify_partitions
 from moebeam.transforms.read.transient_errors import is_permanent, retry_transient
 
 InputFormat: TypeAlias = Literal["parquet", "jsonl"]
@@ -28,6 +32,9 @@ JSONL_UNIT_BYTES = 8 << 20
 GROUP_BYTES = 32 << 20
 MAX_COLUMNS = 10_000
 """Most columns of a Parquet file, struct fields included: wider footers take minutes and gigabytes to read."""
+
+_FOOTER_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
+"""What a footer and the types in it provoke; a failed assertion of ours is none of it."""
 
 GROUP_ROWS = 20_000
 JSONL_SCHEMA = pa.schema([pa.field("custom_id", pa.string()), pa.field("line", pa.large_binary())])
@@ -48,6 +55,7 @@ class InputUnit:
         num_bytes: uncompressed size; decides how many rows make a record batch.
         offset: byte offset of the piece in a JSONL file.
         error: why the file could not be opened, if so; the unit then stands for the whole file.
+        partitions: columns that the file's folders give, such as `month=01`: name and text, None for a null.
     """
 
     ordinal: int
@@ -61,6 +69,7 @@ class InputUnit:
     offset: int = 0
     group: int = 0
     error: str | None = None
+    partitions: tuple[tuple[str, str | None], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +84,7 @@ class InputScan:
     """The whole input.
 
     Attributes:
-        schema: the needed columns, each in one type for all files, dictionaries decoded.
+        schema: the needed columns, each in one plain type for all files, with a note of what they all declare.
         names: every column of every readable file, in order of appearance.
     """
 
@@ -118,55 +127,47 @@ def scan_input(section: InputSection, *, limit: int | None = None, needed: Colle
     Raises:
         InputPatternError: nothing matches, formats are mixed, or two files' schemas contradict each other.
     """
-    files = _list_input_files(section.path)
-    input_format = _detect_format(section, [path for path, _ in files])
+    files = list_input_files(section)
+    paths = [file.path for file in files]
+    input_format = _detect_format(section, paths)
     with ThreadPoolExecutor(max_workers=16) as pool:
-        scans = list(pool.map(partial(_scan_file, input_format), (path for path, _ in files)))
-    _refuse_foreign_files(section, [path for path, _ in files], scans, input_format)
-    root = _shared_folder([path for path, _ in files])
-    units = (unit for scan in scans for unit in scan.units)
+        scans = list(pool.map(partial(_scan_file, input_format, needed), paths))
+    _refuse_foreign_files(section, paths, scans, input_format)
+    schemas = [(path, scan.schema) for path, scan in zip(paths, scans, strict=True) if scan.schema is not None]
+    own = _unify(schemas, needed)
+    # Lines of JSONL bring all that belongs to their requests.
+    has_folders = input_format == "parquet"
+    folders, partitions = unify_partitions([file.partitions if has_folders else {} for file in files], own)
+    root = _shared_folder(paths)
+    units = (
+        replace(unit, partitions=of_file)
+        for scan, of_file in zip(scans, partitions, strict=True)
+        for unit in scan.units
+    )
     numbered = tuple(
         replace(unit, ordinal=ordinal, label=unit.path[len(root) :], group=group)
         for ordinal, (group, unit) in enumerate(_number_groups(units))
     )
-    schemas = [(path, scan.schema) for (path, _), scan in zip(files, scans, strict=True) if scan.schema is not None]
+    names = (*(name for _, schema in schemas for name in schema.names), *(folder.name for folder in folders))
     return InputScan(
         units=tuple(_first_rows(numbered, limit)),
-        schema=_unify(schemas, needed),
-        names=tuple(dict.fromkeys(name for _, schema in schemas for name in schema.names)),
+        schema=_add_folders(own, folders, needed),
+        names=tuple(dict.fromkeys(names)),
         format=input_format,
         num_files=len(files),
-        fingerprint=files_fingerprint({path: _file_identity(path, info) for path, info in files}),
+        fingerprint=files_fingerprint({file.path: file.identity for file in files}),
     )
-
-
-def identify_files(section: InputSection) -> dict[str, Json]:
-    """Identity of each input file, which changes when the file does; only lists, opens nothing.
-
-    Raises:
-        InputPatternError: nothing matches, or the store cannot be listed.
-    """
-    return {path: _file_identity(path, info) for path, info in _list_input_files(section.path)}
-
-
-def files_fingerprint(files: Mapping[str, Json]) -> str:
-    """The input's fingerprint, `InputScan.fingerprint`, from the result of `identify_files`."""
-    return fingerprint(list(files.values()))
 
 
 def _refuse_foreign_files(
     section: InputSection, paths: Sequence[str], scans: Sequence[_FileScan], input_format: InputFormat
 ) -> None:
-    """Refuse an input without any file of a known format, by the first that can be told; others become rejects."""
-    reason: str | None = None
-    path = paths[0]
+    """Refuse an input without any file of a known format; others become rejects."""
     if input_format == "jsonl":
-        reason = retry_transient(lambda: explain_plain_jsonl(path)) if scans[0].units else None
+        if any(scan.units for scan in scans):
+            retry_transient(lambda: refuse_foreign_lines(section, paths))
     elif all(scan.schema is None for scan in scans):
-        told = ((path, explain_foreign_file(path)) for path in paths)
-        path, reason = next(((path, reason) for path, reason in told if reason is not None), (path, None))
-    if reason is not None:
-        raise InputPatternError(f"[input] path {section.path!r}: {path}: {reason}")
+        refuse_foreign_files(section, {unit.path: unit.error or "" for scan in scans for unit in scan.units})
 
 
 def _number_groups(units: Iterable[InputUnit]) -> Iterator[tuple[int, InputUnit]]:
@@ -178,23 +179,6 @@ def _number_groups(units: Iterable[InputUnit]) -> Iterator[tuple[int, InputUnit]
         if num_bytes > GROUP_BYTES or num_rows > GROUP_ROWS:
             group, num_bytes, num_rows = group + 1, unit.num_bytes, unit.num_rows or 0
         yield group, unit
-
-
-def _list_input_files(pattern: str) -> list[tuple[str, Mapping[str, Any]]]:
-    try:
-        files = storage.list_files(pattern)
-    except OSError as error:
-        raise InputPatternError(f"[input] path {pattern!r}: cannot be listed: {error}") from error
-    hidden = ("_", ".")
-    if storage.is_folder(pattern):
-        root = storage.normalize_path(pattern).rstrip("/") + "/"
-        files = [f for f in files if not any(part.startswith(hidden) for part in f[0][len(root) :].split("/"))]
-    if not files:
-        raise InputPatternError(f"[input] path {pattern!r}: expected at least one file, found none")
-    for path, _ in files:
-        if any("\ud800" <= character <= "\udfff" for character in path):
-            raise InputPatternError(f"[input] path {pattern!r}: expected file names in UTF-8, found {path!r}")
-    return files
 
 
 def _shared_folder(paths: list[str]) -> str:
@@ -210,36 +194,31 @@ def _detect_format(section: InputSection, paths: list[str]) -> InputFormat:
     formats = {("jsonl" if path.lower().endswith((".jsonl", ".ndjson")) else "parquet") for path in paths}
     if len(formats) > 1:
         raise InputPatternError(
-            f"[input] path {section.path!r}: expected files of one format, found Parquet and JSONL; narrow the pattern"
+            f"[input] path {section.shown_path}: expected files of one format, found Parquet and JSONL; "
+            "narrow the pattern"
         )
     return "jsonl" if "jsonl" in formats else "parquet"
 
 
-def _file_identity(path: str, info: Mapping[str, Any]) -> Json:
-    """What changes when a file changes: its size, and the store's version mark or time; a frame's digest is enough."""
-    if (digest := find_frame_digest(path)) is not None:
-        return {"frame": digest}
-    marks = {key: str(info[key]) for key in ("ETag", "etag", "mtime", "generation", "LastModified") if info.get(key)}
-    return {"path": path, "size": int(info.get("size") or 0), **marks}
-
-
-def _scan_file(input_format: InputFormat, path: str) -> _FileScan:
-    scan = _scan_parquet_file if input_format == "parquet" else _scan_jsonl_file
+def _scan_file(input_format: InputFormat, needed: Collection[str] | None, path: str) -> _FileScan:
+    scan = partial(_scan_parquet_file, path, needed) if input_format == "parquet" else partial(_scan_jsonl_file, path)
     try:
-        return retry_transient(lambda: scan(path))
-    except (pa.ArrowException, OSError, ValueError) as error:
+        return retry_transient(scan)
+    except _FOOTER_ERRORS as error:
         if not is_permanent(error):
             raise InputPatternError(f"[input] path: {path}: cannot be read now: {_one_line(error)}") from error
         return _FileScan((_unreadable(path, input_format, _one_line(error)),), None)
 
 
-def _scan_parquet_file(path: str) -> _FileScan:
-    with storage.open_input(path) as source, pq.ParquetFile(source) as parquet:
-        schema = pa.schema([_plain_field(field) for field in parquet.schema_arrow])
+def _scan_parquet_file(path: str, needed: Collection[str] | None) -> _FileScan:
+    with open_parquet(path) as parquet:
         metadata = parquet.metadata
         if metadata.num_columns > MAX_COLUMNS:
-            message = f"expected at most {MAX_COLUMNS:,} columns, found {metadata.num_columns:,}"
-            return _FileScan((_unreadable(path, "parquet", message),), None)
+            raise pa.ArrowInvalid(f"expected at most {MAX_COLUMNS:,} columns, found {metadata.num_columns:,}")
+        schema = _note_categories(parquet, pa.schema([plain_field(field) for field in read_schema(parquet)]))
+        counts = Counter(name for name in schema.names if needed is None or name in needed)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise pa.ArrowInvalid(f"expected every column name once, found twice: {', '.join(map(repr, twice))}")
         units: list[InputUnit] = []
         first_row = 0
         for index in range(metadata.num_row_groups):
@@ -248,8 +227,7 @@ def _scan_parquet_file(path: str) -> _FileScan:
             units.append(unit)
             first_row += group.num_rows
         if first_row != metadata.num_rows:
-            message = f"footer promises {metadata.num_rows} rows, its row groups hold {first_row}"
-            return _FileScan((_unreadable(path, "parquet", message),), None)
+            raise pa.ArrowInvalid(f"footer promises {metadata.num_rows} rows, its row groups hold {first_row}")
     return _FileScan(tuple(units), schema)
 
 
@@ -273,45 +251,30 @@ def _unreadable(path: str, input_format: InputFormat, message: str) -> InputUnit
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "its columns are nested too deeply to be read"
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _plain_field(field: "pa.Field[Any]") -> "pa.Field[Any]":
-    """A nullable field in a plain type: files differ in encodings without differing in values."""
-    return pa.field(field.name, plain_type(field.type), nullable=True)
-
-
-def plain_type(value_type: Any) -> Any:
-    """An Arrow type without dictionaries, views and extensions, at any level."""
-    types = pa.types
-    if isinstance(value_type, pa.BaseExtensionType):
-        return plain_type(value_type.storage_type)
-    if types.is_dictionary(value_type):
-        return plain_type(value_type.value_type)
-    if types.is_string_view(value_type):
-        return pa.large_string()
-    if types.is_binary_view(value_type):
-        return pa.large_binary()
-    if types.is_struct(value_type):
-        return pa.struct([_plain_field(value_type.field(index)) for index in range(value_type.num_fields)])
-    if types.is_map(value_type):
-        return pa.map_(plain_type(value_type.key_type), plain_type(value_type.item_type))
-    if types.is_fixed_size_list(value_type):
-        return pa.list_(plain_type(value_type.value_type), value_type.list_size)
-    if types.is_large_list(value_type):
-        return pa.large_list(plain_type(value_type.value_type))
-    if types.is_list(value_type):
-        return pa.list_(plain_type(value_type.value_type))
-    return value_type
+def _note_categories(parquet: pq.ParquetFile, schema: pa.Schema) -> pa.Schema:
+    """The schema with the order of each ordered dictionary, which stands before its first value and in no footer."""
+    types = {field.name: field.type for field in parquet.schema_arrow}
+    names = [name for name, found in types.items() if pa.types.is_dictionary(found) and found.ordered]
+    if names and parquet.metadata.num_row_groups:
+        # A page that cannot be read is for *read* to report.
+        with contextlib.suppress(pa.ArrowException, OSError):
+            for batch in islice(parquet.iter_batches(1, [0], names, use_threads=False), 1):
+                for name in names:
+                    index = schema.names.index(name)
+                    column: Any = batch.column(name)
+                    schema = schema.set(index, note_categories(schema.field(index), column))
+    return schema
 
 
 def _unify(schemas: list[tuple[str, pa.Schema]], needed: Collection[str] | None) -> pa.Schema:
     unified = pa.schema([])
     for path, schema in schemas:
         fields = [field for field in schema if needed is None or field.name in needed]
-        if len({field.name for field in fields}) < len(fields):
-            twice = sorted({field.name for field in fields if schema.names.count(field.name) > 1})
-            raise InputPatternError(f"{path}: expected every column name once, found twice: {twice}")
         try:
             unified = pa.unify_schemas([unified, pa.schema(fields)], promote_options="permissive")
         except (pa.ArrowException, TypeError) as error:
@@ -319,11 +282,18 @@ def _unify(schemas: list[tuple[str, pa.Schema]], needed: Collection[str] | None)
                 f"{path}: its columns contradict those of earlier files: {_one_line(error)}; "
                 "expected the same column to have compatible types in every file"
             ) from error
+    unified = agree_on_types(unified, [schema for _, schema in schemas])
     lowered = [name.lower() for name in unified.names]
     if len(set(lowered)) < len(lowered):
         twice = sorted(name for name in unified.names if lowered.count(name.lower()) > 1)
         raise InputPatternError(f"expected columns whose names differ by more than case, found {', '.join(twice)}")
     return unified
+
+
+def _add_folders(own: pa.Schema, folders: Sequence["pa.Field[Any]"], needed: Collection[str] | None) -> pa.Schema:
+    """The files' own columns and, after them, those of their folders that are needed and have other names."""
+    added = [folder for folder in folders if needed is None or folder.name in needed]
+    return pa.schema([*own, *(folder for folder in added if folder.name not in own.names)])
 
 
 def _first_rows(units: tuple[InputUnit, ...], limit: int | None) -> Iterator[InputUnit]:

@@ -45,7 +45,7 @@ class AnswerTerms:
     def asks_for_reasoning(self) -> bool:
         """Whether the job or the row switches thinking on."""
         options = self.options
-        return options.thinking is True or (options.thinking is None and options.reasoning_effort not in (None, "none"))
+        return not options.is_thinking_off and (options.thinking is True or options.reasoning_effort is not None)
 
     def fill_arguments(self, calls: tuple[ToolCall, ...]) -> tuple[ToolCall, ...]:
         """Calls with `{}` for empty arguments, where the tool needs none."""

@@ -39,7 +39,7 @@ def messages_json(messages: Sequence[Message]) -> str:
     """
     try:
         text = canonical_json(
-            [{"role": message.role, "content": message.content, **message.extra} for message in messages]
+            [{"role": message.role, "content": _content_json(message), **message.extra} for message in messages]
         )
         text.encode()
     except (ValueError, TypeError) as error:
@@ -57,10 +57,15 @@ def _parse_message(index: int, item: object) -> Message:
         raise InvalidMessages(f"{where}.role: expected one of {', '.join(sorted(ROLES))}, found {abbreviate(role)}")
     content = fields.pop("content", "" if fields else None)
     if isinstance(content, list):
-        content = "".join(_read_text(where, part) for part in cast("list[object]", content))
+        texts = [_read_text(where, part) for part in cast("list[object]", content)]
+        return Message.of_parts(role, texts, cast("dict[str, Json]", fields))
     if not isinstance(content, str):
         raise InvalidMessages(f"{where}.content: expected text, found {abbreviate(content)}")
     return Message(role, content, cast("dict[str, Json]", fields))
+
+
+def _content_json(message: Message) -> Json:
+    return [{"type": "text", "text": text} for text in message.parts] if message.parts else message.content
 
 
 def _read_text(where: str, part: object) -> str:

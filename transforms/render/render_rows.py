@@ -7,6 +7,7 @@ rendered, or does not fit the model's context, becomes a reject that states the 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any, Literal, TypeAlias, cast
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ from moebeam.model_runner.prefix_tree import prefix_key
 from moebeam.schemas.arrow import list_values
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.chat_options import DEFAULT_OPTIONS, ChatOptions, ResponseFormat, options_json, with_own_values
+from moebeam.schemas.column_values import python_values
 from moebeam.schemas.errors import (
     ContextOverflow,
     InvalidSampling,
@@ -34,7 +36,8 @@ from moebeam.schemas.records import Message, Sampling, TokenIds, sampling_json
 from moebeam.schemas.tables import INPUT, plan_schema
 from moebeam.transforms.render.answer_terms import TermsCache
 from moebeam.transforms.render.chat_messages import messages_json, parse_messages
-from moebeam.transforms.render.prompt_template import PromptTemplate
+from moebeam.transforms.render.prompt_template import Messages, PromptTemplate
+from moebeam.transforms.render.samples import repeat_rows
 
 SchemaInPrompt: TypeAlias = Literal["auto", "always", "never"]
 
@@ -78,6 +81,19 @@ class _Rendered:
     sampling: list[str | None] = field(default_factory=list[str | None])
     options: list[str | None] = field(default_factory=list[str | None])
     errors: list[RowError | None] = field(default_factory=list[RowError | None])
+    num_samples: list[int] = field(default_factory=list[int])
+
+
+@dataclass(frozen=True, slots=True)
+class _Chat:
+    """A row's request before its prompt is laid out; `written` are its own options, and `options` all that hold."""
+
+    messages: Sequence[Message]
+    options: ChatOptions
+    sampling: Sampling
+    written: str | None
+    model: str | None
+    num_samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +103,7 @@ class _Prompt:
     sampling: Sampling
     options: str | None
     model: str | None = None
+    num_samples: int = 1
 
 
 class Renderer:
@@ -95,10 +112,10 @@ class Renderer:
     def __init__(self, spec: RenderSpec) -> None:
         self._spec = spec
         self._template = PromptTemplate(spec.prompt)
-        self._encoder = load_encoder(spec.checkpoint, spec.encoding, spec.model)
+        self._encoder = load_encoder(spec.checkpoint, spec.encoding, spec.model, spec.engine.max_model_len)
         self._routes = {name: RemotePrompts.of_model(name) for name in spec.engine.route_names}
         self._schema = plan_schema(spec.passthrough)
-        self._job_sampling = Sampling(**spec.sampling.model_dump())
+        self._job_sampling = spec.sampling.of_one_answer
 
     @property
     def context_length(self) -> int | None:
@@ -110,32 +127,52 @@ class Renderer:
         """Whether token counts are estimates, for lack of the model's tokenizer."""
         return self._encoder.is_estimated
 
-    def render_batch(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Render every row of a batch; rejects of *read* pass through unchanged."""
+    def render_rows(self, batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+        """Render every row of a batch, each into as many planned rows as it wants answers, in the order of the rows.
+
+        Rejects, those of *read* among them, are one row each.
+        """
         tenants = list_values(batch, "tenant")
         is_rejected = [error is not None for error in list_values(batch, "error_type")]
-        prompts = [
-            None if rejected else row if isinstance(row, RowError) else self._render_row(row)
-            for row, rejected in zip(_read_input_rows(batch), is_rejected, strict=True)
-        ]
+        rows = [None if rejected else row for row, rejected in zip(_read_input_rows(batch), is_rejected, strict=True)]
+        prompts = self._lay_out([self._read_chat(row, chat) for row, chat in self._write_messages(rows)])
         token_ids = iter(self._encoder.encode_batch([p.text for p in prompts if isinstance(p, _Prompt)]))
         rendered = _Rendered()
         for prompt, tenant in zip(prompts, tenants, strict=True):
             self._append(rendered, prompt, tenant, token_ids)
-        return self._with_columns(batch, rendered)
+        yield from repeat_rows(self._with_columns(batch, rendered), rendered.num_samples)
 
-    def _render_row(self, row: Mapping[str, Any]) -> "_Prompt | RowError":
+    def _write_messages(self, rows: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+        """Each row with the messages that the templates make of it; None in place of a chat that it brings itself.
+
+        All rows at once, because templates run in another process.
+        """
+        is_templated = [self._spec.messages_column is None and isinstance(row, Mapping) for row in rows]
+        written = iter(self._template.render_batch(list(compress(rows, is_templated))))
+        for row, templated in zip(rows, is_templated, strict=True):
+            yield row, next(written) if templated else None
+
+    def _lay_out(self, chats: "Sequence[_Chat | RowError | None]") -> "list[_Prompt | RowError | None]":
+        """The prompts of chats, those of the same batch at once; errors stay where they are."""
+        asked = [chat for chat in chats if isinstance(chat, _Chat)]
+        pairs = [(chat.messages, chat.options) for chat in asked]
+        texts = iter(render_prompts(self._encoder, pairs, self._spec.schema_in_prompt))
+        return [_make_prompt(chat, next(texts)) if isinstance(chat, _Chat) else chat for chat in chats]
+
+    def _read_chat(self, row: Any, written: "Messages | RowError | None") -> "_Chat | RowError | None":
+        if row is None or isinstance(row, RowError):
+            return row
+        if isinstance(written, RowError):
+            return written
         try:
-            column = self._spec.messages_column
-            messages = self._template.render(row) if column is None else parse_messages(_drop_nulls(row[column]))
+            messages = parse_messages(_drop_nulls(row[self._spec.messages_column])) if written is None else written
             own = self._read_own_options(row)
             options = with_own_values(self._spec.terms.options, own)
-            sampling = self._merge_sampling(row, options.model)
+            sampling, num_samples = self._merge_sampling(row, options.model)
             self._refuse_options(own, options)
-            written = options_json(options) if own else None
-            spec = self._spec
-            text = render_prompt(self._encoder, messages, spec.terms.find(written).options, spec.schema_in_prompt)
-            return _Prompt(text, messages_json(messages), sampling, written, options.model)
+            own_json = options_json(options) if own else None
+            terms = self._spec.terms.find(own_json)
+            return _Chat(messages, terms.options, sampling, own_json, options.model, num_samples)
         except RowError as error:
             return error
 
@@ -176,8 +213,8 @@ class Renderer:
                 f"tools: expected some to choose from (tool_choice {options.tool_choice.mode}), found none"
             )
 
-    def _merge_sampling(self, row: Mapping[str, Any], model: str | None) -> Sampling:
-        """A row's own sampling over the job's.
+    def _merge_sampling(self, row: Mapping[str, Any], model: str | None) -> tuple[Sampling, int]:
+        """A row's own sampling over the job's, and how many answers it wants.
 
         Raises:
             InvalidSampling: a value is out of range, or needs another.
@@ -185,25 +222,23 @@ class Renderer:
         """
         text = row[self._spec.sampling_column] if self._spec.sampling_column is not None else None
         if not text or text == "{}":
-            return self._job_sampling
+            return self._job_sampling, self._spec.sampling.n
         own: dict[str, Any] = json.loads(text)
         engine = self._spec.engine
-        if (num_answers := own.pop("n", 1)) != 1:
-            raise UnsupportedRequest(f"n: the engine {engine.engine!r} gives 1 answer a request, found {num_answers}")
         if own.get("logprobs") is False:
             own.setdefault("top_logprobs", 0)
         try:
             merged = SamplingSection.model_validate({**self._spec.sampling.model_dump(), **own})
         except ValidationError as error:
             raise _explain_sampling(error) from error
-        sampling = Sampling(**merged.model_dump())
+        sampling = merged.of_one_answer
         for name in own:
-            value = getattr(sampling, name)
+            value = getattr(merged, name)
             # A greedy answer is repeatable without a seed.
             is_void = value == _DEFAULT_SAMPLING[name] or (name == "seed" and sampling.is_greedy)
             if not is_void and (refusal := engine.find_refusal(name, value, model)) is not None:
                 raise UnsupportedRequest(refusal)
-        return sampling
+        return sampling, merged.n
 
     def _append(
         self, rendered: _Rendered, prompt: "_Prompt | RowError | None", tenant: str, token_ids: Iterator[TokenIds]
@@ -226,6 +261,7 @@ class Renderer:
         rendered.sampling.append(sampling)
         rendered.options.append(options)
         rendered.errors.append(error)
+        rendered.num_samples.append(prompt.num_samples if isinstance(prompt, _Prompt) and error is None else 1)
 
     def _overflow(self, num_tokens: int, sampling: Sampling, model: str | None) -> ContextOverflow | None:
         # The limits of a route are its own; its tokens are counted as the job's.
@@ -247,6 +283,7 @@ class Renderer:
         columns["sampling"] = pa.array(rendered.sampling, pa.string())
         columns["options"] = pa.array(rendered.options, pa.string())
         columns["merged_into"] = pa.nulls(batch.num_rows, pa.string())
+        columns["sample"] = pa.array([0] * batch.num_rows, pa.int32())
         if any(rendered.errors):
             for name, values in _error_columns(rendered.errors).items():
                 merged = [
@@ -264,20 +301,36 @@ def _explain_sampling(error: ValidationError) -> InvalidSampling:
     return InvalidSampling(f"{where}: {first['msg']}, found {first['input']!r}")
 
 
-def render_prompt(
-    encoder: Encoder, messages: Sequence[Message], options: ChatOptions, schema_in_prompt: SchemaInPrompt
-) -> str:
-    """Render a chat as the model's own prompt, with or without the schema of its answer.
+def _make_prompt(chat: _Chat, text: str | RowError) -> _Prompt | RowError:
+    if isinstance(text, RowError):
+        return text
+    try:
+        messages = messages_json(chat.messages)
+        return _Prompt(text, messages, chat.sampling, chat.written, chat.model, chat.num_samples)
+    except RowError as error:
+        return error
 
-    Raises:
-        InvalidMessages: the encoding cannot express the chat.
+
+def render_prompts(
+    encoder: Encoder, chats: Sequence[tuple[Sequence[Message], ChatOptions]], schema_in_prompt: SchemaInPrompt
+) -> list[str | RowError]:
+    """Render chats as the model's own prompts, with or without the schema of their answer.
+
+    An error, `InvalidMessages` for example, says that the encoding cannot express that chat.
     """
+    has_no_place = has_no_place_for_schemas(encoder)
+    return encoder.render_batch([_place_schema(*chat, schema_in_prompt, has_no_place) for chat in chats])
+
+
+def _place_schema(
+    messages: Sequence[Message], options: ChatOptions, schema_in_prompt: SchemaInPrompt, has_no_place: bool
+) -> tuple[Sequence[Message], ChatOptions]:
     if options.response_format.type == "json_schema":
         if schema_in_prompt == "never":
             options = replace(options, response_format=ResponseFormat())
-        elif schema_in_prompt == "always" and has_no_place_for_schemas(encoder):
+        elif schema_in_prompt == "always" and has_no_place:
             messages = with_schema_in_prompt(messages, options.response_format.schema)
-    return encoder.render(messages, options)
+    return messages, options
 
 
 def has_no_place_for_schemas(encoder: Encoder) -> bool:
@@ -307,20 +360,14 @@ def _drop_nulls(value: object) -> object:
     return [_drop_nulls(item) for item in cast("list[object]", value)] if isinstance(value, list) else value
 
 
-def _read_input_rows(batch: pa.RecordBatch) -> list[Any]:
-    """Input columns of each row, or an error where Python cannot hold a value, such as a date after the year 9999."""
-    try:
-        return list_values(batch, INPUT)
-    except Exception:  # each Arrow type raises its own errors
-        return [_read_input_row(batch, row) for row in range(batch.num_rows)]
-
-
-def _read_input_row(batch: pa.RecordBatch, row: int) -> Any:
-    try:
-        return batch.column(INPUT)[row].as_py()
-    except Exception as error:
-        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return InvalidValue(f"a column of the prompt: expected a value that Python can hold, found {found}")
+def _read_input_rows(batch: pa.RecordBatch) -> "list[dict[str, Any] | InvalidValue]":
+    """Input columns of each row, or why Python cannot hold one of them."""
+    struct: Any = batch.column(INPUT)
+    names = struct.type.names
+    columns = [python_values(column, name) for column, name in zip(struct.flatten(), names, strict=True)]
+    rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+    rows = rows or [{} for _ in range(batch.num_rows)]
+    return [next((value for value in row.values() if isinstance(value, InvalidValue)), row) for row in rows]
 
 
 def _error_columns(errors: list[RowError | None]) -> dict[str, list[str | None]]:

@@ -35,8 +35,13 @@ class _RenderBatch(beam.DoFn):
         self._renderer = Renderer(self._spec)
 
     def process(self, element: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-        rendered = self._renderer.render_batch(element)
-        num_bad = element.column("error_type").null_count - rendered.column("error_type").null_count
-        tokens = pc.sum(rendered.column("num_prompt_tokens")).as_py() or 0
+        num_bad, tokens = -_count_rejects(element), 0
+        for rendered in self._renderer.render_rows(element):
+            num_bad += _count_rejects(rendered)
+            tokens += pc.sum(rendered.column("num_prompt_tokens")).as_py() or 0
+            yield rendered
         add_to_counters("render", {"num_rows": element.num_rows, "num_rejects": num_bad, "prompt_tokens": tokens})
-        yield rendered
+
+
+def _count_rejects(rows: pa.RecordBatch) -> int:
+    return rows.num_rows - rows.column("error_type").null_count

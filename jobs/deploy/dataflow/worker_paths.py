@@ -25,7 +25,7 @@ def find_local_paths(job: Job, reuse: str | None = None) -> Iterator[str]:
 
 
 def _read_by_workers(job: Job, reuse: str | None) -> Iterator[tuple[str, str]]:
-    yield "[input] path", job.input.path
+    yield from (("[input] path", path) for path in job.input.paths)
     yield "[output] path", job.output.path
     if job.model.path is not None:
         yield "[model] path", job.model.path

@@ -17,6 +17,14 @@ SELECT * FROM read_parquet(getvariable('moebeam_run') || '/results/*.parquet', u
 CREATE OR REPLACE VIEW rejects AS
 SELECT * FROM read_parquet(getvariable('moebeam_run') || '/rejects/*.parquet', union_by_name = true);
 
+-- Of each row the sample that the model held likeliest, by the mean log probability of its tokens; without
+-- `[sampling] logprobs` its first one.
+CREATE OR REPLACE VIEW best_samples AS
+SELECT * FROM results
+QUALIFY row_number() OVER (
+  PARTITION BY source_file, source_row ORDER BY list_avg(logprobs) DESC NULLS LAST, sample
+) = 1;
+
 -- One line an attempt, with the UTC day, month and hour of its start, which decides its price.
 CREATE OR REPLACE VIEW ledger AS
 SELECT *,

@@ -5,7 +5,7 @@ All have one shape, which is also what a grammar needs: `begin`, then per call `
 JSON object, `dsml` are the parameters of `dsml.py`.
 
 Parsing takes any white space where the format has some, and nothing else: calls reach to the end of the answer, or it
-is a `MalformedToolCall` that names the character.
+is a `MalformedToolCall` that names the character. Reading an answer mends DSML beforehand, see `dsml_repair.py`.
 """
 
 # ruff: noqa: RUF001 - the bars of the wire format are U+FF5C
@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 from moebeam.model_runner.encoding.chat.strict_arguments import arguments_text, parse_object, value_at
 from moebeam.model_runner.encoding.chat.token_marks import NO_MARKS, TokenMarks
 from moebeam.schemas.canonical import Json
+from moebeam.schemas.chat_options import Tool
 from moebeam.schemas.errors import InvalidMessages, MalformedToolCall, NotJson, abbreviate
 from moebeam.schemas.records import ToolCall
 
@@ -27,6 +28,22 @@ TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 _SPACE = re.compile(r"\s*")
 _MAX_EXCERPT = 40
+
+
+@dataclass(frozen=True, slots=True)
+class FoundCalls:
+    """The calls in an answer.
+
+    Attributes:
+        end_of_content: where the content before them ends.
+        rest: text that stood behind or between them.
+        repaired: what was mended to read them; see `dsml_repair.py`.
+    """
+
+    end_of_content: int
+    calls: tuple[ToolCall, ...]
+    rest: str = ""
+    repaired: tuple[str, ...] = ()
 
 
 class CallFormat(Protocol):
@@ -79,6 +96,17 @@ class CallFormat(Protocol):
         """
         ...
 
+    def read(self, text: str, start: int, *, tools: Sequence[Tool] = (), is_cut: bool = False) -> FoundCalls | None:
+        """Finds and parses the calls from a character on, mended where their meaning is certain; None without calls.
+
+        Args:
+            tools: those that could be called, where they are known.
+            is_cut: the answer ended for want of tokens.
+        Raises:
+            MalformedToolCall: names the character, expected and found.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class JsonCallFormat:
@@ -126,6 +154,10 @@ class JsonCallFormat:
         position = expect(text, position, self.end.strip())
         expect_end(text, position)
         return tuple(calls)
+
+    def read(self, text: str, start: int, *, tools: Sequence[Tool] = (), is_cut: bool = False) -> FoundCalls | None:
+        found = self.find(text, start)
+        return None if found is None else FoundCalls(found[0], self.parse(text, found[1]))
 
     def _render_call(self, call: ToolCall, marks: TokenMarks, where: str) -> str:
         check_name(call.name, where)

@@ -5,13 +5,13 @@ The keys beside role and content are OpenAI's and those of DeepSeek's encoders: 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moebeam.model_runner.encoding.chat.strict_arguments import arguments_text
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.chat_options import ChatOptions, Tool, parse_tools
-from moebeam.schemas.errors import InvalidMessages, abbreviate
+from moebeam.schemas.errors import InvalidMessages, RowError, abbreviate
 from moebeam.schemas.records import Message, ToolCall
 
 TASKS = frozenset({"action", "query", "authority", "domain", "title", "read_url"})
@@ -86,17 +86,31 @@ def is_prefix(messages: Sequence[Message]) -> bool:
     return False
 
 
-def read_turns(messages: Sequence[Message], roles: frozenset[str]) -> list[Turn]:
+def render_each(
+    render: Callable[[Sequence[Message], ChatOptions], str], chats: Iterable[tuple[Sequence[Message], ChatOptions]]
+) -> list[str | RowError]:
+    """The prompt of each chat, or its error."""
+    prompts: list[str | RowError] = []
+    for messages, options in chats:
+        try:
+            prompts.append(render(messages, options))
+        except RowError as error:
+            prompts.append(error)
+    return prompts
+
+
+def read_turns(messages: Sequence[Message], roles: frozenset[str], separator: str) -> list[Turn]:
     """One turn a message, with its fields checked.
 
+    Args:
+        separator: what the model's encoder puts between the text parts of a message.
     Raises:
         InvalidMessages: names the message and the field, expected and found.
         InvalidTools: the same for the tools of a message.
     """
     check_messages(messages)
     is_prefix(messages)
-    turns = [_read_turn(index, message, roles) for index, message in enumerate(messages)]
-    return turns
+    return [_read_turn(index, message, roles, separator) for index, message in enumerate(messages)]
 
 
 def attach_options(turns: Sequence[Turn], options: ChatOptions) -> list[Turn]:
@@ -175,7 +189,7 @@ def json_line(value: Json) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _read_turn(index: int, message: Message, roles: frozenset[str]) -> Turn:
+def _read_turn(index: int, message: Message, roles: frozenset[str], separator: str) -> Turn:
     where = f"messages[{index}]"
     extra = message.extra
     if message.role not in roles:
@@ -191,7 +205,7 @@ def _read_turn(index: int, message: Message, roles: frozenset[str]) -> Turn:
     return Turn(
         index,
         message.role,
-        message.content,
+        message.join_parts(separator),
         reasoning=_text(extra.get("reasoning_content", extra.get("reasoning")), f"{where}.reasoning_content"),
         calls=_calls(extra.get("tool_calls"), f"{where}.tool_calls") if message.role == "assistant" else (),
         tools=parse_tools(extra.get("tools"), f"{where}.tools"),
@@ -221,6 +235,8 @@ def _call(value: Json, where: str) -> ToolCall:
     name, arguments = function.get("name"), function.get("arguments")
     if not isinstance(name, str):
         raise InvalidMessages(f"{where}.name: expected text, found {abbreviate(name)}")
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = "{}"  # of a function that takes none
     if isinstance(arguments, Mapping):
         try:
             arguments = arguments_text(arguments)

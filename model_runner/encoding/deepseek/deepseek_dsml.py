@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from moebeam.model_runner.encoding.chat.answers import END_OF_THINKING, THINK, ParsedAnswer, parse_answer
-from moebeam.model_runner.encoding.chat.conversation import Turn, json_line
+from moebeam.model_runner.encoding.chat.conversation import Turn, json_line, render_each
 from moebeam.model_runner.encoding.chat.token_marks import NO_MARKS, TokenMarks
 from moebeam.model_runner.encoding.deepseek.dsml import DSML, DsmlFormat
 from moebeam.schemas.canonical import Json
-from moebeam.schemas.chat_options import ChatOptions
-from moebeam.schemas.records import ToolCall
+from moebeam.schemas.chat_options import ChatOptions, Tool
+from moebeam.schemas.errors import RowError
+from moebeam.schemas.records import Message, ToolCall
 
 BEGIN = "<｜begin▁of▁sentence｜>"
 END = "<｜end▁of▁sentence｜>"
@@ -38,18 +39,35 @@ class DeepSeekDsml(ABC):
 
     def is_thinking(self, options: ChatOptions) -> bool:
         """DeepSeek thinks unless it is told not to."""
-        return options.thinking is not False
+        return not options.is_thinking_off
+
+    @abstractmethod
+    def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
+        """See `ChatEncoding`."""
+
+    def render_batch(self, chats: Sequence[tuple[Sequence[Message], ChatOptions]]) -> list[str | RowError]:
+        return render_each(self.render, chats)
 
     def render_calls(self, calls: Sequence[ToolCall]) -> str:
         return self.call_format.render(calls, marks=self._marks)
 
-    def parse(self, text: str, *, starts_in_reasoning: bool, has_tools: bool) -> ParsedAnswer:
+    def parse(
+        self,
+        text: str,
+        *,
+        starts_in_reasoning: bool,
+        has_tools: bool,
+        tools: Sequence[Tool] = (),
+        is_cut: bool = False,
+    ) -> ParsedAnswer:
         return parse_answer(
             text,
             starts_in_reasoning=starts_in_reasoning,
             has_reasoning=True,
             call_format=self.call_format if has_tools else None,
             end_marker=END,
+            tools=tools,
+            is_cut=is_cut,
         )
 
     def starts_in_reasoning(self, prompt_tail: str) -> bool:

@@ -67,7 +67,7 @@ class DeepSeekV32(DeepSeekDsml):
     call_format: DsmlFormat = V3_2_CALLS
 
     def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
-        turns = attach_options(read_turns(messages, ROLES), options)
+        turns = attach_options(read_turns(messages, ROLES, "\n"), options)
         thinks = self.is_thinking(options)
         if thinks:
             turns = drop_old_thinking(turns, _find_last_user(turns))

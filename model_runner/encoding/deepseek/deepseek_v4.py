@@ -29,6 +29,8 @@ from moebeam.schemas.records import Message
 
 LATEST_REMINDER = "<｜latest_reminder｜>"
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "latest_reminder"})
+_BETWEEN_PARTS = "\n\n"
+"""Between the text parts of a message, and between the results and texts of a user's turn."""
 
 _TOOLS = """## Tools
 
@@ -77,7 +79,7 @@ class DeepSeekV4(DeepSeekDsml):
         self._efforts = efforts
 
     def render(self, messages: Sequence[Message], options: ChatOptions) -> str:
-        turns = merge_results(attach_options(read_turns(messages, ROLES), options))
+        turns = merge_results(attach_options(read_turns(messages, ROLES, _BETWEEN_PARTS), options))
         thinks = self.is_thinking(options)
         keeps_all = any(turn.tools for turn in turns)
         if thinks and not keeps_all:
@@ -127,7 +129,7 @@ class DeepSeekV4(DeepSeekDsml):
                     f"<tool_result>{text}</tool_result>" if part.is_result else text
                     for part, text in zip(turn.parts, parts, strict=True)
                 ]
-                return USER + "\n\n".join(texts)
+                return USER + _BETWEEN_PARTS.join(texts)
 
     def _is_asked(self, turn: Turn, at: int, following: str | None) -> bool:
         """Whether a turn is answered by the assistant, who speaks next.

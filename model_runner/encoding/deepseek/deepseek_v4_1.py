@@ -1,6 +1,7 @@
 """DeepSeek-V4.1: V4 with a token before system text, DSML tags that begin with a space, and efforts from 1 to 100.
 
-A system message in the midst of a chat is answered like a user's, so it also counts as the last of them.
+A system message in the midst of a chat is answered like a user's, so it also counts as the last of them. A user's turn
+made of tool results alone does not: what was thought before the calls is kept while their turn goes on.
 """
 
 # ruff: noqa: RUF001 - the bars of the wire format are U+FF5C
@@ -30,7 +31,9 @@ class DeepSeekV41(DeepSeekV4):
             (
                 at
                 for at, turn in enumerate(turns)
-                if turn.role in ("user", "developer") or (turn.role == "system" and at > 0)
+                if turn.role == "developer"
+                or (turn.role == "user" and not all(part.is_result for part in turn.parts))
+                or (turn.role == "system" and at > 0)
             ),
             default=-1,
         )

@@ -10,18 +10,21 @@
 A string stands raw under `string="true"`, with no escape of any kind; everything else is JSON under `string="false"`.
 A string that spells markup cannot stand raw, so it is written as JSON too, each `<` as `\\u003c` (ADR 0004). The name
 of a parameter with quotes, backslashes, control characters or markup is the inside of a JSON string. Two different
-argument objects are never written alike, and `parse` gives back what `render` was given.
+argument objects are never written alike, and `parse` gives back what `render` was given. `read` also takes calls that
+break the format, see `dsml_repair.py`.
 """
 
 # ruff: noqa: RUF001, RUF002 - the bars of the wire format are U+FF5C
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from moebeam.model_runner.encoding.chat.call_formats import (
+    FoundCalls,
     check_name,
     escape_markup,
     excerpt,
@@ -34,8 +37,11 @@ from moebeam.model_runner.encoding.chat.call_formats import (
 )
 from moebeam.model_runner.encoding.chat.strict_arguments import arguments_text, parse_value
 from moebeam.model_runner.encoding.chat.token_marks import NO_MARKS, TokenMarks
+from moebeam.model_runner.encoding.deepseek.dsml_repair import is_meant_otherwise, mend_calls
+from moebeam.model_runner.encoding.deepseek.dsml_tags import find_loose_tag
 from moebeam.schemas.canonical import Json
-from moebeam.schemas.errors import NotJson
+from moebeam.schemas.chat_options import Tool
+from moebeam.schemas.errors import MalformedToolCall, NotJson
 from moebeam.schemas.records import ToolCall
 
 DSML = "｜DSML｜"
@@ -96,11 +102,11 @@ class DsmlFormat:
         return f"{self.begin}{self.between.join(written)}{self.end}"
 
     def find(self, text: str, start: int) -> tuple[int, int] | None:
-        """The first DSML tag of any kind; `parse` reports one that opens no block."""
+        """The first DSML tag of any kind, or what may be meant as one; `parse` reports one that opens no block."""
         begins = [position for tag in (f"<{DSML}", f"</{DSML}") if (position := text.find(tag, start)) >= 0]
-        if not begins:
+        begin = min(begins, default=-1)
+        if begin < 0 and (begin := find_loose_tag(text, start)) < 0:
             return None
-        begin = min(begins)
         return (begin - 2 if text.endswith("\n\n", start, begin) else begin), begin
 
     def parse(self, text: str, start: int) -> tuple[ToolCall, ...]:
@@ -113,6 +119,25 @@ class DsmlFormat:
             position = skip_space(text, position)
         expect_end(text, expect(text, position, self.end.strip()))
         return tuple(calls)
+
+    def read(self, text: str, start: int, *, tools: Sequence[Tool] = (), is_cut: bool = False) -> FoundCalls | None:
+        found = self.find(text, start)
+        if found is None:
+            return None
+        exact = FoundCalls(found[0], ())
+        with contextlib.suppress(MalformedToolCall):
+            exact = replace(exact, calls=self.parse(text, found[1]))
+        if exact.calls and not any(is_meant_otherwise(call, tools) for call in exact.calls):
+            return exact
+        mended = mend_calls(text, start, exact_tags=self._tags, tools=tools, is_cut=is_cut)
+        return exact if mended is None and exact.calls else mended
+
+    @property
+    def _tags(self) -> frozenset[str]:
+        """Every tag as it should be, those with attributes up to the first."""
+        names = (self.block, self.invoke, self.parameter)
+        openings = {f"<{DSML}{self.block}>", f"<{DSML}{self.invoke}", f"<{DSML}{self.parameter}"}
+        return frozenset({*openings, *(f"</{DSML}{name}>" for name in names)})
 
     def _render_call(self, call: ToolCall, marks: TokenMarks, where: str) -> str:
         check_name(call.name, where)

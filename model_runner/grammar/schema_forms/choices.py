@@ -7,7 +7,8 @@ admits more, `Choices.relaxed` says so.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias, cast
+from itertools import count
+from typing import Any, TypeAlias, cast
 
 from moebeam.model_runner.grammar.schema_forms.negation import negate
 from moebeam.model_runner.grammar.schema_forms.relaxation import Relaxation
@@ -18,6 +19,10 @@ Locations: TypeAlias = tuple[SchemaLocation, ...]
 
 MAX_ALTERNATIVES = 256
 """Most alternatives of one location; beyond, a keyword that splits is left to validation."""
+
+_NUM_SINGLE_ROUNDS = 8
+"""So many keywords are left out one after the other; then twice as many each time, so that a schema of a thousand
+conditions takes no thousand rounds."""
 
 _REFERENCES: dict[str, Callable[[int], bool]] = {
     "$ref": lambda draft: True,
@@ -56,12 +61,17 @@ class Choices:
         relaxed: keywords for which the alternatives hold more than the locations.
         open_choices: keys of the locations below which more than one alternative may be taken at once.
         unknown: keys of the locations below which something was left out.
+        negated: opposites that were worked out on the way; rounds and branches ask for the same ones.
     """
 
     alternatives: list[list[Part]]
     relaxed: list[Relaxation] = field(default_factory=list[Relaxation])
     open_choices: set[str] = field(default_factory=set[str])
     unknown: set[str] = field(default_factory=set[str])
+    negated: "_Negations" = field(default_factory=dict[Any, Any], repr=False)
+
+
+_Negations: TypeAlias = dict[tuple[str, ...], tuple[list[Locations], bool]]
 
 
 @dataclass(slots=True)
@@ -113,8 +123,9 @@ class Chooser:
     def find_choices(self, locations: Locations) -> Choices:
         """Splits locations; parts come in the order of the document's keywords."""
         ignored: set[tuple[str, str]] = set()
-        while True:
-            found = Choices([])
+        negated: _Negations = {}
+        for round_number in count():
+            found = Choices([], negated=negated)
             for pointer, keyword in sorted(ignored):
                 found.relaxed.append(Relaxation(pointer, keyword, "it splits into too many alternatives"))
             conjunction = _Conjunction()
@@ -125,10 +136,12 @@ class Chooser:
                 self._branch(conjunction, found, ignored, splits)
             except _TooMany:
                 # The widest split goes first; of equal ones the innermost.
-                ignored.add(max(splits, key=lambda at: (splits[at], at[0].count("/"), at)))
+                widest = sorted(splits, key=lambda at: (splits[at], at[0].count("/"), at), reverse=True)
+                ignored.update(widest[: 2 ** max(0, round_number - _NUM_SINGLE_ROUNDS)])
                 continue
             found.relaxed = list(dict.fromkeys(found.relaxed))
             return found
+        raise AssertionError("rounds end when every keyword that splits is ignored")
 
     def is_active(self, location: SchemaLocation, keyword: str) -> bool:
         """Whether a location has a keyword that its draft defines."""
@@ -210,6 +223,11 @@ class Chooser:
                     conjunction.splits.append(_Split(location, keyword, options, ancestors))
         if conjunction.is_false:
             return
+        if len(conjunction.splits) > MAX_ALTERNATIVES:
+            wide = [split for split in conjunction.splits if len(split.options) > 1]
+            splits.update({(split.owner.pointer, split.keyword): len(split.options) for split in wide})
+            if len(wide) > MAX_ALTERNATIVES:
+                raise _TooMany
         if not conjunction.splits:
             found.alternatives.append(conjunction.parts)
             if len(found.alternatives) > MAX_ALTERNATIVES:
@@ -239,7 +257,7 @@ class Chooser:
         known = tuple(part.location if part.location.is_plain else part.location.plain() for part in context)
         match keyword:
             case "not":
-                options, is_exact = self._negate(location.child("not"), known, pointer)
+                options, is_exact = self._negate(location.child("not"), known, pointer, found)
                 if not is_exact:
                     found.relaxed.append(Relaxation(pointer, keyword, "its opposite cannot be written as a grammar"))
                 return [options]
@@ -271,7 +289,7 @@ class Chooser:
             for other_index, other in enumerate(branches):
                 if other_index == index or self._is_empty((*known, branch, other)):
                     continue
-                others, is_exact_negation = self._negate(other, (*known, branch), location.pointer)
+                others, is_exact_negation = self._negate(other, (*known, branch), location.pointer, found)
                 is_exact = is_exact and is_exact_negation
                 chosen = [(*left, *right) for left in chosen for right in others]
                 if len(chosen) > MAX_ALTERNATIVES:
@@ -290,12 +308,23 @@ class Chooser:
             return []
         if self._is_empty((*known, condition)):
             return [[otherwise]]
-        negated, is_exact = self._negate(condition, known, location.pointer)
+        negated, is_exact = self._negate(condition, known, location.pointer, found)
         if not is_exact:
             found.relaxed.append(Relaxation(location.pointer, "if", "the opposite of its condition cannot be written"))
         return [[(condition, *then), *((*option, *otherwise) for option in negated)]]
 
-    def _negate(self, location: SchemaLocation, known: Locations, pointer: str) -> tuple[list[Locations], bool]:
+    def _negate(
+        self, location: SchemaLocation, known: Locations, pointer: str, found: Choices
+    ) -> tuple[list[Locations], bool]:
+        """The opposite of a location beside others, and whether it is exact."""
+        key = (location.key, pointer, *(part.key for part in known))
+        if key not in found.negated:
+            found.negated[key] = self._work_out_negation(location, known, pointer)
+        return found.negated[key]
+
+    def _work_out_negation(
+        self, location: SchemaLocation, known: Locations, pointer: str
+    ) -> tuple[list[Locations], bool]:
         options, is_exact = negate(
             location,
             known,

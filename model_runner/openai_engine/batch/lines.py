@@ -150,6 +150,7 @@ def request_line(request: Request, profile: Profile, model: str, *, scope: str) 
             "row": request.request_id,
             "attempt": request.attempt,
             "tenant": request.tenant,
+            **({"run": request.own_draws} if request.own_draws else {}),
             "body": body.fields,
         }
     )[:40]

@@ -22,37 +22,47 @@ Linear = Callable[[Tensor], Tensor]
 """Rows, shape (num_rows, num_in), to rows, shape (num_rows, num_out)."""
 
 
-def make_linear(weights: Sequence[Tensor], placement: Placement) -> Linear:
+def make_linear(
+    weights: Sequence[Tensor], placement: Placement, biases: Sequence[Tensor | None] | None = None
+) -> Linear:
     """Make the product with one or several weights, whose results are concatenated.
 
     Args:
         weights: each of shape (num_out, num_in), of one dtype.
+        biases: one for each weight, shape (num_out,); None where it has none.
     """
     device = placement.device
+    bias: Tensor | None = None
+    if biases is not None and any(found is not None for found in biases):
+        pairs = zip(weights, biases, strict=True)
+        whole = [weight.new_zeros(weight.shape[0]) if found is None else found for weight, found in pairs]
+        bias = torch.cat([found.to(device) for found in whole])
     if placement.is_packed and device.type == "cpu" and has_packed_linear(weights[0].dtype):
-        return _PackedLinear(weights[0] if len(weights) == 1 else torch.cat(list(weights)))
+        return _PackedLinear(weights[0] if len(weights) == 1 else torch.cat(list(weights)), bias)
     if len(weights) == 1:
-        return _PlainLinear(weights[0].to(device))
-    return _PlainLinear(torch.cat([weight.to(device) for weight in weights]))
+        return _PlainLinear(weights[0].to(device), bias)
+    return _PlainLinear(torch.cat([weight.to(device) for weight in weights]), bias)
 
 
 class _PlainLinear:
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight
+        self._bias = bias
 
     def __call__(self, rows: Tensor) -> Tensor:
-        return functional.linear(rows, self._weight)
+        return functional.linear(rows, self._weight, self._bias)
 
 
 class _PackedLinear:
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = _pack(weight)
+        self._bias = bias
         self._num_out = weight.shape[0]
 
     def __call__(self, rows: Tensor) -> Tensor:
         if rows.shape[0] == 0:
             return rows.new_empty((0, self._num_out))
-        return _apply(rows, self._weight)
+        return _apply(rows, self._weight, self._bias)
 
 
 @cache
@@ -61,7 +71,7 @@ def has_packed_linear(dtype: torch.dtype) -> bool:
     try:
         weight = torch.arange(48.0).view(6, 8).sin().to(dtype)
         rows = torch.arange(24.0).view(3, 8).cos().to(dtype)
-        found = _apply(rows, _pack(weight))
+        found = _apply(rows, _pack(weight), None)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -75,6 +85,6 @@ def _pack(weight: Tensor) -> Tensor:
     return operators._reorder_linear_weight(weight.contiguous(), _NUM_PACK_ROWS)
 
 
-def _apply(rows: Tensor, packed: Tensor) -> Tensor:
+def _apply(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     operators: Any = torch.ops.mkldnn
-    return operators._linear_pointwise(rows, packed, None, "none", [], "")
+    return operators._linear_pointwise(rows, packed, bias, "none", [], "")

@@ -1,18 +1,50 @@
-"""Rotary position embedding: frequencies from a configuration, and the rotations that the architectures use."""
+"""Rotary position embedding: frequencies from a configuration, and the rotations that the architectures use.
 
-from collections.abc import Mapping
+Most models turn by the same frequencies whatever the length of a sequence. `longrope` and `dynamic` do not: a prompt
+that is longer than the model was trained for turns by others, all of it, and so does every later token of its answer.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moebeam.schemas.errors import EngineLoadError
+
+_BY_LENGTH = ("dynamic", "longrope")
+_NUM_KEPT_LENGTHS = 4096
+
 
 class Rotary:
-    """Cosines and sines of positions: `num_pairs` angles for each."""
+    """Cosines and sines of positions: `num_pairs` angles for each.
 
-    def __init__(self, inverse_frequencies: Tensor, scaling: float, device: torch.device) -> None:
+    Attributes:
+        longest: most tokens of a sequence that turns by the ordinary frequencies; None if all do.
+    """
+
+    def __init__(
+        self,
+        inverse_frequencies: Tensor,
+        scaling: float,
+        device: torch.device,
+        *,
+        longest: int | None = None,
+        find_frequencies: Callable[[int], Tensor] | None = None,
+        is_one_beyond: bool = True,
+    ) -> None:
+        """
+        Args:
+            inverse_frequencies: the ordinary ones; shape (num_pairs,).
+            find_frequencies: those of a sequence of more than `longest` tokens, by its length.
+            is_one_beyond: whether they are the same for all such lengths.
+        """
         self._inverse_frequencies = inverse_frequencies.float().to(device)
         self._scaling = scaling
+        self.longest = longest
+        self._find_frequencies = find_frequencies
+        self._is_one_beyond = is_one_beyond
 
     @classmethod
     def from_config(
@@ -24,6 +56,8 @@ class Rotary:
             parameters: `rope_type`, `rope_theta` and what that type needs.
             width: rotated elements of a head.
             label: the key of `parameters` in `config.rope_parameters`, if that holds several.
+        Raises:
+            EngineLoadError: they cannot be computed, or not for heads of this width.
         """
         kind = str(parameters.get("rope_type", "default"))
         if kind == "default":
@@ -32,13 +66,66 @@ class Rotary:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # seconds, and few models need it
 
         named: dict[str, Any] = {} if label is None else {"layer_type": label}
-        found, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **named)
-        return cls(found, float(scaling), device)
+        cpu = torch.device("cpu")
+        try:
+            found, scaling = ROPE_INIT_FUNCTIONS[kind](config, cpu, **named)
+        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise EngineLoadError(
+                f"config.json: rope_parameters: expected settings of rope_type {kind!r}, found {dict(parameters)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if found.shape[0] * 2 != width:
+            raise EngineLoadError(
+                f"config.json: rope_parameters: expected frequencies of {width // 2} rotated pairs, found "
+                f"{found.shape[0]}, by {dict(parameters)}"
+            )
+        if kind not in _BY_LENGTH:
+            return cls(found, float(scaling), device)
+        is_longrope = kind == "longrope"
+        longest = int(parameters["original_max_position_embeddings"] if is_longrope else config.max_position_embeddings)
 
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, each float32 of shape (num_positions, num_pairs)."""
-        angles = positions.float().unsqueeze(-1) * self._inverse_frequencies
+        @lru_cache(maxsize=_NUM_KEPT_LENGTHS)
+        def find_frequencies(num_tokens: int) -> Tensor:
+            # As a tensor, as `transformers` passes it, so that both round alike.
+            frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, cpu, seq_len=torch.tensor(num_tokens))
+            return frequencies.float().to(device)
+
+        return cls(
+            found,
+            float(scaling),
+            device,
+            longest=longest,
+            find_frequencies=find_frequencies,
+            is_one_beyond=is_longrope,
+        )
+
+    def find_length_class(self, num_tokens: int) -> int:
+        """Which frequencies a prompt of this length turns by: 0 for the ordinary ones, else a length that has them."""
+        if self.longest is None or num_tokens <= self.longest:
+            return 0
+        return self.longest + 1 if self._is_one_beyond else num_tokens
+
+    def __call__(self, positions: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, each float32 of shape (num_positions, num_pairs).
+
+        Args:
+            positions: int64, shape (num_positions,).
+            lengths: of the sequence at each position; int64, shape (num_positions,). None where all turn alike.
+        """
+        frequencies = self._inverse_frequencies if lengths is None else self._by_length(lengths)
+        angles = positions.float().unsqueeze(-1) * frequencies
         return angles.cos().mul_(self._scaling), angles.sin().mul_(self._scaling)
+
+    def _by_length(self, lengths: Tensor) -> Tensor:
+        """Frequencies of rows, shape (num_rows, num_pairs)."""
+        distinct, places = lengths.unique(return_inverse=True)
+        kinds = [self.find_length_class(length) for length in distinct.tolist()]
+        found = [self._inverse_frequencies if not kind else self._frequencies_beyond(kind) for kind in kinds]
+        return torch.stack(found)[places]
+
+    def _frequencies_beyond(self, num_tokens: int) -> Tensor:
+        assert self._find_frequencies is not None
+        return self._find_frequencies(num_tokens)
 
 
 def rotate_pairs(part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

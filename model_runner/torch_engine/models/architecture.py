@@ -1,6 +1,6 @@
 """The protocol of a model, and a step on the device."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol, cast
@@ -14,7 +14,6 @@ from moebeam.model_runner.torch_engine.memory.segments import SegmentKind
 from moebeam.model_runner.torch_engine.schedule.steps import Step
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
-from moebeam.schemas.errors import EngineLoadError
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +23,8 @@ class StepBatch:
     Attributes:
         token_ids, positions: int64, shape (num_rows,).
         logit_rows: int64, shape (num_logit_rows,).
+        lengths: of the sequence at each row, itself included; int64, shape (num_rows,). None where no frequency depends
+            on it.
         reads: one plan for each of the architecture's kinds.
         logit_reads: the same for the rows with logits, counted among themselves; the last layer computes only these.
     """
@@ -31,6 +32,7 @@ class StepBatch:
     step: Step
     token_ids: Tensor
     positions: Tensor
+    lengths: Tensor | None
     logit_rows: Tensor
     reads: list[ReadPlan]
     logit_reads: list[ReadPlan]
@@ -45,8 +47,9 @@ class StepBatch:
         return None if self.logit_rows.shape[0] == self.token_ids.shape[0] else self.logit_rows
 
 
-def place_step(step: Step, kinds: Sequence[SegmentKind], device: torch.device) -> StepBatch:
+def place_step(step: Step, model: "Architecture", device: torch.device) -> StepBatch:
     """Copy a step to the device and plan its reads."""
+    kinds = model.kinds
     reads = [plan_reads(step.spans, index, kind, device) for index, kind in enumerate(kinds)]
     logit_reads = reads
     if len(step.logit_rows) < step.num_rows:
@@ -56,6 +59,7 @@ def place_step(step: Step, kinds: Sequence[SegmentKind], device: torch.device) -
         step,
         torch.from_numpy(step.token_ids).to(device, torch.long),
         torch.from_numpy(step.positions).to(device),
+        torch.from_numpy(step.list_lengths()).to(device) if model.has_length_classes else None,
         torch.tensor(step.logit_rows, dtype=torch.long, device=device),
         reads,
         logit_reads,
@@ -67,12 +71,19 @@ class Architecture(Protocol):
 
     `kinds` and `rings` say what it keeps for a node: segments that descendants read in place, and rings that new
     nodes get a copy of.
+
+    Attributes:
+        has_length_classes: whether `find_length_class` ever gives anything but 0.
     """
 
     kinds: tuple[SegmentKind, ...]
     rings: tuple[RingKind, ...]
     vocab_size: int
-    context_length: int
+    has_length_classes: bool
+
+    def find_length_class(self, num_tokens: int) -> int:
+        """What of a prompt's length its keys depend on: prompts of different classes share none. See `Rotary`."""
+        ...
 
     def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
         """Compute a step's rows, keep what later rows need in the cache, and return logits.
@@ -97,32 +108,13 @@ ARCHITECTURES: dict[str, str] = {
 
 
 def build_architecture(config: Any, weights: CheckpointWeights, placement: Placement) -> Architecture:
-    """Build the model of a checkpoint.
+    """Build the model of a checkpoint, whose model type is one of `ARCHITECTURES`.
 
     Raises:
-        EngineLoadError: the model type is unknown, or the weights do not fit the configuration.
+        EngineLoadError: the weights do not fit the configuration.
     """
-    model_type = str(config.model_type)
-    if model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise EngineLoadError(f"engine 'torch' expected a model_type of {known}, found {model_type!r}")
-    module_name, _, class_name = ARCHITECTURES[model_type].partition(":")
+    module_name, _, class_name = ARCHITECTURES[str(config.model_type)].partition(":")
     build = cast(
         "Callable[[Any, CheckpointWeights, Placement], Architecture]", getattr(import_module(module_name), class_name)
     )
     return build(config, weights, placement)
-
-
-def refuse_settings(config: Any, expected: Mapping[str, object]) -> None:
-    """Refuse a configuration that asks for an unsupported variant.
-
-    Raises:
-        EngineLoadError: a setting has another value than the one expected.
-    """
-    for name, value in expected.items():
-        found = getattr(config, name, value)
-        if found != value:
-            raise EngineLoadError(
-                f"engine 'torch' expected {name} = {value!r} in the config.json of a {config.model_type}, "
-                f"found {found!r}"
-            )

@@ -17,7 +17,7 @@ from moebeam.model_runner.torch_engine.layers.norms import RmsNorm
 from moebeam.model_runner.torch_engine.layers.rotary import Rotary
 from moebeam.model_runner.torch_engine.memory.cache import Cache, RingKind
 from moebeam.model_runner.torch_engine.memory.segments import SegmentKind
-from moebeam.model_runner.torch_engine.models.architecture import StepBatch, refuse_settings
+from moebeam.model_runner.torch_engine.models.architecture import StepBatch
 from moebeam.model_runner.torch_engine.models.latent_attention import LatentAttention, LatentReads, plan_latent_reads
 from moebeam.model_runner.torch_engine.models.latent_expansion import Expansion
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
@@ -30,9 +30,7 @@ class DeepseekV3:
     rings: tuple[RingKind, ...] = ()
 
     def __init__(self, config: Any, weights: CheckpointWeights, placement: Placement) -> None:
-        refuse_settings(config, {"attention_bias": False, "hidden_act": "silu"})
         self.vocab_size = int(config.vocab_size)
-        self.context_length = int(config.max_position_embeddings)
         hidden_size = int(config.hidden_size)
         shape = (self.vocab_size, hidden_size)
         self._embedding = weights.get("model.embed_tokens.weight", shape).to(placement.device)
@@ -46,11 +44,24 @@ class DeepseekV3:
         latent_width = int(config.kv_lora_rank) + rotated
         self.kinds = (SegmentKind("latent", len(self._layers), 1, (("latent", latent_width),), True),)
         self._expansion = Expansion(len(self._layers), self._layers[0].attention, placement)
-        weights.check_all_used([rf"^model\.layers\.{len(self._layers)}\.", r"rotary_emb\.inv_freq$"])
+        # Layers behind the last predict further tokens; of no shared experts some files hold empty tensors.
+        num_predicting = max(1, int(getattr(config, "num_nextn_predict_layers", None) or 0))
+        behind = "|".join(str(len(self._layers) + index) for index in range(num_predicting))
+        unused = [r"\.shared_experts\."] if not config.n_shared_experts else []
+        weights.check_all_used([rf"^model\.layers\.({behind})\.", *unused])
+
+    @property
+    def has_length_classes(self) -> bool:
+        """See `Architecture`."""
+        return self._rotary.longest is not None
+
+    def find_length_class(self, num_tokens: int) -> int:
+        """See `Architecture.find_length_class`."""
+        return self._rotary.find_length_class(num_tokens)
 
     def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
         """See `Architecture.extend`."""
-        cos, sin = self._rotary(batch.positions)  # (num_rows, num_pairs)
+        cos, sin = self._rotary(batch.positions, batch.lengths)  # (num_rows, num_pairs)
         rows = functional.embedding(batch.token_ids, self._embedding)  # (num_rows, hidden_size)
         expanded, absorbed = self._expansion.choose(batch.reads[0].wide, cache)
         reads = plan_latent_reads(batch.reads[0], batch.num_rows, expanded, absorbed, rows.device)
@@ -114,21 +125,24 @@ class _MoE:
         self._is_normed = bool(config.norm_topk_prob)
         self._scale = float(config.routed_scaling_factor)
         gate_shape = (self._num_experts, hidden_size)
-        self._router = weights.get(f"{name}.gate.weight", gate_shape, torch.float32).to(placement.device)
-        bias = weights.get(f"{name}.gate.e_score_correction_bias", (self._num_experts,), torch.float32)
+        self._router = weights.get_routing(f"{name}.gate.weight", gate_shape, torch.float32).to(placement.device)
+        bias = weights.get_routing(f"{name}.gate.e_score_correction_bias", (self._num_experts,), torch.float32)
         self._bias = bias.to(placement.device)
         experts = weights.experts(f"{name}.experts", self._num_experts, hidden_size, width)
         self._experts = Experts(experts, placement)
         num_shared = int(config.n_shared_experts)
-        self._shared = GatedMlp(
-            weights, placement, f"{name}.shared_experts", hidden_size=hidden_size, width=width * num_shared
-        )
+        self._shared: GatedMlp | None = None
+        if num_shared:
+            self._shared = GatedMlp(
+                weights, placement, f"{name}.shared_experts", hidden_size=hidden_size, width=width * num_shared
+            )
         self.flops_per_row = 6.0 * hidden_size * width * self._num_chosen + 2.0 * math.prod(gate_shape)
-        self.flops_per_row += self._shared.flops_per_row
+        self.flops_per_row += self._shared.flops_per_row if self._shared is not None else 0.0
 
     def __call__(self, rows: Tensor) -> Tensor:
         chosen, weights = self._route(rows)
-        return self._experts(rows, chosen, weights) + self._shared(rows)
+        made = self._experts(rows, chosen, weights)
+        return made if self._shared is None else made + self._shared(rows)
 
     def _route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Choose each row's experts and their weights; the bias affects only the choice."""

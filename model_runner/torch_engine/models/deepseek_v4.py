@@ -30,7 +30,7 @@ from moebeam.model_runner.torch_engine.memory.chosen_entries import (
 from moebeam.model_runner.torch_engine.memory.reading import read_shared_keys, write_entries
 from moebeam.model_runner.torch_engine.memory.segments import Columns, SegmentKind
 from moebeam.model_runner.torch_engine.memory.windows import CompressionPlan, WindowPlan, plan_compression, plan_window
-from moebeam.model_runner.torch_engine.models.architecture import StepBatch, refuse_settings
+from moebeam.model_runner.torch_engine.models.architecture import StepBatch
 from moebeam.model_runner.torch_engine.models.compression import Compressor, Indexer
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
@@ -43,13 +43,10 @@ _HEAVY: LayerType = "heavily_compressed_attention"
 class DeepseekV4:
     """The model; see `Architecture`."""
 
+    has_length_classes = False
+
     def __init__(self, config: Any, weights: CheckpointWeights, placement: Placement) -> None:
-        refuse_settings(
-            config,
-            {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "scoring_func": "sqrtsoftplus"},
-        )
         self.vocab_size = int(config.vocab_size)
-        self.context_length = int(config.max_position_embeddings)
         self._num_streams = int(config.hc_mult)
         hidden_size, device = int(config.hidden_size), placement.device
         shape = (self.vocab_size, hidden_size)
@@ -73,7 +70,11 @@ class DeepseekV4:
         self._num_chosen = int(config.index_topk)
         self.kinds = _list_kinds(config, layer_types, self._rates)
         self.rings = _list_rings(config, layer_types, self._rates)
-        weights.check_all_used([r"^(model\.)?mtp\."])
+        weights.check_all_used()
+
+    def find_length_class(self, num_tokens: int) -> int:
+        """See `Architecture.find_length_class`."""
+        return 0
 
     def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
         """See `Architecture.extend`."""
@@ -323,14 +324,14 @@ class _MoE:
         num_experts, self._num_chosen = int(config.n_routed_experts), int(config.num_experts_per_tok)
         limit = float(config.swiglu_limit)
         self._scale = float(config.routed_scaling_factor)
-        self._router = weights.get(f"{name}.gate.weight", (num_experts, hidden_size)).to(device)
+        self._router = weights.get_routing(f"{name}.gate.weight", (num_experts, hidden_size)).to(device)
         self._table: Tensor | None = None
         self._bias = torch.zeros(num_experts, device=device)
         if config.mlp_layer_types[index] == "hash_moe":
             shape = (int(config.vocab_size), self._num_chosen)
-            self._table = weights.get(f"{name}.gate.tid2eid", shape, torch.int64).to(device)
+            self._table = weights.get_choices(f"{name}.gate.tid2eid", shape, num_experts).to(device)
         else:
-            bias = weights.get(f"{name}.gate.e_score_correction_bias", (num_experts,), torch.float32)
+            bias = weights.get_routing(f"{name}.gate.e_score_correction_bias", (num_experts,), torch.float32)
             self._bias = bias.to(device)
         experts = weights.experts(f"{name}.experts", num_experts, hidden_size, width)
         self._experts = Experts(experts, placement, limit=limit)

@@ -18,7 +18,7 @@ from moebeam.model_runner.torch_engine.layers.rotary import Rotary, rotate_halve
 from moebeam.model_runner.torch_engine.memory.cache import Cache, RingKind
 from moebeam.model_runner.torch_engine.memory.reading import read_shared_keys, write_entries
 from moebeam.model_runner.torch_engine.memory.segments import Columns, SegmentKind
-from moebeam.model_runner.torch_engine.models.architecture import StepBatch, refuse_settings
+from moebeam.model_runner.torch_engine.models.architecture import StepBatch
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 
@@ -29,9 +29,7 @@ class GroupedQuery:
     rings: tuple[RingKind, ...] = ()
 
     def __init__(self, config: Any, weights: CheckpointWeights, placement: Placement) -> None:
-        refuse_settings(config, {"attention_bias": False, "hidden_act": "silu", "sliding_window": None})
         self.vocab_size = int(config.vocab_size)
-        self.context_length = int(config.max_position_embeddings)
         hidden_size, device = int(config.hidden_size), placement.device
         shape = (self.vocab_size, hidden_size)
         self._embedding = weights.get("model.embed_tokens.weight", shape).to(device)
@@ -44,12 +42,21 @@ class GroupedQuery:
         self._rotary = Rotary.from_config(config, config.rope_parameters, width, device)
         kept = int(config.num_key_value_heads) * width
         self.kinds = (SegmentKind("heads", len(self._layers), 1, (("key", kept), ("value", kept))),)
-        weights.check_all_used([r"rotary_emb\.inv_freq$"])
+        weights.check_all_used()
+
+    @property
+    def has_length_classes(self) -> bool:
+        """See `Architecture`."""
+        return self._rotary.longest is not None
+
+    def find_length_class(self, num_tokens: int) -> int:
+        """See `Architecture.find_length_class`."""
+        return self._rotary.find_length_class(num_tokens)
 
     def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
         """See `Architecture.extend`."""
         rows = functional.embedding(batch.token_ids, self._embedding)  # (num_rows, hidden_size)
-        cos, sin = (angle.to(rows.dtype) for angle in self._rotary(batch.positions))
+        cos, sin = (angle.to(rows.dtype) for angle in self._rotary(batch.positions, batch.lengths))
         for index, layer in enumerate(self._layers):
             rows = layer(rows, cos, sin, batch, index)
         return self._head(self._norm(rows[batch.logit_rows])).float()
@@ -87,10 +94,14 @@ class _Attention:
         hidden_size = int(config.hidden_size)
         heads = {"q": self._num_heads, "k": self._num_kept, "v": self._num_kept}
         parts = [weights.get(f"{name}.{part}_proj.weight", (num * width, hidden_size)) for part, num in heads.items()]
-        self._parts = make_linear(parts, placement)
+        has_bias = bool(getattr(config, "attention_bias", False))
+        shapes = {f"{name}.{part}_proj.bias": num * width for part, num in heads.items()}
+        biases = [weights.get(bias, (num,)) if has_bias else None for bias, num in shapes.items()]
+        self._parts = make_linear(parts, placement, biases)
         self._part_widths = [part.shape[0] for part in parts]
         out = weights.get(f"{name}.o_proj.weight", (hidden_size, self._num_heads * width))
-        self._out = make_linear([out], placement)
+        out_bias = weights.get(f"{name}.o_proj.bias", (hidden_size,)) if has_bias else None
+        self._out = make_linear([out], placement, [out_bias])
         self._query_norm = self._key_norm = None
         if config.model_type == "qwen3_moe":
             eps = float(config.rms_norm_eps)
@@ -126,7 +137,7 @@ class _MoE:
         num_experts = int(config.num_local_experts if config.model_type == "mixtral" else config.num_experts)
         self._num_chosen = int(config.num_experts_per_tok)
         self._is_normed = bool(getattr(config, "norm_topk_prob", True))
-        self._router = weights.get(f"{name}.gate.weight", (num_experts, hidden_size)).to(placement.device)
+        self._router = weights.get_routing(f"{name}.gate.weight", (num_experts, hidden_size)).to(placement.device)
         self._experts = Experts(weights.experts(f"{name}.experts", num_experts, hidden_size, width), placement)
         self.flops_per_row = 6.0 * hidden_size * width * self._num_chosen + 2.0 * num_experts * hidden_size
 

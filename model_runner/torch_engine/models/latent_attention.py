@@ -96,7 +96,12 @@ class LatentAttention:
             second = weights.get(f"{name}.q_b_proj.weight", (num_query, self._query_rank))
             self._query = make_linear([second], placement)
         self._num_first = first.shape[0]
-        self._first = make_linear([first, latent], placement)
+        has_bias = bool(config.attention_bias)
+        latent_bias = weights.get(f"{name}.kv_a_proj_with_mqa.bias", latent_shape[:1]) if has_bias else None
+        # Queries of full rank have none, as in `transformers`.
+        has_query_bias = has_bias and self._query_rank is not None
+        first_bias = weights.get(f"{name}.q_a_proj.bias", (self._num_first,)) if has_query_bias else None
+        self._first = make_linear([first, latent], placement, [first_bias, latent_bias])
         self._latent_norm = RmsNorm(weights.get(f"{name}.kv_a_layernorm.weight", (self.rank,)).to(device), _LATENT_EPS)
         up_shape = (self.num_heads * (self.nope + self.value_width), self.rank)
         up = weights.get(f"{name}.kv_b_proj.weight", up_shape).to(device)
@@ -105,7 +110,8 @@ class LatentAttention:
         self._absorb_key = per_head[:, : self.nope]  # (num_heads, nope, rank)
         self._absorb_value = per_head[:, self.nope :].transpose(1, 2)  # (num_heads, rank, value_width)
         out_shape = (hidden_size, self.num_heads * self.value_width)
-        self._out = make_linear([weights.get(f"{name}.o_proj.weight", out_shape)], placement)
+        out_bias = weights.get(f"{name}.o_proj.bias", (hidden_size,)) if has_bias else None
+        self._out = make_linear([weights.get(f"{name}.o_proj.weight", out_shape)], placement, [out_bias])
         num_weights = first.numel() + latent.numel() + up.numel() + math.prod(out_shape)
         num_weights += num_query * self._query_rank if self._query_rank is not None else 0
         self.flops_per_row = 2.0 * num_weights

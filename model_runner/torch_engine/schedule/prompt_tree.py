@@ -8,7 +8,7 @@ answer and starts empty if the prompt ends exactly where a shared node does. `ab
      `-------------- .  (private, empty)
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +29,11 @@ class Node:
         num_prompts: unfinished prompts below it.
         num_computed: how many of its tokens, answer included, have gone through the model.
         is_live: memory is reserved for it.
+        is_claimed: an answered prompt holds it, so that it counts as cached whether or not it is computed.
         wants_logits: a prompt ends on it, so the logits of its last token are kept in `last_logits`.
         memory: the cache's `NodeMemory`.
         is_suspect: an answer below it failed, so its memory may hold NaN.
+        length_class: what its keys depend on of the length of the prompts below it; see `Rotary`.
     """
 
     parent: "Node | None"
@@ -42,10 +44,12 @@ class Node:
     num_prompts: int = 0
     num_computed: int = 0
     is_live: bool = False
+    is_claimed: bool = False
     wants_logits: bool = False
     last_logits: Any = None
     memory: Any = None
     is_suspect: bool = False
+    length_class: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -88,14 +92,21 @@ class PrefixTree:
     num_prompt_tokens: int = 0
 
 
-def build_prefix_tree(prompts: Sequence[Prompt], first_order: int = 0) -> PrefixTree:
+def build_prefix_tree(
+    prompts: Sequence[Prompt], first_order: int = 0, find_length_class: Callable[[int], int] | None = None
+) -> PrefixTree:
     """Build the prefix tree of a window: a sort, then linear in the number of tokens.
 
     Args:
         prompts: in any order; prompts of different tenants share nothing.
         first_order: `order` of the first prompt, so that windows sort one after another.
+        find_length_class: of a prompt's number of tokens; prompts of different classes share nothing.
     """
-    keys = [prefix_key(prompt.tenant, prompt.token_ids) for prompt in prompts]
+    classes = [0 if find_length_class is None else find_length_class(prompt.num_tokens) for prompt in prompts]
+    owners = [prompt.tenant for prompt in prompts]
+    if find_length_class is not None:
+        owners = [f"{length_class} {owner}" for length_class, owner in zip(classes, owners, strict=True)]
+    keys = [prefix_key(owner, prompt.token_ids) for owner, prompt in zip(owners, prompts, strict=True)]
     by_token = sorted(range(len(prompts)), key=keys.__getitem__)
     ordered = [prompts[i] for i in by_token]
     lcps = common_prefix_lengths([keys[i] for i in by_token])
@@ -112,8 +123,10 @@ def build_prefix_tree(prompts: Sequence[Prompt], first_order: int = 0) -> Prefix
         if num_shared > base:
             shared = prompt.token_ids[base:num_shared]
             path.append(Node(path[-1] if path else None, base, shared, order, is_private=False))
+            path[-1].length_class = classes[by_token[row]]
         parent = path[-1] if path else None
         leaf = Node(parent, num_shared, prompt.token_ids[num_shared:], order, is_private=True)
+        leaf.length_class = classes[by_token[row]]
         if leaf.num_tokens == 0 and parent is not None:
             parent.wants_logits = True
         leaves.append(leaf)
@@ -137,6 +150,7 @@ def _split(node: Node, position: int) -> None:
     """Move a node's tokens before `position` into a new parent."""
     num_upper = position - node.start
     upper = Node(node.parent, node.start, node.token_ids[:num_upper], node.order, is_private=False)
+    upper.length_class = node.length_class
     node.parent = upper
     node.token_ids = node.token_ids[num_upper:]
     node.start = position

@@ -13,7 +13,7 @@ later. No prompt fails for lack of memory budget: one that exceeds it runs alone
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node, build_prefix_tree
@@ -59,7 +59,9 @@ class Schedule:
         max_cache_bytes: int,
         max_running: int,
         max_step_rows: int,
+        find_length_class: Callable[[int], int] | None = None,
     ) -> None:
+        self._find_length_class = find_length_class
         self._source = iter(prompts)
         self.costs = costs
         self.max_cache_bytes = max_cache_bytes
@@ -71,7 +73,10 @@ class Schedule:
         self._uncomputed_shared: list[Node] = []  # live ones that are not computed yet
         self._live_shared: dict[Node, None] = {}  # in order of admission
         self._released: list[Node] = []
+        self._passed: list[Finished] = []
         self.num_planned = 0
+        self.num_passed = 0
+        self.num_passed_tokens = 0
         self._num_finished = 0
         self._num_finished_tokens = 0
         self.live_bytes = 0
@@ -185,6 +190,11 @@ class Schedule:
             self._free_node(node)
         return self.take_released()
 
+    def take_passed(self) -> list[Finished]:
+        """The answered prompts that had their turn since the last call."""
+        passed, self._passed = self._passed, []
+        return passed
+
     def take_released(self) -> list[Node]:
         """The nodes that were freed since the last call."""
         released, self._released = self._released, []
@@ -214,7 +224,7 @@ class Schedule:
             else:
                 prompts.append(prompt)
                 num_tokens += prompt.num_tokens
-        tree = build_prefix_tree(prompts, self.num_planned)
+        tree = build_prefix_tree(prompts, self.num_planned, self._find_length_class)
         self.num_planned += len(prompts)
         self.num_tree_tokens += tree.num_tokens
         self.num_prompt_tokens += tree.num_prompt_tokens
@@ -227,6 +237,9 @@ class Schedule:
             if not self._waiting:
                 return
             running = self._waiting[0]
+            if running.prompt.is_answered:
+                self._pass(self._waiting.popleft())
+                continue
             new_nodes = [node for node in running.node.path() if not node.is_live]
             private = running.node
             num_own = private.num_tokens + len(running.answer)
@@ -240,7 +253,8 @@ class Schedule:
             self._waiting.popleft()
             running.reserved_end = reserved_end
             if running.num_cached_tokens < 0:
-                running.num_cached_tokens = running.prompt.num_tokens - sum(node.num_tokens for node in new_nodes)
+                num_missed = sum(node.num_tokens for node in new_nodes if not node.is_claimed)
+                running.num_cached_tokens = running.prompt.num_tokens - num_missed
                 running.admitted_s = time.time()
             self.live_bytes += num_bytes
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
@@ -304,14 +318,27 @@ class Schedule:
             return "stop"
         return "length" if len(running.answer) >= prompt.max_tokens else None
 
-    def _finish(self, running: Running, reason: StopReason, error: RowError | None = None) -> Finished:
-        self.running.remove(running)
-        self._free_private(running)
+    def _pass(self, answered: Running) -> None:
+        """Give an answered prompt its turn: it claims its nodes."""
+        for node in answered.node.path():
+            node.is_claimed = True
+        self._leave(answered)
+        self.num_passed += 1
+        self.num_passed_tokens += answered.prompt.num_tokens
+        self._passed.append(Finished(answered.prompt.prompt_id, [], "stop"))
+
+    def _leave(self, running: Running) -> None:
+        """Free the shared nodes of a finished prompt that no other one needs."""
         parent = running.node.parent
         for node in parent.path() if parent is not None else ():
             node.num_prompts -= 1
             if node.num_prompts == 0 and node.is_live:
                 self._free_node(node)
+
+    def _finish(self, running: Running, reason: StopReason, error: RowError | None = None) -> Finished:
+        self.running.remove(running)
+        self._free_private(running)
+        self._leave(running)
         self._num_finished += 1
         self._num_finished_tokens += len(running.answer)
         return Finished(

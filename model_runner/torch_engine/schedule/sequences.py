@@ -30,6 +30,8 @@ class Prompt:
         seed: of this prompt's random numbers.
         is_over: called with the answer so far after each token; True ends it.
         constraint: a grammar's state for this one answer.
+        is_answered: it has its answer from an earlier run: nothing of it is computed, but prompts after it count what
+            they share with it as cached, as they did in that run.
     """
 
     prompt_id: str
@@ -41,6 +43,7 @@ class Prompt:
     seed: int = 0
     is_over: Callable[[Sequence[int]], bool] | None = None
     constraint: "Constraint | None" = None
+    is_answered: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -71,6 +71,11 @@ class Step:
         """The prompts that sample a token after this step; built anew at each call."""
         return [owner for owner in self.logit_owners if isinstance(owner, Running)] + self.full_hits
 
+    def list_lengths(self) -> npt.NDArray[np.int64]:
+        """Of the sequence at each row: that of its prompt as far as it counts, then up to the row; (num_rows,)."""
+        classes = [np.full(span.num_rows, span.node.length_class, dtype=np.int64) for span in self.spans]
+        return np.maximum(self.positions + 1, np.concatenate(classes))
+
     def logit_spans(self) -> list[Span]:
         """`logit_rows` as spans of one row each; `first_row` counts among them."""
         rows = set(self.logit_rows)

@@ -9,35 +9,53 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import cast
 
 import torch
-from pydantic import BaseModel, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moebeam.model_runner.checkpoint.files import read_json_object
+from moebeam.model_runner.checkpoint.weight_files import StoredTensor, format_names, list_stored_tensors
+from moebeam.model_runner.torch_engine.weights.quantization_settings import read_fp8_block
 from moebeam.model_runner.torch_engine.weights.quantized import (
     FP4_BLOCK,
     FP4_DTYPES,
-    FP8_BLOCK,
     QUANTIZED_DTYPES,
     SCALE_DTYPES,
     dequantize,
+    fit_scales,
     infer_unpacked_shape,
     scale_grid,
+    split_stack_scales,
 )
-from moebeam.model_runner.torch_engine.weights.tensor_names import RENAMINGS, module_names, scale_name
-from moebeam.schemas.errors import EngineLoadError, abbreviate
+from moebeam.model_runner.torch_engine.weights.tensor_names import (
+    IGNORED,
+    RENAMINGS,
+    module_names,
+    scale_name,
+    scale_names,
+)
+from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.store import storage
 
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-
-_MAX_NAMES_SHOWN = 5
 _FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
-_Part = TypeVar("_Part", bound=BaseModel)
+_STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""Of the names in safetensors' headers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +70,22 @@ class Expert:
     down: Tensor
 
 
-class _Index(BaseModel):
-    """`model.safetensors.index.json`."""
-
-    weight_map: dict[str, str]
-
-
-class _Quantization(BaseModel):
-    """`quantization_config` of `config.json`, as far as stored weights depend on it."""
-
-    quant_method: Literal["fp8"]
-    weight_block_size: tuple[PositiveInt, PositiveInt] = FP8_BLOCK
-
-
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """Where a tensor is: its name in the file, the file, and the file's mapping."""
+    """A tensor in a file, and the file's mapping; None where only the headers were read."""
 
-    name: str
-    file: str
-    mapping: safe_open
+    header: StoredTensor
+    mapping: safe_open | None
+
+    def read(self) -> Tensor:
+        """The tensor as stored: mapped, or without contents on the device `meta`.
+
+        Raises:
+            SafetensorError, KeyError: torch has no such dtype.
+        """
+        if self.mapping is None:
+            return torch.empty(self.header.shape, dtype=_STORED_DTYPES[self.header.dtype], device="meta")
+        return cast("Tensor", self.mapping.get_tensor(self.header.name))
 
 
 class CheckpointWeights:
@@ -95,7 +109,7 @@ class CheckpointWeights:
 
     @classmethod
     def open(cls, path: str, model_type: str, dtype: torch.dtype) -> "CheckpointWeights":
-        """Map a checkpoint's files and list their tensors; `model.safetensors` takes precedence over an index.
+        """Map a checkpoint's files and list their tensors.
 
         Args:
             path: folder of a Hugging Face checkpoint, on a local disk.
@@ -106,20 +120,34 @@ class CheckpointWeights:
                 a tensor occurs twice, or the model type or the quantisation method is unknown.
             ValueError: `dtype` is not a floating one.
         """
+        if not storage.is_local(path):
+            raise EngineLoadError(f"{path}: expected a folder on a local disk, to map its files; copy it to one first")
+        path = storage.normalize_path(path)
+        headers = list_stored_tensors(path)
+        mappings = {file: _map_file(file) for file in {header.file for header in headers}}
+        return cls._of([_Stored(header, mappings[header.file]) for header in headers], path, model_type, dtype)
+
+    @classmethod
+    def open_headers(cls, path: str, model_type: str, dtype: torch.dtype) -> "CheckpointWeights":
+        """The same from the files' headers alone: its tensors are on the device `meta`, with shapes and no contents.
+
+        Args:
+            path: folder of a checkpoint, on disk or in an object store.
+        """
+        return cls._of([_Stored(header, None) for header in list_stored_tensors(path)], path, model_type, dtype)
+
+    @classmethod
+    def _of(cls, found: Sequence[_Stored], path: str, model_type: str, dtype: torch.dtype) -> "CheckpointWeights":
         if dtype not in _FLOATS:
             raise ValueError(f"dtype: expected one of {_format_dtypes(_FLOATS)}, found {_format_dtypes([dtype])}")
         if model_type not in RENAMINGS:
             raise EngineLoadError(f"{path}: expected a model type of {sorted(RENAMINGS)}, found {model_type!r}")
-        if not storage.is_local(path):
-            raise EngineLoadError(f"{path}: expected a folder on a local disk, to map its files; copy it to one first")
-        fp8_block = _read_fp8_block(path)
-        found = list(_map_tensors(path))
-        return cls(path, _key_by_module_name(found, model_type), dtype, fp8_block)
+        return cls(path, _key_by_module_name(found, model_type), dtype, read_fp8_block(path))
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the files."""
-        return sum(Path(file).stat().st_size for file in {stored.file for stored in self._tensors.values()})
+        return sum(Path(file).stat().st_size for file in {stored.header.file for stored in self._tensors.values()})
 
     def has(self, name: str) -> bool:
         """Whether the files hold a tensor of this name."""
@@ -141,6 +169,35 @@ class CheckpointWeights:
         stored = self._read(name, shape)
         scales = self._read_scales(name)
         return self._matrix(name, stored, scales, shape, dtype)
+
+    def get_routing(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """Get a tensor that decides which experts answer: one NaN in it would make every row's choice arbitrary.
+
+        Raises:
+            EngineLoadError: as `get`, or the tensor holds NaN or an infinity.
+        """
+        tensor = self.get(name, shape, dtype)
+        if tensor.device.type != "meta" and not (is_finite := tensor.isfinite()).all():
+            num_bad = int((~is_finite).sum())
+            raise EngineLoadError(
+                f"{self._describe(name)}: expected finite numbers, for it routes rows to experts, found {num_bad} of "
+                f"{tensor.numel()} that are NaN or infinite"
+            )
+        return tensor
+
+    def get_choices(self, name: str, shape: tuple[int, ...], num_experts: int) -> Tensor:
+        """Get a table of experts' numbers, int64.
+
+        Raises:
+            EngineLoadError: as `get`, or it names an expert that the model does not have.
+        """
+        table = self.get(name, shape, torch.int64)
+        if table.device.type != "meta" and (int(table.min()) < 0 or int(table.max()) >= num_experts):
+            raise EngineLoadError(
+                f"{self._describe(name)}: expected experts from 0 to {num_experts - 1}, found {int(table.min())} to "
+                f"{int(table.max())}"
+            )
+        return table
 
     def experts(self, prefix: str, num_experts: int, hidden_size: int, expert_width: int) -> list[Expert]:
         """Get the routed experts of one layer, in order, whether the files hold stacks or single matrices.
@@ -178,7 +235,7 @@ class CheckpointWeights:
         Raises:
             EngineLoadError: the files hold tensors that neither `get` nor `experts` was asked for.
         """
-        patterns = [re.compile(pattern) for pattern in ignored]
+        patterns = [re.compile(pattern) for pattern in (*IGNORED, *ignored)]
         unused = [
             self._describe(name)
             for name in self._tensors
@@ -187,7 +244,7 @@ class CheckpointWeights:
         if unused:
             raise EngineLoadError(
                 f"{self._path}: expected only tensors that the model has, found {len(unused)} more: "
-                f"{_format_names(unused)}"
+                f"{format_names(unused)}"
             )
 
     def _stack(self, name: str, shape: tuple[int, int, int], num_parts: int) -> Iterator[list[Tensor]]:
@@ -197,13 +254,17 @@ class CheckpointWeights:
             raise self._shape_error(name, shape, infer_unpacked_shape(stored))
         num_experts, num_rows, num_columns = shape
         scales = self._read_scales(name)
-        if scales is not None and (scales.ndim != 3 or scales.shape[0] != num_experts):
-            grid = scale_grid((num_rows, num_columns), self._block(stored))
-            raise self._shape_error(scale_name(name), (num_experts, *grid), tuple(scales.shape))
+        by_expert = None
+        if scales is not None:
+            by_expert = split_stack_scales(scales, num_experts)
+            if by_expert is None:
+                grid = scale_grid((num_rows, num_columns), self._block(stored))
+                raise self._shape_error(self._scale_name(name), (num_experts, *grid), tuple(scales.shape))
         part_rows = num_rows // num_parts
         for expert in range(num_experts):
-            matrix, grid = stored[expert], None if scales is None else scales[expert]
-            if grid is not None and grid.shape[0] == num_parts * scale_grid((part_rows, 1), self._block(stored))[0]:
+            matrix, grid = stored[expert], None if by_expert is None else by_expert[expert]
+            num_part_scales = scale_grid((part_rows, 1), self._block(stored))[0]
+            if grid is not None and grid.shape[0] in (num_parts * num_part_scales, num_parts) and grid.numel() > 1:
                 # Blocks restart in each part: transformers merges gate and up, with their scales, from two tensors.
                 pairs = zip(matrix.split(part_rows), grid.chunk(num_parts), strict=True)
                 yield [self._matrix(name, *pair, (part_rows, num_columns), None) for pair in pairs]
@@ -221,8 +282,8 @@ class CheckpointWeights:
         if stored.dtype not in QUANTIZED_DTYPES or scales.dtype not in SCALE_DTYPES:
             raise EngineLoadError(
                 f"{self._describe(name)}: expected {_format_dtypes(QUANTIZED_DTYPES)} with scales "
-                f"{scale_name(name)!r} in {_format_dtypes(SCALE_DTYPES)}, found {_format_dtypes([stored.dtype])} with "
-                f"scales in {_format_dtypes([scales.dtype])}"
+                f"{self._scale_name(name)!r} in {_format_dtypes(SCALE_DTYPES)}, found "
+                f"{_format_dtypes([stored.dtype])} with scales in {_format_dtypes([scales.dtype])}"
             )
         wanted = dtype or self._dtype
         if wanted not in _FLOATS:
@@ -230,10 +291,11 @@ class CheckpointWeights:
         found = infer_unpacked_shape(stored)
         if len(found) != 2 or found != shape:
             raise self._shape_error(name, shape, found)
-        grid = scale_grid((found[0], found[1]), self._block(stored))
-        if tuple(scales.shape) != grid:
-            raise self._shape_error(scale_name(name), grid, tuple(scales.shape))
-        return dequantize(stored, scales, self._block(stored), wanted)
+        fitting = fit_scales(scales, (found[0], found[1]), self._block(stored), is_fp8=stored.dtype not in FP4_DTYPES)
+        if fitting is None:
+            grid = scale_grid((found[0], found[1]), self._block(stored))
+            raise self._shape_error(self._scale_name(name), grid, tuple(scales.shape))
+        return dequantize(stored, *fitting, wanted)
 
     def _convert(self, name: str, stored: Tensor, dtype: torch.dtype | None) -> Tensor:
         if stored.dtype == torch.float8_e4m3fn:
@@ -255,8 +317,12 @@ class CheckpointWeights:
     def _block(self, stored: Tensor) -> tuple[int, int]:
         return FP4_BLOCK if stored.dtype in FP4_DTYPES else self._fp8_block
 
+    def _scale_name(self, name: str) -> str:
+        return next((scales for scales in scale_names(name) if self.has(scales)), scale_name(name))
+
     def _read_scales(self, name: str) -> Tensor | None:
-        return self._read(scale_name(name), ()) if self.has(scale_name(name)) else None
+        scales = self._scale_name(name)
+        return self._read(scales, ()) if self.has(scales) else None
 
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Get a tensor as stored, mapped, and count it as used."""
@@ -268,9 +334,11 @@ class CheckpointWeights:
             )
         self._used.add(name)
         try:
-            stored = cast("Tensor", where.mapping.get_tensor(where.name))
-        except SafetensorError as error:
+            stored = where.read()
+        except (SafetensorError, KeyError) as error:
             raise EngineLoadError(f"{self._describe(name)}: expected a dtype that torch has, found: {error}") from error
+        if stored.device.type == "meta":
+            return stored
         # The format allows any offset, though writers align; torch is not tested on misaligned tensors.
         return stored if stored.data_ptr() % stored.element_size() == 0 else stored.clone()
 
@@ -281,13 +349,14 @@ class CheckpointWeights:
             parent = parent.rpartition(".")[0]
             beside = [found for found in self._tensors if found.startswith(f"{parent}.")]
             if beside:
-                return f"below {parent!r} there are {_format_names(beside)}"
-        return f"there are {_format_names(list(self._tensors))}" if self._tensors else "there are no tensors at all"
+                return f"below {parent!r} there are {format_names(beside)}"
+        return f"there are {format_names(list(self._tensors))}" if self._tensors else "there are no tensors at all"
 
     def _describe(self, name: str) -> str:
         where = self._tensors[name]
-        alias = "" if where.name == name else f" (stored as {where.name!r})"
-        return f"{where.file}: tensor {name!r}{alias}"
+        stored_name = where.header.name
+        alias = "" if stored_name == name else f" (stored as {stored_name!r})"
+        return f"{where.header.file}: tensor {name!r}{alias}"
 
     def _shape_error(self, name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> EngineLoadError:
         return EngineLoadError(f"{self._describe(name)}: expected shape {expected}, found {found}")
@@ -299,84 +368,26 @@ class CheckpointWeights:
         )
 
 
-def _read_fp8_block(path: str) -> tuple[int, int]:
-    """Read how many rows and columns share a scale in a checkpoint's FP8 matrices."""
-    found: object = read_json_object(path, "config.json").get("quantization_config")
-    if found is None:
-        return FP8_BLOCK
-    place = f"{storage.join(path, 'config.json')}: quantization_config"
-    return _parse_record(_Quantization, found, place).weight_block_size
-
-
-def _map_tensors(path: str) -> Iterator[_Stored]:
-    """Yield every tensor of every file of a checkpoint, under the files' own names."""
-    folder = Path(storage.normalize_path(path))
-    if (folder / WEIGHTS_NAME).exists():
-        yield from _map_file(folder / WEIGHTS_NAME)
-        return
-    if not (folder / INDEX_NAME).exists():
-        raise EngineLoadError(f"{path}: expected a {WEIGHTS_NAME} or a {INDEX_NAME}, found neither")
-    index = storage.join(path, INDEX_NAME)
-    files = _parse_record(_Index, read_json_object(path, INDEX_NAME), index).weight_map
-    missing = sorted(file for file in set(files.values()) if not (folder / file).exists())
-    if missing:
-        raise EngineLoadError(
-            f"{index}: expected the files that it names, found {len(missing)} missing: {_format_names(missing)}"
-        )
-    holders: dict[str, str] = {}
-    for file in sorted(set(files.values())):
-        for tensor in _map_file(folder / file):
-            if tensor.name in holders:
-                raise EngineLoadError(
-                    f"{tensor.file}: tensor {tensor.name!r}: expected in one file, found in {holders[tensor.name]} too"
-                )
-            holders[tensor.name] = file
-            yield tensor
-    lacking = [f"{name!r} in {file}" for name, file in files.items() if holders.get(name) != file]
-    if lacking:
-        raise EngineLoadError(
-            f"{index}: expected tensors where it says, found {len(lacking)} not there: {_format_names(lacking)}"
-        )
-
-
-def _map_file(file: Path) -> Iterator[_Stored]:
+def _map_file(file: str) -> safe_open:
     try:
-        mapping = safe_open(file, framework="pt", backend="mmap")
-        names = cast("list[str]", mapping.keys())
+        return safe_open(file, framework="pt", backend="mmap")
     except (SafetensorError, OSError) as error:
         raise EngineLoadError(f"{file}: expected a whole safetensors file, found: {error}") from error
-    for name in names:
-        yield _Stored(name, str(file), mapping)
 
 
 def _key_by_module_name(found: Sequence[_Stored], model_type: str) -> dict[str, _Stored]:
-    names = module_names([tensor.name for tensor in found], RENAMINGS[model_type])
+    names = module_names([tensor.header.name for tensor in found], RENAMINGS[model_type])
     tensors: dict[str, _Stored] = {}
     for tensor in found:
-        name = names[tensor.name]
+        name = names[tensor.header.name]
         if name in tensors:
             raise EngineLoadError(
-                f"{tensor.file}: tensor {name!r}: expected once, found stored as {tensors[name].name!r} "
-                f"and as {tensor.name!r}"
+                f"{tensor.header.file}: tensor {name!r}: expected once, found stored as "
+                f"{tensors[name].header.name!r} and as {tensor.header.name!r}"
             )
         tensors[name] = tensor
     return tensors
 
 
-def _parse_record(kind: type[_Part], value: Any, place: str) -> _Part:
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        part = ".".join(str(step) for step in first["loc"])
-        raise EngineLoadError(f"{place}: {part}: {first['msg']}, found {abbreviate(first['input'])}") from error
-
-
 def _format_dtypes(dtypes: Sequence[torch.dtype] | frozenset[torch.dtype]) -> str:
     return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-
-
-def _format_names(names: Sequence[str]) -> str:
-    """Format the first of many names, and how many more there are."""
-    rest = len(names) - _MAX_NAMES_SHOWN
-    return ", ".join(names[:_MAX_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

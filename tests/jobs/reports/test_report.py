@@ -1,6 +1,8 @@
 """`moebeam report` and `moebeam reconcile` over real runs of the fake engine."""
 
+import hashlib
 import json
+import shutil
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from moebeam.jobs.output.run_record import read_record
 from moebeam.jobs.reports.report import make_report
 from moebeam.jobs.run.launch import launch
 from moebeam.schemas.errors import JobFileError, OutputError
+from moebeam.schemas.store.sealed_json import seal_json, unseal_json
 from tests.support.jobs_for_tests import fake_job, priced, write_parquet, write_script
 
 NASTY = ['=HYPERLINK("http://x")', "<script>alert(1)</script>", "+1", "\x1b[2J"]
@@ -172,12 +175,20 @@ def test_a_wrong_column_and_a_folder_without_a_run_are_named(output: Path, tmp_p
 
 
 def test_a_damaged_ledger_is_named(output: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "out"
     shutil.copytree(output, copy)
-    next((copy / "ledger").glob("*.parquet")).write_bytes(b"no")
-    with pytest.raises(OutputError, match=r"the ledger cannot be read: .*expected a file of the ledger"):
+    path = next((copy / "ledger").glob("*.parquet"))
+    whole = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.write_bytes(b"no")
+    found = hashlib.sha256(b"no").hexdigest()
+    damage = (
+        rf"the ledger cannot be read: .*{path.name}: is damaged: expected content with SHA-256 {whole}, found {found}"
+    )
+    with pytest.raises(OutputError, match=damage):
+        make_report(read_record(str(copy)))
+    manifest = copy / "manifest.json"
+    manifest.write_bytes(seal_json(unseal_json(manifest.read_bytes()).replace(whole.encode(), found.encode())))
+    with pytest.raises(OutputError, match=rf"the ledger cannot be read: .*{path.name}: expected a file of the ledger"):
         make_report(read_record(str(copy)))
     shutil.rmtree(copy / "ledger")
     with pytest.raises(OutputError, match="found no such file"):

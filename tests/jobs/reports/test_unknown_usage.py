@@ -1,5 +1,6 @@
 """Tokens and costs that a provider did not name stay unknown in every view of a run, and never become zero."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -28,6 +29,7 @@ from moebeam.transforms.answer.spending import Spent
 from moebeam.transforms.durable.commit import sum_tables
 from moebeam.transforms.money.account import charge
 from moebeam.transforms.publish.invariants import RowSums, check_invariants, sum_rows
+from moebeam.transforms.publish.manifest_file import format_manifest
 from moebeam.transforms.publish.rollup import GroupSums, largest_groups, merge_groups, roll_up
 from tests.support.paths import ROOT
 from tests.transforms.answer.test_shard_tables import LINE, RUN, accounted, planned
@@ -133,9 +135,19 @@ def test_row_without_a_usage_has_no_zero_in_place_of_its_tokens() -> None:
 
 
 def write_run(folder: Path, ledger: pa.Table) -> str:
-    storage.write_whole(f"{folder}/manifest.json", b'{"model": {"engine": "openai"}, "engine": {}}')
-    (folder / "ledger").mkdir()
-    pq.write_table(ledger, folder / "ledger" / "s0.parquet")
+    path = folder / "ledger" / "s0.parquet"
+    path.parent.mkdir()
+    pq.write_table(ledger, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    text = format_manifest(
+        {
+            "status": "complete",
+            "model": {"engine": "openai"},
+            "engine": {},
+            "files": {"ledger": [{"path": "ledger/s0.parquet", "sha256": digest}]},
+        }
+    )
+    storage.write_whole(f"{folder}/manifest.json", text.encode())
     return str(folder)
 
 

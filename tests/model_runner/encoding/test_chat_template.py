@@ -85,13 +85,25 @@ def test_thinking_of_is_what_the_template_makes_of_the_switch(source: str, think
 
 
 def test_switches_are_undefined_where_a_request_says_nothing() -> None:
-    names = ("thinking", "enable_thinking", "reasoning_effort", "tools")
-    source = " ".join(f"{{{{ {name} is defined }}}}" for name in names)
+    names = ("thinking", "enable_thinking", "reasoning_effort")
+    source = " ".join(f"{{{{ {name} is defined }}}}" for name in names) + " {{ tools is not none }}"
     assert template(source).render(CHAT) == "False False False False"
     options = ChatOptions(tools=TOOLS, thinking=False, reasoning_effort="low")
     assert template(source).render(CHAT, options) == "True True True True"
     shown = "{{ thinking }} {{ enable_thinking }} {{ reasoning_effort }} {{ tools[0].function.name }}"
     assert template(shown).render(CHAT, options) == "False False low look"
+
+
+def test_what_transformers_gives_every_template_is_there() -> None:
+    assert template("{{ tools }} {{ documents }}").render(CHAT) == "None None"
+
+
+def test_effort_none_is_no_thinking_whatever_the_switch_says() -> None:
+    options = ChatOptions(reasoning_effort="none", thinking=True)
+    assert template("{{ reasoning_effort }} {{ thinking }} {{ enable_thinking }}").render(CHAT, options) == (
+        "none False False"
+    )
+    assert not template(V3_1).is_thinking(options)
 
 
 def test_tools_are_shown_in_openais_form_unless_they_must_not_be_called() -> None:

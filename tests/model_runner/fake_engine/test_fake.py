@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,14 @@ def test_simulated_cache_is_per_tenant_and_per_call() -> None:
 def test_scripted_cached_tokens_win_and_null_means_unknown(tmp_path: Path, cached_tokens: int | None) -> None:
     runner = load(tmp_path, {"default": {"cached_tokens": cached_tokens}})
     assert answer(runner, request()).usage.cached_tokens == cached_tokens
+
+
+def test_a_kept_answer_passes_as_it_is_and_the_next_request_shares_with_its_prompt(tmp_path: Path) -> None:
+    runner = load(tmp_path, {})
+    kept = answer(runner, request())
+    found = list(runner.generate([replace(request(), earlier=kept), request()]))
+    assert found[0] is kept
+    assert found[1].usage.cached_tokens == request().num_prompt_tokens > 0
 
 
 def test_reasoning_is_part_of_the_completion_tokens(tmp_path: Path) -> None:

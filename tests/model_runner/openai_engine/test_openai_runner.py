@@ -262,7 +262,7 @@ def test_provider_that_is_only_overloaded_is_asked_first_again() -> None:
 
     with FakeEndpoint(reply) as first, FakeEndpoint(echo) as second:
         fallback = FallbackSection(provider="vllm", base_url=second.base_url)
-        found = {c.request_id: c for c in runner(first, fallbacks=(fallback,)).generate(requests(4))}
+        found = {c.request_id: c for c in runner(first, brief(2.0), fallbacks=(fallback,)).generate(requests(4))}
     assert {name: c.provider for name, c in found.items()} == {
         "r0": "deepseek",
         "r1": "vllm",

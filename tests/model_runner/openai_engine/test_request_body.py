@@ -11,6 +11,7 @@ import pytest
 from moebeam.model_runner.openai_engine import request_body
 from moebeam.model_runner.openai_engine.profiles import find_profile
 from moebeam.model_runner.openai_engine.request_body import ChatBody, chat_body
+from moebeam.model_runner.seeds import derive_sent_seed
 from moebeam.schemas.chat_options import ChatOptions, ResponseFormat, Tool, ToolChoice
 from moebeam.schemas.errors import InvalidSampling, RequestRefused
 from moebeam.schemas.records import Message, Request, Sampling
@@ -85,6 +86,32 @@ def test_thinking_is_switched_the_providers_way(provider: str, expected: dict[st
     plain = body(provider, request()).fields
     switched = body(provider, request(thinking=False)).fields
     assert {name: value for name, value in switched.items() if name not in plain} == expected
+
+
+@pytest.mark.parametrize(
+    ("provider", "expected"),
+    [
+        ("deepseek", {"thinking": {"type": "disabled"}}),
+        ("volcano", {"thinking": {"type": "disabled"}}),
+        ("alibaba", {"enable_thinking": False}),
+        ("vllm", {"chat_template_kwargs": {"thinking": False}, "reasoning_effort": "none"}),
+        ("openai", {"reasoning_effort": "none"}),
+    ],
+)
+def test_effort_none_switches_thinking_off_where_there_is_a_switch(provider: str, expected: dict[str, Any]) -> None:
+    plain = body(provider, request()).fields
+    for wanted in (request(reasoning_effort="none"), request(reasoning_effort="none", thinking=True)):
+        sent = body(provider, wanted).fields
+        assert {name: sent[name] for name in sent if name not in plain} == expected
+    assert find_profile("alibaba").find_refusal("reasoning_effort", "none") is None
+    assert find_profile("alibaba").find_refusal("reasoning_effort", "low") is not None
+
+
+def test_text_parts_are_sent_as_they_came_or_joined_as_the_provider_joins_them() -> None:
+    wanted = replace(request(), messages=(Message.of_parts("user", ["a", "b"], {}), Message("user", "c")))
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert [message["content"] for message in body("vllm", wanted).fields["messages"]] == [parts, "c"]
+    assert [message["content"] for message in body("deepseek", wanted).fields["messages"]] == ["a\n\nb", "c"]
 
 
 def test_effort_is_mapped_as_the_model_knows_it() -> None:
@@ -165,6 +192,8 @@ def test_what_the_provider_does_not_take_is_not_sent_and_told_once(caplog: pytes
         "deepseek takes no min_p: it is not sent",
     ]
     assert body("vllm", wanted).fields["seed"] == 7
+    sampled = request(sampling=Sampling(5, temperature=1.0, seed=7))
+    assert body("vllm", sampled).fields["seed"] == derive_sent_seed(sampled), "the row's own"
 
 
 def test_penalties_and_likely_tokens_are_sent_where_they_are_asked_for() -> None:

@@ -90,7 +90,8 @@ def test_openrouter_asks_only_providers_that_take_every_option() -> None:
     )
     assert call.body["provider"] == {"require_parameters": True}
     assert call.body["reasoning"] == {"enabled": True}
-    assert (call.body["service_tier"], call.body["seed"], call.body["min_p"]) == ("flex", 7, 0.1)
+    assert (call.body["service_tier"], call.body["min_p"]) == ("flex", 0.1)
+    assert call.body["seed"] not in (7, None), "the row's own"
     assert completion.price_mode == "online"
 
 

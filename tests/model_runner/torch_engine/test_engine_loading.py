@@ -65,11 +65,11 @@ def test_layers_of_multi_token_prediction_are_no_surplus(open_layout: OpenLayout
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("v3", {"attention_bias": True}, "attention_bias = False .* found True"),
-        ("v3", {"hidden_act": "gelu"}, "hidden_act = 'silu' .* found 'gelu'"),
+        ("v3", {"attention_bias": True}, r"expected a tensor .*kv_a_proj_with_mqa\.bias"),
+        ("v3", {"hidden_act": "gelu"}, 'hidden_act: expected "silu", found "gelu"'),
         ("v4", {"scoring_func": "sigmoid"}, "scoring_func"),
-        ("mixtral", {"sliding_window": 16}, "sliding_window = None .* found 16"),
-        ("mixtral", {"model_type": "llama"}, "'llama'"),
+        ("mixtral", {"sliding_window": 16}, "sliding_window: expected null or at least the context .* found 16"),
+        ("mixtral", {"model_type": "llama"}, 'found "llama"'),
         ("mixtral", {"model_type": "nonsense"}, "nonsense"),
     ],
 )
@@ -82,7 +82,7 @@ def test_model_that_is_not_built_is_refused(
 
 def test_folder_without_a_readable_checkpoint_is_refused(open_layout: OpenLayout, tmp_path: Path) -> None:
     layout = open_layout("v3")
-    with pytest.raises(EngineLoadError, match=r"expected a config\.json"):
+    with pytest.raises(EngineLoadError, match=r"config\.json: expected a file of"):
         load_engine(tmp_path / "missing")
     without_weights = tmp_path / "copy"
     shutil.copytree(layout.path, without_weights, ignore=shutil.ignore_patterns("*.safetensors"))

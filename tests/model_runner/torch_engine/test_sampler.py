@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from moebeam.model_runner.seeds import derive_seed
 from moebeam.model_runner.torch_engine import sampler
 from moebeam.model_runner.torch_engine.sampler import MAX_VOCAB_SIZE, Draw, multiply_share, sample
+from tests.support.tiny_requests import request_of
 
 vocab_sizes = st.sampled_from([1, 2, 31, 32, 33, 100])
 draws = st.builds(
@@ -275,3 +277,36 @@ def test_penalties_leave_the_logits_as_they_were() -> None:
     (drawn,) = sample(logits, [Draw(presence_penalty=1.5, counts={0: 1})])
     assert drawn.token_id == 1
     assert logits.tolist() == [[2.0, 1.0]]
+
+
+def chi_square(counts: np.ndarray, expected: np.ndarray) -> float:
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+NUM_DRAWS = 10_000
+WEIGHTS = np.array([8, 4, 4, 2, 2, 2, 1, 1]) / 24
+
+
+def draw_rows(*, sample_number: int = 0, position: int = 0) -> np.ndarray:
+    """The token of each of 10,000 rows of one prompt and one seed; shape (NUM_DRAWS,)."""
+    asked = request_of("row", [70], temperature=1.0, seed=7, sample=sample_number)
+    draws = [
+        Draw(temperature=1.0, seed=derive_seed(replace(asked, row_id=f"in.parquet:{row}")), position=position)
+        for row in range(NUM_DRAWS)
+    ]
+    logits = torch.tensor(np.log(WEIGHTS), dtype=torch.float32).expand(NUM_DRAWS, -1)
+    return np.array([drawn.token_id for drawn in sample(logits, draws)])
+
+
+def test_rows_of_one_prompt_and_one_seed_are_drawn_by_the_models_probabilities_and_independently() -> None:
+    first = draw_rows()
+    # Critical values at 0.1%, of 7 and 63 degrees of freedom; the seed is fixed, so that chance plays no part.
+    assert chi_square(np.bincount(first, minlength=8), NUM_DRAWS * WEIGHTS) < 24.32
+    others = {
+        "the next row": np.roll(first, 1),
+        "another sample": draw_rows(sample_number=1),
+        "the next token": draw_rows(position=1),
+    }
+    for what, other in others.items():
+        pairs = np.bincount(first * 8 + other, minlength=64)
+        assert chi_square(pairs, NUM_DRAWS * np.outer(WEIGHTS, WEIGHTS).ravel()) < 103.4, what

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moebeam.model_runner.grammar.constraint import Constraint
 from moebeam.model_runner.grammar.json_grammar import json_schema_grammar
 from moebeam.model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens, prefix_key
-from moebeam.model_runner.protocol import EngineConfig
+from moebeam.model_runner.protocol import EngineConfig, counters_since
 from moebeam.model_runner.torch_engine.engine import TorchEngine
 from moebeam.model_runner.torch_engine.runner import TorchRunner, load_torch_runner
 from moebeam.model_runner.transformers_engine.runner import load_transformers_runner
@@ -73,6 +73,25 @@ def test_penalties_give_the_answers_of_the_transformers_engine(
         assert texts(run_all(runner, unpunished)) != expected
 
 
+@pytest.mark.parametrize("kept_rows", [range(0, 12, 2), range(7), range(11, 12)])
+def test_kept_answers_pass_as_they_are_and_the_rest_counts_the_hits_of_a_whole_run(
+    runner: TorchRunner, kept_rows: range
+) -> None:
+    requests = random_requests(12)
+    whole = run_all(runner, requests)
+    before = runner.counters()
+    kept = {str(row): whole[str(row)] for row in kept_rows}
+    found = run_all(runner, [replace(one, earlier=kept.get(one.request_id)) for one in requests])
+    assert {name: (one.text, one.usage) for name, one in found.items()} == {
+        name: (one.text, one.usage) for name, one in whole.items()
+    }
+    assert all(found[name] is one for name, one in kept.items())
+    asked = [one for one in requests if one.request_id not in kept]
+    counted = counters_since(before, runner.counters())
+    assert counted["num_prompts"] == len(asked)
+    assert counted["num_computed_prefill_tokens"] == count_tree_tokens(asked)
+
+
 def test_answer_ends_with_the_checkpoints_end_token_that_its_text_does_not_show(runner: TorchRunner) -> None:
     grammar = json.dumps({"grammars": [{"lark_grammar": 'start: "ab"'}]})
     (found,) = run_all(runner, [request_of(0, [70], 9, grammar=grammar)]).values()
@@ -96,16 +115,33 @@ def test_sampled_text_depends_on_the_request_alone(tiny_checkpoint: Path, runner
     assert texts(run_all(small, requests)) == first
 
 
-def test_seed_row_and_attempt_change_what_is_drawn(runner: TorchRunner) -> None:
+def test_seed_row_sample_and_run_change_what_is_drawn_and_attempts_do_not(runner: TorchRunner) -> None:
     prompt = [70, 71, 72]
     seeds = [1, 1, 2, None, None]
     requests = [request_of(i, prompt, 30, temperature=2.0, seed=seed) for i, seed in enumerate(seeds)]
     requests = [replace(one, row_id="row") for one in requests]
     requests += [replace(requests[4], request_id="5", attempt=2), replace(requests[0], request_id="6", row_id="other")]
+    requests += [replace(requests[4], request_id="7", run_key="x"), replace(requests[0], request_id="8", sample=1)]
     found = [one.text for _, one in sorted(run_all(runner, requests).items())]
     assert found[0] == found[1]
-    assert found[3] == found[4]
-    assert len(set(found)) == 5
+    assert found[3] == found[4] == found[5]
+    assert len(set(found)) == 6
+
+
+def test_samples_of_a_row_share_one_prefill_and_draw_each_their_own(tiny_checkpoint: Path) -> None:
+    runner = load_torch_runner(make_config(tiny_checkpoint))
+    prompt = list(range(70, 110))
+    samples = [
+        request_of(i, prompt, 12, temperature=2.0, seed=3, logprobs=True, row_id="row", sample=i) for i in range(8)
+    ]
+    found = run_all(runner, samples)
+    assert len({one.text for one in found.values()}) == 8
+    assert sorted(one.usage.computed_tokens or 0 for one in found.values()) == [0] * 7 + [len(prompt) + 1]
+    assert runner.counters()["num_computed_prefill_tokens"] == len(prompt) + 1
+    for one in samples[2:4]:
+        (alone,) = run_all(load_torch_runner(make_config(tiny_checkpoint)), [one]).values()
+        assert alone.text == found[one.request_id].text
+        assert alone.logprobs == pytest.approx(found[one.request_id].logprobs, rel=1e-5)
 
 
 def test_greedy_and_sampled_requests_do_not_change_each_other(runner: TorchRunner) -> None:
@@ -246,11 +282,8 @@ def test_constraint_that_gives_up_fails_its_request_alone(runner: TorchRunner, m
 def test_computed_tokens_of_all_requests_are_the_tokens_of_their_prefix_tree(runner: TorchRunner) -> None:
     requests = [*random_requests(12), request_of("twin", [9, 9, 9]), request_of("copy", [9, 9, 9])]
     requests += [replace(one, request_id=f"t{one.request_id}", tenant="other") for one in requests[:4]]
-    ordered = sorted(requests, key=_key)
-    lcps = common_prefix_lengths([_key(one) for one in ordered])
-    tree = num_tree_tokens([one.num_prompt_tokens for one in ordered], lcps)
     found = run_all(runner, requests)
-    assert sum(one.usage.computed_tokens or 0 for one in found.values()) == tree
+    assert sum(one.usage.computed_tokens or 0 for one in found.values()) == count_tree_tokens(requests)
     twins = [found["twin"].usage, found["copy"].usage]
     assert 4 in [usage.cached_tokens for usage in twins]
     for request in requests:
@@ -258,6 +291,12 @@ def test_computed_tokens_of_all_requests_are_the_tokens_of_their_prefix_tree(run
         assert usage.prompt_tokens == request.num_prompt_tokens
         assert usage.completion_tokens == 12 or found[request.request_id].finish_reason == "stop"
         assert usage.reasoning_tokens == 0
+
+
+def count_tree_tokens(requests: Sequence[Request]) -> int:
+    ordered = sorted(requests, key=_key)
+    lcps = common_prefix_lengths([_key(one) for one in ordered])
+    return num_tree_tokens([one.num_prompt_tokens for one in ordered], lcps)
 
 
 def _key(request: Request) -> bytes:

@@ -135,7 +135,7 @@ def test_window_bounds_what_is_pulled(runner: TransformersRunner, monkeypatch: p
     assert len(list(completions)) == 9
 
 
-def test_sampled_answer_depends_on_request_seed_and_attempt_alone(
+def test_sampled_answer_depends_on_request_seed_and_sample_alone(
     runner: TransformersRunner, batch_sizes: list[int]
 ) -> None:
     requests = random_requests(4, 9, temperature=1.5)
@@ -144,8 +144,8 @@ def test_sampled_answer_depends_on_request_seed_and_attempt_alone(
     torch.manual_seed(99)
     assert answers(runner, requests[::-1]) == first
     assert answers(runner, requests[2:3])["2"] == first["2"]
-    again = replace(requests[0], attempt=2)
-    assert answers(runner, [again])["0"] != first["0"]
+    assert answers(runner, [replace(requests[0], attempt=2)])["0"] == first["0"]
+    assert answers(runner, [replace(requests[0], sample=1)])["0"] != first["0"]
     seeded = [replace(requests[0], sampling=Sampling(12, 1.5, seed=seed)) for seed in (1, 1, 2)]
     one, same, other = (answers(runner, [r])["0"] for r in seeded)
     assert one == same != other
@@ -289,6 +289,9 @@ def test_checkpoint_without_an_end_token_is_refused(tiny_checkpoint: Path, tmp_p
     for name in ("generation_config.json", "config.json"):
         content = json.loads((folder / name).read_text()) | {"eos_token_id": None}
         (folder / name).write_text(json.dumps(content))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"eos_token": None, "chat_template": "{{ messages[0].content }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(EngineLoadError, match="eos_token_id"):
         load_transformers_runner(config_of(folder))
 

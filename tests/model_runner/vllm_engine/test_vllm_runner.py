@@ -212,13 +212,13 @@ def test_usage_finish_reason_and_logprobs_are_vllms(runner: VllmRunner) -> None:
     assert one.latency_ms > 0
 
 
-def test_sampling_is_sent_as_asked_and_seeds_depend_on_the_row_and_its_attempt(runner: VllmRunner, fake: Fake) -> None:
+def test_sampling_is_sent_as_asked_and_seeds_depend_on_the_row_and_its_sample(runner: VllmRunner, fake: Fake) -> None:
     sampled = replace(request("a", [70], temperature=0.7, top_p=0.9, min_p=0.1, grammar="{}"), row_id="row")
     others = [
-        replace(sampled, request_id="b", attempt=2),
+        replace(sampled, request_id="b", sample=1),
         replace(sampled, request_id="c", sampling=Sampling(6, 0.7, seed=-1)),
         request("d", [71], logprobs=True),
-        replace(sampled, request_id="e"),
+        replace(sampled, request_id="e", attempt=2),
         replace(sampled, request_id="f", row_id="other"),
     ]
     by_id(runner.generate([sampled, *others]))

@@ -6,7 +6,7 @@ import logging
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -49,6 +49,7 @@ COMPLETIONS = st.builds(
     reasoning_content=st.one_of(st.none(), TEXT),
     tool_calls=st.lists(st.builds(ToolCall, TEXT, TEXT, TEXT), max_size=2).map(tuple),
     logprobs=st.one_of(st.none(), st.lists(st.floats(max_value=0, allow_nan=False), max_size=3).map(tuple)),
+    repaired=st.sampled_from([(), ("text_for_json", "string_attribute")]),
     error=st.sampled_from(ERRORS),
     lost_calls=st.lists(
         st.builds(LostCall, TEXT, TEXT, TEXT, st.just(NOW), st.integers(0, 9), st.integers(0, 9)), max_size=2
@@ -195,13 +196,31 @@ def test_a_provider_is_asked_no_more_once_an_answer_cannot_be_kept(
         assert len(served.calls) < 40
 
 
+OTHER_SAMPLING = {
+    "max_tokens": 6,
+    "temperature": 0.5,
+    "top_p": 0.5,
+    "stop": ("x",),
+    "seed": 3,
+    "min_p": 0.1,
+    "logprobs": True,
+    "frequency_penalty": 0.5,
+    "presence_penalty": 0.5,
+    "top_logprobs": 2,
+}
+
+
+def test_every_field_of_sampling_is_tried() -> None:
+    assert OTHER_SAMPLING.keys() == {each.name for each in fields(Sampling)}
+
+
 def test_a_change_of_what_is_sent_or_of_the_tenant_is_another_request() -> None:
     base = request(0)
     others = [
         request(1),
         request(0, "ho"),
         request(0, tenant="acme"),
-        replace(base, sampling=Sampling(max_tokens=6)),
+        *(replace(base, sampling=replace(base.sampling, **{name: value})) for name, value in OTHER_SAMPLING.items()),
         replace(base, options=replace(base.options, thinking=True)),
         replace(base, messages=(Message("user", "hi", {"name": "n"}),)),
     ]

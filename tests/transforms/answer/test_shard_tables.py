@@ -47,6 +47,7 @@ def planned(prompts: list[list[int] | None], merged_into: list[str | None]) -> P
             "unit": 0,
             "scope": "row",
             "num_rows": 1,
+            "sample": 0,
             "prefix_key": None if tokens is None else prefix_key("", np.array(tokens, np.int32)),
             "num_prompt_tokens": None if tokens is None else len(tokens),
             "sampling": sampling_json(Sampling(max_tokens=4)),
@@ -207,13 +208,14 @@ def test_request_that_nobody_answered_has_no_status() -> None:
     assert tables["ledger"].column("usage_status").to_pylist() == [None]
 
 
-def test_provider_word_for_the_end_stands_in_the_row() -> None:
+def test_provider_word_for_the_end_and_what_was_mended_stand_in_the_row() -> None:
     one = accounted(0, Usage(1, 1, 0))
-    completion = replace(one.answer.completion, provider_finish_reason="eos")
+    completion = replace(one.answer.completion, provider_finish_reason="eos", repaired=("text_for_json",))
     tables = shard_tables(
         "s0", planned([[1]], [None]), {0: [replace(one, answer=replace(one.answer, completion=completion))]}, RUN
     )
     assert tables["results"].column("provider_finish_reason").to_pylist() == ["eos"]
+    assert tables["results"].column("repaired").to_pylist() == [["text_for_json"]]
 
 
 def test_attempts_priced_in_two_currencies_have_no_sum_and_still_agree_with_the_ledger(tmp_path: Path) -> None:

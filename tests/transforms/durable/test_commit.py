@@ -88,7 +88,7 @@ def test_publishing_a_damaged_or_missing_file_raises(tmp_path: Path) -> None:
     commit = commit_shard(layout, "run", "s0", tables([ROW], [LINE]))
     staged = tmp_path / commit.files[0].path
     staged.write_bytes(b"damaged")
-    with pytest.raises(CommitError, match="expected the committed content"):
+    with pytest.raises(CommitError, match="is damaged: expected content with SHA-256"):
         publish_shard(commit, layout)
     staged.unlink()
     with pytest.raises(CommitError, match="expected the results of shard s0, found no file"):
@@ -153,5 +153,5 @@ def test_a_damaged_commit_record_is_named(tmp_path: Path) -> None:
     layout = RunLayout(str(tmp_path))
     Path(layout.commits).mkdir(parents=True)
     Path(layout.shard_commit("s0")).write_text("{")
-    with pytest.raises(CommitError, match=r"commits/s0\.json: expected a commit record"):
+    with pytest.raises(CommitError, match=r"commits/s0\.json: is damaged: expected a commit record"):
         read_commit(layout, "s0")

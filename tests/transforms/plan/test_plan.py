@@ -29,6 +29,7 @@ from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_p
 from moebeam.transforms.plan.shard_ranges import cut_ranges
 from moebeam.transforms.plan.sorted_runs import ROW_BYTES, RunFile, read_rows, write_runs
 from moebeam.transforms.render.answer_terms import AnswerTerms, TermsCache
+from moebeam.transforms.render.samples import repeat_rows
 from tests.support.engine_configs import engine_config
 
 GREEDY = sampling_json(Sampling(max_tokens=16))
@@ -54,6 +55,7 @@ def prepare_rows(
             "unit": unit,
             "scope": "row",
             "num_rows": 1,
+            "sample": 0,
             "prefix_key": None
             if tokens is None
             else prefix_key(tenants[row] if tenants else "", np.array(tokens, np.int32)),
@@ -94,6 +96,12 @@ def small_ranges(*, range_bytes: int, sample_bytes: int, shard_bytes: int = 1 <<
 def rows_of(folder: Path, shards: Sequence[PlannedShard]) -> list[list[dict[str, Any]]]:
     layout = RunLayout(str(folder))
     return [read_rows(layout.shard_plan(shard.shard)).to_pylist() for shard in shards]
+
+
+def wanting(batch: pa.RecordBatch, counts: Sequence[int]) -> pa.RecordBatch:
+    """The same rows, each of which wants so many answers."""
+    (repeated,) = repeat_rows(batch, counts)
+    return repeated
 
 
 PROMPTS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=60)
@@ -327,3 +335,58 @@ def test_no_rows_give_a_plan_without_shards(tmp_path: Path) -> None:
     record = read_plan(RunLayout(str(tmp_path)))
     assert record is not None
     assert (record.num_rows, record.max_hit_rate) == (0, 0.0)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    prompts=PROMPTS,
+    samplings=st.lists(st.sampled_from([GREEDY, HOT]), min_size=60, max_size=60),
+    counts=st.lists(st.integers(1, 4), min_size=60, max_size=60),
+    merge=st.sampled_from(["auto", "always", "never"]),
+)
+def test_samples_of_a_row_stay_in_one_shard_and_only_greedy_ones_are_merged(
+    tmp_path_factory: Any, prompts: list[list[int]], samplings: list[str], counts: list[int], merge: str
+) -> None:
+    folder, counts = tmp_path_factory.mktemp("plan"), counts[: len(prompts)]
+    batch = wanting(prepare_rows(prompts, samplings=samplings[: len(prompts)]), counts)
+    with small_ranges(range_bytes=4 * ROW_BYTES, sample_bytes=ROW_BYTES):
+        shards = plan(folder, [batch], max_shard_rows=3, merge=merge)
+    planned = rows_of(folder, shards)
+    places = [[(row["source_row"], row["sample"]) for row in rows] for rows in planned]
+    assert sorted(place for rows in places for place in rows) == [
+        (row, sample) for row, count in enumerate(counts) for sample in range(count)
+    ]
+    for rows, shard in zip(places, shards, strict=True):
+        assert all(rows.count((row, sample)) == 1 for row, _ in rows for sample in range(counts[row]))
+        assert shard.num_further_samples == sum(sample > 0 for _, sample in rows)
+    for rows in planned:
+        first: dict[Any, Any] = {}
+        for row in rows:
+            is_greedy = row["sampling"] == GREEDY
+            request = (row["prefix_key"], row["sampling"], 0 if is_greedy else row["sample"])
+            if merge == "never" or (merge == "auto" and not is_greedy):
+                assert row["merged_into"] is None
+            else:
+                assert row["merged_into"] == first.get(request)
+                first.setdefault(request, row["custom_id"])
+        table = pa.Table.from_pylist(rows, schema=plan_schema([]))
+        followers = PlannedRows.from_table(table).followers
+        for asked, copies in followers.items():
+            wanted = {(rows[copy]["prefix_key"], rows[copy]["sampling"]) for copy in copies}
+            assert wanted == {(rows[asked]["prefix_key"], rows[asked]["sampling"])}
+            if rows[asked]["sampling"] == HOT:
+                assert {rows[copy]["sample"] for copy in copies} == {rows[asked]["sample"]}
+
+
+def test_a_row_whose_id_came_before_is_one_reject_whatever_answers_it_wants(tmp_path: Path) -> None:
+    layout = RunLayout(str(tmp_path))
+    spec = PlanSpec(PlanSection(), layout, ())
+    runs = list(write_runs([wanting(prepare_rows([[1], [2]], sampling=HOT), [2, 3])], layout, spec.section))
+    (shard,) = [shard for part in cut_ranges(runs, layout) for shard in build_shards(part, spec, {0: {1}})]
+    rows = read_rows(layout.shard_plan(shard.shard)).to_pylist()
+    assert [(row["source_row"], row["sample"], row["error_type"]) for row in rows] == [
+        (0, 0, None),
+        (0, 1, None),
+        (1, 0, "duplicate_id"),
+    ]
+    assert (shard.num_rows, shard.num_requests, shard.num_rejects, shard.num_further_samples) == (3, 2, 1, 1)

@@ -50,6 +50,7 @@ def rendered(rows: Sequence[tuple[list[int], str, int]], *, first_row: int = 0) 
             "unit": 0,
             "scope": "row",
             "num_rows": 1,
+            "sample": 0,
             "prefix_key": prefix_key("", np.array(tokens, np.int32)),
             "num_prompt_tokens": len(tokens),
             "messages": "m" * num_bytes,

@@ -93,5 +93,5 @@ def test_a_plan_that_another_launcher_finished_meanwhile_is_taken(work: Work) ->
 def test_a_damaged_plan_is_named(work: Work) -> None:
     layout = RunLayout(str(work.folder / "out"))
     storage.write_whole(layout.plan_record, b'{"shards": [')
-    with pytest.raises(CommitError, match=r"plan/plan\.json: expected the record of a plan"):
+    with pytest.raises(CommitError, match=r"plan/plan\.json: is damaged: expected the record of a plan"):
         read_plan(layout)

@@ -1,5 +1,6 @@
 """Roll-ups: exact, independent of how the ledger is cut, never across currencies, and nothing left out."""
 
+import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -136,7 +137,7 @@ def test_the_transform_gives_the_roll_up_of_all_shards(tmp_path: Path, max_group
         path = Path(layout.published_file("ledger", f"s{number}"))
         path.parent.mkdir(exist_ok=True)
         pq.write_table(table, path)
-        file = StagedFile("ledger", "x", table.num_rows, 1, "x")
+        file = StagedFile("ledger", "x", table.num_rows, 1, hashlib.sha256(path.read_bytes()).hexdigest())
         commits.append(ShardCommit(f"s{number}", "run", "x", "x", (file,), Totals()))
     commits.append(ShardCommit("without", "run", "x", "x", (), Totals()))
     expected = largest_groups(roll_up(pa.concat_tables(tables), ("tenant",)).items(), ("tenant",), max_groups)
@@ -158,9 +159,9 @@ def test_a_column_that_the_ledger_does_not_have_is_named() -> None:
 def test_a_ledger_of_an_older_version_is_read_with_nulls(tmp_path: Path) -> None:
     old = ledger(line()).drop_columns(["tags", "accelerator_s", "cache_hit_cost"])
     pq.write_table(old, tmp_path / "old.parquet")
-    table = read_ledger(str(tmp_path / "old.parquet"))
+    table = read_ledger(str(tmp_path / "old.parquet"), None)
     assert table.schema.equals(LEDGER_SCHEMA)
     assert roll_up(table, ("tags.team",))[None, "USD"].num_untimed == 1
     (tmp_path / "bad.parquet").write_bytes(b"no")
     with pytest.raises(CommitError, match=r"bad\.parquet: expected a file of the ledger"):
-        read_ledger(str(tmp_path / "bad.parquet"))
+        read_ledger(str(tmp_path / "bad.parquet"), None)

@@ -27,6 +27,8 @@ def survey_of(prompts: Prompts, *, max_tokens: int = 8, num_rows: int | None = N
         num_nearest_tokens=np.maximum(shared_tokens, np.append(shared_tokens[1:], 0)[:size]),
         max_output_tokens=np.full(size, max_tokens, dtype=np.int64),
         num_group_rows=np.ones(size, dtype=np.int64),
+        is_single=np.ones(size, dtype=np.bool_),
+        row_starts=np.arange(size),
         starts_shard=np.arange(size) == 0,
         own_terms=np.zeros(size, dtype=np.bool_),
     )

@@ -65,7 +65,7 @@ def test_any_bytes_are_parsed_or_refused_by_type(raw: bytes) -> None:
 
 def test_neutral_values_change_nothing() -> None:
     plain = parse_batch_line(line())
-    assert parse_batch_line(line(body={"n": 1, "stream": False, "tools": None, "logit_bias": {}})) == plain
+    assert parse_batch_line(line(body={"stream": False, "tools": None, "logit_bias": {}})) == plain
     assert parse_batch_line(line(body={"user": "u", "store": True, "metadata": {"a": "b"}})) == plain
 
 
@@ -74,6 +74,7 @@ def test_what_the_engine_decides_about_is_kept_for_it() -> None:
     request = parse_batch_line(line(body={**sampling, "service_tier": "flex", "model": "other"}))
     assert json.loads(request.sampling) == sampling
     assert json.loads(request.options) == {"service_tier": "flex", "model": "other"}
+    assert json.loads(parse_batch_line(line(body={"n": 1})).sampling) == {"n": 1}, "it wins over the job's"
 
 
 def test_tools_and_formats_keep_the_order_of_their_keys() -> None:

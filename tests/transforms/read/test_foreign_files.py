@@ -67,3 +67,54 @@ def test_a_stray_file_among_others_stays_a_reject(tmp_path: Path) -> None:
     (tmp_path / "notes.csv").write_text("a,b\n")
     scan = scan_input(InputSection(path=str(tmp_path)))
     assert (scan.num_rows, scan.num_unreadable_files) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("rows.parquet", b"a,b\n1,x\n", "text is not read; if it is CSV, convert it: python -c"),
+        ("rows", b"a\tb\n1\tx\n", "delimiter='\\t'"),
+        ("rows.json", b'{"a": 1}\n', "JSON is not read; convert it: python -c"),
+        ("rows.json", b'[{"a": 1}]', "JSON is not read; convert it to Parquet"),
+        ("rows.json", b'{"custom_id": "a", "body": {}}', 'write [input] format = "jsonl"'),
+        ("rows.parquet", b"", "expected a Parquet file, found an empty one"),
+        ("rows.parquet", b"\x1f\x8b" + bytes(20), "compressed files are not read"),
+        ("rows.xlsx", b"PK\x03\x04" + bytes(20), "a zip archive or an Office document"),
+        ("rows.feather", b"ARROW1" + bytes(20), "Arrow's IPC files are not read; convert it: python -c"),
+        ("rows.orc", b"ORC" + bytes(20), "ORC is not read; convert it: python -c"),
+        ("rows.avro", b"Obj\x01" + bytes(20), "Avro is not read"),
+        ("rows.bin", bytes(20), "expected a Parquet file, which ends in b'PAR1'"),
+        ("rows.jsonl", b"\x1f\x8b" + bytes(20), "compressed files are not read"),
+        (
+            "rows.jsonl",
+            b"PAR1" + bytes(20),
+            'is a Parquet file; give it another suffix, or write [input] format = "parquet"',
+        ),
+    ],
+)
+def test_a_foreign_file_is_told_by_its_first_bytes(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    told = refusal(tmp_path / name)
+    assert f"{tmp_path / name}: " in told
+    assert expected in told
+
+
+def test_a_conversion_never_names_the_file_itself(tmp_path: Path) -> None:
+    source = tmp_path / "rows.parquet"
+    source.write_bytes(b"a,b\n1,x\n")
+    told = refusal(source)
+    assert "'converted-rows.parquet'" in told
+
+
+def test_the_first_of_many_foreign_files_are_named(tmp_path: Path) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.csv").write_text("a\n")
+    told = refusal(tmp_path)
+    assert told.count("CSV is not read") == 3
+    assert told.endswith("; and 2 more")
+
+
+def test_plain_lines_beside_batch_lines_are_rejects_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "plain"}\n')
+    (tmp_path / "b.jsonl").write_text(f"{json.dumps(BATCH_LINE)}\n")
+    assert scan_input(InputSection(path=str(tmp_path))).num_rows == 2

@@ -17,6 +17,7 @@ from moebeam.transforms.read.input_rows import MAX_BATCH_ROWS, ReadColumns, read
 from moebeam.transforms.read.input_scan import InputScan, scan_input
 from moebeam.transforms.read.step import ReadPrompts
 from tests.support.jobs_for_tests import write_parquet
+from tests.support.odd_columns import UUID, extend
 from tests.support.paths import SHARED
 
 CONFORMANCE = SHARED / "conformance" / "parquet_bad_data"
@@ -227,3 +228,41 @@ def test_a_file_of_too_many_columns_is_named(tmp_path: Path, monkeypatch: pytest
     write_parquet(tmp_path / "in" / "wide.parquet", {f"c{column}": [1] for column in range(6)})
     found = scan(tmp_path / "in")
     assert [unit.error for unit in found.units] == [None, "expected at most 5 columns, found 6"]
+
+
+def write_table(path: Path, columns: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_ids_labels_and_prompts_print_a_column_alike(tmp_path: Path) -> None:
+    ids = extend(pa.uuid(), [UUID.bytes, None])
+    path = write_table(tmp_path / "a.parquet", {"id": ids, "score": pa.array([0.1, float("nan")], pa.float32())})
+    rows = read_all(scan(path), id_column="id", tenant_column="score", cost_center_column="id")
+    assert [(row["custom_id"], row["tenant"], row["cost_center"]) for row in rows] == [
+        (str(UUID), "0.1", str(UUID)),
+        ("a.parquet:1", "", ""),
+    ]
+    assert rows[0]["input"] == {"id": str(UUID), "score": 0.1}
+    assert (rows[1]["input"], rows[1]["error_type"]) == ({"id": None, "score": None}, "invalid_id")
+
+
+@pytest.mark.parametrize("use", ["id_column", "tenant_column", "cost_center_column", "tag_columns"])
+def test_a_value_that_has_no_text_rejects_its_row_before_it_is_asked(tmp_path: Path, use: str) -> None:
+    years = pa.array([379_638_835_200_000_000, 0], pa.timestamp("us"))
+    found = scan(write_table(tmp_path / "a.parquet", {"at": years}))
+    read = ReadColumns((), tuple(found.schema), **{use: ("at",) if use == "tag_columns" else "at"})
+    ((batch,),) = ([*read_unit(unit, read)] for unit in found.units)
+    assert batch.column("error_type").to_pylist() == ["invalid_id" if use == "id_column" else "invalid_value", None]
+    assert "column at: expected a value that Python can hold" in batch.column("error_message")[0].as_py()
+    assert batch.column("passthrough").field(0).equals(years)
+
+
+def test_files_that_encode_a_column_differently_are_one_input(tmp_path: Path) -> None:
+    texts = pa.array(["x", None])
+    for name, column in (("a", texts.dictionary_encode()), ("b", texts.cast(pa.string_view())), ("c", pa.nulls(2))):
+        write_table(tmp_path / "in" / f"{name}.parquet", {"text": column})
+    found = scan(tmp_path / "in")
+    assert found.schema == pa.schema([pa.field("text", pa.large_string())])
+    assert [row["input"]["text"] for row in read_all(found)] == ["x", None, "x", None, None, None]

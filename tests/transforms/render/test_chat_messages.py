@@ -20,10 +20,12 @@ def test_messages_survive_the_plan(messages: list[Message]) -> None:
     assert parse_messages(json.loads(messages_json(messages))) == tuple(messages)
 
 
-def test_text_parts_are_joined_and_other_fields_kept() -> None:
+def test_text_parts_are_kept_apart_and_other_fields_too() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     (message,) = parse_messages([{"role": "user", "content": parts, "name": "n", "tool_calls": None}])
-    assert message == Message("user", "ab", {"name": "n"})
+    assert message == Message("user", "a\nb", {"name": "n"}, ("a", "b"))
+    assert parse_messages(messages_json([message])) == (message,)
+    assert parse_messages([{"role": "user", "content": parts[:1]}]) == (Message("user", "a"),)
 
 
 @pytest.mark.parametrize(

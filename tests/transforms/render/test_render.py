@@ -33,7 +33,7 @@ def render(
     fields = [pa.field(name, types.get(name, pa.string())) for name in sorted(names)]
     defaults = {"scope": "row", "num_rows": 1, "tenant": "", "passthrough": {}}
     batch = pa.RecordBatch.from_pylist([{**defaults, **row} for row in rows], schema=read_schema(fields, []))
-    rendered = Renderer(spec).render_batch(batch)
+    (rendered,) = Renderer(spec).render_rows(batch)
     assert rendered.schema == plan_schema([])
     return rendered.to_pylist()
 

@@ -11,9 +11,10 @@ from moebeam.schemas.chat_options import ChatOptions, parse_options_json
 from moebeam.schemas.job.model import ModelSection, load_options
 from moebeam.schemas.job.sections import PromptSection, SamplingSection
 from moebeam.schemas.records import Sampling, parse_sampling_json
-from moebeam.schemas.tables import read_schema
+from moebeam.schemas.tables import plan_schema, read_schema
 from moebeam.transforms.read.batch_lines import parse_batch_line
 from moebeam.transforms.read.input_rows import JSONL_INPUT_FIELDS
+from moebeam.transforms.render import samples
 from moebeam.transforms.render.answer_terms import TermsCache
 from moebeam.transforms.render.render_rows import Renderer, RenderSpec
 
@@ -46,7 +47,7 @@ def rendered(engine: ModelSection, *bodies: dict[str, Any], job: Any = (), sampl
         place = {"custom_id": str(number), "scope": "row", "num_rows": 1, "tenant": "", "passthrough": {}}
         rows.append({**place, "input": values})
     batch = pa.RecordBatch.from_pylist(rows, schema=read_schema(JSONL_INPUT_FIELDS, []))
-    return Renderer(spec).render_batch(batch).to_pylist()
+    return [row for planned in Renderer(spec).render_rows(batch) for row in planned.to_pylist()]
 
 
 def rejection(engine: ModelSection, body: dict[str, Any], **job: Any) -> tuple[str, str] | None:
@@ -69,8 +70,6 @@ DEEPSEEK = engine_of("openai", provider="deepseek")
         ("torch", {"logprobs": True, "top_logprobs": 3}, "top_logprobs: the engine 'torch' cannot follow it, found 3"),
         ("transformers", {"logprobs": True}, "logprobs: the engine 'transformers' cannot follow it"),
         ("vllm", {"service_tier": "priority"}, "service_tier: the engine 'vllm' cannot follow it"),
-        ("torch", {"n": 2}, "n: the engine 'torch' gives 1 answer a request, found 2"),
-        ("openai", {"n": 2}, "n: the engine 'openai' gives 1 answer a request, found 2"),
     ],
 )
 def test_what_an_engine_cannot_follow_is_a_reject_that_names_it(engine: str, body: dict[str, Any], words: str) -> None:
@@ -120,6 +119,38 @@ def test_values_of_the_row_win_over_those_of_the_job() -> None:
     assert plain["options"] is None
     assert parse_sampling_json(own["sampling"]) == Sampling(16, frequency_penalty=0.5)
     assert parse_sampling_json(plain["sampling"]) == Sampling(16, frequency_penalty=0.5, presence_penalty=1.5)
+
+
+def test_a_row_is_planned_once_for_each_answer_that_it_wants() -> None:
+    hot = {"temperature": 1}
+    rows = rendered(OPENAI, {"n": 3}, {}, {"n": 1}, {"n": 2, "tools": "none"}, sampling={"n": 2, **hot})
+    assert [(row["custom_id"], row["sample"]) for row in rows] == [
+        *(("0", sample) for sample in range(3)),
+        *(("1", sample) for sample in range(2)),
+        ("2", 0),
+        ("3", 0),
+    ]
+    assert [row["error_type"] for row in rows] == [*[None] * 6, "invalid_tools"]
+    assert len({(row["prefix_key"], row["sampling"], row["num_prompt_tokens"]) for row in rows[:-1]}) == 1
+
+
+@pytest.mark.parametrize("num_bytes", [1, 2000, 1 << 20])
+def test_samples_of_a_row_are_planned_side_by_side_in_batches_of_bounded_size(
+    num_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "MAX_REPEATED_BYTES", num_bytes)
+    counts = [1, 4, 2, 1, 3, 3]
+    batch = pa.RecordBatch.from_pylist(
+        [{"custom_id": str(row), "messages": "m" * 200, "sample": 0} for row in range(6)], schema=plan_schema([])
+    )
+    found = list(samples.repeat_rows(batch, counts))
+    rows = [(row["custom_id"], row["sample"]) for each in found for row in each.to_pylist()]
+    assert rows == [(str(row), sample) for row, count in enumerate(counts) for sample in range(count)]
+    for each in found:
+        ids = each.column("custom_id").to_pylist()
+        assert each.column("sample")[0].as_py() == 0, "a batch begins with a row"
+        assert each.nbytes <= 2 * num_bytes or len({*ids}) == 1
+    assert len(found) == {1: 6, 1 << 20: 1}.get(num_bytes, len(found))
 
 
 def test_likely_tokens_need_log_probabilities() -> None:

@@ -2,6 +2,8 @@
 
 # ruff: noqa: RUF001 - the bars of the wire format are U+FF5C
 
+import contextlib
+import html
 import json
 
 import pytest
@@ -9,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebeam.model_runner.encoding.chat.answers import ParsedAnswer, parse_answer, strip_end_marker
-from moebeam.model_runner.encoding.chat.call_formats import DEEPSEEK_V3, DEEPSEEK_V3_1, HERMES, CallFormat
+from moebeam.model_runner.encoding.chat.call_formats import DEEPSEEK_V3, DEEPSEEK_V3_1, HERMES, CallFormat, FoundCalls
 from moebeam.model_runner.encoding.deepseek.deepseek_v4 import DeepSeekV4
 from moebeam.model_runner.encoding.deepseek.dsml import V4_1_CALLS, V4_CALLS
+from moebeam.model_runner.encoding.deepseek.dsml_tags import CUT_END, LOOSE_PARAMETER_END, TAG
 from moebeam.schemas.records import ToolCall
 
 V4 = DeepSeekV4()
@@ -62,12 +65,27 @@ def test_any_text_is_parsed_and_every_character_is_accounted_for(
 def assert_accounted(text: str, answer: ParsedAnswer, call_format: CallFormat | None, has_reasoning: bool) -> None:
     """Reasoning, content and what follows them are the text, with nothing but understood markup between."""
     rest = text
+    mended = [name for name in answer.repaired if name != "end_of_thinking"]
+    if mended != list(answer.repaired):
+        assert answer.reasoning_content is None
+        rest = rest.lstrip()
+        assert rest.startswith("</think>")
+        rest = rest.removeprefix("</think>")
     if answer.reasoning_content is not None:
         lead = len(rest) - len(rest.lstrip())
         if has_reasoning and rest.startswith("<think>", lead):
             rest = rest[:lead] + rest[lead + len("<think>") :]
         assert rest.startswith(answer.reasoning_content)
         rest = rest.removeprefix(answer.reasoning_content).removeprefix("</think>")
+    if mended:
+        assert call_format is not None
+        found_calls = call_format.read(rest, 0)
+        assert found_calls is not None
+        assert (found_calls.calls, list(found_calls.repaired), answer.error) == (answer.tool_calls, mended, None)
+        before = rest[: found_calls.end_of_content]
+        assert answer.content == "\n\n".join(filter(None, (before, found_calls.rest)))
+        assert_mended_calls_hold(rest[found_calls.end_of_content :], found_calls)
+        return
     assert rest.startswith(answer.content)
     rest = rest.removeprefix(answer.content)
     if answer.error is not None:
@@ -82,6 +100,44 @@ def assert_accounted(text: str, answer: ParsedAnswer, call_format: CallFormat | 
         assert found is not None and found[0] == 0
         assert call_format.parse(rest, found[1]) == answer.tool_calls
         assert all(isinstance(json.loads(call.arguments), dict) for call in answer.tool_calls)
+
+
+def assert_mended_calls_hold(text: str, found: FoundCalls) -> None:
+    """Text between tags is what a call holds, or stands whole and in its order in the text beside the calls."""
+    if "escaped_markup" in found.repaired:
+        text = html.unescape(text)
+    between: list[str] = []
+    position = 0
+    for tag in [*TAG.finditer(text), None]:
+        piece = text[position : tag.start() if tag else len(text)].strip()
+        position = tag.end() if tag else position
+        if piece and not CUT_END.fullmatch(piece):
+            between.append(piece)
+    objects = [json.loads(call.arguments) for call in found.calls]
+    assert all(isinstance(arguments, dict) for arguments in objects)
+    held = [*objects, *(value for arguments in objects for value in arguments.values())]
+
+    def is_held(piece: str) -> bool:
+        piece = LOOSE_PARAMETER_END.sub("", piece).strip()
+        if any(piece in value for value in held if isinstance(value, str)):
+            return True
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(piece)
+            if isinstance(value, dict) and value not in held:  # parameters may follow it, or it was unwrapped
+                return value.get("arguments") in objects or any({**have, **value} == have for have in objects)
+            return value in held
+        return False
+
+    def fits(index: int, rest: str) -> bool:
+        if index == len(between):
+            return not rest
+        piece = between[index]
+        if is_held(piece) and fits(index + 1, rest):
+            return True
+        after = rest.removeprefix(piece)
+        return rest.startswith(piece) and (not after or after.startswith("\n\n")) and fits(index + 1, after[2:])
+
+    assert fits(0, found.rest), (between, held, found.rest)
 
 
 @pytest.mark.parametrize(
@@ -118,11 +174,17 @@ def test_calls_stay_in_the_content_where_no_tools_were_given() -> None:
 
 
 def test_malformed_calls_stay_in_the_content_and_the_error_counts_from_the_texts_begin() -> None:
-    text = f"why</think>so{CALLS} tail"
-    answer = V4.parse(text, starts_in_reasoning=True, has_tools=True)
-    assert (answer.reasoning_content, answer.content, answer.tool_calls) == ("why", f"so{CALLS} tail", ())
+    calls = CALLS.replace("</｜DSML｜parameter>", "</｜DSML｜parameter>tail")
+    answer = V4.parse(f"why</think>so{calls}", starts_in_reasoning=True, has_tools=True)
+    assert (answer.reasoning_content, answer.content, answer.tool_calls) == ("why", f"so{calls}", ())
     assert answer.error is not None
-    assert f"at character {text.index('tail')}:" in str(answer.error)
+    assert f"at character {len('why</think>so') + calls.index('tail')}:" in str(answer.error)
+
+
+def test_thinking_that_is_closed_without_being_begun_is_markup_at_the_begin_only() -> None:
+    answer = V4.parse("</think>\nso", starts_in_reasoning=False, has_tools=False)
+    assert answer == ParsedAnswer("\nso", repaired=("end_of_thinking",))
+    assert V4.parse("a</think>so", starts_in_reasoning=False, has_tools=False) == ParsedAnswer("a</think>so")
 
 
 def test_calls_that_the_reasoning_only_speaks_of_are_part_of_it() -> None:
@@ -142,4 +204,4 @@ def test_many_end_markers_and_deep_brackets_take_no_time() -> None:
     """A model that runs away must not hold up a worker: these take hours if each step copies the text."""
     assert V4.parse(EOS * 200_000, starts_in_reasoning=False, has_tools=True) == ParsedAnswer("")
     text = CALLS.replace('string="true">x', 'string="false">' + "[" * 200_000)
-    assert V4.parse(text, starts_in_reasoning=False, has_tools=True).error is not None
+    assert V4.parse(text, starts_in_reasoning=False, has_tools=True).repaired == ("text_for_json",)

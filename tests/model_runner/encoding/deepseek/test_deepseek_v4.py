@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from moebeam.model_runner.encoding.chat_encoding import ChatEncoding
+from moebeam.model_runner.encoding.deepseek.deepseek_v3_2 import DeepSeekV32
 from moebeam.model_runner.encoding.deepseek.deepseek_v4 import DeepSeekV4
 from moebeam.model_runner.encoding.deepseek.deepseek_v4_1 import DeepSeekV41
 from moebeam.model_runner.encoding.deepseek.effort import V4_RELEASE, EffortProfile
@@ -201,7 +203,10 @@ def test_unknown_effort_is_refused_with_those_that_are_known() -> None:
         ([user("q", task="sing")], r"messages\[0\]\.task: expected one of action.*'sing'"),
         ([user("q"), said("", tool_calls={})], r"messages\[1\]\.tool_calls: expected a list"),
         ([user("q"), said("", tool_calls=[1])], r"tool_calls\[0\]: expected an object"),
-        ([user("q"), said("", tool_calls=[{"function": {"name": "f"}}])], r"tool_calls\[0\]\.arguments"),
+        (
+            [user("q"), said("", tool_calls=[{"function": {"name": "f", "arguments": [1]}}])],
+            r"tool_calls\[0\]\.arguments",
+        ),
         ([user("q"), said("", tool_calls=[{"name": 'f">', "arguments": "{}"}])], r"tool_calls\[0\]\.name"),
         ([user("q"), said("", tool_calls=[{"name": "f", "arguments": "[1]"}])], r"arguments: expected a JSON object"),
         ([user("q"), said("", tool_calls=[{"name": "f", "arguments": '{"a":1,"a":2}'}])], "twice"),
@@ -252,6 +257,41 @@ def test_v4_1_answers_system_text_in_the_midst() -> None:
         .render(chat, ChatOptions(reasoning_effort="max"))
         .endswith(f"{USER}a{ASSISTANT}</think>b{EOS}<｜System｜>S{ASSISTANT}<think>")
     )
+
+
+def test_results_alone_do_not_end_the_turn_of_v4_1_that_asked_for_them() -> None:
+    call = {"id": "c", "function": {"name": "look", "arguments": "{}"}}
+    asked = [
+        Message("user", "a"),
+        Message("assistant", "b", {"reasoning_content": "old"}),
+        Message("user", "c"),
+        Message("assistant", "", {"reasoning_content": "why", "tool_calls": [call]}),
+        Message("tool", "r", {"tool_call_id": "c"}),
+    ]
+    prompt = DeepSeekV41().render(asked, ChatOptions())
+    assert "old" not in prompt
+    assert f"{USER}c{ASSISTANT}<think>why</think>" in prompt
+    assert prompt.endswith(f"{USER}<tool_result>r</tool_result>{ASSISTANT}<think>")
+    said = DeepSeekV41().render([*asked, Message("user", "and")], ChatOptions())
+    assert "why" not in said
+    assert said.endswith(f"{USER}<tool_result>r</tool_result>\n\nand{ASSISTANT}<think>")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "separator"), [(DeepSeekV32(), "\n"), (DeepSeekV4(), "\n\n"), (DeepSeekV41(), "\n\n")]
+)
+def test_text_parts_are_joined_as_the_authors_join_them(encoding: ChatEncoding, separator: str) -> None:
+    chat = [Message.of_parts(role, ["first", "second"], {}) for role in ("system", "user")]
+    assert encoding.render(chat, ChatOptions()).count(f"first{separator}second") == 2
+
+
+@pytest.mark.parametrize("encoding", [DeepSeekV32(), DeepSeekV4(), DeepSeekV41()])
+def test_effort_none_is_no_thinking(encoding: ChatEncoding) -> None:
+    chat = [Message("user", "q")]
+    off = encoding.render(chat, ChatOptions(thinking=False))
+    assert encoding.render(chat, ChatOptions(reasoning_effort="none")) == off
+    assert encoding.render(chat, ChatOptions(reasoning_effort="none", thinking=True)) == off
+    assert not encoding.is_thinking(ChatOptions(reasoning_effort="none"))
 
 
 def test_arguments_may_be_text_or_an_object() -> None:

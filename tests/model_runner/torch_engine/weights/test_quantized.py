@@ -309,7 +309,7 @@ def test_fp8_does_not_become_integers(tmp_path: Path) -> None:
     assert "'a.b.weight': expected a dtype that becomes int64, found float8" in refusal(tmp_path, tensors, torch.int64)
 
 
-@pytest.mark.parametrize("shape", [(3, 2, 1), (2, 3, 1), (2, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(3, 2, 1), (2, 3, 1), (4, 1), (2, 2, 2)])
 def test_misshapen_scales_of_a_stack_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     gate_up = torch.zeros(2, 200, 8).to(torch.float8_e4m3fn)
     weights = write_v3_experts(tmp_path, gate_up, torch.ones(shape), torch.zeros(2, 8, 100))

@@ -1,0 +1,1 @@
+"""Runs code that jobs, rows and checkpoints bring, such as templates, in processes with limits of their own."""
