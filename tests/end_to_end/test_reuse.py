@@ -14,6 +14,7 @@ from moebeam.jobs.console.summary import RunSummary
 from moebeam.jobs.output.run_record import read_record
 from moebeam.jobs.run.launch import launch, resume
 from moebeam.schemas.errors import OutputError
+from moebeam.schemas.store.sealed_json import seal_json, unseal_json
 from moebeam.transforms.answer.answer_shard import LoadedEngine
 from tests.support.disturbed_runs import tables_of
 from tests.support.jobs_for_tests import TEMPLATE, fake_job, priced, run_fake_job, write_parquet, write_script
@@ -147,7 +148,8 @@ def test_an_unfinished_or_cleaned_run_cannot_be_reused(
         prepare_reuse(str(tmp_path / "cleaned"))
     shutil.copytree(yesterday, tmp_path / "unfinished")
     manifest = tmp_path / "unfinished" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"complete"', '"incomplete"', 1))
+    content = unseal_json(manifest.read_bytes()).replace(b'"complete"', b'"incomplete"', 1)
+    manifest.write_bytes(seal_json(content))
     with pytest.raises(OutputError, match="expected a finished run"):
         prepare_reuse(str(tmp_path / "unfinished"))
 

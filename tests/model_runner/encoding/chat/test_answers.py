@@ -192,7 +192,15 @@ def test_calls_that_the_reasoning_only_speaks_of_are_part_of_it() -> None:
     assert answer == ParsedAnswer("so", "I write <｜DSML｜tool_calls> now", (CALL,))
 
 
-@given(reasoning=st.text(), content=st.text(), given_calls=st.lists(st.just(CALL), max_size=3))
+def is_plain(text: str) -> bool:
+    """Whether a text holds no markup: Hypothesis draws texts of our code's constants too."""
+    return not any(mark in text.lower() for mark in ("think>", "dsml", EOS.lower()))
+
+
+PLAIN = st.text().filter(is_plain)
+
+
+@given(reasoning=PLAIN, content=PLAIN, given_calls=st.lists(st.just(CALL), max_size=3))
 def test_what_a_model_wrote_is_read_back(reasoning: str, content: str, given_calls: list[ToolCall]) -> None:
     text = f"{reasoning}</think>{content}{V4.render_calls(given_calls)}{EOS}"
     answer = V4.parse(text, starts_in_reasoning=True, has_tools=True)
