@@ -14,10 +14,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -30,6 +29,7 @@ from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
 from moebeam.jobs.deploy.flink.worker_pool import WORKER_MODULE
 from tests.support.flink.built_cluster import make_cluster
 from tests.support.flink.cluster import ClusterSize, LocalCluster, read_processes
+from tests.support.jobs_for_tests import write_job_file
 
 MAX_RATIO = 1.5
 """Goal: the whole way in at most so many times the seconds of the bare pipeline."""
@@ -222,18 +222,9 @@ def command_of(
     if contender != "moebeam":
         module = [sys.executable, "-m", "benchmarks.flink_shape", contender]
         return [*module, str(files.folder), str(output), checkpoint, *beam_options]
-    job_file = files.folder / "job.toml"
-    job = benchmark_job(files, output, checkpoint).model_dump(mode="json", by_alias=True, exclude_unset=True)
-    job_file.write_text(_toml(job))
+    job_file = write_job_file(benchmark_job(files, output, checkpoint), files.folder / "job.toml")
     code = "from moebeam.jobs.commands.cli import main; main()"
     return [sys.executable, "-c", code, "run", str(job_file), "--json", "--quiet", *beam_options]
-
-
-def _toml(job: Mapping[str, Mapping[str, Any]]) -> str:
-    lines: list[str] = []
-    for section, values in job.items():
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items()), ""]
-    return "\n".join(lines)
 
 
 def lines_of(runs: Sequence[FlinkRun]) -> list[str]:

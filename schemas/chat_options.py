@@ -94,9 +94,14 @@ class ChatOptions:
     model: str | None = None
 
     @property
+    def asked_thinking(self) -> bool | None:
+        """What the request says of thinking: the switch, or the effort `none`, which wins over it; None if neither."""
+        return False if self.reasoning_effort == NO_EFFORT else self.thinking
+
+    @property
     def is_thinking_off(self) -> bool:
-        """Whether the request asks for no thinking: by the switch, or by the effort `none`, which wins over it."""
-        return self.thinking is False or self.reasoning_effort == NO_EFFORT
+        """Whether the request asks for no thinking."""
+        return self.asked_thinking is False
 
     @property
     def callable_tools(self) -> tuple[Tool, ...]:

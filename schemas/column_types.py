@@ -150,8 +150,10 @@ def agree_on_types(unified: pa.Schema, schemas: Sequence[pa.Schema]) -> pa.Schem
         unified: of all, in plain types.
         schemas: each file's, of fields as `plain_field` makes them. A column that is all null in a file is of any type.
     """
-    for index, field in enumerate(unified):
-        said = [schema.field(field.name) for schema in schemas if field.name in schema.names]
+    fields: list[pa.Field[Any]] = []
+    for field in unified:
+        places = [schema.get_field_index(field.name) for schema in schemas]
+        said = [schema.field(place) for schema, place in zip(schemas, places, strict=True) if place >= 0]
         said = [other for other in said if not pa.types.is_null(other.type)]
         notes = [_read_metadata(other) for other in said]
         agreed: dict[Any, Any] = {
@@ -163,10 +165,8 @@ def agree_on_types(unified: pa.Schema, schemas: Sequence[pa.Schema]) -> pa.Schem
         noted = field.with_metadata(agreed) if agrees else field.remove_metadata()
         # Of a column that some file lacks there are nulls, see `restored_field`.
         has_nulls = len(said) < len(schemas) and _is_fixed_size(declared_field(noted).type)
-        unified = unified.set(
-            index, noted if agrees and not has_nulls and _can_restore(noted) else field.remove_metadata()
-        )
-    return unified
+        fields.append(noted if agrees and not has_nulls and _can_restore(noted) else field.remove_metadata())
+    return pa.schema(fields)
 
 
 def _can_restore(field: "pa.Field[Any]") -> bool:

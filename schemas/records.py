@@ -75,6 +75,11 @@ class Message:
         """A message whose content is a list of texts; a single one is a content like any other."""
         return cls(role, "\n".join(parts), extra, tuple(parts) if len(parts) > 1 else ())
 
+    @property
+    def content_json(self) -> Json:
+        """The content as it came: the list of its text parts, or text."""
+        return [{"type": "text", "text": text} for text in self.parts] if self.parts else self.content
+
     def join_parts(self, separator: str) -> str:
         """The content, its parts joined by a separator."""
         return separator.join(self.parts) if self.parts else self.content

@@ -1,12 +1,11 @@
 """The input, prices and job file of a script's runs; apart from `questions.py`, since the server needs none of it."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.endpoint_chaos.questions import MAX_TOKENS, question
-from tests.support.jobs_for_tests import write_parquet
+from tests.support.jobs_for_tests import write_parquet, write_sections
 from tests.support.remote_jobs import KEY_VARIABLE, MODEL, PRICES
 
 
@@ -40,9 +39,4 @@ def write_job_file(folder: Path, base_url: str, **sections: Mapping[str, Any]) -
     }
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
-    lines: list[str] = []
-    for section, keys in values.items():
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items()), ""]
-    path = folder / "job.toml"
-    path.write_text("\n".join(lines))
-    return path
+    return write_sections(values, folder / "job.toml")

@@ -129,7 +129,8 @@ def export_batch(record: RunRecord, folder: str, *, is_partial: bool = False) ->
                 num_answers += _write_rows(shard, "results", write_answer, times)
                 num_errors += _write_rows(shard, "rejects", write_error, times)
             for partial in read_partials(layout) if status == "incomplete" else ():
-                _note_answer_times(partial.lines, arrived := dict[str, int]())
+                arrived: dict[str, int] = {}
+                _note_answer_times(partial.lines, arrived)
                 read = partial.rows.select([*_COLUMNS, *_LATER_COLUMNS, "status"]).to_pylist()
                 rows = {name: [row for row in read if row["status"] == name] for name in _STATUSES}
                 num_answers += _write_lines(rows["ok"], write_answer, answer_line, arrived)

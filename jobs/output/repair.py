@@ -9,24 +9,27 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
 
 from moebeam.jobs.output.frame_record import check_frame
-from moebeam.jobs.output.run_state import find_signs_of_life, read_manifest
+from moebeam.jobs.output.run_record import input_record_path
+from moebeam.jobs.output.run_state import find_signs_of_life, launchers_folder, read_manifest
 from moebeam.schemas.answers import ShardCommit
 from moebeam.schemas.errors import CommitError, FileDamaged, OutputError
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.checked_file import read_checked
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.schemas.store.sealed_file import ARROW_END, PARQUET_END, read_blocks
+from moebeam.schemas.store.sealed_file import ARROW_END, PARQUET_END, check_sealed
 from moebeam.schemas.store.sealed_json import unseal_json
 from moebeam.schemas.tables import TABLES
+from moebeam.transforms.answer.reuse import fences_path
 from moebeam.transforms.answer.waste import waste_folder
 from moebeam.transforms.durable.commit import list_committed_shards, open_committed, read_commit
 from moebeam.transforms.durable.journal_file import list_journaled_shards, read_journal
-from moebeam.transforms.plan.mend_plan import list_damaged_plans, mend_record, set_plan_aside
+from moebeam.transforms.plan.mend_plan import mend_record, set_plan_aside
 from moebeam.transforms.publish.manifest import publish_shard
 
 _MADE = "made again"
@@ -107,21 +110,21 @@ def _read_json(path: str) -> object:
 
 
 def _set_aside(layout: RunLayout, path: str) -> None:
-    name = path.removeprefix(layout.output.rstrip("/") + "/").replace("/", "~")
+    name = layout.relative(path).replace("/", "~")
     storage.copy_whole(path, storage.join(layout.state, "damaged", name))
     storage.remove_files([path])
 
 
 def _repair_notes(layout: RunLayout) -> Iterator[Repaired]:
     """Leases, progress, presence, the notes of a stop and of a failure: once nobody is at work, none is needed."""
-    folders = (layout.leases, layout.progress, storage.join(layout.state, "launchers"))
+    folders = (layout.leases, layout.progress, launchers_folder(layout))
     paths = [path for folder in folders for path, _ in _list_files(folder)]
     for path in (*paths, layout.stop, layout.failure):
         if not _is_whole(lambda path=path: _read_json(path)):
             _set_aside(layout, path)
             yield Repaired(path, _ASIDE, "a note of an attempt that has ended")
     for path, _ in _list_files(waste_folder(layout)):
-        if not _is_whole(lambda path=path: read_blocks(path, PARQUET_END)):
+        if not _is_whole(lambda path=path: check_sealed(path, PARQUET_END)):
             _set_aside(layout, path)
             yield Repaired(path, _ASIDE, "it is made again from the shard's journal", needs_launch=True)
 
@@ -131,7 +134,7 @@ def _repair_records(layout: RunLayout) -> Iterator[Repaired]:
         yield Repaired(layout.job, _LEFT, "moebeam run JOB.toml, with the job of this run, writes it again")
     if not _is_whole(lambda: _read_json(layout.publish_record)):
         yield Repaired(layout.publish_record, _LEFT, "the next launch writes it again", needs_launch=True)
-    path = storage.join(layout.state, "input.json")
+    path = input_record_path(layout)
     if not _is_whole(lambda: _read_json(path)):
         _set_aside(layout, path)
         yield Repaired(path, _ASIDE, "the next launch reads the input again", needs_launch=True)
@@ -144,8 +147,8 @@ def _repair_records(layout: RunLayout) -> Iterator[Repaired]:
 
 
 def _repair_plan(layout: RunLayout) -> Iterator[Repaired]:
-    fences = storage.join(layout.plan, "reuse-fences.arrow")
-    if not _is_whole(lambda: read_blocks(fences, ARROW_END)):
+    fences = fences_path(layout)
+    if not _is_whole(lambda: check_sealed(fences, ARROW_END)):
         _set_aside(layout, fences)
         yield Repaired(fences, _ASIDE, "it is made again from the plan of the run that is reused", needs_launch=True)
     if not _is_whole(lambda: _read_json(layout.plan_record)):
@@ -156,10 +159,8 @@ def _repair_plan(layout: RunLayout) -> Iterator[Repaired]:
             yield Repaired(
                 layout.plan_record, _LEFT, "the plans of the shards were cleaned; only commands that show need it"
             )
-    damaged = list_damaged_plans(layout)
-    if damaged and set_plan_aside(layout):
-        for path in damaged:
-            yield Repaired(path, _ASIDE, "the plan is made again from the input, which must be the same", True)
+    for path in set_plan_aside(layout):
+        yield Repaired(path, _ASIDE, "the plan is made again from the input, which must be the same", True)
 
 
 def _repair_shards(layout: RunLayout) -> Iterator[Repaired]:
@@ -169,28 +170,31 @@ def _repair_shards(layout: RunLayout) -> Iterator[Repaired]:
         except FileDamaged:
             yield _answer_again(layout, shard, layout.shard_commit(shard))
             continue
-        if commit is not None and (path := _find_damaged_table(layout, commit)) is not None:
+        if commit is not None and (damaged := _find_damaged_tables(layout, commit)):
             try:
                 for table in TABLES:
                     if (source := open_committed(layout, commit, table)) is not None:
                         source.close()
-                publish_shard(commit, layout)
-                yield Repaired(path, _MADE, "from its other copy")
             except CommitError:
-                yield _answer_again(layout, shard, path)
+                yield _answer_again(layout, shard, damaged[0])
+                continue
+            for path in damaged:
+                _set_aside(layout, path)
+            publish_shard(commit, layout)
+            for path in damaged:
+                yield Repaired(path, _MADE if storage.exists(path) else _ASIDE, "its other copy is whole")
 
 
-def _find_damaged_table(layout: RunLayout, commit: ShardCommit) -> str | None:
-    """A file of a committed shard that is there and not what was committed, or that is nowhere."""
+def _find_damaged_tables(layout: RunLayout, commit: ShardCommit) -> list[str]:
+    """Files of a committed shard that are there and not what was committed, or that are nowhere."""
+    damaged: list[str] = []
     for file in commit.files:
         paths = (layout.published_file(file.table, commit.shard), storage.join(layout.output, file.path))
         there = [path for path in paths if storage.exists(path)]
-        for path in there:
-            if not _is_whole(lambda path=path, digest=file.sha256: read_checked(path, digest)):
-                return path
+        damaged += [path for path in there if not _is_whole(partial(read_checked, path, file.sha256))]
         if not there:
-            return paths[0]
-    return None
+            damaged.append(paths[0])
+    return damaged
 
 
 def _answer_again(layout: RunLayout, shard: str, path: str) -> Repaired:

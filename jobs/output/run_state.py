@@ -158,8 +158,8 @@ def find_run_id(layout: RunLayout) -> str | None:
     Raises:
         OSError: the store failed.
     """
-    with contextlib.suppress(CommitError, OutputError):
-        if (manifest := read_manifest(layout)) is not None:
+    with contextlib.suppress(CommitError):
+        if (manifest := read_manifest_file(layout)) is not None:
             return str(manifest["run_id"])
     with contextlib.suppress(CommitError):
         if (spec := read_spec(layout)) is not None:

@@ -23,6 +23,7 @@ from moebeam.schemas.errors import CommitError, OutputError
 from moebeam.schemas.job.sections import ValueChainSection
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.publish.manifest_file import count_answers
 from moebeam.transforms.publish.rollup import (
     GroupKey,
     GroupSums,
@@ -145,7 +146,7 @@ def _run_table(manifest: Mapping[str, Any], account: RunAccount, groups: Mapping
     whole = sum(groups.values(), GroupSums())
     totals = manifest["totals"]
     model = manifest["model"]
-    answers_in = _count_answers(manifest)
+    answers_in = count_answers(manifest)
     rows: list[tuple[str, Cell]] = [
         ("run", manifest["run_id"]),
         ("status", manifest["status"]),
@@ -188,11 +189,6 @@ def _run_table(manifest: Mapping[str, Any], account: RunAccount, groups: Mapping
     if account.num_damaged:
         rows.append(("lines of journals that cannot be read", f"{account.num_damaged:,}"))
     return ReportTable("run", "Run", (Column("what", "text"), Column("value", "text")), tuple(rows))
-
-
-def _count_answers(manifest: Mapping[str, Any]) -> int:
-    """Answers that the rows were planned to have; one each in runs of older versions."""
-    return manifest.get("answers_in", manifest["rows_in"])
 
 
 def _costs_table(costs: Rollup) -> ReportTable:
@@ -242,7 +238,7 @@ def _outcomes_table(groups: Mapping[GroupKey, GroupSums]) -> ReportTable:
 
 def _rejects_table(manifest: Mapping[str, Any]) -> ReportTable:
     counts: Mapping[str, int] = manifest["totals"]["rejects_by_type"] or {}
-    answers_in = _count_answers(manifest)
+    answers_in = count_answers(manifest)
     rows = tuple((kind, count, count / answers_in if answers_in else None) for kind, count in sorted(counts.items()))
     columns = (Column("error_type", "text"), Column("rows", "count"), Column("share_of_rows", "share"))
     return ReportTable("rejects", "Rejects by type", columns, rows, None if rows else "None.")

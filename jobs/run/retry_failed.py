@@ -27,6 +27,7 @@ from moebeam.schemas.tables import RESULT_SCHEMA
 from moebeam.transforms.durable.commit import open_committed, read_commit, read_commits
 from moebeam.transforms.plan.build_shards import write_plan, write_shard
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord, read_plan
+from moebeam.transforms.plan.row_order import ORIGIN, list_origins
 from moebeam.transforms.plan.sorted_runs import read_rows
 from moebeam.transforms.read.input_scan import InputScan
 
@@ -117,9 +118,9 @@ def _read_chosen(layout: RunLayout, commit: ShardCommit, kinds: Sequence[str]) -
         OSError: a store failed.
     """
     if (file := open_committed(layout, commit, "rejects")) is None:
-        return RESULT_SCHEMA.empty_table().select([*_PLACE, "error_type"])
+        return RESULT_SCHEMA.empty_table().select([*ORIGIN, "error_type"])
     with file:
-        rejects = pq.read_table(file, columns=[*_PLACE, "error_type"])
+        rejects = pq.read_table(file, columns=[*ORIGIN, "error_type"])
     return rejects.filter(pc.is_in(rejects.column("error_type"), pa.array(kinds, pa.string())))
 
 
@@ -230,7 +231,7 @@ def read_rejected_rows(source: RunRecord, retry_of: RetryOf) -> Iterator[pa.Tabl
         if (commit := read_commit(layout, shard.shard)) is None:
             missing = layout.shard_commit(shard.shard)
             raise CommitError(f"{missing}: expected the commit of a finished run, found no such file")
-        wanted = set(_list_places(_read_chosen(layout, commit, retry_of.kinds)))
+        wanted = set(list_origins(_read_chosen(layout, commit, retry_of.kinds)))
         if not wanted:
             continue
         try:
@@ -240,17 +241,10 @@ def read_rejected_rows(source: RunRecord, retry_of: RetryOf) -> Iterator[pa.Tabl
                 f"{layout.shard_plan(shard.shard)}: the plan of this run was cleaned, and with it the prompts; "
                 "run the job anew"
             ) from error
-        kept = planned.filter(pa.array([place in wanted for place in _list_places(planned)]))
+        kept = planned.filter(pa.array([place in wanted for place in list_origins(planned)]))
         if kept.num_rows != len(wanted):
             raise CommitError(f"{path}: expected {len(wanted)} rejected rows in the plan, found {kept.num_rows}")
         yield kept
-
-
-_PLACE = ("source_file", "source_row", "sample")
-
-
-def _list_places(table: pa.Table) -> Iterator[tuple[str, int, int]]:
-    return zip(*(list_values(table, name) for name in _PLACE), strict=True)
 
 
 def _apply_sampling(table: pa.Table, before: SamplingSection, job: Job, encoder: Encoder) -> pa.Table:

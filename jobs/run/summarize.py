@@ -13,6 +13,7 @@ from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.publish.manifest import find_cost, find_sole_amount
+from moebeam.transforms.publish.manifest_file import count_answers
 from moebeam.transforms.publish.reject_messages import parse_commonest
 from moebeam.transforms.publish.run_account import RunAccount
 
@@ -37,8 +38,7 @@ def summarize_run(manifest: Mapping[str, Any], job: Job, status: RunStatus, star
         left = manifest["num_shards"] - manifest["num_committed_shards"]
         why = manifest.get("reason_message") or "stopped"
         message = f"{why}; {left} of {manifest['num_shards']} shards left; moebeam resume {job.output.path} goes on"
-    # Manifests of older versions know one answer a row.
-    answers_in = manifest.get("answers_in", manifest["rows_in"])
+    answers_in = count_answers(manifest)
     counts = parse_commonest(manifest.get("rejects_by_message") or ())
     return RunSummary(
         status=status,

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from moebeam.schemas.canonical import Json
 
@@ -26,7 +26,7 @@ class Rule:
         return Rule(f"{self.expected}, or null", lambda value: value is None or self.holds(value))
 
 
-def is_number(value: Json) -> bool:
+def is_number(value: Json) -> TypeGuard[int | float]:
     """Whether a value is a finite number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -48,15 +48,12 @@ def one_of(*values: Json) -> Rule:
 
 def number_of_at_least(least: float) -> Rule:
     """A number with a lower bound."""
-    return Rule(
-        f"a number of at least {least:g}",
-        lambda value: is_number(value) and value >= least,  # type: ignore[operator]
-    )
+    return Rule(f"a number of at least {least:g}", lambda value: is_number(value) and value >= least)
 
 
 def number_above(bound: float) -> Rule:
     """A number with an open lower bound."""
-    return Rule(f"a number above {bound:g}", lambda value: is_number(value) and value > bound)  # type: ignore[operator]
+    return Rule(f"a number above {bound:g}", lambda value: is_number(value) and value > bound)
 
 
 def list_of(rule: Rule) -> Rule:
@@ -68,7 +65,10 @@ COUNT = at_least(1)
 NATURAL = at_least(0)
 FLAG = one_of(True, False)
 POSITIVE = number_above(0)
-EVEN = Rule("an even whole number of at least 2", lambda value: at_least(2).holds(value) and int(str(value)) % 2 == 0)
+EVEN = Rule(
+    "an even whole number of at least 2",
+    lambda value: isinstance(value, int) and at_least(2).holds(value) and value % 2 == 0,
+)
 _RATES = Rule(
     "whole numbers of at least 1 by layer type",
     lambda value: isinstance(value, dict) and all(COUNT.holds(rate) for rate in value.values()),

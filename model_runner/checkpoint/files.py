@@ -15,8 +15,9 @@ MAX_WHOLE_BYTES = 64 * 1024 * 1024
 
 NUM_SAMPLED_BLOCKS = 64
 NUM_BLOCK_BYTES = 64 * 1024
-_MAX_HEADER_BYTES = 100_000_000
 WEIGHTS = ".safetensors"
+_MAX_HEADER_BYTES = 100_000_000
+_NUM_LENGTH_BYTES = 8
 _PINNED_NAMES = frozenset(
     {
         "added_tokens.json",
@@ -83,6 +84,21 @@ def read_tokenizer(path: str) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def read_weights_header(source: BinaryIO, num_file_bytes: int, file: str) -> bytes:
+    """The header of a safetensors file, which is JSON; `source`, at its first byte, is left at that of the data.
+
+    Raises:
+        EngineLoadError: the file is shorter than it says, or is none.
+    """
+    num_header_bytes = int.from_bytes(source.read(_NUM_LENGTH_BYTES), "little")
+    if num_header_bytes > _MAX_HEADER_BYTES or _NUM_LENGTH_BYTES + num_header_bytes > num_file_bytes:
+        raise EngineLoadError(
+            f"{file}: expected a whole safetensors file, found {num_file_bytes} bytes, whose first eight "
+            f"announce a header of {num_header_bytes}"
+        )
+    return source.read(num_header_bytes)
+
+
 def list_checkpoint_files(path: str) -> list[str]:
     """Names of the files of a checkpoint folder that shape answers, sorted; those of `encoding/` with that folder.
 
@@ -145,11 +161,8 @@ def _digest_whole(source: BinaryIO) -> str:
 
 def _digest_samples(source: BinaryIO, size: int, file: str) -> str:
     """Digest of a safetensors header and of blocks spread evenly over the data."""
-    num_header_bytes = int.from_bytes(source.read(8), "little")
-    first = 8 + num_header_bytes
-    if num_header_bytes > _MAX_HEADER_BYTES or first > size:
-        raise EngineLoadError(f"{file}: expected a safetensors header, found one of {num_header_bytes} bytes")
-    digest = hashlib.sha256(source.read(num_header_bytes))
+    digest = hashlib.sha256(read_weights_header(source, size, file))
+    first = source.tell()
     last = max(first, size - NUM_BLOCK_BYTES)
     for block in range(NUM_SAMPLED_BLOCKS):
         source.seek(first + (last - first) * block // (NUM_SAMPLED_BLOCKS - 1))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from moebeam.model_runner.checkpoint.config_rules import COUNT, LIMITS, RULES, Rule, Values, list_conflicts
+from moebeam.model_runner.checkpoint.config_rules import COUNT, LIMITS, RULES, Rule, Values, at_least, list_conflicts
 from moebeam.model_runner.checkpoint.files import read_json_object
 from moebeam.model_runner.checkpoint.rope_settings import derive_context, normalize_rope
 from moebeam.schemas.canonical import Json
@@ -63,9 +63,7 @@ def read_model_config(path: str, max_model_len: int = 0, *, checks_rope: bool = 
         return ModelConfig(path, model_type, values, find_context_length(values, file, max_model_len))
     values = _fill_nulls(model_type, values)
     context_length = find_context_length(values, file, max_model_len)
-    _check_values(RULES[model_type], values, file)
-    for key, expected in list_conflicts(model_type, values):
-        raise refuse_value(file, key, expected, values.get(key))
+    _check_rules(model_type, values, file)
     if checks_rope:
         for key, expected, found in normalize_rope(model_type, values):
             raise refuse_value(file, key, expected, found)
@@ -85,24 +83,35 @@ def check_limits(config: ModelConfig) -> None:
     _check_window(config)
 
 
+def _check_rules(model_type: str, values: Values, file: str) -> None:
+    _check_values(RULES[model_type], values, file)
+    for key, expected in list_conflicts(model_type, values):
+        raise refuse_value(file, key, expected, values.get(key))
+
+
 def _check_values(rules: Mapping[str, Rule], values: Values, file: str) -> None:
     for key, rule in rules.items():
         if key in values and not rule.holds(values[key]):
             raise refuse_value(file, key, rule.expected, values[key])
 
 
+def language_model_values(values: Values) -> Values:
+    """The part of a `config.json` that describes the language model: `text_config` where there is one, else all."""
+    inner = values.get("text_config")
+    return cast("Values", inner) if isinstance(inner, dict) else values
+
+
 def find_context_length(values: Values, file: str, max_model_len: int = 0) -> int:
     """Most tokens of prompt and answer together: the job's `max_model_len`, else what the configuration implies.
 
     Args:
-        values: a `config.json`, of which `text_config` counts where it has one.
+        values: a `config.json`.
     Raises:
         EngineLoadError: neither says.
     """
     if max_model_len:
         return max_model_len
-    inner = values.get("text_config")
-    sizes = cast("Values", inner) if isinstance(inner, dict) else values
+    sizes = language_model_values(values)
     stated = sizes.get("max_position_embeddings")
     if not COUNT.holds(stated):
         raise refuse_value(
@@ -130,9 +139,7 @@ def load_transformers_config(config: ModelConfig) -> Any:
         ) from error
     # What the file leaves out has the defaults of `transformers`; they must fit what it says.
     values = {key: getattr(loaded, key) for key in RULES[config.model_type] if hasattr(loaded, key)}
-    _check_values(RULES[config.model_type], values, config.file)
-    for key, expected in list_conflicts(config.model_type, values):
-        raise refuse_value(config.file, key, expected, values.get(key))
+    _check_rules(config.model_type, values, config.file)
     return loaded
 
 
@@ -175,7 +182,7 @@ def _check_window(config: ModelConfig) -> None:
     )
     if not is_used or window is None:
         return
-    if not COUNT.holds(window) or int(str(window)) < config.context_length:
+    if not at_least(config.context_length).holds(window):
         raise refuse_value(
             config.file,
             "sliding_window",

@@ -4,7 +4,7 @@ Files have them as `rope_theta` beside `rope_scaling`, as `rope_parameters`, or 
 """
 
 from collections.abc import Iterator, Mapping
-from typing import cast
+from typing import TypeAlias, cast
 
 from moebeam.model_runner.checkpoint.config_rules import (
     COUNT,
@@ -20,9 +20,11 @@ from moebeam.model_runner.checkpoint.config_rules import (
 )
 from moebeam.schemas.canonical import Json
 
+BY_LENGTH = ("dynamic", "longrope")
+"""Types whose frequencies depend on the length of a sequence."""
+
 _FACTOR = number_of_at_least(1)
-_NATURAL_NUMBER = number_of_at_least(0)
-_NULLABLE = {"attention_factor": POSITIVE.or_null()}
+_NOT_NEGATIVE = number_of_at_least(0)
 
 _KINDS: dict[str, dict[str, Rule]] = {
     "default": {},
@@ -33,17 +35,17 @@ _KINDS: dict[str, dict[str, Rule]] = {
         "original_max_position_embeddings": COUNT,
         "beta_fast": POSITIVE.or_null(),
         "beta_slow": POSITIVE.or_null(),
-        "mscale": _NATURAL_NUMBER.or_null(),
-        "mscale_all_dim": _NATURAL_NUMBER.or_null(),
+        "mscale": _NOT_NEGATIVE.or_null(),
+        "mscale_all_dim": _NOT_NEGATIVE.or_null(),
         "truncate": FLAG,
-        **_NULLABLE,
+        "attention_factor": POSITIVE.or_null(),
     },
     "longrope": {
         "short_factor": list_of(POSITIVE),
         "long_factor": list_of(POSITIVE),
         "factor": _FACTOR.or_null(),
         "original_max_position_embeddings": COUNT,
-        **_NULLABLE,
+        "attention_factor": POSITIVE.or_null(),
     },
     "llama3": {
         "factor": _FACTOR,
@@ -60,7 +62,7 @@ _KINDS_BY_LABEL = ("default", "linear", "llama3", "yarn")
 _THETA = number_above(1)
 _OLD_NAMES = {"su": "longrope"}
 
-Problem = tuple[str, str, Json]
+Problem: TypeAlias = tuple[str, str, Json]
 """A key, what was expected and what was found."""
 
 
@@ -86,10 +88,8 @@ def normalize_rope(model_type: str, values: dict[str, Json]) -> list[Problem]:
         ]
     if model_type != _BY_LABEL and len({repr(sorted(one.items())) for one in standard.values()}) > 1:
         problems.append((key, f"one set for all layers of a {model_type}", cast("Json", found)))
-    if "" in standard or model_type != _BY_LABEL:
-        values["rope_parameters"] = cast("Json", next(iter(standard.values())))
-    else:
-        values["rope_parameters"] = cast("Json", standard)
+    is_by_label = "" not in standard and model_type == _BY_LABEL
+    values["rope_parameters"] = cast("Json", standard if is_by_label else next(iter(standard.values())))
     return problems
 
 
@@ -111,7 +111,7 @@ def derive_context(values: Values) -> int:
 
 def _stretch(rope: Values, values: Values, stated: int) -> int:
     kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
-    if not isinstance(factor, int | float) or not is_number(factor) or factor < 1:
+    if not is_number(factor) or factor < 1:
         return stated
     if kind in ("linear", "dynamic"):
         return int(stated * factor)
@@ -139,7 +139,7 @@ def _standardize(rope: Json, values: Values) -> dict[str, Json]:
     return found
 
 
-def _list_problems(model_type: str, rope: dict[str, Json], values: Values) -> Iterator[tuple[str, str, Json]]:
+def _list_problems(model_type: str, rope: dict[str, Json], values: Values) -> Iterator[Problem]:
     kind = rope["rope_type"]
     known = _KINDS_BY_LABEL if model_type == _BY_LABEL else tuple(_KINDS)
     if kind not in known:
@@ -162,7 +162,7 @@ def _list_problems(model_type: str, rope: dict[str, Json], values: Values) -> It
             if len(factors) != num_pairs:
                 yield name, f"a factor for each of {num_pairs} rotated pairs", len(factors)
     low, high = rope.get("low_freq_factor"), rope.get("high_freq_factor")
-    if kind == "llama3" and isinstance(low, int | float) and isinstance(high, int | float) and low >= high:
+    if kind == "llama3" and is_number(low) and is_number(high) and low >= high:
         yield "high_freq_factor", f"a number above low_freq_factor ({low:g})", high
 
 

@@ -5,20 +5,19 @@ Headers are read through the store, so that a checkpoint in an object store is l
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from moebeam.model_runner.checkpoint.files import WEIGHTS, read_json_object
+from moebeam.model_runner.checkpoint.files import WEIGHTS, read_json_object, read_weights_header
 from moebeam.schemas.errors import EngineLoadError, abbreviate
 from moebeam.schemas.store import storage
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-_MAX_HEADER_BYTES = 100_000_000
-_NUM_LENGTH_BYTES = 8
 _METADATA = "__metadata__"
 _OLD_ENDINGS = (".bin", ".bin.index.json", ".pt", ".pth")
 _MAX_NAMES_SHOWN = 5
@@ -63,24 +62,26 @@ def list_stored_tensors(path: str) -> list[StoredTensor]:
         EngineLoadError: a file is missing or damaged, or the index names what is not there; says which.
     """
     found = _list_names(path)
-    if WEIGHTS_NAME in found and not _is_indexed_file(path, found):
+    files = _read_index(path) if INDEX_NAME in found else None
+    if WEIGHTS_NAME in found and (files is None or WEIGHTS_NAME not in files.values()):
         return _read_header(storage.join(path, WEIGHTS_NAME))
-    if INDEX_NAME not in found:
+    if files is None:
         raise EngineLoadError(_explain_missing(path, found))
     index = storage.join(path, INDEX_NAME)
-    files = _read_index(path)
-    missing = sorted(set(files.values()) - set(found))
+    named: defaultdict[str, list[str]] = defaultdict(list)
+    for name, file in files.items():
+        named[file].append(name)
+    missing = sorted(named.keys() - set(found))
     if missing:
         raise EngineLoadError(
             f"{index}: expected the files that it names, found {len(missing)} missing: {format_names(missing)}"
         )
     tensors: list[StoredTensor] = []
     lacking: list[str] = []
-    for file in sorted(set(files.values())):
+    for file, names in sorted(named.items()):
         there = {tensor.name: tensor for tensor in _read_header(storage.join(path, file))}
-        named = [name for name, holder in files.items() if holder == file]
-        tensors += [there[name] for name in named if name in there]
-        lacking += [f"{name!r} in {file}" for name in named if name not in there]
+        tensors += [there[name] for name in names if name in there]
+        lacking += [f"{name!r} in {file}" for name in names if name not in there]
     if lacking:
         raise EngineLoadError(
             f"{index}: expected tensors where it says, found {len(lacking)} not there: {format_names(lacking)}"
@@ -110,7 +111,10 @@ def refuse_overlaid_file(path: str) -> None:
         EngineLoadError: names the index.
     """
     found = _list_names(path)
-    if WEIGHTS_NAME in found and _is_indexed_file(path, found) and len(set(_read_index(path).values())) > 1:
+    if WEIGHTS_NAME not in found or INDEX_NAME not in found:
+        return
+    files = set(_read_index(path).values())
+    if WEIGHTS_NAME in files and len(files) > 1:
         raise EngineLoadError(
             f"{storage.join(path, INDEX_NAME)}: expected no {WEIGHTS_NAME} among the files that it names, for "
             "transformers reads that one alone; rename it there and on disk, or use engine 'torch'"
@@ -128,11 +132,6 @@ def _list_names(path: str) -> list[str]:
         return storage.list_names(path)
     except OSError as error:
         raise EngineLoadError(f"{path}: expected a checkpoint folder, found: {error}") from error
-
-
-def _is_indexed_file(path: str, found: Sequence[str]) -> bool:
-    """Whether an index counts `model.safetensors` among its files: then it is only one of them."""
-    return INDEX_NAME in found and WEIGHTS_NAME in _read_index(path).values()
 
 
 def _read_index(path: str) -> dict[str, str]:
@@ -169,14 +168,8 @@ def _read_header(file: str) -> list[StoredTensor]:
         with storage.open_input(file) as source:
             num_file_bytes = source.seek(0, 2)
             source.seek(0)
-            num_header_bytes = int.from_bytes(source.read(_NUM_LENGTH_BYTES), "little")
-            first_byte = _NUM_LENGTH_BYTES + num_header_bytes
-            if num_header_bytes > _MAX_HEADER_BYTES or first_byte > num_file_bytes:
-                raise EngineLoadError(
-                    f"{file}: expected a whole safetensors file, found {num_file_bytes} bytes, whose first eight "
-                    f"announce a header of {num_header_bytes}"
-                )
-            content = source.read(num_header_bytes)
+            content = read_weights_header(source, num_file_bytes, file)
+            first_byte = source.tell()
     except OSError as error:
         raise EngineLoadError(f"{file}: expected a readable file, found: {error}") from error
     try:

@@ -132,13 +132,7 @@ class ChatTemplate:
         check_messages(messages)
         completes_prefix = is_prefix(messages)
         tools = self._template_tools(options)
-        variables = {
-            **self._special_tokens,
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": not completes_prefix,
-            **_list_switches(options),
-        }
+        variables = {**self._list_variables(tools, is_to_answer=not completes_prefix), **_list_switches(options)}
 
         def render_chat(chat: Sequence[dict[str, Any]]) -> str:
             (prompt,) = self._run([(bool(tools), chat, variables)])
@@ -153,6 +147,15 @@ class ChatTemplate:
             chat[-1]["content"] = self._marks.mark(messages[-1].content, but=_THINKING) + _END_OF_PREFIX
         return bool(tools), chat, variables
 
+    def _list_variables(self, tools: list[Json] | None, *, is_to_answer: bool) -> dict[str, Json]:
+        """The variables of every chat, beside its messages and switches."""
+        return {
+            **self._special_tokens,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": is_to_answer,
+        }
+
     def _run(self, chats: Sequence[Chat]) -> list[str | RowError]:
         return [cast("str | RowError", result) for result in self._program.run(chats)]
 
@@ -162,7 +165,7 @@ class ChatTemplate:
         Raises:
             EngineLoadError: see the class.
         """
-        variables = {**self._special_tokens, "tools": None, "documents": None, "add_generation_prompt": True}
+        variables = self._list_variables(None, is_to_answer=True)
         (result,) = self._run([(False, [{"role": "user", "content": "x"}], variables)])
         if isinstance(result, TemplateBudgetExceeded):
             raise EngineLoadError(str(result)) from result
@@ -205,8 +208,7 @@ class ChatTemplate:
     def find_turn_end(self) -> str:
         """What the template writes behind an answer that ends a chat; empty where it takes no such chat."""
         chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PROBED_ANSWER}]
-        variables = {**self._special_tokens, "tools": None, "documents": None, "add_generation_prompt": False}
-        (prompt,) = self._run([(False, chat, variables)])
+        (prompt,) = self._run([(False, chat, self._list_variables(None, is_to_answer=False))])
         return prompt.rpartition(_PROBED_ANSWER)[2] if isinstance(prompt, str) and _PROBED_ANSWER in prompt else ""
 
     def _template_message(self, index: int, message: Message, has_tools: bool, render: Render) -> dict[str, Any]:
@@ -249,8 +251,7 @@ class ChatTemplate:
 def _list_switches(options: ChatOptions) -> dict[str, Json]:
     """The variables by which templates switch thinking; undefined where a request does not ask."""
     switches: dict[str, Json] = {}
-    if options.is_thinking_off or options.thinking is not None:
-        thinking = not options.is_thinking_off
+    if (thinking := options.asked_thinking) is not None:
         switches |= {"thinking": thinking, "enable_thinking": thinking}
     if options.reasoning_effort is not None:
         switches["reasoning_effort"] = options.reasoning_effort

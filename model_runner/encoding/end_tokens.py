@@ -4,13 +4,13 @@ Chat models are often tuned to end their turns with another token than the base 
 nothing: it is the tokenizer's `eos_token`, or what the chat template writes behind an answer.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Collection, Iterator
+from typing import cast
 
 import tokenizers
 
 from moebeam.model_runner.checkpoint.files import read_json_object
-from moebeam.model_runner.checkpoint.model_config import CONFIG_NAME, refuse_value
+from moebeam.model_runner.checkpoint.model_config import CONFIG_NAME, language_model_values, refuse_value
 from moebeam.model_runner.encoding.chat_encoding import ChatEncoding
 from moebeam.model_runner.encoding.chat_template import SETTINGS_FILE, ChatTemplate, read_special_tokens
 from moebeam.schemas.errors import EngineLoadError
@@ -26,8 +26,9 @@ def read_end_token_ids(path: str, tokenizer: tokenizers.Tokenizer, encoding: Cha
     Raises:
         EngineLoadError: a file names what is no token of the model, or nothing names one.
     """
-    found = dict.fromkeys(_read_configured(path, tokenizer))
-    found |= dict.fromkeys(_find_in_tokenizer(path, tokenizer))
+    names = storage.list_names(path)
+    found = dict.fromkeys(_read_configured(path, names, tokenizer))
+    found |= dict.fromkeys(_find_in_tokenizer(path, names, tokenizer))
     found |= dict.fromkeys(_find_in_template(tokenizer, encoding))
     if not found:
         raise EngineLoadError(
@@ -37,11 +38,9 @@ def read_end_token_ids(path: str, tokenizer: tokenizers.Tokenizer, encoding: Cha
     return tuple(found)
 
 
-def _read_configured(path: str, tokenizer: tokenizers.Tokenizer) -> list[int]:
-    names = storage.list_names(path)
+def _read_configured(path: str, names: Collection[str], tokenizer: tokenizers.Tokenizer) -> list[int]:
     config = read_json_object(path, CONFIG_NAME) if CONFIG_NAME in names else {}
-    inner: object = config.get("text_config")
-    sizes = cast("Mapping[str, Any]", inner) if isinstance(inner, dict) else config
+    sizes = language_model_values(config)
     stated: object = sizes.get("vocab_size")
     num_tokens = stated if isinstance(stated, int) else tokenizer.get_vocab_size(with_added_tokens=True)
     generation = read_json_object(path, _GENERATION_NAME) if _GENERATION_NAME in names else {}
@@ -59,8 +58,7 @@ def _read_configured(path: str, tokenizer: tokenizers.Tokenizer) -> list[int]:
     return []
 
 
-def _find_in_tokenizer(path: str, tokenizer: tokenizers.Tokenizer) -> Iterator[int]:
-    names = storage.list_names(path)
+def _find_in_tokenizer(path: str, names: Collection[str], tokenizer: tokenizers.Tokenizer) -> Iterator[int]:
     settings = read_json_object(path, SETTINGS_FILE) if SETTINGS_FILE in names else {}
     text = read_special_tokens(path, settings).get("eos_token")
     token_id = tokenizer.token_to_id(text) if text else None

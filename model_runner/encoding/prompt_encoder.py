@@ -5,15 +5,15 @@ its weights nor torch, so that planning and quoting run on machines without an a
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import tokenizers
 
 from moebeam.model_runner.checkpoint.files import compute_checkpoint_revision, read_json_object, read_tokenizer
-from moebeam.model_runner.checkpoint.model_config import CONFIG_NAME, find_context_length
+from moebeam.model_runner.checkpoint.model_config import CONFIG_NAME, find_context_length, language_model_values
 from moebeam.model_runner.encoding.answer_text import decode_tail
 from moebeam.model_runner.encoding.chat.token_marks import MARK, TokenMarks
 from moebeam.model_runner.encoding.chat_encoding import ChatEncoding, load_encoding
@@ -71,10 +71,8 @@ class PromptEncoder:
         """
         config = read_json_object(path, CONFIG_NAME)
         tokenizer = read_tokenizer(path)
-        text_config = config.get("text_config")
-        sizes = cast("Mapping[str, Any]", text_config) if isinstance(text_config, dict) else config
         context_length = find_context_length(config, storage.join(path, CONFIG_NAME), max_model_len)
-        num_embeddings = sizes.get("vocab_size")
+        num_embeddings = language_model_values(config).get("vocab_size")
         num_tokens = tokenizer.get_vocab_size(with_added_tokens=True)
         if isinstance(num_embeddings, int) and num_tokens > num_embeddings:
             raise EngineLoadError(

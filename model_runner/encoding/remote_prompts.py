@@ -62,9 +62,9 @@ class RemotePrompts:
 
     def thinks(self, options: ChatOptions) -> bool:
         """Whether the model will think, as far as its limits tell what it does by default."""
+        if options.asked_thinking is not None:
+            return options.asked_thinking
         limits = find_limits(self.model, datetime.now(UTC))
-        if options.is_thinking_off or options.thinking is not None:
-            return not options.is_thinking_off
         return limits is not None and limits.is_api and limits.thinking != "never"
 
     def render(self, messages: Sequence[Message], options: ChatOptions = DEFAULT_OPTIONS) -> str:

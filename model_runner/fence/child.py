@@ -34,7 +34,7 @@ WAITING, COMPILING, FIRST_ITEM = 0, 1, 2
 OUT_OF_MEMORY = "OutOfMemory"
 """Stands for the name of an error where there was not enough memory."""
 
-MAX_MESSAGE_CHARACTERS = 2_000
+_MAX_MESSAGE_CHARACTERS = 2_000
 _FLUSH_CHARACTERS = 1 << 20
 _FLUSH_S = 1.0
 _MAX_FUNCTIONS = 16
@@ -117,7 +117,7 @@ def _begin(progress: mmap.mmap, step: int, max_cpu_s: float) -> None:
 
 
 def _describe(error: MoebeamError) -> tuple[str, str]:
-    return type(error).__name__, str(error)[:MAX_MESSAGE_CHARACTERS]
+    return type(error).__name__, str(error)[:_MAX_MESSAGE_CHARACTERS]
 
 
 def _send(connection: "Connection[Any, Any]", outcomes: list[Outcome]) -> None:

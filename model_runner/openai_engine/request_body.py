@@ -79,11 +79,8 @@ def _message(message: Message, profile: Profile) -> dict[str, Json]:
     extra = dict(message.extra)
     if "tool_calls" in extra:
         extra["tool_calls"] = convert_calls(extra["tool_calls"], "text", "tool_calls")
-    content: Json = message.content
-    if message.parts and profile.part_separator is None:
-        content = [{"type": "text", "text": text} for text in message.parts]
-    elif message.parts and profile.part_separator is not None:
-        content = message.join_parts(profile.part_separator)
+    separator = profile.part_separator
+    content = message.content_json if separator is None else message.join_parts(separator)
     return {"role": message.role, "content": content, **extra}
 
 

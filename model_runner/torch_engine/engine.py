@@ -210,7 +210,7 @@ class _Run:
             max_cache_bytes=engine.max_cache_bytes,
             max_running=engine.batch_size,
             max_step_rows=engine.max_step_rows,
-            find_length_class=engine.model.find_length_class if engine.model.has_length_classes else None,
+            find_length_class=engine.model.find_length_class,
         )
 
     @torch.inference_mode()

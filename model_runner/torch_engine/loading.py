@@ -16,6 +16,7 @@ from moebeam.model_runner.checkpoint.model_config import (
 )
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.model_runner.torch_engine.models.architecture import Architecture, build_architecture
+from moebeam.model_runner.torch_engine.options import TorchOptions
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 from moebeam.schemas.errors import EngineLoadError
@@ -56,9 +57,10 @@ def check_torch_checkpoint(config: EngineConfig) -> None:
     Raises:
         EngineLoadError: names the file and what is wrong with it.
     """
-    found = read_our_config(config.path, config.options.max_model_len)
+    options = config.options_as(TorchOptions)
+    found = read_our_config(config.path, options.max_model_len)
     loaded = load_transformers_config(found)
-    dtype = parse_dtype(getattr(config.options, "dtype", "float32"), loaded.dtype)
+    dtype = parse_dtype(options.dtype, loaded.dtype)
     weights = CheckpointWeights.open_headers(config.path, found.model_type, dtype)
     build_model(loaded, weights, Placement(torch.device("meta"), dtype, is_packed=False), config.path)
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moebeam.model_runner.checkpoint.model_config import load_transformers_config, read_model_config
+from moebeam.model_runner.checkpoint.rope_settings import BY_LENGTH
 from moebeam.model_runner.checkpoint.weight_files import format_names
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.errors import EngineLoadError
 
-_BY_LENGTH = ("dynamic", "longrope")
 _ROUTING = re.compile(r"(\.gate\.|\.router\.|\.e_score_correction_bias$)")
 
 
@@ -77,4 +77,4 @@ class RopeByLength:
 
 def find_ropes_by_length(model: Any) -> list[RopeByLength]:
     """The rotary embeddings of a model whose frequencies depend on the length of a sequence; none for most."""
-    return [RopeByLength(module) for module in model.modules() if getattr(module, "rope_type", None) in _BY_LENGTH]
+    return [RopeByLength(module) for module in model.modules() if getattr(module, "rope_type", None) in BY_LENGTH]

@@ -26,7 +26,7 @@ from typing import cast
 
 import tokenizers
 
-from moebeam.model_runner.checkpoint.files import read_json_object, read_tokenizer
+from moebeam.model_runner.checkpoint.files import read_tokenizer
 from moebeam.model_runner.checkpoint.model_config import read_model_config
 from moebeam.model_runner.checkpoint.prompt_limits import why_not_runnable
 from moebeam.model_runner.encoding.answer_text import AnswerReader, StopStrings
@@ -312,13 +312,13 @@ def load_vllm_runner(config: EngineConfig) -> VllmRunner:
         raise EngineLoadError(f"{config.path}: expected a local folder with a checkpoint, found none")
     if options.dtype not in _DTYPES:
         raise EngineLoadError(f"expected dtype {', '.join(sorted(_DTYPES))}, found {options.dtype!r}")
-    read_model_config(config.path, options.max_model_len, checks_rope=False)
+    found = read_model_config(config.path, options.max_model_len, checks_rope=False)
     tokenizer = read_tokenizer(config.path)
     encoding = load_encoding(config.path, options.encoding)
     runner = VllmRunner(
         config,
         python=_find_python(),
-        engine_arguments=_build_engine_arguments(config),
+        engine_arguments=_build_engine_arguments(config, found.values),
         tokenizer=tokenizer,
         encoding=encoding,
         end_token_ids=read_end_token_ids(config.path, tokenizer, encoding),
@@ -367,14 +367,18 @@ def _find_python() -> str:
     )
 
 
-def _build_engine_arguments(config: EngineConfig) -> dict[str, Json]:
-    """The arguments of `vllm.EngineArgs`: the job's, ours, and the machine's from `MOEBEAM_VLLM_ARGS`."""
+def _build_engine_arguments(config: EngineConfig, model_config: Mapping[str, Json]) -> dict[str, Json]:
+    """The arguments of `vllm.EngineArgs`: the job's, ours, and the machine's from `MOEBEAM_VLLM_ARGS`.
+
+    Args:
+        model_config: the checkpoint's `config.json`.
+    """
     options = config.options_as(VllmOptions)
     dtype = options.dtype
     if dtype == "auto":
-        found = read_json_object(config.path, "config.json")
+        stated = model_config.get("dtype", model_config.get("torch_dtype"))
         # vLLM's own `auto` makes bfloat16 of a float32 checkpoint.
-        dtype = "float32" if found.get("dtype", found.get("torch_dtype")) == "float32" else "auto"
+        dtype = "float32" if stated == "float32" else "auto"
     arguments: dict[str, Json] = {
         "model": config.path,
         "dtype": dtype,

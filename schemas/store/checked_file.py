@@ -30,8 +30,7 @@ def open_checked(path: str, sha256: str) -> BinaryIO:
             found = hashlib.file_digest(cast("io.BufferedReader", source), "sha256").hexdigest()
         else:
             found, source = _fetch(source)
-        if found != sha256:
-            raise describe_damage(path, f"expected content with SHA-256 {sha256}, found {found}")
+        _check(path, found, sha256)
         source.seek(0)
     except BaseException:
         source.close()
@@ -42,10 +41,13 @@ def open_checked(path: str, sha256: str) -> BinaryIO:
 def read_checked(path: str, sha256: str) -> bytes:
     """All bytes of a file, checked; raises as `open_checked`."""
     content = storage.read_bytes(path)
-    found = hashlib.sha256(content).hexdigest()
+    _check(path, hashlib.sha256(content).hexdigest(), sha256)
+    return content
+
+
+def _check(path: str, found: str, sha256: str) -> None:
     if found != sha256:
         raise describe_damage(path, f"expected content with SHA-256 {sha256}, found {found}")
-    return content
 
 
 def _fetch(source: BinaryIO) -> tuple[str, BinaryIO]:

@@ -9,11 +9,10 @@ _OF_A_RUN = re.compile(r"(.*)/(?:_moebeam/.+|(?:results|rejects|ledger|partial)/
 
 def describe_damage(path: str, found: str) -> FileDamaged:
     """The error of a damaged file; `found` says how it differs from what was written."""
-    return FileDamaged(f"{path}: is damaged: {found}; {advise_repair(path)}")
+    return FileDamaged(f"{path}: is damaged: {found}; {_advise_repair(path)}")
 
 
-def advise_repair(path: str) -> str:
-    """What to do about a damaged file of a run."""
+def _advise_repair(path: str) -> str:
     found = _OF_A_RUN.fullmatch(path)
     output = found[1] if found is not None else "OUTPUT"
     return f"moebeam repair {output} says what is lost, and sets aside what the next run can make again"

@@ -44,6 +44,10 @@ class RunLayout:
 
     output: str
 
+    def relative(self, path: str) -> str:
+        """A path of the run as manifest and commits name it, from the output folder on."""
+        return path.removeprefix(self.output.rstrip("/") + "/")
+
     @property
     def manifest(self) -> str:
         return storage.join(self.output, "manifest.json")

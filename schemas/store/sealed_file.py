@@ -64,7 +64,7 @@ def read_sealed(path: str, unsealed_end: bytes) -> bytes:
         return source.read()
 
 
-def read_blocks(path: str, unsealed_end: bytes) -> None:
+def check_sealed(path: str, unsealed_end: bytes) -> None:
     """Check every block of a sealed file; raises as `open_sealed`."""
     with open_sealed(path, unsealed_end) as source:
         while source.read(READ_BYTES):

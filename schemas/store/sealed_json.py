@@ -28,7 +28,7 @@ def seal_json(content: bytes) -> bytes:
 
 
 def unseal_json(content: bytes) -> bytes:
-    """A sealed JSON object as `seal_json` got it, or one without a seal as it is.
+    """A sealed JSON object without its seal, or one that has none as it is.
 
     Raises:
         ValueError: it is sealed and not what was written.

@@ -10,7 +10,7 @@ from moebeam.jobs.commands.cli import run_command
 from moebeam.jobs.run.launch import launch
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.schemas.errors import PipelineFailed
-from moebeam.transforms.durable.commit import list_committed_shards
+from moebeam.transforms.durable.commit import list_committed_shards, read_commit
 from moebeam.transforms.plan.plan_record import read_plan
 from tests.support.flipped_bytes import FINE, Flip, FlippedRun, make_runs, pick_flips
 from tests.support.jobs_for_tests import read_table
@@ -88,6 +88,30 @@ def test_a_damaged_record_of_the_plan_is_made_again_from_the_plans_of_the_shards
     assert repair(run.output, capsys)["status"] == "whole"
 
 
+def test_a_damaged_record_of_a_cleaned_plan_is_left_and_the_rest_is_looked_at(
+    runs: dict[str, FlippedRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs["complete"].run.copy(tmp_path / "out")
+    for plan in (run.output / "_moebeam" / "plan").glob("*.arrow"):
+        plan.unlink()
+    Flip("_moebeam/plan/plan.json", 40, 0).apply(run.output)
+    Flip("_moebeam/job.json", 40, 0).apply(run.output)
+    found = repair(run.output, capsys)
+    done = {Path(entry["path"]).name: entry["done"] for entry in found["damaged"]}
+    assert done == {"job.json": "left as it is", "plan.json": "left as it is"}
+
+
+def test_repair_names_each_damaged_plan_of_a_shard_by_its_path(
+    runs: dict[str, FlippedRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs["killed"].run.copy(tmp_path / "out")
+    broken = run.shards[1:3]
+    for shard in broken:
+        Flip(f"_moebeam/plan/{shard}.arrow", 777, 3).apply(run.output)
+    found = repair(run.output, capsys)
+    assert [entry["path"] for entry in found["damaged"]] == [run.layout.shard_plan(shard) for shard in broken]
+
+
 def test_a_damaged_table_is_made_again_from_its_journal(
     runs: dict[str, FlippedRun], encoder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,6 +141,27 @@ def test_a_damaged_copy_of_a_table_gives_way_to_the_whole_one(
     found = repair(run.output, capsys)
     assert [(Path(entry["path"]).name, entry["done"]) for entry in found["damaged"]] == [(published.name, "made again")]
     assert published.read_bytes() == whole
+
+
+def test_repair_leaves_no_damaged_copy_in_place_and_deletes_none(
+    runs: dict[str, FlippedRun], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs["stopped"].run.copy(tmp_path / "out")
+    commit = read_commit(run.layout, run.shards[0])
+    assert commit is not None
+    staged = {file.table: run.output / file.path for file in commit.files}
+    broken = (run.output / "results" / f"part-{run.shards[0]}.parquet", staged["ledger"])
+    for path in broken:
+        whole = path.read_bytes()
+        path.unlink()
+        path.write_bytes(b"x" + whole[1:])
+    found = repair(run.output, capsys)
+    assert {entry["path"]: entry["done"] for entry in found["damaged"]} == {
+        str(broken[0]): "made again",
+        str(broken[1]): "set aside",
+    }
+    assert len([*(run.output / "_moebeam" / "damaged").iterdir()]) == 2
+    assert repair(run.output, capsys)["status"] == "whole"
 
 
 def test_stray_files_among_leases_and_records_of_waste_stop_nothing(

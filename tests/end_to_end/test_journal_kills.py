@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from moebeam.schemas.job.sections import Job
 from tests.support.disturbed_runs import tables_of
 from tests.support.fake_endpoint import FakeEndpoint
-from tests.support.jobs_for_tests import read_table
+from tests.support.jobs_for_tests import read_table, write_job_file
 from tests.support.killed_runs import RUN_TIMEOUT_S, kill, run_to_end, start
 from tests.support.remote_jobs import KEY, KEY_VARIABLE, Answers, remote_job, write_tickets
 
@@ -25,14 +24,6 @@ NUM_ROWS = 150
 MAX_IN_FLIGHT = 6
 BROKEN, REFUSED = frozenset(range(0, NUM_ROWS, 10)), frozenset(range(5, NUM_ROWS, 40))
 NUM_CALLS = NUM_ROWS + len(BROKEN)
-
-
-def write_job_file(job: Job, path: Path) -> Path:
-    lines: list[str] = []
-    for section, values in job.model_dump(mode="json", by_alias=True, exclude_unset=True).items():
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items()), ""]
-    path.write_text("\n".join(lines))
-    return path
 
 
 def check_killed_runs(folder: Path, num_kills: int, seed: int) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from moebeam.jobs.commands.cli import run_command
 from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
+from tests.support.jobs_for_tests import write_job_file
 from tests.support.remote_jobs import KEY, KEY_VARIABLE, remote_job, write_tickets
-from tests.support.stopped_run import write_job_file
 
 NUM_ROWS = 40
 COST = (Decimal(100) * Decimal("0.14") + Decimal(10) * Decimal("0.28")) / 10**6

@@ -9,12 +9,21 @@ import duckdb
 import pyarrow.parquet as pq
 import pytest
 
+from moebeam.jobs.check.reuse import prepare_reuse
 from moebeam.jobs.commands.cli import run_command
 from moebeam.jobs.notebook.run_job import run_job
 from moebeam.jobs.output.run_record import read_record
 from moebeam.jobs.run.launch import launch, resume
 from tests.support.disturbed_runs import MEASURED
-from tests.support.jobs_for_tests import column, fake_job, priced, run_fake_job, write_parquet, write_script
+from tests.support.jobs_for_tests import (
+    column,
+    fake_job,
+    priced,
+    run_fake_job,
+    write_job_file,
+    write_parquet,
+    write_script,
+)
 
 TEXTS = ["same", "same", "other text", None, "twice"]
 HOT: dict[str, Any] = {"temperature": 2.0, "n": 3, "max_tokens": 8, "logprobs": True}
@@ -136,31 +145,15 @@ def told(capsys: pytest.CaptureFixture[str], *command: str, code: int = 0) -> An
 def test_a_quote_multiplies_answers_and_shares_prompts(
     scripted: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = read_record(str(scripted / "out"))
-    (tmp_path / "job.json").write_text("")
-    job = record.request.job
-    toml = f"""
-[input]
-path = "{job.input.path}"
-[prompt]
-template = '{job.prompt.template}'
-[output]
-path = "{tmp_path / "out"}"
-[model]
-engine = "fake"
-path = "{tiny_checkpoint}"
-name = "tiny"
-[sampling]
-temperature = 1.0
-max_tokens = 8
-n = 4
-[accounting]
-price_book = "{scripted / "prices.csv"}"
-"""
-    (tmp_path / "job.toml").write_text(toml)
-    quote = told(capsys, "estimate", str(tmp_path / "job.toml"))
-    one = told(capsys, "estimate", str(tmp_path / "job.toml"), "--set", "sampling.n=1")
-    sampled = told(capsys, "estimate", str(tmp_path / "job.toml"), "--sample", "2")
+    sections: dict[str, Any] = {
+        "sampling": {"temperature": 1.0, "max_tokens": 8, "n": 4},
+        "accounting": {"price_book": str(scripted / "prices.csv")},
+    }
+    job = fake_job(scripted / "in.parquet", tmp_path / "out", tiny_checkpoint, **sections)
+    job_file = write_job_file(job, tmp_path / "job.toml")
+    quote = told(capsys, "estimate", str(job_file))
+    one = told(capsys, "estimate", str(job_file), "--set", "sampling.n=1")
+    sampled = told(capsys, "estimate", str(job_file), "--sample", "2")
     assert (quote["num_rows"], quote["requests"]["expected"]) == (3, 12)
     assert quote["tree_tokens"] == one["tree_tokens"]
     assert quote["prompt_tokens"]["expected"] == 4 * one["prompt_tokens"]["expected"]
@@ -193,8 +186,6 @@ def test_another_run_takes_samples_over_by_their_number(scripted: Path, tiny_che
             "sampling": job.sampling.model_copy(update={"n": 5}),
         }
     )
-    from moebeam.jobs.check.reuse import prepare_reuse
-
     summary = launch(more, reuse=prepare_reuse(str(scripted / "out")))
     assert (summary.num_results, summary.num_reused) == (13, 10)
     before = {(row["custom_id"], row["sample"]): row["output_text"] for row in read(scripted / "out", "results")}

@@ -16,10 +16,9 @@ import pytest
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.commit import read_commit
 from moebeam.transforms.durable.journal_file import read_journal
-from tests.end_to_end.test_journal_kills import write_job_file
 from tests.support.disturbed_runs import tables_of
 from tests.support.fake_endpoint import FakeEndpoint
-from tests.support.jobs_for_tests import read_table
+from tests.support.jobs_for_tests import read_table, write_job_file
 from tests.support.killed_runs import RUN_TIMEOUT_S, kill, run_to_end, start
 from tests.support.remote_jobs import KEY, KEY_VARIABLE, Answers, remote_job, write_tickets
 from tests.support.s3_server import S3Server

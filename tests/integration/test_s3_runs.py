@@ -307,14 +307,14 @@ def test_a_store_that_fails_while_footers_are_read_leaves_no_file_out(
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     job = load_job(f"{url}/job.toml")
-    real = storage.is_folder
+    real = storage.list_files
 
-    def look_and_fail(path: str) -> bool:
-        found = real(path)
+    def list_and_fail(pattern: str) -> list[tuple[str, dict[str, Any]]]:
+        found = real(pattern)
         s3.kill()
         return found
 
-    monkeypatch.setattr(storage, "is_folder", look_and_fail)
+    monkeypatch.setattr(storage, "list_files", list_and_fail)
     with pytest.raises(JobError, match=f"{url}/in/a.parquet"):
         scan_input(job.input)
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from moebeam.schemas.job.sections import Job
-from tests.support.jobs_for_tests import fake_job, priced, write_parquet, write_script
+from tests.support.jobs_for_tests import fake_job, priced, write_job_file, write_parquet, write_script
 
 MEASURED = frozenset({"latency_ms", "started_at", "journal"})
 """Columns that two runs of one job need not have in common."""
@@ -80,13 +80,7 @@ class Work:
 
     def write_job_file(self, output: Path) -> Path:
         """The same job as a file for the command line."""
-        path = self.folder / f"{output.name}.toml"
-        job = self.job(output).model_dump(mode="json", by_alias=True, exclude_unset=True)
-        lines: list[str] = []
-        for section, values in job.items():
-            lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items()), ""]
-        path.write_text("\n".join(lines))
-        return path
+        return write_job_file(self.job(output), self.folder / f"{output.name}.toml")
 
 
 Tables = dict[str, list[dict[str, Any]]]

@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import random
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -65,11 +64,15 @@ class Flip:
 
 def pick_flips(output: Path, num_per_kind: int, seed: int) -> list[Flip]:
     """Some flips of each kind of file."""
-    by_kind: dict[str, list[Flip]] = {}
-    for flip in list_flips(output, seed):
-        by_kind.setdefault(kind_of(flip.path), []).append(flip)
+    by_kind: dict[str, list[tuple[str, int]]] = {}
+    for path, size in file_sizes(output).items():
+        by_kind.setdefault(kind_of(path), []).extend((path, place) for place in range(size))
     dice = random.Random(seed)
-    return [flip for kind in sorted(by_kind) for flip in dice.sample(by_kind[kind], num_per_kind)]
+    return [
+        Flip(path, place, dice.randrange(8))
+        for kind in sorted(by_kind)
+        for path, place in dice.sample(by_kind[kind], num_per_kind)
+    ]
 
 
 def kind_of(path: str) -> str:
@@ -86,9 +89,15 @@ def kind_of(path: str) -> str:
 def list_flips(output: Path, seed: int) -> Iterator[Flip]:
     """One bit of every byte of every file."""
     dice = random.Random(seed)
-    for path in sorted(path for path in output.rglob("*") if path.is_file()):
-        for place in range(path.stat().st_size):
-            yield Flip(path.relative_to(output).as_posix(), place, dice.randrange(8))
+    for path, size in file_sizes(output).items():
+        for place in range(size):
+            yield Flip(path, place, dice.randrange(8))
+
+
+def file_sizes(output: Path) -> dict[str, int]:
+    """Bytes of each file by its path below the output folder, sorted."""
+    files = sorted(path for path in output.rglob("*") if path.is_file())
+    return {path.relative_to(output).as_posix(): path.stat().st_size for path in files}
 
 
 @dataclass
@@ -288,9 +297,3 @@ class Tally:
     @property
     def totals(self) -> Counter[str]:
         return sum(self.by_kind.values(), Counter[str]())
-
-
-def clear(folder: Path) -> None:
-    """Remove what a reader that died left."""
-    for path in folder.glob("tmp*"):
-        shutil.rmtree(path, ignore_errors=True)

@@ -56,6 +56,21 @@ def priced(folder: Path) -> dict[str, str]:
     return {"price_book": str(path)}
 
 
+def write_job_file(job: Job, path: Path) -> Path:
+    """A job as a file for the command line."""
+    return write_sections(job.model_dump(mode="json", by_alias=True, exclude_unset=True), path)
+
+
+def write_sections(sections: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
+    """Sections of a job file as TOML; keys without a value are left out."""
+    lines: list[str] = []
+    for section, values in sections.items():
+        keys = [f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None]
+        lines += [f"[{section}]", *keys, ""]
+    path.write_text("\n".join(lines))
+    return path
+
+
 def run_fake_job(source: Path, output: Path, checkpoint: Path, /, **sections: Mapping[str, Any]) -> RunSummary:
     """Run `fake_job` to its end."""
     return launch(fake_job(source, output, checkpoint, **sections))

@@ -259,16 +259,3 @@ class PlannedRun:
         for entry in entries:
             writer.append(entry.key, entry.attempt, entry.completion)
         writer.close()
-
-
-def write_job_file(job: Job, path: Path) -> Path:
-    """A job as a file for the command line."""
-    lines: list[str] = []
-    for section, values in job.model_dump(mode="json", by_alias=True, exclude_unset=True).items():
-        lines += [
-            f"[{section}]",
-            *(f"{key} = {json.dumps(value)}" for key, value in values.items() if value is not None),
-            "",
-        ]
-    path.write_text("\n".join(lines))
-    return path

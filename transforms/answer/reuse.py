@@ -23,6 +23,7 @@ from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.commit import open_committed, read_commit
 from moebeam.transforms.plan.plan_record import read_plan
+from moebeam.transforms.plan.row_order import ORIGIN, list_origins
 from moebeam.transforms.plan.sorted_runs import read_rows, write_rows
 
 MAX_FENCE_BYTES = 256
@@ -178,18 +179,18 @@ def _read_answers(source: ReuseSource, shard: str) -> dict[_RequestKey, EarlierA
         return {}  # all its rows were rejected
     with file:
         parquet = pq.ParquetFile(file)
-        wanted = ("custom_id", *_PLACE, *ANSWER_COLUMNS)
+        wanted = ("custom_id", *ORIGIN, *ANSWER_COLUMNS)
         results = parquet.read([name for name in wanted if name in parquet.schema_arrow.names])
-    row_of = {place: row for row, place in enumerate(_list_places(results))}
+    row_of = {place: row for row, place in enumerate(list_origins(results))}
     missing: list[Any] = [None] * results.num_rows
     columns = {
         name: list_values(results, name) if name in results.schema.names else missing
         for name in ("custom_id", *ANSWER_COLUMNS)
     }
-    planned = read_rows(layout.shard_plan(shard), (*_PLACE, *_REQUEST))
+    planned = read_rows(layout.shard_plan(shard), (*ORIGIN, *_REQUEST))
     answers: dict[_RequestKey, EarlierAnswer] = {}
     num_found = 0
-    for place, request in zip(_list_places(planned), _list_requests(planned), strict=True):
+    for place, request in zip(list_origins(planned), _list_requests(planned), strict=True):
         row = row_of.get(place)
         if row is None:
             continue
@@ -206,13 +207,7 @@ def _read_answers(source: ReuseSource, shard: str) -> dict[_RequestKey, EarlierA
     return answers
 
 
-_PLACE = ("source_file", "source_row", "sample")
 _REQUEST = ("prefix_key", "sampling", "options", "custom_id")
-
-
-def _list_places(table: pa.Table) -> list[tuple[str, int, int]]:
-    """Where each row of a plan or a table of results comes from."""
-    return list(zip(*(list_values(table, name) for name in _PLACE), strict=True))
 
 
 def _list_requests(planned: pa.Table) -> list[_RequestKey]:

@@ -181,7 +181,7 @@ def read_waste(layout: RunLayout, name: str) -> Waste | None:
 def _sum_waste(layout: RunLayout, name: str, content: bytes) -> Waste:
     ledger = pq.read_table(io.BytesIO(content))
     return Waste(
-        path=_published_path(layout, name).removeprefix(layout.output.rstrip("/") + "/"),
+        path=layout.relative(_published_path(layout, name)),
         num_rows=ledger.num_rows,
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),

@@ -195,8 +195,7 @@ def _stage(layout: RunLayout, shard: str, attempt: str, table: Table, rows: pa.T
     content = encode_parquet_file(rows)
     path = layout.staged_file(shard, attempt, table)
     storage.write_whole(path, content)
-    relative = path.removeprefix(layout.output.rstrip("/") + "/")
-    return StagedFile(table, relative, rows.num_rows, len(content), hashlib.sha256(content).hexdigest())
+    return StagedFile(table, layout.relative(path), rows.num_rows, len(content), hashlib.sha256(content).hexdigest())
 
 
 def _check_equal(what: str, rows: object, ledger: object) -> None:

@@ -9,7 +9,7 @@ from moebeam.schemas.errors import CommitError, FileDamaged
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.record_json import encode_record
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.schemas.store.sealed_file import ARROW_END, read_blocks
+from moebeam.schemas.store.sealed_file import ARROW_END, check_sealed
 from moebeam.transforms.durable.commit import list_committed_shards
 from moebeam.transforms.plan.build_shards import describe_shard
 from moebeam.transforms.plan.plan_record import PlanRecord, read_plan
@@ -22,17 +22,18 @@ def mend_record(layout: RunLayout) -> PlanRecord | None:
     """A run's complete plan, as `read_plan`; a damaged record is made again from the plans of the shards.
 
     Raises:
+        FileDamaged: the record is damaged, and the plans of the shards were cleaned.
         CommitError: the record is damaged, and so is the plan of a shard.
         OSError: the store failed.
     """
     try:
         return read_plan(layout)
     except FileDamaged as damage:
-        # The record was written last of all, so every shard of the plan is there.
+        # The record was written last of all, so every shard of the plan is there, or none since they were cleaned.
+        if not (names := _list_shards(layout)):
+            raise
         try:
-            shards = [describe_shard(shard, read_rows(layout.shard_plan(shard))) for shard in _list_shards(layout)]
-            if not shards:
-                raise  # the plans of the shards were cleaned
+            shards = [describe_shard(shard, read_rows(layout.shard_plan(shard))) for shard in names]
         except FileDamaged as error:
             raise CommitError(
                 f"{error}; its record is damaged, too ({layout.plan_record}), so that no other plan can be held "
@@ -43,37 +44,29 @@ def mend_record(layout: RunLayout) -> PlanRecord | None:
         return record
 
 
-def list_damaged_plans(layout: RunLayout) -> list[str]:
-    """Paths of the plans of shards that are not what was written; reads all of them.
+def set_plan_aside(layout: RunLayout) -> list[str]:
+    """Let the next launch make the plan again, if the plan of a shard is damaged; reads all of them.
 
-    Raises:
-        OSError: the store failed.
-    """
-    return [str(error) for shard in _list_shards(layout) if (error := _find_damage(layout.shard_plan(shard)))]
-
-
-def set_plan_aside(layout: RunLayout) -> bool:
-    """Let the next launch make the plan again, if the plan of a shard is damaged; says whether it is.
-
+    Returns:
+        Paths of the damaged ones.
     Raises:
         CommitError: the record is damaged, too.
         OSError: the store failed.
     """
-    if not list_damaged_plans(layout):
-        return False
-    if (record := mend_record(layout)) is not None:
+    damaged = [path for shard in _list_shards(layout) if _is_damaged(path := layout.shard_plan(shard))]
+    if damaged and (record := mend_record(layout)) is not None:
         if list_committed_shards(layout):
             storage.write_whole(layout.plan_before, encode_record(record))
         storage.remove_files([layout.plan_record])
-    return True
+    return damaged
 
 
-def _find_damage(path: str) -> FileDamaged | None:
+def _is_damaged(path: str) -> bool:
     try:
-        read_blocks(path, ARROW_END)
-    except FileDamaged as error:
-        return error
-    return None
+        check_sealed(path, ARROW_END)
+    except FileDamaged:
+        return True
+    return False
 
 
 def _list_shards(layout: RunLayout) -> list[str]:

@@ -11,12 +11,16 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 
+from moebeam.schemas.arrow import list_values
 from moebeam.schemas.canonical import canonical_json
 from moebeam.schemas.job.sections import PlanSection
 from moebeam.schemas.records import parse_sampling_json
 
 RUN_ORDER = ("prefix_key", "sampling", "options", "cost_center", "unit", "source_row", "sample")
 """Token order first; equal requests of one cost centre are adjacent, in input order, a row's samples together."""
+
+ORIGIN = ("source_file", "source_row", "sample")
+"""Columns that plans and tables share, and that tell their rows apart."""
 
 RequestRest: TypeAlias = tuple[str, bool, str, str]
 """Distinguishes requests of one prompt, in order: sampling, whether there are no options, options, cost centre."""
@@ -82,3 +86,8 @@ def sort_rows(table: pa.Table) -> pa.Table:
 def can_merge(sampling: str, section: PlanSection) -> bool:
     """Whether equal requests with this sampling are answered once; a cut never separates such rows."""
     return section.merge == "always" or (section.merge == "auto" and parse_sampling_json(sampling).is_greedy)
+
+
+def list_origins(table: pa.Table) -> list[tuple[str, int, int]]:
+    """The `ORIGIN` of each row of a plan, or of a table of results or rejects."""
+    return list(zip(*(list_values(table, name) for name in ORIGIN), strict=True))

@@ -86,7 +86,7 @@ class _WriteRuns(beam.DoFn):
 
     def start_bundle(self) -> None:
         self._batches: list[pa.RecordBatch] = []
-        self._num_bytes = 0
+        self._num_bytes = self._num_rows = 0
         self._progress = ProgressWriter(self._spec.layout, "plan")
 
     def process(self, element: pa.RecordBatch) -> Iterator[RunFile]:
@@ -96,6 +96,7 @@ class _WriteRuns(beam.DoFn):
             yield from self._flush()
         self._batches.append(element)
         self._num_bytes += element.nbytes
+        self._num_rows += list_values(element, "sample").count(0)
         if self._progress.is_due(self._run_name()):
             self._write_progress()
         if self._num_bytes >= MAX_SORTED_RUN_BYTES:
@@ -117,15 +118,14 @@ class _WriteRuns(beam.DoFn):
                     raise
                 runs = []
         self._write_progress()
-        self._batches, self._num_bytes = [], 0
+        self._batches, self._num_bytes, self._num_rows = [], 0, 0
         return runs
 
     def _find_group(self, batch: pa.RecordBatch) -> int:
         return bisect_right(self._spec.group_starts, int(batch.column("unit")[0].as_py()))
 
     def _write_progress(self) -> None:
-        num_rows = sum(list_values(batch, "sample").count(0) for batch in self._batches)
-        self._progress.write(self._run_name(), ShardProgress(rows_done=num_rows))
+        self._progress.write(self._run_name(), ShardProgress(rows_done=self._num_rows))
 
     def _run_name(self) -> str:
         return run_name(self._batches[0])

@@ -200,7 +200,7 @@ def _list_files(table: Table, commits: Sequence[ShardCommit], wasted: Sequence[W
     empty = layout.published_file(table, EMPTY_SHARD)
     files: list[Json] = [
         {
-            "path": layout.published_file(table, commit.shard).removeprefix(layout.output.rstrip("/") + "/"),
+            "path": layout.relative(layout.published_file(table, commit.shard)),
             "num_rows": file.num_rows,
             "num_bytes": file.num_bytes,
             "sha256": file.sha256,

@@ -1,6 +1,7 @@
 """The file `manifest.json`: whole, and with its own digest as the last key."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from moebeam.schemas.canonical import Json
@@ -33,3 +34,8 @@ def read_manifest_file(layout: RunLayout) -> dict[str, Any] | None:
     if isinstance(found, dict) and found.get("status") in ("complete", "incomplete"):
         return found
     raise describe_damage(layout.manifest, "expected the manifest of a run, found other content")
+
+
+def count_answers(manifest: Mapping[str, Any]) -> int:
+    """Answers that the rows of a run were planned to have; one each in manifests of older versions."""
+    return manifest.get("answers_in", manifest["rows_in"])

@@ -118,7 +118,7 @@ def write_partials(layout: RunLayout, accounting: Accounting, committed: Collect
         storage.write_whole(path, content)
         files.append(
             {
-                "path": path.removeprefix(layout.output.rstrip("/") + "/"),
+                "path": layout.relative(path),
                 "num_rows": lines.num_rows,
                 "num_bytes": len(content),
                 "sha256": hashlib.sha256(content).hexdigest(),

@@ -223,7 +223,8 @@ def _count(collected: _Collected, kinds: _Kinds, plan: PlanSection, num_rows: in
     lengths = np.array([(len(key) - 8) // 4 for key in keys], dtype=np.int64)
     shared = common_prefix_lengths(keys)
     num_group_rows = np.array(group_rows, dtype=np.int64)
-    row_starts = np.flatnonzero(np.array(numbers, dtype=np.int64) == 0)
+    starts_row = np.array(numbers, dtype=np.int64) == 0
+    row_starts = np.flatnonzero(starts_row)
     nearest = lengths.copy()
     between = common_prefix_lengths([keys[start] for start in row_starts.tolist()])
     nearest[row_starts] = np.maximum(between, np.append(between[1:], 0)) if len(row_starts) else between
@@ -239,13 +240,18 @@ def _count(collected: _Collected, kinds: _Kinds, plan: PlanSection, num_rows: in
         num_group_rows=num_group_rows,
         is_single=np.array(group_sources, dtype=np.int64) == 1,
         row_starts=row_starts,
-        starts_shard=_shard_starts(lengths - shared, shared, outputs, num_group_rows, row_starts, plan),
+        starts_shard=_shard_starts(lengths - shared, shared, outputs, num_group_rows, starts_row, plan),
         own_terms=has_options[kind_of] if len(kept) else np.zeros(0, dtype=np.bool_),
     )
 
 
 def _shard_starts(
-    uncached: Counts, shared: Counts, max_outputs: Counts, group_rows: Counts, row_starts: Counts, plan: PlanSection
+    uncached: Counts,
+    shared: Counts,
+    max_outputs: Counts,
+    group_rows: Counts,
+    starts_row: npt.NDArray[np.bool_],
+    plan: PlanSection,
 ) -> npt.NDArray[np.bool_]:
     """Approximate cuts of the plan, which also divides a large input into ranges and weighs bytes and rejects."""
     limits, places = np.unique(max_outputs, return_inverse=True)
@@ -255,7 +261,7 @@ def _shard_starts(
         shared_tokens=shared,
         num_rows=group_rows,
         num_bytes=np.zeros_like(uncached),
-        can_begin=np.isin(np.arange(len(uncached)), row_starts),
+        can_begin=starts_row,
     )
     starts = np.zeros(len(uncached), dtype=np.bool_)
     starts[cut_rows(costs, plan)] = True

@@ -5,6 +5,7 @@ kept. Only footers that look suspicious are read here: a megabyte takes about a 
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 _SCHEMA, _ROW_GROUPS, _ENCRYPTION_ALGORITHM = 2, 4, 8
 """Fields of FileMetaData."""
@@ -28,6 +29,7 @@ _NUM_SAFE_NODES = 1000
 """A schema with no more nodes than this can be nested in any way."""
 
 
+@lru_cache(maxsize=2)  # row groups of one file are read one after another, and each opens it
 def has_encrypted_columns(footer: bytes) -> bool:
     """Whether a footer, as stored, says that its file or a column of it is encrypted.
 

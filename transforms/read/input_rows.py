@@ -141,7 +141,8 @@ def _read_row_group(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.Record
     first_row = unit.first_row
     folders = dict(unit.partitions)
     with open_parquet(unit.path) as parquet:
-        present = [name for name in columns.names if name in parquet.schema_arrow.names and name not in folders]
+        stored = {*parquet.schema_arrow.names} - folders.keys()
+        present = [name for name in columns.names if name in stored]
         _refuse_bomb(parquet, unit.row_group, present)
         # Footers tell encoded sizes; repeated values may grow a thousandfold, so the first rows are probed.
         probed = 0

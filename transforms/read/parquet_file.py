@@ -9,6 +9,7 @@ import contextlib
 import io
 import re
 from collections.abc import Collection, Generator, Iterator
+from itertools import accumulate
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -48,11 +49,11 @@ def list_columns(
     parquet: pq.ParquetFile, row_group: int, names: Collection[str]
 ) -> Iterator[tuple[str, "pq.ColumnChunkMetaData"]]:
     """Stored columns of a row group that belong to the named columns of the table, with their dotted paths."""
-    group = parquet.metadata.row_group(row_group)
+    group, schema, wanted = parquet.metadata.row_group(row_group), parquet.schema, {*names}
     for index in range(group.num_columns):
-        path = parquet.schema.column(index).path
+        path = schema.column(index).path
         # A name may hold dots itself.
-        if any(path == name or path.startswith(f"{name}.") for name in names):
+        if not wanted.isdisjoint(accumulate(path.split("."), "{}.{}".format)):
             yield path, group.column(index)
 
 

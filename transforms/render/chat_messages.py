@@ -39,7 +39,7 @@ def messages_json(messages: Sequence[Message]) -> str:
     """
     try:
         text = canonical_json(
-            [{"role": message.role, "content": _content_json(message), **message.extra} for message in messages]
+            [{"role": message.role, "content": message.content_json, **message.extra} for message in messages]
         )
         text.encode()
     except (ValueError, TypeError) as error:
@@ -62,10 +62,6 @@ def _parse_message(index: int, item: object) -> Message:
     if not isinstance(content, str):
         raise InvalidMessages(f"{where}.content: expected text, found {abbreviate(content)}")
     return Message(role, content, cast("dict[str, Json]", fields))
-
-
-def _content_json(message: Message) -> Json:
-    return [{"type": "text", "text": text} for text in message.parts] if message.parts else message.content
 
 
 def _read_text(where: str, part: object) -> str:

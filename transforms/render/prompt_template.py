@@ -6,6 +6,7 @@ the worker lives on, and a row that takes too much is that row's reject.
 
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 from moebeam.model_runner.fence.fence import Program
@@ -33,7 +34,7 @@ class PromptTemplate:
         self._roles = [role for role, _, _ in parts]
         source = pickle.dumps(([(key, text) for _, key, text in parts], section.max_template_steps))
         self._program = Program(RENDER_ENTRY, source, "[prompt]", section.max_template_s, "max_template_s")
-        self.columns = self._find_columns(source)
+        self.columns = self._find_columns()
         """Columns that the templates read."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -66,11 +67,10 @@ class PromptTemplate:
             for result in self._program.run(rows)
         ]
 
-    def _find_columns(self, source: bytes) -> TemplateColumns:
+    def _find_columns(self) -> TemplateColumns:
         if not self._roles:
             return TemplateColumns()
-        limits = self._program.max_cpu_s, self._program.limit_key
-        (found,) = Program(COLUMNS_ENTRY, source, "[prompt]", *limits).run([None])
+        (found,) = replace(self._program, entry=COLUMNS_ENTRY).run([None])
         if isinstance(found, RowError):
             raise JobFileError(str(found)) from found
         return TemplateColumns.from_json(cast("str", found))

@@ -5,7 +5,6 @@ once in its tree.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 
 import numpy as np
 import pyarrow as pa
@@ -25,12 +24,12 @@ def repeat_rows(batch: pa.RecordBatch, num_samples: Sequence[int]) -> Iterator[p
         yield batch
         return
     most_rows = max(1, MAX_REPEATED_BYTES * batch.num_rows // max(1, batch.nbytes))
-    starts = [0]
-    ends = list(accumulate(num_samples))
-    for row, end in enumerate(ends):
-        before = ends[starts[-1] - 1] if starts[-1] else 0
-        if end - before > most_rows and row > starts[-1]:
+    starts, num_rows = [0], 0
+    for row, count in enumerate(num_samples):
+        num_rows += count
+        if num_rows > most_rows and row > starts[-1]:
             starts.append(row)
+            num_rows = count
     for start, stop in zip(starts, [*starts[1:], batch.num_rows], strict=True):
         counts = np.array(num_samples[start:stop], dtype=np.int64)
         rows = np.repeat(np.arange(start, stop), counts)

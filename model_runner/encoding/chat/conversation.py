@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from moebeam.model_runner.encoding.chat.past_calls import is_left_out
 from moebeam.model_runner.encoding.chat.strict_arguments import arguments_text
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.chat_options import ChatOptions, Tool, parse_tools
@@ -235,8 +236,8 @@ def _call(value: Json, where: str) -> ToolCall:
     name, arguments = function.get("name"), function.get("arguments")
     if not isinstance(name, str):
         raise InvalidMessages(f"{where}.name: expected text, found {abbreviate(name)}")
-    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        arguments = "{}"  # of a function that takes none
+    if is_left_out(arguments):
+        arguments = "{}"
     if isinstance(arguments, Mapping):
         try:
             arguments = arguments_text(arguments)

@@ -30,6 +30,11 @@ def convert_calls(value: Json, form: ArgumentsForm, where: str) -> Json:
     return [_convert_call(call, form, f"{where}[{index}]") for index, call in enumerate(value)]
 
 
+def is_left_out(arguments: Json) -> bool:
+    """Whether a call has no arguments at all, as null or as blank text: that of a function that takes none."""
+    return arguments is None or (isinstance(arguments, str) and not arguments.strip())
+
+
 def _convert_call(call: Json, form: ArgumentsForm, where: str) -> Json:
     if not isinstance(call, Mapping):
         return call
@@ -44,8 +49,7 @@ def _convert_call(call: Json, form: ArgumentsForm, where: str) -> Json:
 
 
 def _convert_arguments(arguments: Json, form: ArgumentsForm, where: str) -> Json:
-    """No arguments at all, as null or as blank text, are those of a function that takes none."""
-    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+    if is_left_out(arguments):
         arguments = "{}" if isinstance(arguments, str) or form == "text" else {}
     match form:
         case "text" if not isinstance(arguments, str):

@@ -16,11 +16,10 @@ break the format, see `dsml_repair.py`.
 
 # ruff: noqa: RUF001, RUF002 - the bars of the wire format are U+FF5C
 
-import contextlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, cast
 
 from moebeam.model_runner.encoding.chat.call_formats import (
@@ -124,13 +123,13 @@ class DsmlFormat:
         found = self.find(text, start)
         if found is None:
             return None
-        exact = FoundCalls(found[0], ())
-        with contextlib.suppress(MalformedToolCall):
-            exact = replace(exact, calls=self.parse(text, found[1]))
-        if exact.calls and not any(is_meant_otherwise(call, tools) for call in exact.calls):
+        try:
+            exact = FoundCalls(found[0], self.parse(text, found[1]))
+        except MalformedToolCall:
+            exact = None
+        if exact is not None and not any(is_meant_otherwise(call, tools) for call in exact.calls):
             return exact
-        mended = mend_calls(text, start, exact_tags=self._tags, tools=tools, is_cut=is_cut)
-        return exact if mended is None and exact.calls else mended
+        return mend_calls(text, start, exact_tags=self._tags, tools=tools, is_cut=is_cut) or exact
 
     @property
     def _tags(self) -> frozenset[str]:

@@ -7,8 +7,7 @@ admits more, `Choices.relaxed` says so.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 from moebeam.model_runner.grammar.schema_forms.negation import negate
 from moebeam.model_runner.grammar.schema_forms.relaxation import Relaxation
@@ -16,6 +15,7 @@ from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.references import References, SchemaLocation, make_schema, read_draft
 
 Locations: TypeAlias = tuple[SchemaLocation, ...]
+_Negations: TypeAlias = dict[tuple[str, ...], tuple[list[Locations], bool]]
 
 MAX_ALTERNATIVES = 256
 """Most alternatives of one location; beyond, a keyword that splits is left to validation."""
@@ -68,10 +68,7 @@ class Choices:
     relaxed: list[Relaxation] = field(default_factory=list[Relaxation])
     open_choices: set[str] = field(default_factory=set[str])
     unknown: set[str] = field(default_factory=set[str])
-    negated: "_Negations" = field(default_factory=dict[Any, Any], repr=False)
-
-
-_Negations: TypeAlias = dict[tuple[str, ...], tuple[list[Locations], bool]]
+    negated: _Negations = field(default_factory=_Negations, repr=False)
 
 
 @dataclass(slots=True)
@@ -124,7 +121,8 @@ class Chooser:
         """Splits locations; parts come in the order of the document's keywords."""
         ignored: set[tuple[str, str]] = set()
         negated: _Negations = {}
-        for round_number in count():
+        num_rounds = 0
+        while True:
             found = Choices([], negated=negated)
             for pointer, keyword in sorted(ignored):
                 found.relaxed.append(Relaxation(pointer, keyword, "it splits into too many alternatives"))
@@ -137,11 +135,11 @@ class Chooser:
             except _TooMany:
                 # The widest split goes first; of equal ones the innermost.
                 widest = sorted(splits, key=lambda at: (splits[at], at[0].count("/"), at), reverse=True)
-                ignored.update(widest[: 2 ** max(0, round_number - _NUM_SINGLE_ROUNDS)])
+                ignored.update(widest[: 2 ** max(0, num_rounds - _NUM_SINGLE_ROUNDS)])
+                num_rounds += 1
                 continue
             found.relaxed = list(dict.fromkeys(found.relaxed))
             return found
-        raise AssertionError("rounds end when every keyword that splits is ignored")
 
     def is_active(self, location: SchemaLocation, keyword: str) -> bool:
         """Whether a location has a keyword that its draft defines."""

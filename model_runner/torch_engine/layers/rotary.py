@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebeam.model_runner.checkpoint.rope_settings import BY_LENGTH
 from moebeam.schemas.errors import EngineLoadError
 
-_BY_LENGTH = ("dynamic", "longrope")
 _NUM_KEPT_LENGTHS = 4096
 
 
@@ -21,7 +21,8 @@ class Rotary:
     """Cosines and sines of positions: `num_pairs` angles for each.
 
     Attributes:
-        longest: most tokens of a sequence that turns by the ordinary frequencies; None if all do.
+        find_length_class: which frequencies a prompt of some number of tokens turns by: 0 for the ordinary ones, else a
+            length that has them. None if all turn by the ordinary ones.
     """
 
     def __init__(
@@ -37,14 +38,16 @@ class Rotary:
         """
         Args:
             inverse_frequencies: the ordinary ones; shape (num_pairs,).
+            longest: most tokens of a sequence that turns by them; None if all do.
             find_frequencies: those of a sequence of more than `longest` tokens, by its length.
             is_one_beyond: whether they are the same for all such lengths.
         """
         self._inverse_frequencies = inverse_frequencies.float().to(device)
         self._scaling = scaling
-        self.longest = longest
+        self._longest = longest
         self._find_frequencies = find_frequencies
         self._is_one_beyond = is_one_beyond
+        self.find_length_class = None if longest is None else self._find_length_class
 
     @classmethod
     def from_config(
@@ -79,7 +82,7 @@ class Rotary:
                 f"config.json: rope_parameters: expected frequencies of {width // 2} rotated pairs, found "
                 f"{found.shape[0]}, by {dict(parameters)}"
             )
-        if kind not in _BY_LENGTH:
+        if kind not in BY_LENGTH:
             return cls(found, float(scaling), device)
         is_longrope = kind == "longrope"
         longest = int(parameters["original_max_position_embeddings"] if is_longrope else config.max_position_embeddings)
@@ -99,12 +102,6 @@ class Rotary:
             is_one_beyond=is_longrope,
         )
 
-    def find_length_class(self, num_tokens: int) -> int:
-        """Which frequencies a prompt of this length turns by: 0 for the ordinary ones, else a length that has them."""
-        if self.longest is None or num_tokens <= self.longest:
-            return 0
-        return self.longest + 1 if self._is_one_beyond else num_tokens
-
     def __call__(self, positions: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cosine and sine, each float32 of shape (num_positions, num_pairs).
 
@@ -116,16 +113,23 @@ class Rotary:
         angles = positions.float().unsqueeze(-1) * frequencies
         return angles.cos().mul_(self._scaling), angles.sin().mul_(self._scaling)
 
+    def _find_length_class(self, num_tokens: int) -> int:
+        assert self._longest is not None
+        if num_tokens <= self._longest:
+            return 0
+        return self._longest + 1 if self._is_one_beyond else num_tokens
+
     def _by_length(self, lengths: Tensor) -> Tensor:
         """Frequencies of rows, shape (num_rows, num_pairs)."""
-        distinct, places = lengths.unique(return_inverse=True)
-        kinds = [self.find_length_class(length) for length in distinct.tolist()]
-        found = [self._inverse_frequencies if not kind else self._frequencies_beyond(kind) for kind in kinds]
+        longest, find_frequencies = self._longest, self._find_frequencies
+        assert longest is not None and find_frequencies is not None
+        # Lengths that turn alike become one, for each distinct one costs a look-up.
+        alike = lengths.clamp(longest, longest + 1 if self._is_one_beyond else None)
+        distinct, places = alike.unique(return_inverse=True)
+        found = [
+            self._inverse_frequencies if length == longest else find_frequencies(length) for length in distinct.tolist()
+        ]
         return torch.stack(found)[places]
-
-    def _frequencies_beyond(self, num_tokens: int) -> Tensor:
-        assert self._find_frequencies is not None
-        return self._find_frequencies(num_tokens)
 
 
 def rotate_pairs(part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

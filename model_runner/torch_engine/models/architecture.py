@@ -59,7 +59,7 @@ def place_step(step: Step, model: "Architecture", device: torch.device) -> StepB
         step,
         torch.from_numpy(step.token_ids).to(device, torch.long),
         torch.from_numpy(step.positions).to(device),
-        torch.from_numpy(step.list_lengths()).to(device) if model.has_length_classes else None,
+        torch.from_numpy(step.list_lengths()).to(device) if model.find_length_class is not None else None,
         torch.tensor(step.logit_rows, dtype=torch.long, device=device),
         reads,
         logit_reads,
@@ -73,17 +73,14 @@ class Architecture(Protocol):
     nodes get a copy of.
 
     Attributes:
-        has_length_classes: whether `find_length_class` ever gives anything but 0.
+        find_length_class: what of a prompt's number of tokens its keys depend on, see `Rotary`: prompts of different
+            classes share none. None where no key depends on it.
     """
 
     kinds: tuple[SegmentKind, ...]
     rings: tuple[RingKind, ...]
     vocab_size: int
-    has_length_classes: bool
-
-    def find_length_class(self, num_tokens: int) -> int:
-        """What of a prompt's length its keys depend on: prompts of different classes share none. See `Rotary`."""
-        ...
+    find_length_class: Callable[[int], int] | None
 
     def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
         """Compute a step's rows, keep what later rows need in the cache, and return logits.

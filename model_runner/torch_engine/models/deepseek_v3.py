@@ -41,6 +41,7 @@ class DeepseekV3:
         self._head = make_linear([head], placement)
         rotated = int(config.qk_rope_head_dim)
         self._rotary = Rotary.from_config(config, config.rope_parameters, rotated, placement.device)
+        self.find_length_class = self._rotary.find_length_class
         latent_width = int(config.kv_lora_rank) + rotated
         self.kinds = (SegmentKind("latent", len(self._layers), 1, (("latent", latent_width),), True),)
         self._expansion = Expansion(len(self._layers), self._layers[0].attention, placement)
@@ -49,15 +50,6 @@ class DeepseekV3:
         behind = "|".join(str(len(self._layers) + index) for index in range(num_predicting))
         unused = [r"\.shared_experts\."] if not config.n_shared_experts else []
         weights.check_all_used([rf"^model\.layers\.({behind})\.", *unused])
-
-    @property
-    def has_length_classes(self) -> bool:
-        """See `Architecture`."""
-        return self._rotary.longest is not None
-
-    def find_length_class(self, num_tokens: int) -> int:
-        """See `Architecture.find_length_class`."""
-        return self._rotary.find_length_class(num_tokens)
 
     def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
         """See `Architecture.extend`."""

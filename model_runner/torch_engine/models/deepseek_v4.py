@@ -6,7 +6,7 @@ windows in rings, and compressed entries in segments. The attention sink of each
 results begin.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ _HEAVY: LayerType = "heavily_compressed_attention"
 class DeepseekV4:
     """The model; see `Architecture`."""
 
-    has_length_classes = False
+    find_length_class: Callable[[int], int] | None = None
 
     def __init__(self, config: Any, weights: CheckpointWeights, placement: Placement) -> None:
         self.vocab_size = int(config.vocab_size)
@@ -71,10 +71,6 @@ class DeepseekV4:
         self.kinds = _list_kinds(config, layer_types, self._rates)
         self.rings = _list_rings(config, layer_types, self._rates)
         weights.check_all_used()
-
-    def find_length_class(self, num_tokens: int) -> int:
-        """See `Architecture.find_length_class`."""
-        return 0
 
     def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
         """See `Architecture.extend`."""

@@ -40,18 +40,10 @@ class GroupedQuery:
         self._head = make_linear([head], placement)
         width = _read_head_width(config)
         self._rotary = Rotary.from_config(config, config.rope_parameters, width, device)
+        self.find_length_class = self._rotary.find_length_class
         kept = int(config.num_key_value_heads) * width
         self.kinds = (SegmentKind("heads", len(self._layers), 1, (("key", kept), ("value", kept))),)
         weights.check_all_used()
-
-    @property
-    def has_length_classes(self) -> bool:
-        """See `Architecture`."""
-        return self._rotary.longest is not None
-
-    def find_length_class(self, num_tokens: int) -> int:
-        """See `Architecture.find_length_class`."""
-        return self._rotary.find_length_class(num_tokens)
 
     def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
         """See `Architecture.extend`."""
@@ -95,8 +87,9 @@ class _Attention:
         heads = {"q": self._num_heads, "k": self._num_kept, "v": self._num_kept}
         parts = [weights.get(f"{name}.{part}_proj.weight", (num * width, hidden_size)) for part, num in heads.items()]
         has_bias = bool(getattr(config, "attention_bias", False))
-        shapes = {f"{name}.{part}_proj.bias": num * width for part, num in heads.items()}
-        biases = [weights.get(bias, (num,)) if has_bias else None for bias, num in shapes.items()]
+        biases = [
+            weights.get(f"{name}.{part}_proj.bias", (num * width,)) if has_bias else None for part, num in heads.items()
+        ]
         self._parts = make_linear(parts, placement, biases)
         self._part_widths = [part.shape[0] for part in parts]
         out = weights.get(f"{name}.o_proj.weight", (hidden_size, self._num_heads * width))

@@ -102,9 +102,10 @@ def build_prefix_tree(
         first_order: `order` of the first prompt, so that windows sort one after another.
         find_length_class: of a prompt's number of tokens; prompts of different classes share nothing.
     """
-    classes = [0 if find_length_class is None else find_length_class(prompt.num_tokens) for prompt in prompts]
+    classes = [0] * len(prompts)
     owners = [prompt.tenant for prompt in prompts]
     if find_length_class is not None:
+        classes = [find_length_class(prompt.num_tokens) for prompt in prompts]
         owners = [f"{length_class} {owner}" for length_class, owner in zip(classes, owners, strict=True)]
     keys = [prefix_key(owner, prompt.token_ids) for owner, prompt in zip(owners, prompts, strict=True)]
     by_token = sorted(range(len(prompts)), key=keys.__getitem__)
@@ -117,16 +118,16 @@ def build_prefix_tree(
         num_before = int(lcps[row])
         num_after = int(lcps[row + 1]) if row + 1 < len(ordered) else 0
         _return_to(path, num_before)
-        order = first_order + row
+        order, length_class = first_order + row, classes[by_token[row]]
         num_shared = max(num_before, num_after)
         base = path[-1].end if path else 0
         if num_shared > base:
             shared = prompt.token_ids[base:num_shared]
-            path.append(Node(path[-1] if path else None, base, shared, order, is_private=False))
-            path[-1].length_class = classes[by_token[row]]
+            above = path[-1] if path else None
+            path.append(Node(above, base, shared, order, is_private=False, length_class=length_class))
         parent = path[-1] if path else None
-        leaf = Node(parent, num_shared, prompt.token_ids[num_shared:], order, is_private=True)
-        leaf.length_class = classes[by_token[row]]
+        rest = prompt.token_ids[num_shared:]
+        leaf = Node(parent, num_shared, rest, order, is_private=True, length_class=length_class)
         if leaf.num_tokens == 0 and parent is not None:
             parent.wants_logits = True
         leaves.append(leaf)
@@ -149,8 +150,8 @@ def _return_to(path: list[Node], num_shared: int) -> None:
 def _split(node: Node, position: int) -> None:
     """Move a node's tokens before `position` into a new parent."""
     num_upper = position - node.start
-    upper = Node(node.parent, node.start, node.token_ids[:num_upper], node.order, is_private=False)
-    upper.length_class = node.length_class
+    upper_ids = node.token_ids[:num_upper]
+    upper = Node(node.parent, node.start, upper_ids, node.order, is_private=False, length_class=node.length_class)
     node.parent = upper
     node.token_ids = node.token_ids[num_upper:]
     node.start = position

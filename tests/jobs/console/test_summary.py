@@ -5,34 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.jobs.console.summary import CheckReport, RunSummary, choose_exit_code
-
-
-def summary(**changes: object) -> RunSummary:
-    values: dict[str, object] = {
-        "status": "succeeded",
-        "exit_code": 0,
-        "run_id": "r1",
-        "output": "/data/out",
-        "rows_in": 100,
-        "num_results": 97,
-        "num_rejects": 3,
-        "num_unreadable": 0,
-        "rejects_by_type": {"truncated": 1, "not_json": 2},
-        "prompt_tokens": 1000,
-        "cached_tokens": 800,
-        "computed_tokens": 200,
-        "completion_tokens": 50,
-        "reasoning_tokens": 0,
-        "max_hit_rate": 0.84,
-        "cost": Decimal("0.000000120000"),
-        "cost_allocated": Decimal("0E-12"),
-        "cost_basis": "measured",
-        "currency": "USD",
-        "price_book": "prices",
-        "elapsed_s": 12.5,
-    }
-    return RunSummary(**{**values, **changes})  # pyright: ignore[reportArgumentType]
+from moebeam.jobs.console.summary import CheckReport, choose_exit_code
+from tests.support.run_summaries import summary
 
 
 def code(**changes: object) -> int:
@@ -70,13 +44,15 @@ def test_an_incomplete_run_exits_with_4_even_with_rejects():
 
 
 def test_json_keeps_money_exact_and_without_exponent():
-    answer = json.loads(json.dumps(summary().to_json()))
+    tiny = summary(cost=Decimal("0.000000120000"), cost_allocated=Decimal("0E-12"))
+    answer = json.loads(json.dumps(tiny.to_json()))
     assert answer["cost"] == "0.000000120000"
     assert answer["cost_allocated"] == "0.000000000000"
 
 
 def test_json_keeps_null_apart_from_zero_and_orders_rejects():
-    answer = summary(cost=None, cached_tokens=None, cost_allocated=None).to_json()
+    rejects = {"truncated": 1, "not_json": 2}
+    answer = summary(cost=None, cached_tokens=None, cost_allocated=None, rejects_by_type=rejects).to_json()
     assert (answer["cost"], answer["cached_tokens"]) == (None, None)
     assert list(answer["rejects_by_type"]) == ["not_json", "truncated"]  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert answer["exit_code"] == 0

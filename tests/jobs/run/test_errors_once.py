@@ -11,18 +11,15 @@ from moebeam.jobs.run import pipeline_thread
 from moebeam.model_runner.fake_engine.runner import FakeRunner
 from moebeam.schemas.job.sections import Job
 from tests.support.fake_endpoint import FakeEndpoint, Reply
-from tests.support.jobs_for_tests import fake_job, write_parquet
+from tests.support.jobs_for_tests import fake_job, write_job_file, write_parquet
 from tests.support.remote_jobs import KEY, KEY_VARIABLE, remote_job, write_tickets
 
 
 def run_job_file(job: Job, folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:
     """Exit code, message of `--json`, and what was printed for people."""
-    lines: list[str] = []
-    for section, values in job.model_dump(mode="json", by_alias=True, exclude_unset=True).items():
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-    (folder / "job.toml").write_text("\n".join(lines))
+    job_file = write_job_file(job, folder / "job.toml")
     capsys.readouterr()
-    code = run_command(["run", str(folder / "job.toml"), "--json", *options])
+    code = run_command(["run", str(job_file), "--json", *options])
     said = capsys.readouterr()
     return code, json.loads(said.out)["error"], said.err
 

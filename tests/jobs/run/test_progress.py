@@ -20,28 +20,22 @@ from moebeam.jobs.console.summary import CheckReport, ProgressSnapshot, RunSumma
 from moebeam.jobs.run.progress import StageRates, print_report, print_summary, show_progress
 from moebeam.transforms.durable.progress import OutageNote
 from tests.support.progress_snapshots import answering_snapshot
+from tests.support.run_summaries import summary
 
 START = answering_snapshot(rows_total=2000, shards_total=8)
-SUMMARY = RunSummary(
-    status="succeeded",
-    exit_code=0,
-    run_id="r1",
+SUMMARY = summary(
     output="/data/out",
     rows_in=2000,
     num_results=1990,
     num_rejects=10,
-    num_unreadable=0,
     rejects_by_type={"truncated": 7, "not_json": 3},
     prompt_tokens=1_000_000,
     cached_tokens=812_000,
     computed_tokens=188_000,
     completion_tokens=64_000,
-    reasoning_tokens=0,
     max_hit_rate=0.84,
     cost=Decimal("1.5"),
     cost_allocated=Decimal("1.5"),
-    cost_basis="measured",
-    currency="USD",
     price_book="prices.csv",
     elapsed_s=75.0,
 )

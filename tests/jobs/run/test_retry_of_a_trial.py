@@ -9,7 +9,7 @@ import pytest
 from moebeam.jobs.commands.cli import run_command
 from moebeam.jobs.run.retry_failed import prepare_retry
 from moebeam.schemas.errors import JobFileError
-from tests.support.jobs_for_tests import column, fake_job, read_table, write_parquet, write_script
+from tests.support.jobs_for_tests import column, fake_job, read_table, write_job_file, write_parquet, write_script
 
 TEXTS = ["fine", None, "late", "late too", "long", "beyond the limit"]
 
@@ -27,13 +27,8 @@ def trial(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Pa
         "failures": {"max_retries": 0},
     }
     output = folder / "out"
-    job = fake_job(source, output, tiny_checkpoint, **sections).model_dump(mode="json", by_alias=True)
-    lines: list[str] = []
-    for section in ("input", "prompt", "output", "model", "sampling", "failures"):
-        keys = {key: value for key, value in job[section].items() if value is not None}
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
-    (folder / "job.toml").write_text("\n".join(lines))
-    assert run_command(["run", str(folder / "job.toml"), "--quiet", "--limit", "5"]) == 0
+    job_file = write_job_file(fake_job(source, output, tiny_checkpoint, **sections), folder / "job.toml")
+    assert run_command(["run", str(job_file), "--quiet", "--limit", "5"]) == 0
     return output
 
 

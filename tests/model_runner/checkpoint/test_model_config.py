@@ -72,6 +72,13 @@ def read(folder: Path, model_type: str, max_model_len: int = 0, **changes: Any) 
     return config
 
 
+def rope(rope_type: str, **values: Any) -> dict[str, Any]:
+    return {"rope_scaling": {"rope_type": rope_type, **values}}
+
+
+FACTORS = [1.0, 1.0, 1.0, 1.0]
+
+
 def test_every_architecture_has_rules_limits_and_names() -> None:
     assert RULES.keys() == LIMITS.keys() == ARCHITECTURES.keys() == RENAMINGS.keys() == CONFIGS.keys()
 
@@ -140,6 +147,56 @@ def test_no_size_may_be_null_zero_or_no_number(model_type: str, bad: object, tmp
             {"max_position_embeddings": 80},
             'model_type: expected deepseek_v3 .* found "llama"',
         ),
+        ("mixtral", rope("nonsense"), r'rope_scaling\.rope_type: expected "default" or .* found "nonsense"'),
+        ("mixtral", rope("linear"), r"rope_scaling\.factor: expected a number of at least 1, found null"),
+        ("mixtral", rope("linear", factor=0.5), r"rope_scaling\.factor: expected a number of at least 1, found 0\.5"),
+        (
+            "mixtral",
+            rope("linear", factor=2, partial_rotary_factor=0.5),
+            r"rope_scaling\.partial_rotary_factor: expected 1, .*0.5",
+        ),
+        (
+            "mixtral",
+            rope("yarn", factor=2) | {"partial_rotary_factor": 0.5},
+            r"rope_scaling\.partial_rotary_factor: expected 1",
+        ),
+        ("mixtral", rope("yarn", factor=None), r"rope_scaling\.factor: expected .* found null"),
+        (
+            "mixtral",
+            rope("yarn", factor=2, original_max_position_embeddings=0),
+            r"rope_scaling\.original_max_position_embeddings: ",
+        ),
+        (
+            "mixtral",
+            rope("longrope", short_factor=FACTORS),
+            r"rope_scaling\.long_factor: expected a list of .* found null",
+        ),
+        (
+            "mixtral",
+            rope("longrope", short_factor=FACTORS, long_factor=[1.0]),
+            r"rope_scaling\.long_factor: expected a factor for each of 4 rotated pairs, found 1",
+        ),
+        (
+            "mixtral",
+            rope("longrope", short_factor=[0, 1, 1, 1], long_factor=FACTORS),
+            r"rope_scaling\.short_factor: expected a list",
+        ),
+        (
+            "deepseek_v3",
+            rope("llama3", factor=2, low_freq_factor=4, high_freq_factor=1),
+            r"rope_scaling\.high_freq_factor: expected a number above low_freq_factor",
+        ),
+        (
+            "deepseek_v4",
+            rope("longrope", short_factor=FACTORS, long_factor=FACTORS),
+            r"rope_scaling\.rope_type: .* found .longrope.",
+        ),
+        ("mixtral", {"rope_parameters": "yarn"}, r"rope_parameters: expected an object or null, found .yarn."),
+        (
+            "mixtral",
+            {"rope_parameters": {"a": {"rope_theta": 1e4}, "b": {"rope_theta": 1e6}}},
+            "rope_parameters: expected one set for all layers of a mixtral",
+        ),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_with_file_key_expected_and_found(
@@ -153,51 +210,6 @@ def test_a_configuration_without_a_model_type_is_refused(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["mixtral"]))
     with pytest.raises(EngineLoadError, match=r"config\.json: model_type: expected the name .* found null"):
         read_model_config(str(tmp_path))
-
-
-def rope(rope_type: str, **values: Any) -> dict[str, Any]:
-    return {"rope_scaling": {"rope_type": rope_type, **values}}
-
-
-FACTORS = [1.0, 1.0, 1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("model_type", "changes", "message"),
-    [
-        ("mixtral", rope("nonsense"), r'rope_scaling\.rope_type: expected "default" or .* found "nonsense"'),
-        ("mixtral", rope("linear"), r"rope_scaling\.factor: expected a number of at least 1, found null"),
-        ("mixtral", rope("linear", factor=0.5), r"rope_scaling\.factor: expected a number of at least 1, found 0\.5"),
-        ("mixtral", rope("linear", factor=2, partial_rotary_factor=0.5), "partial_rotary_factor: expected 1, .*0.5"),
-        ("mixtral", rope("yarn", factor=2) | {"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1"),
-        ("mixtral", rope("yarn", factor=None), r"rope_scaling\.factor: expected .* found null"),
-        ("mixtral", rope("yarn", factor=2, original_max_position_embeddings=0), "original_max_position_embeddings: "),
-        ("mixtral", rope("longrope", short_factor=FACTORS), r"long_factor: expected a list of .* found null"),
-        (
-            "mixtral",
-            rope("longrope", short_factor=FACTORS, long_factor=[1.0]),
-            "long_factor: expected a factor for each of 4 rotated pairs, found 1",
-        ),
-        ("mixtral", rope("longrope", short_factor=[0, 1, 1, 1], long_factor=FACTORS), "short_factor: expected a list"),
-        (
-            "deepseek_v3",
-            rope("llama3", factor=2, low_freq_factor=4, high_freq_factor=1),
-            "high_freq_factor: expected a number above low_freq_factor",
-        ),
-        ("deepseek_v4", rope("longrope", short_factor=FACTORS, long_factor=FACTORS), r"rope_type: .* found .longrope."),
-        ("mixtral", {"rope_parameters": "yarn"}, r"rope_parameters: expected an object or null, found .yarn."),
-        (
-            "mixtral",
-            {"rope_parameters": {"a": {"rope_theta": 1e4}, "b": {"rope_theta": 1e6}}},
-            "rope_parameters: expected one set for all layers of a mixtral",
-        ),
-    ],
-)
-def test_a_rope_that_cannot_be_is_refused(
-    model_type: str, changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(EngineLoadError, match=rf"config\.json: .*{message}"):
-        read(tmp_path, model_type, **changes)
 
 
 @pytest.mark.parametrize(

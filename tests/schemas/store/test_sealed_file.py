@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moebeam.schemas.arrow import encode_arrow_file, open_arrow_file
 from moebeam.schemas.errors import FileDamaged
-from moebeam.schemas.store.sealed_file import ARROW_END, BLOCK_BYTES, open_sealed, read_blocks, read_sealed, seal
+from moebeam.schemas.store.sealed_file import ARROW_END, BLOCK_BYTES, check_sealed, open_sealed, read_sealed, seal
 
 SIZES = (0, 1, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, 3 * BLOCK_BYTES + 7)
 
@@ -21,7 +21,7 @@ def test_content_comes_back_whole_and_in_pieces(tmp_path: Path, size: int) -> No
     content, path = dice.randbytes(size), tmp_path / "file"
     path.write_bytes(seal(content))
     assert read_sealed(str(path), ARROW_END) == content
-    read_blocks(str(path), ARROW_END)
+    check_sealed(str(path), ARROW_END)
     with open_sealed(str(path), ARROW_END) as source:
         for _ in range(20):
             start, length = dice.randrange(size + 2), dice.randrange(2 * BLOCK_BYTES)
