@@ -16,7 +16,15 @@ MAX_WHOLE_BYTES = 64 * 1024 * 1024
 NUM_SAMPLED_BLOCKS = 64
 NUM_BLOCK_BYTES = 64 * 1024
 WEIGHTS = ".safetensors"
-_MAX_HEADER_BYTES = 100_000_000
+_MAX_HEADER_BYTES = 32 << 20
+"""Of a weight file; one of 100,000 tensors takes 12 MB, and some ten times as much once it is read."""
+
+MAX_FILE_BYTES = 256 << 20
+"""Most bytes of a file that is read whole; the largest tokenizer that we know has 35 MB."""
+
+MAX_JSON_BYTES = 32 << 20
+"""The same for configuration and indexes."""
+
 _NUM_LENGTH_BYTES = 8
 _PINNED_NAMES = frozenset(
     {
@@ -35,19 +43,23 @@ ENCODER_FOLDER = "encoding"
 _ENCODER = re.compile(rf"({ENCODER_FOLDER}/)?encoding_\w+\.py")
 
 
-def read_checkpoint_file(path: str, name: str) -> bytes:
+def read_checkpoint_file(path: str, name: str, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     """The bytes of one file of a checkpoint folder.
 
     Raises:
-        EngineLoadError: the file cannot be read.
+        EngineLoadError: the file cannot be read, or has more than `max_bytes`.
     """
     file = storage.join(path, name)
     try:
-        return storage.read_bytes(file)
+        with storage.open_input(file) as source:
+            content = source.read(max_bytes + 1)
     except FileNotFoundError as error:
         raise EngineLoadError(f"{file}: expected a file of a Hugging Face checkpoint, found none") from error
     except OSError as error:
         raise EngineLoadError(f"{file}: expected a readable file, found: {error}") from error
+    if len(content) > max_bytes:
+        raise EngineLoadError(f"{file}: expected at most {max_bytes >> 20} MiB, found more")
+    return content
 
 
 def read_json_object(path: str, name: str) -> dict[str, Any]:
@@ -56,10 +68,10 @@ def read_json_object(path: str, name: str) -> dict[str, Any]:
     Raises:
         EngineLoadError: the file cannot be read or does not hold a JSON object.
     """
-    content = read_checkpoint_file(path, name)
+    content = read_checkpoint_file(path, name, MAX_JSON_BYTES)
     try:
         value: object = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EngineLoadError(f"{storage.join(path, name)}: expected JSON, found: {error}") from error
     if not isinstance(value, dict):
         raise EngineLoadError(f"{storage.join(path, name)}: expected a JSON object, found {type(value).__name__}")
@@ -146,16 +158,18 @@ def _digest_file(file: str) -> tuple[int, str]:
             size = source.seek(0, 2)
             source.seek(0)
             if size <= MAX_WHOLE_BYTES or not file.endswith(WEIGHTS):
-                return size, _digest_whole(source)
+                return size, _digest_whole(source, size)
             return size, _digest_samples(source, size, file)
     except OSError as error:
         raise EngineLoadError(f"{file}: expected a readable file, found: {error}") from error
 
 
-def _digest_whole(source: BinaryIO) -> str:
+def _digest_whole(source: BinaryIO, num_bytes: int) -> str:
     digest = hashlib.sha256()
-    while block := source.read(1024 * 1024):
+    # A device has no size, and no end.
+    while num_bytes > 0 and (block := source.read(min(num_bytes, 1024 * 1024))):
         digest.update(block)
+        num_bytes -= len(block)
     return digest.hexdigest()
 
 

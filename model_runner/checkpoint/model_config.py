@@ -9,15 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from moebeam.model_runner.checkpoint.config_rules import COUNT, LIMITS, RULES, Rule, Values, at_least, list_conflicts
+from moebeam.model_runner.checkpoint.config_rules import LATENT, LIMITS, RULES, list_conflicts
 from moebeam.model_runner.checkpoint.files import read_json_object
 from moebeam.model_runner.checkpoint.rope_settings import derive_context, normalize_rope
+from moebeam.model_runner.checkpoint.value_rules import COUNT, NATURAL, Rule, Values, at_least
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.store import storage
 
 CONFIG_NAME = "config.json"
 _MAX_FOUND = 80
+_MAX_SIZE = (1 << 31) - 1
+_MAX_LAYERS = 10_000
+_LAYER_KEYS = frozenset(
+    {"num_hidden_layers", "num_nextn_predict_layers", "first_k_dense_replace", "n_layers", "n_layer"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,7 @@ def read_model_config(path: str, max_model_len: int = 0, *, checks_rope: bool = 
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise refuse_value(file, "model_type", "the name of an architecture", model_type)
+    _refuse_absurd_sizes(values, file)
     if model_type not in RULES:
         return ModelConfig(path, model_type, values, find_context_length(values, file, max_model_len))
     values = _fill_nulls(model_type, values)
@@ -81,6 +88,14 @@ def check_limits(config: ModelConfig) -> None:
         raise refuse_value(config.file, "model_type", f"{known} for engine 'torch'", config.model_type)
     _check_values(LIMITS[config.model_type], config.values, config.file)
     _check_window(config)
+
+
+def _refuse_absurd_sizes(values: Values, file: str) -> None:
+    """Refuse sizes that no model has, before anything is made of them: libraries make a list of layers."""
+    for key, value in language_model_values(values).items():
+        most = _MAX_LAYERS if key in _LAYER_KEYS else _MAX_SIZE
+        if isinstance(value, int) and abs(value) > most:
+            raise refuse_value(file, key, f"at most {most:,}", value)
 
 
 def _check_rules(model_type: str, values: Values, file: str) -> None:
@@ -156,21 +171,33 @@ def _fill_nulls(model_type: str, values: dict[str, Json]) -> dict[str, Json]:
     filled = dict(values)
     if filled.get("num_key_value_heads", 0) is None:
         filled["num_key_value_heads"] = heads
-    if model_type == "deepseek_v3":
-        # `transformers` derives both, and reads what the file has in their place.
-        for key in ("head_dim", "qk_head_dim"):
-            filled.pop(key, None)
+    if "n_group" in RULES[model_type]:
         if filled.get("n_shared_experts", 0) is None:
             filled["n_shared_experts"] = 0
-        if filled.get("n_group", 0) is None:
+        if filled.get("n_group", 0) is None and model_type != "deepseek_v2":
             filled |= {"n_group": 1, "topk_group": 1}
         if filled.get("topk_group", 0) is None and filled.get("n_group") == 1:
             filled["topk_group"] = 1
+    if model_type in LATENT:
+        # `transformers` derives both, and reads what the file has in their place.
+        for key in ("head_dim", "qk_head_dim"):
+            filled.pop(key, None)
+        if model_type == "glm4_moe_lite" and filled.get("mlp_layer_types") is None:
+            _fill_layer_types(filled)
+    elif model_type == "gpt_oss" and "head_dim" not in filled:
+        pass  # 64, whatever the other sizes are
     elif model_type != "deepseek_v4" and filled.get("head_dim") is None:
         filled.pop("head_dim", None)
         if COUNT.holds(heads) and isinstance(heads, int) and isinstance(hidden_size, int):
             filled["head_dim"] = hidden_size // heads
     return filled
+
+
+def _fill_layer_types(values: dict[str, Json]) -> None:
+    """Let `first_k_dense_replace` count the dense layers: `transformers` has one in any case."""
+    num_layers, num_dense = values.get("num_hidden_layers"), values.get("first_k_dense_replace")
+    if isinstance(num_layers, int) and isinstance(num_dense, int) and NATURAL.holds(num_dense):
+        values["mlp_layer_types"] = ["dense" if index < num_dense else "sparse" for index in range(num_layers)]
 
 
 def _check_window(config: ModelConfig) -> None:

@@ -19,6 +19,7 @@ from filelock import FileLock
 from moebeam.model_runner.checkpoint.files import compute_checkpoint_revision, list_checkpoint_files
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.store import storage
+from moebeam.schemas.store.named_errors import naming_file
 
 FOLDER_VARIABLE = "MOEBEAM_MODEL_FOLDER"
 """Environment variable that names the folder for copies; else they lie in the user's cache."""
@@ -125,9 +126,11 @@ def _copy(source: str, size: int, target: Path) -> None:
         if start > size:
             start = sink.truncate(0)
         for piece in _ranges(source, start, size):
-            sink.write(piece)
-        sink.flush()
-        os.fsync(sink.fileno())
+            with naming_file(part):
+                sink.write(piece)
+        with naming_file(part):
+            sink.flush()
+            os.fsync(sink.fileno())
     part.replace(target)
 
 

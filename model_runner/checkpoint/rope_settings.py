@@ -6,10 +6,12 @@ Files have them as `rope_theta` beside `rope_scaling`, as `rope_parameters`, or 
 from collections.abc import Iterator, Mapping
 from typing import TypeAlias, cast
 
-from moebeam.model_runner.checkpoint.config_rules import (
+from moebeam.model_runner.checkpoint.config_rules import LATENT
+from moebeam.model_runner.checkpoint.value_rules import (
     COUNT,
     FLAG,
     POSITIVE,
+    SHARE,
     Rule,
     Values,
     is_number,
@@ -56,6 +58,10 @@ _KINDS: dict[str, dict[str, Rule]] = {
 }
 _REQUIRED = ("factor", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor")
 _BY_LABEL = "deepseek_v4"
+_PARTIAL = "glm4_moe"
+"""The architecture that rotates the first elements of a head alone."""
+_UNSURE = "gpt_oss"
+"""The architecture that `transformers` gives settings of gpt-oss-20b where the file has none, and others do not."""
 _KINDS_BY_LABEL = ("default", "linear", "llama3", "yarn")
 """Of DeepSeek-V4, whose compressed entries have a position but belong to sequences of any length."""
 
@@ -72,6 +78,8 @@ def normalize_rope(model_type: str, values: dict[str, Json]) -> list[Problem]:
     found = values.pop("rope_scaling", None) or values.get("rope_parameters") or {}
     if not isinstance(found, dict):
         return [(key, "an object or null", found)]
+    if not found and model_type == _UNSURE:
+        return [(key, f"an object with a rope_type, for a {model_type} without one is read in different ways", None)]
     problems: list[Problem] = []
     if "rope_theta" in values and not _THETA.holds(values["rope_theta"]):
         problems.append(("rope_theta", _THETA.expected, values["rope_theta"]))
@@ -153,10 +161,18 @@ def _list_problems(model_type: str, rope: dict[str, Json], values: Values) -> It
             yield name, rule.expected, checked[name]
             return
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
-    if model_type != _BY_LABEL and kind != "default" and partial not in (None, 1, 1.0):
+    if model_type == _PARTIAL:
+        num_rotated = 2 * _count_pairs(model_type, values, partial)
+        if not SHARE.or_null().holds(partial):
+            yield "partial_rotary_factor", SHARE.expected, partial
+        elif num_rotated < 2 or num_rotated != _count_rotated(values, partial):
+            yield "partial_rotary_factor", "a share that leaves an even number of a head's elements", partial
+    elif model_type in LATENT and partial not in (None, 1, 1.0):
+        yield "partial_rotary_factor", "1, for qk_rope_head_dim counts the rotated elements", partial
+    elif model_type != _BY_LABEL and kind != "default" and partial not in (None, 1, 1.0):
         yield "partial_rotary_factor", f"1, beside rope_type {kind!r}", partial
     if kind == "longrope":
-        num_pairs = _count_pairs(model_type, values)
+        num_pairs = _count_pairs(model_type, values, partial)
         for name in ("short_factor", "long_factor"):
             factors = cast("list[Json]", rope[name])
             if len(factors) != num_pairs:
@@ -166,6 +182,14 @@ def _list_problems(model_type: str, rope: dict[str, Json], values: Values) -> It
         yield "high_freq_factor", f"a number above low_freq_factor ({low:g})", high
 
 
-def _count_pairs(model_type: str, values: Values) -> int:
-    width = values.get("qk_rope_head_dim" if model_type == "deepseek_v3" else "head_dim")
+def _count_pairs(model_type: str, values: Values, partial: Json) -> int:
+    if model_type == _PARTIAL:
+        return _count_rotated(values, partial) // 2
+    width = values.get("qk_rope_head_dim" if model_type in LATENT else "head_dim")
     return width // 2 if isinstance(width, int) else 0
+
+
+def _count_rotated(values: Values, partial: Json) -> int:
+    """Rotated elements of a head of GLM-4.5: half of them where the file does not say."""
+    width = values.get("head_dim")
+    return int(width * (partial if is_number(partial) else 0.5)) if isinstance(width, int) else 0

@@ -5,6 +5,7 @@ Headers are read through the store, so that a checkpoint in an object store is l
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,12 @@ INDEX_NAME = "model.safetensors.index.json"
 _METADATA = "__metadata__"
 _OLD_ENDINGS = (".bin", ".bin.index.json", ".pt", ".pth")
 _MAX_NAMES_SHOWN = 5
+_NUM_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +184,15 @@ def _read_header(file: str) -> list[StoredTensor]:
         if isinstance(header, dict):
             header.pop(_METADATA, None)
         entries = _HEADER.validate_python(header)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EngineLoadError(f"{file}: expected a whole safetensors file, found: {error}") from error
+    for name, entry in entries.items():
+        begin, end = entry.data_offsets
+        num_bits = _NUM_BITS.get(entry.dtype)
+        if min(entry.shape, default=0) < 0 or (num_bits and 8 * (end - begin) != num_bits * math.prod(entry.shape)):
+            raise EngineLoadError(
+                f"{file}: {name}: expected {entry.dtype} of shape {list(entry.shape)[:8]}, found {end - begin} bytes"
+            )
     end = first_byte + max((entry.data_offsets[1] for entry in entries.values()), default=0)
     if end != num_file_bytes:
         raise EngineLoadError(f"{file}: expected a whole safetensors file of {end} bytes, found {num_file_bytes}")

@@ -10,19 +10,23 @@ from torch.nn import functional
 from moebeam.model_runner.torch_engine.layers.linear import Linear, make_linear
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights, Expert
 from moebeam.model_runner.torch_engine.weights.devices import Placement
+from moebeam.model_runner.torch_engine.weights.packed_matrices import to_tensor
 
 
-def apply_swiglu(gated: Tensor, limit: float | None) -> Tensor:
+def apply_swiglu(gated: Tensor, limit: float | None, gain: float | None = None) -> Tensor:
     """SwiGLU: silu(gate) * up, both clamped if the model has a limit.
 
     Args:
         gated: gate and up side by side; shape (num_rows, 2 * width). May be overwritten.
         limit: upper bound of the gate, and bound of `up` in both directions.
+        gain: gpt-oss's, whose form is gate * sigmoid(gain * gate) * (up + 1).
     """
     gate_part, up_part = gated.chunk(2, dim=-1)
     if limit is not None:
         gate_part = gate_part.clamp(max=limit)
         up_part = up_part.clamp(min=-limit, max=limit)
+    if gain is not None:
+        return (gate_part * gain).sigmoid_().mul_(gate_part).mul_(up_part + 1)
     return functional.silu(gate_part).mul_(up_part)
 
 
@@ -39,9 +43,9 @@ class GatedMlp:
         width: int,
         limit: float | None = None,
     ) -> None:
-        gate_up = [weights.get(f"{name}.{part}_proj.weight", (width, hidden_size)) for part in ("gate", "up")]
+        gate_up = [weights.get_matrix(f"{name}.{part}_proj.weight", (width, hidden_size)) for part in ("gate", "up")]
         self._gate_up = make_linear(gate_up, placement)
-        self._down = make_linear([weights.get(f"{name}.down_proj.weight", (hidden_size, width))], placement)
+        self._down = make_linear([weights.get_matrix(f"{name}.down_proj.weight", (hidden_size, width))], placement)
         self._limit = limit
         self.flops_per_row = 6.0 * hidden_size * width
 
@@ -59,19 +63,23 @@ class Experts:
         placement: Placement,
         *,
         limit: float | None = None,
+        gain: float | None = None,
     ) -> None:
         self._num_experts = len(experts)
         self._limit = limit
+        self._gain = gain
         self._grouped: _GroupedWeights | None = None
+        self.flops_per_row = 6.0 * experts[0].gate.numel()
+        """Of one expert."""
         self._gate_up: list[Linear] = []
         self._down: list[Linear] = []
         device = placement.device
-        if device.type != "cpu" and _has_grouped_product(device, experts[0].gate.dtype):
-            self._grouped = _GroupedWeights(experts, device)
+        if device.type != "cpu" and _has_grouped_product(device, placement.dtype):
+            self._grouped = _GroupedWeights(experts, placement)
             return
         for expert in experts:
-            self._gate_up.append(make_linear([expert.gate, expert.up], placement))
-            self._down.append(make_linear([expert.down], placement))
+            self._gate_up.append(make_linear([expert.gate, expert.up], placement, [expert.gate_bias, expert.up_bias]))
+            self._down.append(make_linear([expert.down], placement, [expert.down_bias]))
 
     def __call__(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Sum the chosen experts' outputs for each row.
@@ -95,13 +103,13 @@ class Experts:
 
     def _run_experts(self, gathered: Tensor, counts: Tensor) -> Tensor:
         if self._grouped is not None:
-            return self._grouped(gathered, counts, self._limit)
+            return self._grouped(gathered, counts, self._limit, self._gain)
         num_rows: list[int] = counts.tolist()
         busy = [expert for expert, num in enumerate(num_rows) if num]
         sizes = [num_rows[expert] for expert in busy]
         parts = gathered.split(sizes)
         gated = torch.cat([self._gate_up[expert](part) for expert, part in zip(busy, parts, strict=True)])
-        parts = apply_swiglu(gated, self._limit).split(sizes)
+        parts = apply_swiglu(gated, self._limit, self._gain).split(sizes)
         return torch.cat([self._down[expert](part) for expert, part in zip(busy, parts, strict=True)])
 
 
@@ -117,20 +125,33 @@ def _sum_weighted(made: Tensor, places: Tensor, weights: Tensor) -> Tensor:
 class _GroupedWeights:
     """Experts stacked on an accelerator for grouped products."""
 
-    def __init__(self, experts: Sequence[Expert], device: torch.device) -> None:
+    def __init__(self, experts: Sequence[Expert], placement: Placement) -> None:
         width, hidden_size = experts[0].gate.shape
-        dtype = experts[0].gate.dtype
+        dtype, device = placement.dtype, placement.device
         self._gate_up = torch.empty((len(experts), 2 * width, hidden_size), dtype=dtype, device=device)
         self._down = torch.empty((len(experts), hidden_size, width), dtype=dtype, device=device)
         for i, expert in enumerate(experts):
-            self._gate_up[i, :width].copy_(expert.gate)
-            self._gate_up[i, width:].copy_(expert.up)
-            self._down[i].copy_(expert.down)
+            self._gate_up[i, :width].copy_(to_tensor(expert.gate, dtype))
+            self._gate_up[i, width:].copy_(to_tensor(expert.up, dtype))
+            self._down[i].copy_(to_tensor(expert.down, dtype))
+        # One row for each expert; None where no expert has biases.
+        self._gate_up_bias = _stack_biases([(expert.gate_bias, expert.up_bias) for expert in experts], device)
+        self._down_bias = _stack_biases([(expert.down_bias,) for expert in experts], device)
 
-    def __call__(self, gathered: Tensor, counts: Tensor, limit: float | None) -> Tensor:
+    def __call__(self, gathered: Tensor, counts: Tensor, limit: float | None, gain: float | None) -> Tensor:
         ends = counts.cumsum(0).to(torch.int32)
         gated = _multiply_grouped(gathered, self._gate_up, ends)
-        return _multiply_grouped(apply_swiglu(gated, limit), self._down, ends)
+        if self._gate_up_bias is not None:
+            gated = gated + self._gate_up_bias.repeat_interleave(counts, dim=0, output_size=gathered.shape[0])
+        made = _multiply_grouped(apply_swiglu(gated, limit, gain), self._down, ends)
+        if self._down_bias is not None:
+            made = made + self._down_bias.repeat_interleave(counts, dim=0, output_size=gathered.shape[0])
+        return made
+
+
+def _stack_biases(biases: Sequence[tuple[Tensor | None, ...]], device: torch.device) -> Tensor | None:
+    rows = [torch.cat(found) for parts in biases if (found := [part for part in parts if part is not None])]
+    return torch.stack(rows).to(device) if rows else None
 
 
 def _multiply_grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moebeam.model_runner.torch_engine.layers.integer_linear import make_integer_linear
 from moebeam.model_runner.torch_engine.weights.devices import Placement
+from moebeam.model_runner.torch_engine.weights.packed_matrices import Matrix, to_tensor
 
 _NUM_PACK_ROWS = 256
 """The number of rows that oneDNN optimises the layout for; it serves any other number too."""
@@ -23,20 +25,27 @@ Linear = Callable[[Tensor], Tensor]
 
 
 def make_linear(
-    weights: Sequence[Tensor], placement: Placement, biases: Sequence[Tensor | None] | None = None
+    weights: Sequence[Matrix], placement: Placement, biases: Sequence[Tensor | None] | None = None
 ) -> Linear:
     """Make the product with one or several weights, whose results are concatenated.
 
     Args:
-        weights: each of shape (num_out, num_in), of one dtype.
+        weights: each of shape (num_out, num_in), of one dtype; whole numbers stay packed where that is faster.
         biases: one for each weight, shape (num_out,); None where it has none.
     """
     device = placement.device
     bias: Tensor | None = None
     if biases is not None and any(found is not None for found in biases):
         pairs = zip(weights, biases, strict=True)
-        whole = [weight.new_zeros(weight.shape[0]) if found is None else found for weight, found in pairs]
-        bias = torch.cat([found.to(device) for found in whole])
+        whole = [
+            torch.zeros(weight.shape[0], dtype=placement.dtype, device=device) if found is None else found.to(device)
+            for weight, found in pairs
+        ]
+        bias = torch.cat(whole)
+    packed = make_integer_linear(weights, placement, bias)
+    if packed is not None:
+        return packed
+    weights = [to_tensor(weight, placement.dtype) for weight in weights]
     if placement.is_packed and device.type == "cpu" and has_packed_linear(weights[0].dtype):
         return _PackedLinear(weights[0] if len(weights) == 1 else torch.cat(list(weights)), bias)
     if len(weights) == 1:

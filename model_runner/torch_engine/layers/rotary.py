@@ -158,6 +158,14 @@ def rotate_halves(part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def rotate_leading_halves(part: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same for the first `2 * num_pairs` elements of each head; the others stay as they are."""
+    num_rotated = 2 * cos.shape[-1]
+    if num_rotated == part.shape[-1]:
+        return rotate_halves(part, cos, sin)
+    return torch.cat((rotate_halves(part[..., :num_rotated], cos, sin), part[..., num_rotated:]), dim=-1)
+
+
 def _spread(angles: Tensor, part: Tensor) -> Tensor:
     """Insert dimensions between rows and elements, so that angles broadcast over `part`."""
     return angles.view(angles.shape[0], *([1] * (part.dim() - 2)), angles.shape[1])

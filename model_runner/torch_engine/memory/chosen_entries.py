@@ -92,7 +92,14 @@ def plan_entry_places(spans: Sequence[Span], kind_index: int, device: torch.devi
 
 
 def read_chosen(
-    places: EntryPlaces, layer: int, query: Tensor, merged: Merged, selection: Tensor, num_chosen: int, columns: Columns
+    places: EntryPlaces,
+    layer: int,
+    query: Tensor,
+    merged: Merged,
+    selection: Tensor,
+    num_chosen: int,
+    columns: Columns,
+    value_width: int | None = None,
 ) -> None:
     """Attend to each row's chosen entries, whose keys are also the values and are shared by all heads.
 
@@ -101,6 +108,7 @@ def read_chosen(
         query: scaled; shape (num_rows, num_heads, width).
         merged: takes the results.
         selection: 0 for chosen entries, less for others, at most `num_chosen` a row; shape (num_rows, num_entries).
+        value_width: first elements of a key that are its value; None means all.
     """
     entries, bias = list_chosen(selection, num_chosen)
     pool = places.join_blocks(columns, layer)
@@ -109,7 +117,7 @@ def read_chosen(
         rows = slice(first, min(first + num_at_once, query.shape[0]))
         numbers = places.locate(first, entries[rows])
         keys = pool.index_select(0, numbers.flatten()).view(*numbers.shape, columns.width)
-        found = attend(query[rows].unsqueeze(1), keys, keys, bias[rows].unsqueeze(1))
+        found = attend(query[rows].unsqueeze(1), keys, keys[..., :value_width], bias[rows].unsqueeze(1))
         merged.merge(rows.start, rows.stop, found)
 
 

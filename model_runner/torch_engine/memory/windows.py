@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moebeam.model_runner.torch_engine.layers.attention import MASKED, Merged, attend
+from moebeam.model_runner.torch_engine.layers.attention import MASKED, Merged, Partials, attend
 from moebeam.model_runner.torch_engine.memory.batch_reads import BatchRead, SlotRead, plan_slot_reads
 from moebeam.model_runner.torch_engine.memory.cache import Ring
 from moebeam.model_runner.torch_engine.memory.segments import NodeMemory
@@ -54,6 +54,31 @@ class WindowRead:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadGroup:
+    """Query heads that share keys and values, and where these are in a ring's rows.
+
+    Attributes:
+        query: scaled; shape (num_rows, num_heads, width).
+        merged: takes the results.
+        first_key, first_value: first elements of both.
+        width: of each; None means all elements.
+    """
+
+    query: Tensor
+    merged: Merged
+    first_key: int = 0
+    first_value: int = 0
+    width: int | None = None
+
+    def attend(self, rows: Tensor, keys: Tensor, bias: Tensor | None) -> Partials:
+        """Attend from `rows` of the query to a window's rows, shape (num_segments, num_keys, ring's width)."""
+        if self.width is None:
+            return attend(rows, keys, keys, bias)
+        key, value = (keys.narrow(-1, first, self.width) for first in (self.first_key, self.first_value))
+        return attend(rows, key, value, bias)
+
+
+@dataclass(frozen=True, slots=True)
 class WindowPlan:
     """How a step uses a sliding window: blocks read before the ring is updated, single rows their whole slot after.
 
@@ -66,33 +91,34 @@ class WindowPlan:
     singles: list[BatchRead]
     last_rows: list[BatchRead]
 
-    def read(self, ring: Ring, layer: int, new_rows: Tensor, query: Tensor, merged: Merged) -> None:
+    def read(self, ring: Ring, layer: int, new_rows: Tensor, groups: Sequence[HeadGroup]) -> None:
         """Attend to the last `ring.kind.size` positions, and update the ring.
 
         Args:
-            new_rows: keys, which are values as well; shape (num_rows, width).
-            query: scaled; shape (num_rows, num_heads, width).
+            new_rows: what the ring keeps of the step's rows; shape (num_rows, width).
         """
         ring.put_step_rows(layer, new_rows)
         data = ring.rows[layer]
         for block in self.blocks:
             keys = data.index_select(0, block.keys.flatten()).view(*block.keys.shape, data.shape[-1])
-            found = attend(query[block.rows], keys, keys, block.bias)
-            merged.merge_at(block.merged_rows, found, block.places)
+            for group in groups:
+                found = group.attend(group.query[block.rows], keys, block.bias)
+                group.merged.merge_at(block.merged_rows, found, block.places)
         keep_rows(ring, layer, new_rows, self.update)
-        self._read_slots(self.singles, ring, layer, query, merged)
+        self._read_slots(self.singles, ring, layer, groups)
 
-    def read_last_rows(self, ring: Ring, layer: int, new_rows: Tensor, query: Tensor, merged: Merged) -> None:
-        """The same for `query` and `merged` of the rows with logits alone, each the last of its span."""
+    def read_last_rows(self, ring: Ring, layer: int, new_rows: Tensor, groups: Sequence[HeadGroup]) -> None:
+        """The same for groups of the rows with logits alone, each the last of its span."""
         ring.put_step_rows(layer, new_rows)
         keep_rows(ring, layer, new_rows, self.update)
-        self._read_slots(self.last_rows, ring, layer, query, merged)
+        self._read_slots(self.last_rows, ring, layer, groups)
 
-    def _read_slots(self, reads: Sequence[BatchRead], ring: Ring, layer: int, query: Tensor, merged: Merged) -> None:
+    def _read_slots(self, reads: Sequence[BatchRead], ring: Ring, layer: int, groups: Sequence[HeadGroup]) -> None:
         slots = ring.slots(layer)
         for batch in reads:
             keys = batch.pick(slots)
-            batch.merge(merged, attend(batch.gather(query), keys, keys, batch.bias))
+            for group in groups:
+                batch.merge(group.merged, group.attend(batch.gather(group.query), keys, batch.bias))
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,9 +96,16 @@ class Architecture(Protocol):
 
 
 ARCHITECTURES: dict[str, str] = {
+    "deepseek_v2": "moebeam.model_runner.torch_engine.models.deepseek_v3:DeepseekV3",
     "deepseek_v3": "moebeam.model_runner.torch_engine.models.deepseek_v3:DeepseekV3",
+    "deepseek_v32": "moebeam.model_runner.torch_engine.models.deepseek_v3:DeepseekV3",
     "deepseek_v4": "moebeam.model_runner.torch_engine.models.deepseek_v4:DeepseekV4",
+    "glm4_moe": "moebeam.model_runner.torch_engine.models.grouped_query:GroupedQuery",
+    "glm4_moe_lite": "moebeam.model_runner.torch_engine.models.deepseek_v3:DeepseekV3",
+    "gpt_oss": "moebeam.model_runner.torch_engine.models.grouped_query:GroupedQuery",
     "mixtral": "moebeam.model_runner.torch_engine.models.grouped_query:GroupedQuery",
+    "olmoe": "moebeam.model_runner.torch_engine.models.grouped_query:GroupedQuery",
+    "qwen2_moe": "moebeam.model_runner.torch_engine.models.grouped_query:GroupedQuery",
     "qwen3_moe": "moebeam.model_runner.torch_engine.models.grouped_query:GroupedQuery",
 }
 """`model_type` of a configuration -> the class that runs it, called with configuration, weights and placement."""
@@ -115,3 +122,11 @@ def build_architecture(config: Any, weights: CheckpointWeights, placement: Place
         "Callable[[Any, CheckpointWeights, Placement], Architecture]", getattr(import_module(module_name), class_name)
     )
     return build(config, weights, placement)
+
+
+def list_behind(config: Any) -> list[str]:
+    """Patterns of tensors of the layers behind the last, which predict further tokens."""
+    num_layers = int(config.num_hidden_layers)
+    num_predicting = max(1, int(getattr(config, "num_nextn_predict_layers", None) or 0))
+    behind = "|".join(str(num_layers + index) for index in range(num_predicting))
+    return [rf"^model\.layers\.({behind})\."]

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moebeam.model_runner.torch_engine.layers.attention import MASKED
 from moebeam.model_runner.torch_engine.layers.linear import make_linear
 from moebeam.model_runner.torch_engine.layers.norms import RmsNorm
 from moebeam.model_runner.torch_engine.layers.rotary import rotate_pairs
 from moebeam.model_runner.torch_engine.memory.read_plan import ReadPlan
+from moebeam.model_runner.torch_engine.models.entry_choice import score_entries, select_best
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 
@@ -118,68 +118,6 @@ class Indexer:
         num_rotated = 2 * cos.shape[-1]
         query[..., -num_rotated:] = rotate_pairs(query[..., -num_rotated:], cos, sin).to(query.dtype)
         scale = self.num_heads**-0.5 * self.width**-0.5
-        scores = self._scores(query.float(), head_weights.float() * scale, plan, layer, int(num_visible.max()))
+        most_visible = int(num_visible.max())
+        scores = score_entries(query.float(), head_weights.float() * scale, plan, layer, most_visible)
         return select_best(scores, self.num_chosen)
-
-    def _scores(self, query: Tensor, head_weights: Tensor, plan: ReadPlan, layer: int, num_entries: int) -> Tensor:
-        """Score the visible entries: float32, shape (num_rows, num_entries), -inf for those that a row may not see."""
-        scores = query.new_full((query.shape[0], num_entries), -math.inf)
-        for read in plan.wide:
-            assert read.extent.block is not None
-            keys = read.extent.block.fields["index"][layer, read.extent.slot]
-            for first, end, first_row in read.tiles(self.num_heads):
-                rows = slice(first_row, read.end_row)
-                found = _rank(query[None, rows], keys[None, first:end].float(), head_weights[None, rows])[0]
-                bias = read.bias(first, end, first_row, query.device)
-                if bias is not None:
-                    found = found.masked_fill(bias < 0, -math.inf)
-                offset = read.extent.first_entry
-                scores[rows, offset + first : offset + end] = found
-        for batch in plan.batches:
-            assert batch.block is not None
-            keys = batch.pick(batch.block.fields["index"][layer]).float()
-            found = _rank(batch.gather(query), keys, batch.gather(head_weights))  # (num_slots, num_rows, num_keys)
-            if batch.bias is not None:
-                found = found.masked_fill(batch.bias < 0, -math.inf)
-            rows = batch.gather(torch.arange(query.shape[0], device=query.device))
-            entries = batch.first_entries.unsqueeze(1) + torch.arange(batch.num_keys, device=query.device)
-            _put(scores, rows, entries, found, batch.places)
-        return scores
-
-
-def select_best(scores: Tensor, num_chosen: int) -> Tensor:
-    """Mark the best `num_chosen` of each row; of equal scores the lower entry wins, -inf never does.
-
-    Returns:
-        float32, the shape of `scores`: 0 for the marked, `MASKED` for others.
-    """
-    if scores.shape[1] <= num_chosen:
-        return torch.where(scores.isneginf(), MASKED, 0.0)
-    lowest = scores.topk(num_chosen, dim=-1).values[:, -1:]
-    is_better = scores > lowest
-    is_equal = (scores == lowest) & ~scores.isneginf()
-    num_left = num_chosen - is_better.sum(dim=-1, keepdim=True)
-    is_marked = is_better | (is_equal & (is_equal.cumsum(dim=-1) <= num_left))
-    return torch.where(is_marked, 0.0, MASKED)
-
-
-def _rank(query: Tensor, keys: Tensor, head_weights: Tensor) -> Tensor:
-    """Score keys (segments, keys, width) for queries (segments, rows, heads, width): (segments, rows, keys)."""
-    num_segments, num_rows, num_heads, width = query.shape
-    flat = query.reshape(num_segments, num_rows * num_heads, width)
-    products = torch.bmm(flat, keys.transpose(1, 2)).relu_().view(num_segments * num_rows, num_heads, -1)
-    weights = head_weights.reshape(num_segments * num_rows, 1, num_heads)
-    return torch.bmm(weights, products).view(num_segments, num_rows, -1)
-
-
-def _put(scores: Tensor, rows: Tensor, entries: Tensor, found: Tensor, places: Tensor | None) -> None:
-    """Write a batch's scores to their rows and entries, skipping padded rows and entries past the last."""
-    num_slots, num_rows = rows.shape
-    flat_rows = rows.reshape(-1)
-    flat_entries = entries.unsqueeze(1).expand(num_slots, num_rows, -1).reshape(num_slots * num_rows, -1)
-    values = found.reshape(num_slots * num_rows, -1)
-    if places is not None:
-        flat_rows, flat_entries, values = flat_rows[places], flat_entries[places], values[places]
-    is_there = (flat_entries < scores.shape[1]) & ~values.isneginf()
-    row_index = flat_rows.unsqueeze(1).expand_as(flat_entries)
-    scores[row_index[is_there], flat_entries[is_there]] = values[is_there]

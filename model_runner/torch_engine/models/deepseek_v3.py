@@ -1,25 +1,26 @@
-"""DeepSeek-V3 and R1: multi-head latent attention and sigmoid-gated experts.
+"""Models with multi-head latent attention: DeepSeek-V2, V3, R1 and V3.2, GLM-4.7-Flash.
 
-Source: the DeepSeek-V3 report (arXiv 2412.19437), sections 2.1.1 and 2.1.2; settings as in `transformers`'
-`DeepseekV3Config`.
+Sources: the reports on DeepSeek-V2 (arXiv 2405.04434), V3 (arXiv 2412.19437, sections 2.1.1 and 2.1.2) and V3.2, whose
+rows choose the entries that they read; settings as in `transformers`' `DeepseekV2Config`, `DeepseekV3Config`,
+`DeepseekV32Config` and `Glm4MoeLiteConfig`.
 """
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moebeam.model_runner.torch_engine.layers.experts import Experts, GatedMlp
+from moebeam.model_runner.torch_engine.layers.experts import GatedMlp
 from moebeam.model_runner.torch_engine.layers.linear import make_linear
 from moebeam.model_runner.torch_engine.layers.norms import RmsNorm
 from moebeam.model_runner.torch_engine.layers.rotary import Rotary
 from moebeam.model_runner.torch_engine.memory.cache import Cache, RingKind
 from moebeam.model_runner.torch_engine.memory.segments import SegmentKind
-from moebeam.model_runner.torch_engine.models.architecture import StepBatch
+from moebeam.model_runner.torch_engine.models.architecture import StepBatch, list_behind
+from moebeam.model_runner.torch_engine.models.entry_choice import plan_choice
 from moebeam.model_runner.torch_engine.models.latent_attention import LatentAttention, LatentReads, plan_latent_reads
 from moebeam.model_runner.torch_engine.models.latent_expansion import Expansion
+from moebeam.model_runner.torch_engine.models.mixtures import Mixture, make_mixture
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 
@@ -43,26 +44,29 @@ class DeepseekV3:
         self._rotary = Rotary.from_config(config, config.rope_parameters, rotated, placement.device)
         self.find_length_class = self._rotary.find_length_class
         latent_width = int(config.kv_lora_rank) + rotated
-        self.kinds = (SegmentKind("latent", len(self._layers), 1, (("latent", latent_width),), True),)
+        indexer = self._layers[0].attention.indexer
+        self._num_chosen = indexer.num_chosen if indexer is not None else None
+        fields = (("latent", latent_width), *((("index", indexer.width),) if indexer is not None else ()))
+        self.kinds = (SegmentKind("latent", len(self._layers), 1, fields, has_fresh_reads=indexer is None),)
         self._expansion = Expansion(len(self._layers), self._layers[0].attention, placement)
-        # Layers behind the last predict further tokens; of no shared experts some files hold empty tensors.
-        num_predicting = max(1, int(getattr(config, "num_nextn_predict_layers", None) or 0))
-        behind = "|".join(str(len(self._layers) + index) for index in range(num_predicting))
+        # Of no shared experts some files hold empty tensors.
         unused = [r"\.shared_experts\."] if not config.n_shared_experts else []
-        weights.check_all_used([rf"^model\.layers\.({behind})\.", *unused])
+        weights.check_all_used([*list_behind(config), *unused])
 
     def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
         """See `Architecture.extend`."""
         cos, sin = self._rotary(batch.positions, batch.lengths)  # (num_rows, num_pairs)
         rows = functional.embedding(batch.token_ids, self._embedding)  # (num_rows, hidden_size)
         expanded, absorbed = self._expansion.choose(batch.reads[0].wide, cache)
-        reads = plan_latent_reads(batch.reads[0], batch.num_rows, expanded, absorbed, rows.device)
+        choice = None if self._num_chosen is None else plan_choice(batch, self._num_chosen)
+        reads = plan_latent_reads(batch.reads[0], batch.num_rows, expanded, absorbed, rows.device, choice)
         for layer in self._layers[:-1]:
             rows = layer(rows, cos, sin, batch, reads)
         if batch.last_rows is not None:
             last = batch.logit_reads[0]
             split = self._expansion.split(last.wide)
-            reads = plan_latent_reads(last, int(batch.last_rows.shape[0]), *split, rows.device)
+            choice = choice and choice.select_rows(last, batch.last_rows)
+            reads = plan_latent_reads(last, int(batch.last_rows.shape[0]), *split, rows.device, choice)
         rows = self._layers[-1](rows, cos, sin, batch, reads, batch.last_rows)
         self._expansion.forget_idle(expanded, cache)
         return self._head(self._norm(rows)).float()
@@ -85,13 +89,13 @@ class _Layer:
         after = weights.get(f"{name}.post_attention_layernorm.weight", (hidden_size,))
         self._after_norm = RmsNorm(after.to(device), eps)
         self.attention = LatentAttention(config, weights, placement, f"{name}.self_attn")
-        self._mlp: GatedMlp | _MoE
-        if index < int(config.first_k_dense_replace):
+        self._mlp: GatedMlp | Mixture
+        if _is_dense(config, index):
             self._mlp = GatedMlp(
                 weights, placement, f"{name}.mlp", hidden_size=hidden_size, width=int(config.intermediate_size)
             )
         else:
-            self._mlp = _MoE(config, weights, placement, f"{name}.mlp")
+            self._mlp = make_mixture(config, weights, placement, f"{name}.mlp")
         self.flops_per_row = self.attention.flops_per_row + self._mlp.flops_per_row
 
     def __call__(
@@ -107,46 +111,7 @@ class _Layer:
         return rows + self._mlp(self._after_norm(rows))
 
 
-class _MoE:
-    def __init__(self, config: Any, weights: CheckpointWeights, placement: Placement, name: str) -> None:
-        hidden_size, width = int(config.hidden_size), int(config.moe_intermediate_size)
-        self._num_experts = int(config.n_routed_experts)
-        self._num_chosen = int(config.num_experts_per_tok)
-        self._num_groups = int(config.n_group)
-        self._num_chosen_groups = int(config.topk_group)
-        self._is_normed = bool(config.norm_topk_prob)
-        self._scale = float(config.routed_scaling_factor)
-        gate_shape = (self._num_experts, hidden_size)
-        self._router = weights.get_routing(f"{name}.gate.weight", gate_shape, torch.float32).to(placement.device)
-        bias = weights.get_routing(f"{name}.gate.e_score_correction_bias", (self._num_experts,), torch.float32)
-        self._bias = bias.to(placement.device)
-        experts = weights.experts(f"{name}.experts", self._num_experts, hidden_size, width)
-        self._experts = Experts(experts, placement)
-        num_shared = int(config.n_shared_experts)
-        self._shared: GatedMlp | None = None
-        if num_shared:
-            self._shared = GatedMlp(
-                weights, placement, f"{name}.shared_experts", hidden_size=hidden_size, width=width * num_shared
-            )
-        self.flops_per_row = 6.0 * hidden_size * width * self._num_chosen + 2.0 * math.prod(gate_shape)
-        self.flops_per_row += self._shared.flops_per_row if self._shared is not None else 0.0
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        chosen, weights = self._route(rows)
-        made = self._experts(rows, chosen, weights)
-        return made if self._shared is None else made + self._shared(rows)
-
-    def _route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose each row's experts and their weights; the bias affects only the choice."""
-        scores = functional.linear(rows.float(), self._router).sigmoid()  # (num_rows, num_experts)
-        ranked = scores + self._bias
-        if self._num_groups > 1:
-            grouped = ranked.view(rows.shape[0], self._num_groups, -1)
-            best = grouped.topk(2, dim=-1).values.sum(-1).topk(self._num_chosen_groups, dim=-1, sorted=False).indices
-            is_in = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=rows.device).scatter_(1, best, True)
-            ranked = grouped.masked_fill(~is_in.unsqueeze(-1), -math.inf).flatten(1)
-        chosen = ranked.topk(self._num_chosen, dim=-1, sorted=False).indices
-        weights = scores.gather(1, chosen)
-        if self._is_normed:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        return chosen, weights * self._scale
+def _is_dense(config: Any, index: int) -> bool:
+    if config.model_type in ("deepseek_v32", "glm4_moe_lite"):
+        return config.mlp_layer_types[index] == "dense"
+    return index < int(config.first_k_dense_replace)

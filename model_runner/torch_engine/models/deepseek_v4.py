@@ -29,7 +29,13 @@ from moebeam.model_runner.torch_engine.memory.chosen_entries import (
 )
 from moebeam.model_runner.torch_engine.memory.reading import read_shared_keys, write_entries
 from moebeam.model_runner.torch_engine.memory.segments import Columns, SegmentKind
-from moebeam.model_runner.torch_engine.memory.windows import CompressionPlan, WindowPlan, plan_compression, plan_window
+from moebeam.model_runner.torch_engine.memory.windows import (
+    CompressionPlan,
+    HeadGroup,
+    WindowPlan,
+    plan_compression,
+    plan_window,
+)
 from moebeam.model_runner.torch_engine.models.architecture import StepBatch
 from moebeam.model_runner.torch_engine.models.compression import Compressor, Indexer
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
@@ -249,7 +255,7 @@ class _Attention:
         query = self._rotate(unit_rows(query.float(), self._eps).to(query.dtype), cos, sin) * self._width**-0.5
         merged = Merged.from_sinks(self._sinks, num_rows, self._width)
         read_window = plan.window.read if chosen is None else plan.window.read_last_rows
-        read_window(plan.window_ring, self._index, keys, query, merged)
+        read_window(plan.window_ring, self._index, keys, [HeadGroup(query, merged)])
         if self._compressor is not None:
             self._keep_compressed(compressed, plan)
         if not num_rows:

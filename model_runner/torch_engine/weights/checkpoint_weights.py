@@ -9,13 +9,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from moebeam.model_runner.checkpoint.weight_files import StoredTensor, format_names, list_stored_tensors
+from moebeam.model_runner.checkpoint.weight_files import format_names, list_stored_tensors
+from moebeam.model_runner.torch_engine.weights.packed_matrices import Fp4Matrix, GroupedIntegers, Matrix, unpack_matrix
 from moebeam.model_runner.torch_engine.weights.quantization_settings import read_fp8_block
 from moebeam.model_runner.torch_engine.weights.quantized import (
     FP4_BLOCK,
@@ -28,64 +28,28 @@ from moebeam.model_runner.torch_engine.weights.quantized import (
     scale_grid,
     split_stack_scales,
 )
-from moebeam.model_runner.torch_engine.weights.tensor_names import (
-    IGNORED,
-    RENAMINGS,
-    module_names,
-    scale_name,
-    scale_names,
-)
+from moebeam.model_runner.torch_engine.weights.stored_tensors import Stored, key_by_module_name, map_file
+from moebeam.model_runner.torch_engine.weights.tensor_names import IGNORED, RENAMINGS, scale_name, scale_names
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.store import storage
 
 _FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
-_STORED_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
-"""Of the names in safetensors' headers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """The three matrices of one routed expert, of one dtype.
+    """The three matrices of one routed expert.
 
-    gate, up: shape (expert_width, hidden_size). down: shape (hidden_size, expert_width).
+    gate, up: shape (expert_width, hidden_size). down: shape (hidden_size, expert_width). Biases: one for each output.
     """
 
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A tensor in a file, and the file's mapping; None where only the headers were read."""
-
-    header: StoredTensor
-    mapping: safe_open | None
-
-    def read(self) -> Tensor:
-        """The tensor as stored: mapped, or without contents on the device `meta`.
-
-        Raises:
-            SafetensorError, KeyError: torch has no such dtype.
-        """
-        if self.mapping is None:
-            return torch.empty(self.header.shape, dtype=_STORED_DTYPES[self.header.dtype], device="meta")
-        return cast("Tensor", self.mapping.get_tensor(self.header.name))
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
 
 class CheckpointWeights:
@@ -99,11 +63,11 @@ class CheckpointWeights:
     """
 
     def __init__(
-        self, path: str, tensors: Mapping[str, _Stored], dtype: torch.dtype, fp8_block: tuple[int, int]
+        self, path: str, tensors: Mapping[str, Stored], dtype: torch.dtype, fp8_block: tuple[int, int]
     ) -> None:
         self._path = path
         self._tensors = tensors
-        self._dtype = dtype
+        self.dtype = dtype
         self._fp8_block = fp8_block
         self._used: set[str] = set()
 
@@ -124,8 +88,8 @@ class CheckpointWeights:
             raise EngineLoadError(f"{path}: expected a folder on a local disk, to map its files; copy it to one first")
         path = storage.normalize_path(path)
         headers = list_stored_tensors(path)
-        mappings = {file: _map_file(file) for file in {header.file for header in headers}}
-        return cls._of([_Stored(header, mappings[header.file]) for header in headers], path, model_type, dtype)
+        mappings = {file: map_file(file) for file in {header.file for header in headers}}
+        return cls._of([Stored(header, mappings[header.file]) for header in headers], path, model_type, dtype)
 
     @classmethod
     def open_headers(cls, path: str, model_type: str, dtype: torch.dtype) -> "CheckpointWeights":
@@ -134,15 +98,15 @@ class CheckpointWeights:
         Args:
             path: folder of a checkpoint, on disk or in an object store.
         """
-        return cls._of([_Stored(header, None) for header in list_stored_tensors(path)], path, model_type, dtype)
+        return cls._of([Stored(header, None) for header in list_stored_tensors(path)], path, model_type, dtype)
 
     @classmethod
-    def _of(cls, found: Sequence[_Stored], path: str, model_type: str, dtype: torch.dtype) -> "CheckpointWeights":
+    def _of(cls, found: Sequence[Stored], path: str, model_type: str, dtype: torch.dtype) -> "CheckpointWeights":
         if dtype not in _FLOATS:
             raise ValueError(f"dtype: expected one of {_format_dtypes(_FLOATS)}, found {_format_dtypes([dtype])}")
         if model_type not in RENAMINGS:
             raise EngineLoadError(f"{path}: expected a model type of {sorted(RENAMINGS)}, found {model_type!r}")
-        return cls(path, _key_by_module_name(found, model_type), dtype, read_fp8_block(path))
+        return cls(path, key_by_module_name(found, model_type), dtype, read_fp8_block(path))
 
     @property
     def num_bytes(self) -> int:
@@ -166,9 +130,17 @@ class CheckpointWeights:
             EngineLoadError: there is no such tensor, it has another shape, its dtype cannot become the wanted one, or
                 its scales are missing or misshapen.
         """
+        packed = self._unpack(name, shape)
+        if packed is not None:
+            return packed.dequantize(dtype or self.dtype)
         stored = self._read(name, shape)
         scales = self._read_scales(name)
         return self._matrix(name, stored, scales, shape, dtype)
+
+    def get_matrix(self, name: str, shape: tuple[int, int]) -> Matrix:
+        """Get what rows are multiplied by: whole numbers with scales as they are, anything else as `get` does."""
+        packed = self._unpack(name, shape)
+        return packed if isinstance(packed, GroupedIntegers) else self.get(name, shape)
 
     def get_routing(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """Get a tensor that decides which experts answer: one NaN in it would make every row's choice arbitrary.
@@ -216,9 +188,9 @@ class CheckpointWeights:
             names = [f"{prefix}.{expert}" for expert in range(num_experts)]
             return [
                 Expert(
-                    gate=self.get(f"{name}.gate_proj.weight", wide),
-                    up=self.get(f"{name}.up_proj.weight", wide),
-                    down=self.get(f"{name}.down_proj.weight", tall),
+                    gate=self.get_matrix(f"{name}.gate_proj.weight", wide),
+                    up=self.get_matrix(f"{name}.up_proj.weight", wide),
+                    down=self.get_matrix(f"{name}.down_proj.weight", tall),
                 )
                 for name in names
             ]
@@ -285,7 +257,7 @@ class CheckpointWeights:
                 f"{self._scale_name(name)!r} in {_format_dtypes(SCALE_DTYPES)}, found "
                 f"{_format_dtypes([stored.dtype])} with scales in {_format_dtypes([scales.dtype])}"
             )
-        wanted = dtype or self._dtype
+        wanted = dtype or self.dtype
         if wanted not in _FLOATS:
             raise self._dtype_error(name, wanted, stored.dtype)
         found = infer_unpacked_shape(stored)
@@ -303,7 +275,7 @@ class CheckpointWeights:
                 f"{self._describe(name)}: expected its scales {scale_name(name)!r} beside a tensor in float8_e4m3fn, "
                 f"found none"
             )
-        wanted = dtype or (self._dtype if stored.dtype.is_floating_point else stored.dtype)
+        wanted = dtype or (self.dtype if stored.dtype.is_floating_point else stored.dtype)
         if stored.dtype == wanted:
             return stored
         is_rounded = stored.dtype in _FLOATS and wanted in _FLOATS
@@ -313,6 +285,14 @@ class CheckpointWeights:
         if not is_rounded and not is_widened:
             raise self._dtype_error(name, wanted, stored.dtype)
         return stored.to(wanted)
+
+    def _unpack(self, name: str, shape: tuple[int, ...]) -> GroupedIntegers | Fp4Matrix | None:
+        """A matrix that has parts beside its scales, or whole numbers; None for any other tensor."""
+        try:
+            return unpack_matrix(name, shape, self._tensors, lambda part: self._read(part, ()))
+        except ValueError as error:
+            part = next(part for part in (f"{name}_packed", name) if self.has(part))
+            raise EngineLoadError(f"{self._describe(part)}: {error}") from error
 
     def _block(self, stored: Tensor) -> tuple[int, int]:
         return FP4_BLOCK if stored.dtype in FP4_DTYPES else self._fp8_block
@@ -366,27 +346,6 @@ class CheckpointWeights:
             f"{self._describe(name)}: expected a dtype that becomes {_format_dtypes([wanted])}, "
             f"found {_format_dtypes([found])}"
         )
-
-
-def _map_file(file: str) -> safe_open:
-    try:
-        return safe_open(file, framework="pt", backend="mmap")
-    except (SafetensorError, OSError) as error:
-        raise EngineLoadError(f"{file}: expected a whole safetensors file, found: {error}") from error
-
-
-def _key_by_module_name(found: Sequence[_Stored], model_type: str) -> dict[str, _Stored]:
-    names = module_names([tensor.header.name for tensor in found], RENAMINGS[model_type])
-    tensors: dict[str, _Stored] = {}
-    for tensor in found:
-        name = names[tensor.header.name]
-        if name in tensors:
-            raise EngineLoadError(
-                f"{tensor.header.file}: tensor {name!r}: expected once, found stored as "
-                f"{tensors[name].header.name!r} and as {tensor.header.name!r}"
-            )
-        tensors[name] = tensor
-    return tensors
 
 
 def _format_dtypes(dtypes: Sequence[torch.dtype] | frozenset[torch.dtype]) -> str:

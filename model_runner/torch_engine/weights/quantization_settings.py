@@ -1,7 +1,7 @@
 """`quantization_config` of a checkpoint: the kinds of quantised weights that the engine reads, and how they are cut.
 
-All are FP8 with scales beside the weights, one a block, a row or a tensor; how inputs were quantised has no meaning
-here, where they are not.
+FP8 has one scale a block, a row or a tensor; the layouts of whole numbers and of FP4, which their tensors tell, are
+listed in `packed_matrices.py`. How inputs were quantised has no meaning here, where they are not.
 """
 
 from typing import Literal, cast
@@ -23,27 +23,36 @@ class _Fp8(BaseModel):
 class _ModelOpt(BaseModel):
     """NVIDIA's Model Optimizer."""
 
-    quant_algo: Literal["FP8"]
+    quant_algo: Literal["FP8", "NVFP4"]
 
 
 class _Weights(BaseModel):
-    num_bits: Literal[8]
-    type: Literal["float"]
+    num_bits: Literal[4, 8]
+    type: Literal["float", "int"]
     block_structure: tuple[PositiveInt, PositiveInt] | None = None
+
+
+_Format = Literal["float-quantized", "int-quantized", "pack-quantized", "mxfp4-pack-quantized", "nvfp4-pack-quantized"]
 
 
 class _Group(BaseModel):
     weights: _Weights
+    format: _Format | None = None
 
 
 class _CompressedTensors(BaseModel):
-    """LLM Compressor's."""
+    """LLM Compressor's; of several formats each group names its own."""
 
-    format: Literal["float-quantized"]
+    format: Literal[_Format, "mixed-precision"]
     config_groups: dict[str, _Group]
 
 
+class _Mxfp4(BaseModel):
+    """OpenAI's: experts alone, in blocks of a form of their own."""
+
+
 _METHODS: dict[str, type[BaseModel]] = {
+    "mxfp4": _Mxfp4,
     "fp8": _Fp8,
     "modelopt": _ModelOpt,
     "compressed-tensors": _CompressedTensors,

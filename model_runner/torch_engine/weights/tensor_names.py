@@ -25,8 +25,20 @@ _W1_W2_W3 = (
 _UNPREFIXED = ((r"^(embed_tokens|norm|layers)\.", r"model.\1."),)
 
 RENAMINGS: dict[str, tuple[Renaming, ...]] = {
-    "deepseek_v3": _table(*_UNPREFIXED),
-    "qwen3_moe": _table(*_UNPREFIXED),
+    **{
+        name: _table(*_UNPREFIXED)
+        for name in (
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe",
+            "glm4_moe_lite",
+            "gpt_oss",
+            "olmoe",
+            "qwen2_moe",
+            "qwen3_moe",
+        )
+    },
     "mixtral": _table(*_UNPREFIXED, (r"\.block_sparse_moe\.", ".mlp."), *_W1_W2_W3),
     "deepseek_v4": _table(
         # Released names lack the `model.` that `save_pretrained` puts before them.

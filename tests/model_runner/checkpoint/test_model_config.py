@@ -12,6 +12,16 @@ from moebeam.model_runner.torch_engine.models.architecture import ARCHITECTURES
 from moebeam.model_runner.torch_engine.weights.tensor_names import RENAMINGS
 from moebeam.schemas.errors import EngineLoadError
 
+_SIZES = {
+    "vocab_size": 97,
+    "num_hidden_layers": 3,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 80,
+    "rope_theta": 10_000.0,
+}
+_LATENT = {**_SIZES, "hidden_size": 48, "num_attention_heads": 4, "n_routed_experts": 8, "qk_rope_head_dim": 8}
+_GROUPED = {**_SIZES, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         "vocab_size": 97,
@@ -28,6 +38,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 8,
         "rope_theta": 10_000.0,
     },
+    **dict.fromkeys(("deepseek_v2", "deepseek_v32", "glm4_moe_lite"), _LATENT),
+    "glm4_moe": {**_GROUPED, "n_routed_experts": 8, "head_dim": 16},
+    "gpt_oss": {
+        **_GROUPED,
+        "num_local_experts": 4,
+        "rope_scaling": {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 80},
+    },
+    "olmoe": {**_GROUPED, "num_experts": 8},
+    "qwen2_moe": {**_GROUPED, "num_experts": 8},
     "mixtral": {
         "vocab_size": 97,
         "hidden_size": 32,
@@ -142,10 +161,37 @@ def test_no_size_may_be_null_zero_or_no_number(model_type: str, bad: object, tmp
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: expected .* at least 1, found 0"),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 79}, "sliding_window: expected .* found 79"),
         ("qwen3_moe", {"mlp_only_layers": [0, None]}, "mlp_only_layers: expected a list of a whole number"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob: expected false, found true"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, 'topk_method: expected "greedy" or "group_limited_greedy", found'),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "n_group: expected a whole number, beside .* null"),
+        (
+            "deepseek_v2",
+            {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 5},
+            "topk_group: expected at most n_group .4., found 5",
+        ),
+        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias: expected false, found true"),
+        ("deepseek_v32", {"q_lora_rank": None}, "q_lora_rank: expected a whole number .* found null"),
+        ("deepseek_v32", {"index_topk": 0}, "index_topk: expected a whole number of at least 1, found 0"),
+        ("deepseek_v32", {"index_head_dim": 6}, "index_head_dim: expected at least qk_rope_head_dim .8., found 6"),
+        ("deepseek_v32", {"mlp_layer_types": ["sparse"]}, "mlp_layer_types: expected num_hidden_layers .3. entries"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["moe"] * 3}, "mlp_layer_types: expected a list of .dense. or .sparse"),
+        ("glm4_moe_lite", {"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor: expected 1, for"),
+        ("glm4_moe", {"scoring_func": "softmax"}, 'scoring_func: expected "sigmoid", found "softmax"'),
+        ("glm4_moe", {"partial_rotary_factor": 1.5}, "partial_rotary_factor: expected a number above 0 and at most 1"),
+        ("glm4_moe", {"partial_rotary_factor": 0.07}, "rope_parameters.partial_rotary_factor: expected a share"),
+        ("gpt_oss", {"rope_scaling": None}, "rope_parameters: expected an object with a rope_type.* found null"),
+        ("gpt_oss", {"sliding_window": None}, "sliding_window: expected a whole number .* found null"),
+        ("gpt_oss", {"layer_types": ["chunked_attention"]}, "layer_types: expected a list of .sliding_attention"),
+        ("gpt_oss", {"hidden_act": "gelu"}, 'hidden_act: expected "silu", found "gelu"'),
+        ("olmoe", {"clip_qkv": 0}, "clip_qkv: expected a number above 0, or null, found 0"),
+        ("olmoe", {"head_dim": 16}, "head_dim: expected hidden_size / num_attention_heads .8., found 16"),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window: expected false, found true"),
+        ("qwen2_moe", {"qkv_bias": None}, "qkv_bias: expected true or false, found null"),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size: expected .* found 0"),
         (
             "llama",
             {"max_position_embeddings": 80},
-            'model_type: expected deepseek_v3 .* found "llama"',
+            'model_type: expected deepseek_v2 .* found "llama"',
         ),
         ("mixtral", rope("nonsense"), r'rope_scaling\.rope_type: expected "default" or .* found "nonsense"'),
         ("mixtral", rope("linear"), r"rope_scaling\.factor: expected a number of at least 1, found null"),
@@ -249,3 +295,13 @@ def test_nulls_get_the_meaning_that_other_tools_give_them(tmp_path: Path) -> Non
     values = read(tmp_path, "deepseek_v3", **changes).values
     assert [values[key] for key in changes] == [1, 1, 0, 4]
     assert read(tmp_path, "mixtral", head_dim=None).values["head_dim"] == 8
+
+
+@pytest.mark.parametrize(("num_dense", "types"), [(0, ["sparse"] * 3), (2, ["dense", "dense", "sparse"])])
+def test_the_dense_layers_of_glm4_moe_lite_are_those_that_the_file_counts(
+    num_dense: int, types: list[str], tmp_path: Path
+) -> None:
+    assert read(tmp_path, "glm4_moe_lite", first_k_dense_replace=num_dense).values["mlp_layer_types"] == types
+    said = ["sparse", "dense", "sparse"]
+    found = read(tmp_path, "glm4_moe_lite", first_k_dense_replace=num_dense, mlp_layer_types=said)
+    assert found.values["mlp_layer_types"] == said

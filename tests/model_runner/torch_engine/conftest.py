@@ -5,13 +5,18 @@ from functools import cache
 import pytest
 import torch
 
-from tests.support.checkpoint_layouts import Layout, OpenLayout, save_layout
+from tests.support.models.checkpoint_layouts import Layout, OpenLayout, save_layout
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """More only wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def open_layout(tmp_path_factory: pytest.TempPathFactory) -> OpenLayout:
-    """Gives the checkpoint of a name in `LAYOUTS`, on one thread, as more only wait for each other."""
-    torch.set_num_threads(1)
+    """Gives the checkpoint of a name in `LAYOUTS`."""
 
     @cache
     def open_named(name: str) -> Layout:

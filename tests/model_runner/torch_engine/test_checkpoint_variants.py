@@ -4,7 +4,7 @@ The oracle is `generate`, one prompt at a time, with a cache and a rope that has
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moebeam.model_runner.protocol import check_loadable
 from moebeam.model_runner.transformers_engine.loaded_models import find_ropes_by_length
 from moebeam.schemas.errors import EngineLoadError
-from tests.support.checkpoint_layouts import (
+from tests.support.engines.engine_configs import engine_config
+from tests.support.models.checkpoint_layouts import (
     OpenLayout,
     greedy,
     load_engine,
@@ -25,7 +26,8 @@ from tests.support.checkpoint_layouts import (
     save_layout,
     with_tensors,
 )
-from tests.support.engine_configs import engine_config
+from tests.support.models.packed_weights import LAYOUTS as PACK
+from tests.support.models.packed_weights import Packed, pack_mxfp4
 
 NUM_ANSWER_TOKENS = 6
 ORIGINAL = 32
@@ -108,22 +110,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "v3, one group": ("v3", {"n_group": 1, "topk_group": 1}),
     "mixtral, tied": ("mixtral", {"tie_word_embeddings": True}),
     "qwen3_moe, tied": ("qwen3_moe", {"tie_word_embeddings": True}),
+    "qwen2_moe, no biases": ("qwen2_moe", {"qkv_bias": False}),
+    "olmoe, biases in attention": ("olmoe", {"attention_bias": True}),
+    "glm4_moe, yarn": ("glm4_moe", rope("yarn", partial_rotary_factor=0.5, **YARN)),
+    "glm4_moe, whole heads rotated": ("glm4_moe", rope("default", partial_rotary_factor=1.0)),
+    "glm4_moe_lite, two dense layers": ("glm4_moe_lite", {"mlp_layer_types": ["dense", "sparse", "dense"]}),
+    "gpt_oss, one full layer": ("gpt_oss", {"layer_types": ["sliding_attention"] * 2 + ["full_attention"]}),
     "v4, linear": ("v4", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}}),
 }
-
-
-def save_variant(folder: Path, name: str, changes: Mapping[str, Any], seed: int) -> PreTrainedModel:
-    """A random checkpoint; biases, which `transformers` starts at zero, are drawn too."""
-    torch.set_num_threads(1)
-    model = save_layout(folder, name, seed=seed, **changes)
-    biases = [tensor for key, tensor in model.state_dict().items() if key.endswith(".bias")]
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        for bias in biases:
-            bias.normal_(0, 0.3)
-    if biases:
-        model.save_pretrained(folder)
-    return model
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -131,7 +125,7 @@ def save_variant(folder: Path, name: str, changes: Mapping[str, Any], seed: int)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.integration)])
 def test_a_variant_gives_the_tokens_of_transformers(variant: str, seed: int, tmp_path: Path) -> None:
     name, changes = VARIANTS[variant]
-    assert_equal_tokens(tmp_path, save_variant(tmp_path, name, changes, seed))
+    assert_equal_tokens(tmp_path, save_layout(tmp_path, name, seed=seed, **changes))
 
 
 def nest_rope(values: dict[str, Any]) -> None:
@@ -174,7 +168,7 @@ FORMS: dict[str, tuple[str, dict[str, Any], Change]] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_of_a_configuration_means_what_it_meant(form: str, tmp_path: Path) -> None:
     name, changes, change = FORMS[form]
-    model = save_variant(tmp_path, name, changes, 0)
+    model = save_layout(tmp_path, name, **changes)
     edit_config(tmp_path, change)
     assert_equal_tokens(tmp_path, model)
 
@@ -198,6 +192,7 @@ FILES: dict[str, tuple[str, Callable[[Tensors], None]]] = {
     "prediction as layer 3": ("v3", beside("model.layers.3.eh_proj.weight", "model.layers.3.mlp.gate.weight")),
     "prediction as mtp": ("v3", beside("mtp.0.eh_proj.weight", "model.mtp.layers.0.enorm.weight")),
     "prediction as mtp_layers": ("v3", beside("model.mtp_layers.0.hnorm.weight", "nextn_predict.0.head.weight")),
+    "prediction of glm": ("glm4_moe", beside("model.layers.3.eh_proj.weight")),
     "prediction of qwen": ("qwen3_moe", beside("mtp.layers.0.self_attn.q_proj.weight")),
     "scales of keys and values": (
         "mixtral",
@@ -242,6 +237,57 @@ QUANTIZED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def pack_all(tensors: Tensors, pack: Callable[[Tensor], Packed]) -> tuple[Tensors, Tensors]:
+    """Projections in a layout of another tool, and the numbers that they stand for."""
+    stored, plain = dict(tensors), dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight") and tensor.shape[1] % 16 == 0 and "kv_b" not in name:
+            parts, plain[name] = pack(tensor)
+            del stored[name]
+            stored |= {name + ending: part for ending, part in parts.items()}
+    return stored, plain
+
+
+COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"num_bits": 4, "type": "int"}}}}
+PACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "int4 with zero points": ("v2 lite", {**COMPRESSED, "format": "pack-quantized"}),
+    "int8 by row": ("qwen2_moe", {**COMPRESSED, "format": "int-quantized"}),
+    "nvfp4 of modelopt": ("glm4_moe", {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+}
+
+
+@pytest.mark.parametrize("layout", PACKED)
+def test_packed_weights_give_the_tokens_of_what_they_stand_for(
+    layout: str, open_layout: OpenLayout, tmp_path: Path
+) -> None:
+    name, settings = PACKED[layout]
+    stored, plain = pack_all(load_file(open_layout(name).path / "model.safetensors"), PACK[layout])
+    folder = with_tensors(open_layout(name), tmp_path / "stored", lambda tensors: replace_all(tensors, stored))
+    edit_config(folder, lambda values: values.update(quantization_config=settings))
+    oracle = with_tensors(open_layout(name), tmp_path / "plain", lambda tensors: tensors.update(plain))
+    assert_equal_tokens(folder, AutoModelForCausalLM.from_pretrained(oracle, dtype=torch.float32).eval())
+
+
+def replace_all(tensors: Tensors, others: Tensors) -> None:
+    tensors.clear()
+    tensors.update(others)
+
+
+def test_the_experts_of_gpt_oss_may_be_in_mxfp4(tmp_path: Path) -> None:
+    model = save_layout(tmp_path, "gpt_oss", intermediate_size=32)
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            found = [pack_mxfp4(matrix.t().contiguous()) for matrix in parameter.detach()]
+            parameter.data = torch.stack([plain.t() for _, plain in found])
+            del stored[name]
+            stored[f"{name}_blocks"] = torch.stack([parts["_packed"].unflatten(1, (-1, 16)) for parts, _ in found])
+            stored[f"{name}_scales"] = torch.stack([parts["_scale"] for parts, _ in found])
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    edit_config(tmp_path, lambda values: values.update(quantization_config={"quant_method": "mxfp4"}))
+    assert_equal_tokens(tmp_path, model)
+
+
 @pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize("name", ["v3", "qwen3_moe"])
 def test_fp8_scaled_as_a_whole_or_by_row_gives_the_tokens_of_what_it_stands_for(
@@ -272,6 +318,7 @@ ROUTING = {
     "v3": ["mlp.gate.weight", "mlp.gate.e_score_correction_bias"],
     "v4": ["ffn.gate.weight", "ffn.gate.bias"],
     "mixtral": ["gate.weight"],
+    "gpt_oss": ["router.weight", "router.bias"],
     "qwen3_moe": ["mlp.gate.weight"],
 }
 
@@ -304,7 +351,7 @@ def test_a_table_of_experts_that_names_another_is_refused_at_load(open_layout: O
         load_engine(with_tensors(open_layout("v4"), tmp_path, change))
 
 
-@pytest.mark.parametrize("name", ["v3", "v4", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["v3", "v4", "mixtral", "qwen3_moe", "gpt_oss", "v3.2 choosing entries"])
 def test_the_check_without_weights_passes_what_loads_and_names_what_does_not(
     name: str, open_layout: OpenLayout, tmp_path: Path
 ) -> None:

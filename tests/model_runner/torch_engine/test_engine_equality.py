@@ -16,7 +16,7 @@ from moebeam.model_runner.torch_engine.memory import chosen_entries
 from moebeam.model_runner.torch_engine.models import deepseek_v4, latent_expansion
 from moebeam.schemas.errors import EngineFailed
 from moebeam.schemas.records import Sampling
-from tests.support.checkpoint_layouts import (
+from tests.support.models.checkpoint_layouts import (
     LAYOUTS,
     Layout,
     OpenLayout,
@@ -26,46 +26,21 @@ from tests.support.checkpoint_layouts import (
     random_tokens,
     run_all,
 )
-
-Prompts = list[list[int]]
+from tests.support.models.shared_prompts import (
+    BASE,
+    CASES,
+    Prompts,
+    branches_everywhere,
+    mixed_prompts,
+    nested_sharing,
+    no_sharing,
+    prefixes_of_each_other,
+)
 
 MAIN_LAYOUTS = ["v3", "v4", "v4 choosing entries", "mixtral", "qwen3_moe"]
+
+
 NUM_ANSWER_TOKENS = 6
-BASE = random_tokens(1, 90)
-
-
-def no_sharing() -> Prompts:
-    """Lengths around the compression rates, the window of 16 and the rows from which a read is wide."""
-    lengths = [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 25, 33, 64, 75]
-    return [[first, *random_tokens(100 + first, length - 1)] for first, length in enumerate(lengths)]
-
-
-def full_sharing() -> Prompts:
-    return [[*BASE[:70], 10 + i] for i in range(12)]
-
-
-def nested_sharing() -> Prompts:
-    """Four levels; branches that are one token, one window, and several tiles of rows long."""
-    prompts: Prompts = []
-    for i, cut in enumerate((5, 30, 61)):
-        for j, length in enumerate((1, 16, 40)):
-            group = BASE[:cut] + random_tokens(10 * i + j, length)
-            prompts += [group + random_tokens(7 * k, 3 * k) for k in range(3)]
-    return prompts
-
-
-def identical_prompts() -> Prompts:
-    return [BASE[:37]] * 5 + [BASE[:1]] * 2
-
-
-def prefixes_of_each_other() -> Prompts:
-    """Shorter than 4, than the rate of 8 and than the window of 16, at them, and behind them; one of them twice."""
-    return [BASE[:n] for n in (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 50, 50, 90)]
-
-
-def branches_everywhere() -> Prompts:
-    """A branch at every position modulo 4, 8 and 16, so inside each kind of window and between two."""
-    return [[*BASE[:p], (BASE[p] + 1) % 97, *random_tokens(p, p % 6)] for p in range(34)] + [BASE]
 
 
 @pytest.fixture(autouse=True)
@@ -76,27 +51,6 @@ def _no_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(str(failure))
 
     monkeypatch.setattr(engine_module._Run, "_recover", recover)
-
-
-CASES: list[Callable[[], Prompts]] = [
-    no_sharing,
-    full_sharing,
-    nested_sharing,
-    identical_prompts,
-    prefixes_of_each_other,
-    branches_everywhere,
-]
-
-
-def mixed_prompts(seed: int) -> Prompts:
-    """Some of everything, shuffled."""
-    rng = random.Random(seed)
-    base = random_tokens(seed, 60)
-    groups = [base[: rng.randrange(1, 60)] + random_tokens(rng.random(), rng.randrange(30)) for _ in range(3)]
-    prompts = [group + random_tokens(rng.random(), rng.randrange(8)) for group in groups for _ in range(3)]
-    prompts += [base, base, base[:3], [5]]
-    rng.shuffle(prompts)
-    return prompts
 
 
 def check(layout: Layout, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
@@ -115,18 +69,23 @@ def test_greedy_answers_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("name", sorted(set(LAYOUTS) - set(MAIN_LAYOUTS)))
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    ("seed", "options"),
+    [(0, {"max_step_rows": 50}), (1, {"batch_size": 3, "max_step_rows": 7, "max_cache_bytes": 60_000})],
+    ids=["chunks", "tiny budgets"],
+)
 def test_other_settings_of_an_architecture_give_the_answers_of_transformers(
-    open_layout: OpenLayout, name: str, seed: int
+    open_layout: OpenLayout, name: str, seed: int, options: dict[str, int]
 ) -> None:
     layout = open_layout(name)
-    prompts = mixed_prompts(seed)
-    check(layout, prompts, greedy(layout.engine(max_step_rows=50), prompts, NUM_ANSWER_TOKENS))
+    prompts = mixed_prompts(seed)[:8]
+    check(layout, prompts, greedy(layout.engine(**options), prompts, NUM_ANSWER_TOKENS))
 
 
 @pytest.mark.parametrize("name", ["v3", "v4"])
 def test_oracle_answers_as_transformers_generate_does(open_layout: OpenLayout, name: str) -> None:
     layout = open_layout(name)
+    layout.model.generation_config.eos_token_id = None
     for token_ids in ([5], BASE[:19]):
         ids = torch.tensor([token_ids])
         found = layout.model.generate(
@@ -285,7 +244,11 @@ def test_counters_add_up(open_layout: OpenLayout) -> None:
 
 # A small set of prompts, rich in shared prefixes, so that the oracle has seen most of them.
 CUTS = st.integers(1, 22)
+
+
 TAILS = st.sampled_from([[], [3], [3, 5], [7], random_tokens(9, 11), random_tokens(9, 30)])
+
+
 pooled_prompts = st.builds(
     lambda base, cut, tail: random_tokens(base, cut) + tail, st.sampled_from([20, 21]), CUTS, TAILS
 )
@@ -367,7 +330,11 @@ def wide_reads(monkeypatch: pytest.MonkeyPatch) -> WideReads:
 
 
 DOCUMENTS = [random_tokens(900 + i, 60) for i in range(6)]
+
+
 QUESTIONS = [[*document, *random_tokens(10 * i, 2)] for document in DOCUMENTS for i in range(3)]
+
+
 NUM_DOCUMENT_BYTES = 115_200
 """Of the expanded copies of one document."""
 

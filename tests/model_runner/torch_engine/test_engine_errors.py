@@ -12,7 +12,7 @@ from torch import Tensor
 from moebeam.model_runner.torch_engine.engine import TorchEngine
 from moebeam.model_runner.torch_engine.schedule.sequences import Finished
 from moebeam.schemas.errors import ContextOverflow, EngineFailed, RowError
-from tests.support.checkpoint_layouts import (
+from tests.support.models.checkpoint_layouts import (
     UNSAID_TOKEN,
     VOCAB_SIZE,
     Layout,

@@ -7,16 +7,16 @@ import sys
 
 import pytest
 
-from tests.support.checkpoint_layouts import OpenLayout
+from tests.support.models.checkpoint_layouts import OpenLayout
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.integration
 
 ANSWERS = """
 import json, sys
-from tests.support.out_of_tree_device import NAME, calls
+from tests.support.models.out_of_tree_device import NAME, calls
 from moebeam.model_runner.torch_engine.engine import TorchEngine
-from tests.support.checkpoint_layouts import make_prompts
+from tests.support.models.checkpoint_layouts import make_prompts
 
 def answers(device):
     engine = TorchEngine.load(sys.argv[1], device=device, max_cache_bytes=10**8)

@@ -14,7 +14,7 @@ from torch import Tensor
 from moebeam.model_runner.seeds import derive_seed
 from moebeam.model_runner.torch_engine import sampler
 from moebeam.model_runner.torch_engine.sampler import MAX_VOCAB_SIZE, Draw, multiply_share, sample
-from tests.support.tiny_requests import request_of
+from tests.support.engines.tiny_requests import request_of
 
 vocab_sizes = st.sampled_from([1, 2, 31, 32, 33, 100])
 draws = st.builds(

@@ -23,8 +23,17 @@ from moebeam.model_runner.transformers_engine.runner import load_transformers_ru
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.errors import EngineFailed, EngineLoadError, InvalidGrammar
 from moebeam.schemas.records import Completion, Request, Sampling
-from tests.support.engine_configs import engine_config
-from tests.support.tiny_requests import CANNOT_RUN, END_ID, FIRST_ID, GRAMMAR, SCHEMA, request_of, run_all, texts
+from tests.support.engines.engine_configs import engine_config
+from tests.support.engines.tiny_requests import (
+    CANNOT_RUN,
+    END_ID,
+    FIRST_ID,
+    GRAMMAR,
+    SCHEMA,
+    request_of,
+    run_all,
+    texts,
+)
 
 
 def make_config(path: Path | str, **values: Any) -> EngineConfig:

@@ -13,8 +13,17 @@ from moebeam.model_runner.torch_engine.memory.read_plan import plan_reads
 from moebeam.model_runner.torch_engine.memory.reading import read_shared_keys, write_entries
 from moebeam.model_runner.torch_engine.memory.segments import Columns, SegmentKind
 from moebeam.model_runner.torch_engine.schedule.steps import Step
-from tests.support.checkpoint_layouts import random_tokens
-from tests.support.driven_steps import CPU, Path, make_cache, plain_attention, prompt_lists, run_steps, vector, vectors
+from tests.support.jobs.driven_steps import (
+    CPU,
+    Path,
+    make_cache,
+    plain_attention,
+    prompt_lists,
+    run_steps,
+    vector,
+    vectors,
+)
+from tests.support.models.checkpoint_layouts import random_tokens
 
 NUM_HEADS, WIDTH = 2, 6
 

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from moebeam.model_runner.torch_engine.layers.attention import Merged
 from moebeam.model_runner.torch_engine.memory.cache import RingKind
-from moebeam.model_runner.torch_engine.memory.windows import plan_compression, plan_window
+from moebeam.model_runner.torch_engine.memory.windows import HeadGroup, plan_compression, plan_window
 from moebeam.model_runner.torch_engine.schedule.steps import Step
-from tests.support.driven_steps import CPU, Path, make_cache, plain_attention, prompt_lists, run_steps, vectors
+from tests.support.jobs.driven_steps import CPU, Path, make_cache, plain_attention, prompt_lists, run_steps, vectors
 
 NUM_HEADS, WIDTH = 2, 5
 options = st.fixed_dictionaries(
@@ -29,7 +29,7 @@ def test_rows_attend_to_the_last_positions_of_their_own_path(
         for layer in range(2):
             query = vectors(f"query {layer}", paths, NUM_HEADS * WIDTH).view(len(paths), NUM_HEADS, WIDTH)
             merged = Merged(len(paths), NUM_HEADS, WIDTH, CPU)
-            plan.read(ring, layer, vectors(f"key {layer}", paths, WIDTH), query, merged)
+            plan.read(ring, layer, vectors(f"key {layer}", paths, WIDTH), [HeadGroup(query, merged)])
             for row, path in enumerate(paths):
                 seen = [path[:end] for end in range(max(1, len(path) - size + 1), len(path) + 1)]
                 keys = vectors(f"key {layer}", seen, WIDTH)
@@ -37,7 +37,7 @@ def test_rows_attend_to_the_last_positions_of_their_own_path(
                 torch.testing.assert_close(merged.result()[row], expected, atol=1e-5, rtol=1e-4)
             drawn = Merged(len(step.logit_rows), NUM_HEADS, WIDTH, CPU)
             keys = vectors(f"key {layer}", paths, WIDTH)
-            plan.read_last_rows(ring, layer, keys, query[step.logit_rows], drawn)
+            plan.read_last_rows(ring, layer, keys, [HeadGroup(query[step.logit_rows], drawn)])
             torch.testing.assert_close(drawn.result(), merged.result()[step.logit_rows], atol=1e-5, rtol=1e-4)
 
     run_steps(prompts, cache, read_step, max_tokens=20, **options)

@@ -17,7 +17,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.quantized import dequantize, scale_grid
 from moebeam.schemas.errors import EngineLoadError
-from tests.support.weight_files import (
+from tests.support.models.weight_files import (
     assert_same,
     build_tiny_model,
     read_all,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.schemas.errors import EngineLoadError
-from tests.support.weight_files import (
+from tests.support.models.weight_files import (
     EXPERT_WIDTH,
     HIDDEN_SIZE,
     NUM_EXPERTS,
@@ -260,7 +260,16 @@ def test_a_damaged_file_is_named(content: bytes | None, tmp_path: Path) -> None:
         ({"quant_method": "gptq"}, r'\.quant_method: .*"fp8".*found "gptq"'),
         ({"quant_method": "fp8", "weight_block_size": 128}, r"\.weight_block_size: .*found 128"),
         ({"quant_method": "fp8", "weight_block_size": [128, 0]}, r"\.weight_block_size\.1: .*0"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r'\.quant_algo: .*found "NVFP4"'),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, r'\.quant_algo: .*found "W4A8_AWQ"'),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {}}, r"\.format: .*marlin-24"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"a": {"weights": {"num_bits": 2, "type": "int"}}},
+            },
+            r"\.config_groups\.a\.weights\.num_bits: .*found 2",
+        ),
         ("fp8", ': expected an object or null, found "fp8"'),
     ],
 )
