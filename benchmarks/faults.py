@@ -25,9 +25,9 @@ from typing import Any
 from benchmarks.endpoint_chaos.figures import count_endpoint_faults
 from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
 from moebeam.jobs.run.launch import launch
-from tests.support.disturbed_runs import Tables, Work, tables_of
-from tests.support.faulty_storage import Fault, Outcome, faults_of, operations_of, outcome_of
-from tests.support.killed_runs import WORKERS, KillCount, Victim, kill_series, undisturbed_run
+from tests.support.disturbances.disturbed_runs import Tables, Work, tables_of
+from tests.support.disturbances.faulty_storage import Fault, Outcome, faults_of, operations_of, outcome_of
+from tests.support.disturbances.killed_runs import WORKERS, KillCount, Victim, kill_series, undisturbed_run
 
 # (share of the kills, victims, arguments of the run)
 MIXTURE: tuple[tuple[float, tuple[Victim, ...], tuple[str, ...]], ...] = (

@@ -32,7 +32,7 @@ from moebeam.transforms.answer.budget import BudgetedRunner, ShardBudget, Spendi
 from moebeam.transforms.answer.expectation import Ceiling
 from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.money.price_book import PriceBook
-from tests.support.engine_configs import engine_config
+from tests.support.engines.engine_configs import engine_config
 
 MODEL = "deepseek-v4-flash"
 KEY_VARIABLE = "MOEBEAM_BENCHMARK_KEY"
@@ -52,7 +52,7 @@ def endpoint(*args: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    command = [sys.executable, "-m", "tests.support.fake_endpoint", "--port", str(port), *args]
+    command = [sys.executable, "-m", "tests.support.servers.fake_endpoint", "--port", str(port), *args]
     with subprocess.Popen(command) as served:
         try:
             while True:

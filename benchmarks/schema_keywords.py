@@ -28,7 +28,7 @@ from moebeam.model_runner.grammar.json_grammar import enforceable_schema, json_s
 from moebeam.schemas.canonical import Json, canonical_json
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.errors import EngineFailed, InvalidGrammar, JobFileError, NotJson, RowError
-from tests.support.grammar_sampling import byte_tokenizer, compiler, draw_answers
+from tests.support.models.grammar_sampling import byte_tokenizer, compiler, draw_answers
 
 _FILES = {"if": ["if-then-else"], "$ref": ["ref", "anchor", "defs"], "$dynamicRef": ["dynamicRef"]}
 _FORMATS = "optional/format/*"

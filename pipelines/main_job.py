@@ -45,7 +45,7 @@ def build(pipeline: beam.Pipeline, job: MainJob) -> "beam.PCollection[str]":
     """Wire the whole job; the one element that comes out is the manifest's text."""
     shards: Any
     if job.planned is None:
-        rows = pipeline | "Read" >> ReadPrompts(job.scan, job.columns)
+        rows = pipeline | "Read" >> ReadPrompts(job.scan, job.columns, job.plan.layout)
         duplicates = rows | "FindDuplicates" >> FindDuplicates() if job.has_ids else None
         requests = rows | "Render" >> RenderPrompts(job.render)
         shards = requests | "Plan" >> PlanShards(job.plan, duplicates)

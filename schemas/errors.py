@@ -1,31 +1,30 @@
-"""The error tree of moebeam.
+"""The error tree of moebeam; errors of libraries are mapped to it by type, where they are caught.
 
-    MoebeamError
-    ├── JobError                    stops the job
-    │   ├── JobFileError            exit 2: job file or command
-    │   ├── InputPatternError       exit 2: the input matches no file
-    │   ├── OutputError             exit 2: the output cannot be used
-    │   ├── MissingExtra            exit 2: a package that the job needs is not installed
-    │   ├── ClusterUnavailable      exit 2: the cluster cannot be reached or started
-    │   ├── EngineLoadError         exit 1: the model cannot be loaded
-    │   ├── EngineContractError     exit 1: the engine answered a request twice or without being asked
-    │   ├── EngineUnavailable       exit 1: no provider of a remote engine can answer now
-    │   ├── CommitError             exit 1: durable state is missing or contradicts itself
-    │   ├── PipelineFailed          exit 1: a step failed on a worker
-    │   └── JobInterrupted          exit 4: stopped by a signal or a budget, can be resumed
-    │       └── RunStopped          the same of `run_job`, with what was answered
-    └── RowError                    a row's problem; becomes a reject, never leaves a stage as an exception
-        ├── read      UnreadableFile, UnreadableRowGroup, RowCountMismatch, InvalidLine,
-        │             UnsupportedRequest, InvalidId, InvalidValue
-        ├── render    TemplateFailed, TemplateBudgetExceeded, NullValue, InvalidMessages,
-        │             InvalidSampling, InvalidTools, InvalidResponseFormat, ContextOverflow
-        ├── plan      DuplicateId
-        ├── run       EngineFailed, EngineCrashed, RequestGivenUp, EngineOverloaded, EngineTimeout, ContentRefused,
-        │             RequestRefused, MalformedResponse
-        └── validate  AnswerInterrupted, EmptyAnswer, TruncatedAnswer, NotJson, SchemaViolation, ModelRejected,
-                      MalformedToolCall, MissingToolCall, ToolArgumentsInvalid
-
-Third-party errors are mapped to this tree by type, where they are caught.
+MoebeamError
+├── JobError                    stops the job
+│   ├── JobFileError            exit 2: job file or command
+│   ├── InputPatternError       exit 2: the input matches no file
+│   │   └── InputChanged        exit 2: a file of the input changed while it was read
+│   ├── OutputError             exit 2: the output cannot be used
+│   ├── MissingExtra            exit 2: a package that the job needs is not installed
+│   ├── ClusterUnavailable      exit 2: the cluster cannot be reached or started
+│   ├── EngineLoadError         exit 1: the model cannot be loaded
+│   ├── EngineContractError     exit 1: the engine answered a request twice or without being asked
+│   ├── EngineUnavailable       exit 1: no provider of a remote engine can answer now
+│   ├── CommitError             exit 1: durable state is missing or contradicts itself
+│   ├── PipelineFailed          exit 1: a step failed on a worker
+│   └── JobInterrupted          exit 4: stopped by a signal or a budget, can be resumed
+│       └── RunStopped          the same of `run_job`, with what was answered
+└── RowError                    a row's problem; becomes a reject, never leaves a stage as an exception
+    ├── read      UnreadableFile, UnreadableRowGroup, RowCountMismatch, InvalidLine,
+    │             UnsupportedRequest, InvalidId, InvalidValue
+    ├── render    TemplateFailed, TemplateBudgetExceeded, NullValue, InvalidMessages,
+    │             InvalidSampling, InvalidTools, InvalidResponseFormat, ContextOverflow
+    ├── plan      DuplicateId
+    ├── run       EngineFailed, EngineCrashed, RequestGivenUp, EngineOverloaded, EngineTimeout, ContentRefused,
+    │             RequestRefused, RedirectRefused, MalformedResponse, ResponseTooLarge
+    └── validate  AnswerInterrupted, EmptyAnswer, TruncatedAnswer, NotJson, SchemaViolation, ModelRejected,
+                  MalformedToolCall, MissingToolCall, ToolArgumentsInvalid
 """
 
 from collections.abc import Mapping
@@ -43,8 +42,8 @@ class MoebeamError(Exception):
 class JobError(MoebeamError):
     """A problem that stops the whole job.
 
-    `account` is what the run had paid by then, by state, as `--json` prints it; None where nothing was asked, or where
-    nobody knows.
+    Attributes:
+        account: what the run had paid by then, by state, as `--json` prints it; None where nobody knows.
     """
 
     exit_code: ClassVar[int] = 1
@@ -61,6 +60,10 @@ class InputPatternError(JobError):
     """The input path or pattern names no file that could be read."""
 
     exit_code = 2
+
+
+class InputChanged(InputPatternError):
+    """A file of the input is no longer what the run began with; rows of two states of a file are never mixed."""
 
 
 class OutputError(JobError):
@@ -90,10 +93,7 @@ class EngineContractError(JobError):
 
 
 class EngineUnavailable(JobError):
-    """No provider of a remote engine can answer now: a wrong key or address, no balance, or an outage.
-
-    Unanswered requests do not become rejects; the next start of the run sends them.
-    """
+    """No provider of a remote engine can answer now; unanswered requests are no rejects, the next start sends them."""
 
 
 class CommitError(JobError):
@@ -306,6 +306,19 @@ class MalformedResponse(RowError):
 
     error_type = "malformed_response"
     retryable = True
+
+
+class ResponseTooLarge(RowError):
+    """The provider's response has more bytes than an answer to the request can need."""
+
+    error_type = "response_too_large"
+    retryable = True
+
+
+class RedirectRefused(RowError):
+    """The provider sends the request to another address, which the job does not name."""
+
+    error_type = "redirect_refused"
 
 
 class AnswerInterrupted(RowError):

@@ -1,6 +1,8 @@
 """What several folders of tests share."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -10,9 +12,26 @@ import pytest
 # for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Machines are shared: how long one example takes says nothing.
-hypothesis.settings.register_profile("moebeam", deadline=None)
+# Machines are shared: how long one example takes says nothing. MOEBEAM_TEST_EXAMPLES searches longer.
+hypothesis.settings.register_profile(
+    "moebeam", deadline=None, max_examples=int(os.environ.get("MOEBEAM_TEST_EXAMPLES", "30"))
+)
 hypothesis.settings.load_profile("moebeam")
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of the garbage collection what the tests import: torch and Beam are millions of objects."""
+    if "apache_beam" in sys.modules:
+        from tests.support.quick_beam import remember_what_beam_inspects
+
+        remember_what_beam_inspects()
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Let the process end in order: libraries tell of objects that are left."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +43,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     import torch
 
-    from tests.support.checkpoints import save_tiny_checkpoint
+    from tests.support.models.checkpoints import save_tiny_checkpoint
 
     torch.set_num_threads(1)
     return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))

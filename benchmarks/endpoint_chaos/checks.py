@@ -18,6 +18,7 @@ from benchmarks.endpoint_chaos.play import Play, PlayedRun, Problem, ProblemKind
 from benchmarks.endpoint_chaos.questions import MAX_PRICE, is_refused
 from benchmarks.endpoint_chaos.script import CUTTING_OUTAGES, OUTAGES, PATIENCE_S
 from benchmarks.endpoint_chaos.server_log import ServedCall
+from moebeam.schemas.errors import RequestGivenUp
 
 Rows: TypeAlias = Mapping[int, Mapping[str, Any]]
 
@@ -34,8 +35,7 @@ class Findings:
     """What was found wrong, and the figures of the table.
 
     Attributes:
-        num_paid_twice: answers of a row beyond its first; `..._at_kills` of them were in flight at a SIGKILL, the
-            others stand in the tables as wasted or lost.
+        num_paid_twice: answers of a row beyond its first; all of them stand in the tables as wasted or lost.
         late_calls_s: seconds after the first signal at which the last new call of a run came, where one came.
         views: how many were compared after each run.
         excess: of a budget's end: spending beyond the limit, as a share of the stated bound.
@@ -45,7 +45,6 @@ class Findings:
     num_calls: int = 0
     num_answers: int = 0
     num_paid_twice: int = 0
-    num_paid_twice_at_kills: int = 0
     num_lost_calls: int = 0
     num_wrong_rejects: int = 0
     views: list[int] = field(default_factory=list[int])
@@ -167,7 +166,8 @@ def _check_payments(played: Play, found: Findings) -> None:
     lost: Counter[int] = Counter()
     for line in pq.read_table(played.output / "ledger").to_pylist():
         lost[line["source_row"]] += line["num_lost_calls"] or 0
-        lines[line["source_row"]] += 1
+        # What was given up, or in flight at a kill, has a line for its lost call alone.
+        lines[line["source_row"]] += line.get("error_type") != RequestGivenUp.error_type
     found.num_lost_calls = lost.total()
     served: dict[int, list[ServedCall]] = defaultdict(list)
     for call in played.log.calls.values():
@@ -178,21 +178,19 @@ def _check_payments(played: Play, found: Findings) -> None:
             continue
         num_whole = sum(call.how == "answered" for call in calls)
         num_perhaps = sum(call.how in BILLED_PERHAPS or call.ended_at is None for call in calls)
-        num_forgotten = sum(_count_forgotten(run, calls) for run in played.runs)
         num_told = lines[row] + lost[row]
         found.num_paid_twice += max(0, num_whole - 1)
-        found.num_paid_twice_at_kills += min(max(0, num_whole - 1), max(0, num_whole + num_perhaps - num_told))
-        if num_whole + num_perhaps > num_told + num_forgotten:
+        if num_whole + num_perhaps > num_told:
             found.add(
                 "payments",
-                f"row {row}: the server gave {num_whole} answers and {num_perhaps} that may be billed, {num_forgotten} "
-                f"of them in flight at a SIGKILL; the ledger has {lines[row]} lines and {lost[row]} lost calls; "
-                f"{_tell_calls(played, calls)}",
+                f"row {row}: the server gave {num_whole} answers and {num_perhaps} that may be billed; the ledger has "
+                f"{lines[row]} lines and {lost[row]} lost calls; {_tell_calls(played, calls)}",
             )
         num_unseen += max(0, num_told - num_whole - num_perhaps)
-    # A request that was sent as its connection was cut is rightly lost for the client; the server never read it. A
-    # canary asks for one row and is a lost call of another.
+    # A request that was sent as its connection was cut is rightly lost for the client; the server never read it. So is
+    # one that was journaled when its process was killed. A canary asks for one row and is a lost call of another.
     num_cuts = sum(kind in CUTTING_OUTAGES for kind in played.log.kinds.values())
+    num_cuts += sum(run.exit_code == -signal.SIGKILL for run in played.runs)
     num_canaries = sum(call.how == "canary" for call in played.log.calls.values())
     if num_unseen > num_cuts * played.script.max_concurrency + num_canaries:
         found.add(
@@ -200,17 +198,6 @@ def _check_payments(played: Play, found: Findings) -> None:
         )
     if missing := [row for row in lines if lines[row] and not served.get(row)]:
         found.add("payments", f"rows {missing} have ledger lines, and the server was not asked")
-
-
-def _count_forgotten(run: PlayedRun, calls: list[ServedCall]) -> int:
-    """Calls of a row that a SIGKILL made a run forget: those of a request that was not answered yet."""
-    if run.exit_code != -signal.SIGKILL:
-        return 0
-    own = [call for call in calls if run.started_at < call.arrived_at < run.ended_at]
-    killed_at = run.signalled_at or run.ended_at
-    if any(call.how == "answered" and call.ended_at and call.ended_at < killed_at - GRACE_S for call in own):
-        return 0
-    return sum(call.how == "answered" or call.how in BILLED_PERHAPS or call.ended_at is None for call in own)
 
 
 def _tell_calls(played: Play, calls: list[ServedCall]) -> str:

@@ -99,7 +99,6 @@ def tell_figures(scripts: Sequence[JudgedScript], elapsed_s: float) -> list[Figu
     late_s = [seconds for one in found for seconds in one.late_calls_s]
     excess = [share for one in found for share in one.excess]
     short = [number for one in found for number in one.num_requests_short]
-    twice, at_kills = (sum(getattr(one, name) for one in found) for name in _TWICE)
     views = [number for one in found for number in one.views if number]
     return [
         Figure("scripts, rows", f"{len(scripts)}, {sum(script.num_rows for script in scripts):,}"),
@@ -108,10 +107,7 @@ def tell_figures(scripts: Sequence[JudgedScript], elapsed_s: float) -> list[Figu
         Figure("what the server did", _tell_counts(kinds)),
         Figure("what ended the runs", _tell_counts(by_stop)),
         Figure("rows rejected for the provider's fault", str(_sum(found, "num_wrong_rejects")), "0"),
-        Figure(
-            "answers paid twice",
-            f"{twice}: {at_kills} in flight at a SIGKILL, {twice - at_kills} in the ledger as lost or wasted",
-        ),
+        Figure("answers paid twice, in the ledger as wasted or lost", str(_sum(found, "num_paid_twice"))),
         Figure("rows paid twice, or paid and not told", str(problems["payments"]), "0"),
         Figure("lost calls in the ledger", f"{_sum(found, 'num_lost_calls'):,}"),
         Figure("views compared", f"{sum(views):,} after {len(views):,} runs; {problems['views']} differences", "0"),
@@ -124,9 +120,6 @@ def tell_figures(scripts: Sequence[JudgedScript], elapsed_s: float) -> list[Figu
         Figure("runs that ended otherwise than they should", str(problems["ends"]), "0"),
         Figure("minutes", f"{elapsed_s / 60:.1f}"),
     ]
-
-
-_TWICE = ("num_paid_twice", "num_paid_twice_at_kills")
 
 
 def _sum(found: Iterable[Findings], name: str) -> int:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.endpoint_chaos.questions import MAX_TOKENS, question
-from tests.support.jobs_for_tests import write_parquet, write_sections
-from tests.support.remote_jobs import KEY_VARIABLE, MODEL, PRICES
+from tests.support.jobs.jobs_for_tests import write_parquet, write_sections
+from tests.support.jobs.remote_jobs import KEY_VARIABLE, MODEL, PRICES
 
 
 def write_questions(folder: Path, num_rows: int) -> None:

@@ -22,9 +22,9 @@ from benchmarks.endpoint_chaos.script import MAX_SAME_REFUSALS, Script, StoppedR
 from benchmarks.endpoint_chaos.server import NAME_UNKNOWN, SCRIPT, certificates_in
 from benchmarks.endpoint_chaos.server_log import ServerLog, served
 from benchmarks.endpoint_chaos.views import Account, find_differences, read_status_account, read_views
-from tests.support.killed_runs import kill
+from tests.support.disturbances.killed_runs import kill
+from tests.support.jobs.remote_jobs import KEY, KEY_VARIABLE
 from tests.support.paths import ROOT
-from tests.support.remote_jobs import KEY, KEY_VARIABLE
 
 HANG_S = 240.0
 """Beyond the outages of a script, after which a run counts as hung."""

@@ -6,7 +6,7 @@ An answer depends on its row alone, so that however a run was disturbed its tabl
 from decimal import Decimal
 from typing import Any
 
-from tests.support.fake_endpoint import deepseek, with_usage
+from tests.support.servers.fake_endpoint import deepseek, with_usage
 
 MAX_TOKENS = 256
 MAX_PROMPT_TOKENS = 600

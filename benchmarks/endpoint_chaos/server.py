@@ -19,7 +19,7 @@ from typing import Any, Self
 from benchmarks.endpoint_chaos.certificates import Certificates
 from benchmarks.endpoint_chaos.questions import find_answer, is_refused, row_of
 from benchmarks.endpoint_chaos.script import MAX_TROUBLES_A_ROW, Phase, Script
-from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, as_events, error
+from tests.support.servers.fake_endpoint import Call, FakeEndpoint, Reply, as_events, error
 
 LOG, SCRIPT, NAME_UNKNOWN = "calls.jsonl", "script.json", "name-unknown"
 

@@ -11,12 +11,13 @@ from moebeam.jobs.check.engine_config import CheckedEngine, thinks
 from moebeam.model_runner.checkpoint.parameter_warnings import parameter_warnings
 from moebeam.model_runner.checkpoint.strict_tools import strict_tool_problems
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
+from moebeam.model_runner.fence.fenced_schema import vet_schema
 from moebeam.model_runner.openai_engine.options import OpenAIOptions
 from moebeam.schemas.chat_options import ChatOptions, ResponseFormat, Tool, ToolChoice, parse_tool_choice, parse_tools
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.contract.output_type import OutputType, output_type
 from moebeam.schemas.contract.strict_json import parse_json
-from moebeam.schemas.errors import JobFileError, RowError
+from moebeam.schemas.errors import InvalidGrammar, JobFileError, RowError
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store import storage
 from moebeam.transforms.answer.grammar_cache import GrammarCache
@@ -36,7 +37,7 @@ def answer_schema(job: Job) -> AnswerSchema | None:
         raise JobFileError(
             f"[output] response_format: expected `auto` beside `schema`, found {section.response_format!r}"
         )
-    return AnswerSchema.load(section.schema_, section.formats, job.folder)
+    return AnswerSchema.load(section.schema_, section.formats, job.folder, vet=vet_schema)
 
 
 def answer_options(job: Job, schema: AnswerSchema | None) -> ChatOptions:
@@ -85,7 +86,7 @@ def answer_terms(job: Job, options: ChatOptions, schema: AnswerSchema | None) ->
     Raises:
         JobFileError: a tool's parameters cannot be compiled.
     """
-    terms = TermsCache(options, schema, job.output.formats)
+    terms = TermsCache(options, schema, job.output.formats, job.prompt.max_template_s)
     try:
         terms.find(None)
     except RowError as error:
@@ -112,7 +113,11 @@ def terms_warnings(job: Job, checked: CheckedEngine, terms: TermsCache) -> Itera
             yield f"tool {tool.name!r} is strict, and DeepSeek's API would refuse it: {'; '.join(problems)}"
     is_constrained = engine.options.is_constrained and job.output.constrain == "auto"
     if is_constrained and isinstance(encoder, PromptEncoder):
-        built = GrammarCache(encoder).build(terms.find(None), starts_in_reasoning=thinking)
+        try:
+            built = GrammarCache(encoder).build(terms.find(None), starts_in_reasoning=thinking)
+        except InvalidGrammar as error:
+            yield f"{job.output.schema_ or '[tools]'}: answers are not held to it while they are decoded: {error}"
+            return
         for relaxed in built.relaxed if built is not None else ():
             yield (
                 f"{job.output.schema_ or '[tools]'}: {relaxed.keyword} at {relaxed.pointer or '/'} is not enforced "

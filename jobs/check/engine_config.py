@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from moebeam.jobs.check.default_checkpoint import CHECKPOINT_PATH
+from moebeam.model_runner.checkpoint.fenced_tokenizer import try_tokenizer
 from moebeam.model_runner.checkpoint.files import compute_checkpoint_revision
 from moebeam.model_runner.checkpoint.model_limits import find_limits
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
@@ -21,6 +22,7 @@ from moebeam.schemas.errors import EngineLoadError, JobFileError
 from moebeam.schemas.job.model import ModelSection
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.prices import PriceLine, PriceMode, find_tier_mode
+from moebeam.schemas.redaction.known_secrets import learn_secret
 from moebeam.transforms.money.price_book import PriceBook
 
 EMBEDDED_NAME = "moebeam-tickets-v4"
@@ -64,6 +66,8 @@ def _local_engine(section: ModelSection) -> CheckedEngine:
     default_name = EMBEDDED_NAME if section.path is None else path.rstrip("/").rpartition("/")[2]
     # Read first: their errors name the file and the field.
     section.check_files(path)
+    if section.path is not None:
+        try_tokenizer(path)
     encoder = PromptEncoder.load(path, section.encoding, section.max_model_len)
     if section.has_weights:
         encoder.end_token_ids()
@@ -108,7 +112,10 @@ def _remote_engine(section: OpenAIOptions, *, needs_key: bool) -> CheckedEngine:
         if section.mode == "batch" and not profile.has_batches:
             raise JobFileError(f"{where} mode: expected a provider with batches, found {profile.name!r}")
         needs_one = named.api_key_variable is not None or not is_free
-        if needs_key and needs_one and not os.environ.get(variable, "").strip():
+        key = os.environ.get(variable, "").strip()
+        # What workers say is shown here.
+        learn_secret(key)
+        if needs_key and needs_one and not key:
             raise JobFileError(
                 f"{where}: expected the key of provider {profile.name!r} in the environment variable {variable}, "
                 "found none"
@@ -116,6 +123,8 @@ def _remote_engine(section: OpenAIOptions, *, needs_key: bool) -> CheckedEngine:
     for key, found in (("fallbacks", section.fallbacks), ("routes", section.routes)):
         if section.mode == "batch" and found:
             raise JobFileError(f"[model] {key}: expected none in mode 'batch', whose batches lie at one provider")
+    if section.path is not None:
+        try_tokenizer(section.path)
     revision = compute_checkpoint_revision(section.path) if section.path is not None else ""
     config = EngineConfig(section, section.path or "", section.name, revision)
     return CheckedEngine(config, load_encoder(config.path, section.encoding, config.name, section.max_model_len))

@@ -28,6 +28,7 @@ from moebeam.jobs.console.console import (
     Quiet,
     format_json_line,
     make_failure_answer,
+    open_closed_streams,
     print_error,
     run_and_report,
     stderr_console,
@@ -87,6 +88,7 @@ def main() -> NoReturn:
     # Registered first, it runs after all other exit handlers, in place of the interpreter's teardown, which takes 1 to
     # 2 s to free what Beam and torch have loaded.
     atexit.register(end)
+    open_closed_streams()
     exit_code = run_command(sys.argv[1:])
     if any(thread.name == PIPELINE_THREAD and thread.is_alive() for thread in threading.enumerate()):
         # A normal exit would wait for Beam's worker threads to finish their bundles.
@@ -105,6 +107,10 @@ def run_command(args: Sequence[str]) -> int:
         if "--json" in args:
             print(format_json_line(make_failure_answer(EXIT_WRONG_JOB, message)))
         return EXIT_WRONG_JOB
+    except OSError as error:
+        # A command maps its own: this is of the help or the version, which go to standard output as they are.
+        print_error(stderr_console(), f"standard output: {error}")
+        return EXIT_FAILED
     return exit_code if isinstance(exit_code, int) else 0
 
 

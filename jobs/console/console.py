@@ -21,6 +21,8 @@ from rich.text import Text
 from moebeam.jobs.console.paid_line import format_paid
 from moebeam.jobs.console.summary import EXIT_FAILED, EXIT_STOPPED
 from moebeam.schemas.errors import JobError
+from moebeam.schemas.redaction.guard_logs import guard_logs
+from moebeam.schemas.redaction.hide import hide_in_message
 
 Answer = Mapping[str, object]
 
@@ -55,7 +57,7 @@ def run_and_report(work: Callable[[Console], tuple[int, Answer]], *, is_json: bo
             hint = "" if is_debug else "\nThis is not expected; --debug shows where it happened."
             print_error(console, f"{message}{hint}", error if is_debug else None)
         if is_json:
-            print(format_json_line(answer), file=stdout, flush=True)
+            exit_code = _print_answer(console, stdout, answer, exit_code)
     if is_killed:
         # A normal exit would wait for Beam's worker threads to finish their bundles.
         sys.stderr.flush()
@@ -63,10 +65,40 @@ def run_and_report(work: Callable[[Console], tuple[int, Answer]], *, is_json: bo
     raise typer.Exit(exit_code)
 
 
+def _print_answer(console: Console, stdout: TextIO, answer: Answer, exit_code: int) -> int:
+    """Print the JSON line; returns the exit code, which is a failure if the line is lost and somebody waits for it."""
+    try:
+        print(format_json_line(answer), file=stdout, flush=True)
+    except BrokenPipeError:
+        _drop(stdout)
+    except OSError as error:
+        _drop(stdout)
+        print_error(console, f"standard output: the JSON line cannot be written: {error}")
+        return exit_code or EXIT_FAILED
+    return exit_code
+
+
+def _drop(stream: TextIO) -> None:
+    """Let what a stream still holds go nowhere, else it would be written, and fail, again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def open_closed_streams() -> None:
+    """Open standard streams that were closed before the start, so that no file of the run takes their place."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest that is free: this one.
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "r" if name == "stdin" else "w", closefd=False))
+
+
 def make_failure_answer(exit_code: int, message: str, account: Mapping[str, object] | None = None) -> Answer:
     """The JSON answer of a command that failed or was stopped; `account` is what its run has paid, if it is known."""
     status = "incomplete" if exit_code == EXIT_STOPPED else "failed"
-    answer = {"status": status, "exit_code": exit_code, "error": message}
+    answer = {"status": status, "exit_code": exit_code, "error": hide_in_message(message)}
     return answer if account is None else {**answer, "account": account}
 
 
@@ -85,14 +117,16 @@ class _StderrConsole(Console):
 
 def stderr_console() -> Console:
     """A console on standard error."""
-    return _StderrConsole(stderr=True)
+    # Bound to what it is now: libraries that print to standard error may be sent elsewhere.
+    return _StderrConsole(file=sys.stderr, stderr=True)
 
 
 def print_error(console: Console, message: str, error: BaseException | None = None) -> None:
     """Print an error, with its traceback if `error` is given."""
     if error is not None:
-        console.print("".join(traceback.format_exception(error)), soft_wrap=True, markup=False, highlight=False)
-    first, _, rest = message.partition("\n")
+        trace = hide_in_message("".join(traceback.format_exception(error)))
+        console.print(trace, soft_wrap=True, markup=False, highlight=False)
+    first, _, rest = hide_in_message(message).partition("\n")
     console.print(Text.assemble(("error: ", "bold red"), (first, "red")), soft_wrap=True)
     if rest:
         console.print(Text(rest), soft_wrap=True)
@@ -124,6 +158,7 @@ def _clean_stdout() -> Generator[TextIO]:
 @contextmanager
 def logging_to(console: Console, *, is_debug: bool) -> Generator[None]:
     """Show log records as lines above the progress bar: warnings, and with `is_debug` everything from INFO on."""
+    guard_logs()
     root = logging.getLogger()
     handler = _ConsoleHandler(console, is_debug=is_debug)
     level = root.level

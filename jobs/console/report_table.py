@@ -6,6 +6,7 @@ output escapes them in its own way; numbers stay numbers.
 
 import csv
 import io
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -33,7 +34,8 @@ _ARROW: Mapping[Kind, pa.DataType] = {
     "share": pa.float64(),
     "number": pa.float64(),
 }
-_FORMULA_MARKS = ("=", "+", "-", "@", "\t", "\r", "\n")
+_FORMULA_MARKS = frozenset("=+-@|\N{MINUS SIGN}")
+_BREAKS = ("\t", "\r", "\n")
 _TEMPLATES = Path(__file__).parent / "templates"
 _MAX_SHOWN_ROWS = 40
 _MAX_WIDTH = 1000
@@ -89,7 +91,10 @@ def _csv_cell(cell: Cell) -> str:
 
 
 def _inert(text: str) -> str:
-    return f"'{text}" if text.startswith(_FORMULA_MARKS) else text
+    """Text that no spreadsheet computes: some pass over what is not seen, and take the wide forms for the marks."""
+    seen = next((letter for letter in text if letter.isprintable() and not letter.isspace()), "")
+    is_formula = bool(_FORMULA_MARKS.intersection(unicodedata.normalize("NFKC", seen)[:1]))
+    return f"'{text}" if is_formula or text.startswith(_BREAKS) else text
 
 
 def encode_parquet(table: ReportTable) -> bytes:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from moebeam.model_runner.python_process import python_environment
 from moebeam.schemas.errors import JobInterrupted
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def _watched(drain_s: float, output: str | None) -> Generator[int | None]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_paths())},
+            env=python_environment(),
         )
     except OSError as error:
         _LOGGER.debug("no watchdog: %s", error)
@@ -179,7 +180,3 @@ def _watchdog_command() -> Iterator[str]:
     yield from (sys.executable, "-I", "-S", str(Path(__file__).with_name("stop_watchdog.py")))
     found = find_spec("psutil")
     yield str(Path(found.origin).parent.parent) if found is not None and found.origin else ""
-
-
-def _import_paths() -> list[str]:
-    return [str(Path(path).resolve()) if path else os.getcwd() for path in sys.path]

@@ -107,7 +107,7 @@ class Watchdog:
         self._end_workers(0.0)
         if self._output:
             name = signal.Signals(self._first).name
-            command = [sys.executable, "-c", _NOTE, self._output, f"stopped by {name}; {why}"]
+            command = [sys.executable, "-P", "-c", _NOTE, self._output, f"stopped by {name}; {why}"]
             subprocess.run(command, timeout=_NOTE_TIMEOUT_S, check=False, stderr=subprocess.DEVNULL)
 
     def _end_workers(self, grace_s: float) -> None:

@@ -26,6 +26,8 @@ _STATUS_CODES: Mapping[str, int] = {
     "answer_interrupted": 503,
     "engine_timeout": 504,
     "malformed_response": 502,
+    "response_too_large": 502,
+    "redirect_refused": 502,
 }
 """Error type -> HTTP status of a response without an answer; 500 for all others."""
 

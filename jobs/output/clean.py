@@ -139,7 +139,7 @@ def clean(plan: CleanPlan) -> None:
             storage.remove_files(removal.paths)
         layout = RunLayout(plan.output)
         states = (layout.staging, layout.sorted_runs, layout.leases, layout.progress, layout.journal, layout.frames)
-        for folder in (*states, launchers_folder(layout)):
+        for folder in (*states, layout.logs, launchers_folder(layout)):
             if not _list_files(folder):
                 storage.remove_tree(folder)
     except OSError as error:
@@ -158,6 +158,7 @@ def _find_leftovers(layout: RunLayout, *, is_complete: bool) -> Iterator[Removal
         yield _make_removal("sorted runs of the plan", _list_files(layout.sorted_runs))
     yield _make_removal("leases", _list_files(layout.leases))
     yield _make_removal("heartbeats", [*_list_files(layout.progress), *_list_files(launchers_folder(layout))])
+    yield _make_removal("logs of worker processes", _list_files(layout.logs))
     if is_complete:
         yield _make_removal("records of waste, whose lines are in the ledger", _list_files(waste_folder(layout)))
     temporaries = [entry for path in passing_files(layout) for entry in _list_files(path)]

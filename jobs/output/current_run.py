@@ -100,21 +100,37 @@ def read_current_run(layout: RunLayout) -> CurrentRun:
         CommitError: a record or table is missing or damaged.
         OSError: the store failed.
     """
-    manifest = read_manifest(layout)
-    if not is_current(manifest, layout) and not find_signs_of_life(layout).is_alive:
-        try:
-            republish(layout)
-        except FileDamaged:
-            raise
-        except (OSError, CommitError):
-            pass  # what it cannot publish it can still say
-        manifest = read_manifest(layout)
+    manifest = bring_up_to_date(layout)
     if manifest is not None and is_current(manifest, layout):
         return CurrentRun(layout, manifest, RunAccount.from_manifest(manifest), is_published=True)
     account = read_live_account(layout)
     outline = outline_manifest(layout, account)
     told = manifest if outline is None else {**(manifest or {}), **outline}
+    if manifest is not None and told is not None and manifest["status"] == "complete":
+        told["status"] = "complete"
     return CurrentRun(layout, told, account, is_published=False)
+
+
+def bring_up_to_date(layout: RunLayout) -> dict[str, Any] | None:
+    """The manifest, once all that is committed and journaled is published, unless somebody is at work.
+
+    A complete run is not exempt: who woke up beside it may have journaled paid answers after its manifest was written.
+
+    Raises:
+        OutputError: the manifest is damaged.
+        FileDamaged: a record or table is damaged.
+        OSError: the store failed.
+    """
+    manifest = read_manifest(layout)
+    if is_current(manifest, layout) or find_signs_of_life(layout).is_alive:
+        return manifest
+    try:
+        republish(layout, is_complete=manifest is not None and manifest["status"] == "complete")
+    except FileDamaged:
+        raise
+    except (OSError, CommitError):
+        pass  # what it cannot publish it can still say
+    return read_manifest(layout)
 
 
 def read_live_account(layout: RunLayout) -> RunAccount:

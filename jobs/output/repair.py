@@ -30,7 +30,7 @@ from moebeam.transforms.answer.waste import waste_folder
 from moebeam.transforms.durable.commit import list_committed_shards, open_committed, read_commit
 from moebeam.transforms.durable.journal_file import list_journaled_shards, read_journal
 from moebeam.transforms.plan.mend_plan import mend_record, set_plan_aside
-from moebeam.transforms.publish.manifest import publish_shard
+from moebeam.transforms.publish.manifest import mend_views, publish_shard, views_path
 
 _MADE = "made again"
 _ASIDE = "set aside"
@@ -111,7 +111,7 @@ def _read_json(path: str) -> object:
 
 def _set_aside(layout: RunLayout, path: str) -> None:
     name = layout.relative(path).replace("/", "~")
-    storage.copy_whole(path, storage.join(layout.state, "damaged", name))
+    storage.copy_whole(path, storage.join(layout.damaged, name))
     storage.remove_files([path])
 
 
@@ -134,6 +134,8 @@ def _repair_records(layout: RunLayout) -> Iterator[Repaired]:
         yield Repaired(layout.job, _LEFT, "moebeam run JOB.toml, with the job of this run, writes it again")
     if not _is_whole(lambda: _read_json(layout.publish_record)):
         yield Repaired(layout.publish_record, _LEFT, "the next launch writes it again", needs_launch=True)
+    elif mend_views(layout):
+        yield Repaired(views_path(layout), _MADE, "from the run's record")
     path = input_record_path(layout)
     if not _is_whole(lambda: _read_json(path)):
         _set_aside(layout, path)
@@ -204,7 +206,7 @@ def _answer_again(layout: RunLayout, shard: str, path: str) -> Repaired:
         published = layout.published_file(table, shard)
         if storage.exists(published):
             _set_aside(layout, published)
-    num_kept = len(read_journal(layout, shard).entries)
+    num_kept = sum(entry.is_answer for entry in read_journal(layout, shard).entries)
     kept = (
         f"{num_kept} of its answers are in its journal and not paid again" if num_kept else "its model is asked again"
     )

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from moebeam.schemas.canonical import Json, fingerprint
-from moebeam.schemas.errors import FileDamaged, InputPatternError, JobFileError, OutputError
+from moebeam.schemas.errors import FileDamaged, InputChanged, InputPatternError, JobFileError, OutputError
 from moebeam.schemas.job.sections import InputSection, Job
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.record_json import decode_record, encode_record
@@ -26,6 +26,7 @@ from moebeam.schemas.store.run_layout import RunLayout, find_frame_digest
 from moebeam.schemas.store.sealed_json import unseal_json
 from moebeam.transforms.answer.reuse import ReuseSource
 from moebeam.transforms.plan.plan_record import read_plan
+from moebeam.transforms.read.claimed_file import check_claim
 from moebeam.transforms.read.input_files import files_fingerprint, identify_files
 from moebeam.transforms.read.input_scan import InputFormat, InputScan, InputUnit
 
@@ -229,7 +230,7 @@ def save_input(layout: RunLayout, request: RunRequest, scan: InputScan) -> None:
     """Save the scan, unless an earlier attempt did.
 
     Raises:
-        InputPatternError: the input has changed since the scan.
+        InputChanged: the input has changed since the scan.
         OutputError: the folder cannot be written.
     """
     if read_input_record(layout) is not None:
@@ -237,7 +238,12 @@ def save_input(layout: RunLayout, request: RunRequest, scan: InputScan) -> None:
     section, is_retry = request.job.input, request.retry_of is not None
     files = {} if is_retry else identify_files(section)
     if not is_retry and files_fingerprint(files) != scan.fingerprint:
-        raise InputPatternError(f"[input] path {section.shown_path}: files changed during the check; run again")
+        for path, claim in {unit.path: unit.claim for unit in scan.units}.items():
+            check_claim(path, claim)
+        raise InputChanged(
+            f"[input] path {section.shown_path}: expected the {scan.num_files:,} files that were checked, found files "
+            "added, removed or changed since; run again once nothing writes there"
+        )
     record = InputRecord.from_scan(scan, section, request.limit, files)
     try:
         storage.write_whole(input_record_path(layout), encode_record(record))

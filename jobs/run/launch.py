@@ -11,15 +11,18 @@ import apache_beam as beam
 
 from moebeam.jobs.check.beam_options import parse_beam_options, runs_here
 from moebeam.jobs.check.preflight import CheckedJob, check_job
+from moebeam.jobs.check.process_limits import check_process_limits
 from moebeam.jobs.check.reuse import save_fences
 from moebeam.jobs.console.signals import StopSignal
 from moebeam.jobs.console.summary import ProgressSnapshot, RunSummary
 from moebeam.jobs.deploy.dataflow.dataflow_options import complete_dataflow_options
 from moebeam.jobs.deploy.dataflow.job_template import summarize_template, template_location, write_template
 from moebeam.jobs.deploy.job_service import prepare_job_service
+from moebeam.jobs.output.current_run import bring_up_to_date
 from moebeam.jobs.output.frame_record import check_frame
 from moebeam.jobs.output.run_record import RetryOf, RunRecord, save_input
 from moebeam.jobs.output.run_state import RunWatch, announce_presence, read_manifest, remove_dead_launchers
+from moebeam.jobs.run.local_runner import find_logs_folder, keeping_threads_output, make_local_runner
 from moebeam.jobs.run.main_job import make_main_job
 from moebeam.jobs.run.pipeline_thread import PipelineThread
 from moebeam.jobs.run.retry_failed import write_retry_plan
@@ -28,6 +31,8 @@ from moebeam.model_runner.protocol import require_packages
 from moebeam.pipelines.main_job import build
 from moebeam.schemas.errors import FileDamaged, JobInterrupted, OutputError, PipelineFailed
 from moebeam.schemas.job.sections import Job
+from moebeam.schemas.redaction.guard_logs import guard_logs
+from moebeam.schemas.redaction.known_secrets import learn_environment
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.reuse import ReuseSource
@@ -48,7 +53,7 @@ from moebeam.transforms.publish.publish_spec import save_spec
 from moebeam.transforms.read.input_scan import InputScan
 
 POLL_S = 0.25
-LOST_WORKER_S = 15.0
+LOST_WORKER_S = 5.0
 """How long Beam's local runner may take to notice that a worker process died."""
 
 ABANDON_S = 10.0
@@ -84,6 +89,9 @@ def launch(
         JobError: the job cannot run, or a step of it failed.
     """
     started = time.monotonic()
+    guard_logs()
+    learn_environment()
+    check_process_limits()
     options = parse_beam_options(beam_args)
     complete_dataflow_options(options, job, reuse and reuse.output)
     prepare_job_service(options)
@@ -99,7 +107,7 @@ def launch(
         if manifest is not None and manifest["status"] == "complete":
             # The last launcher may have been killed right after writing the manifest.
             remove_dead_launchers(layout)
-            return summarize_run(manifest, job, "already_done", started)
+            return summarize_run(bring_up_to_date(layout) or manifest, job, "already_done", started)
         if runs_here(options):
             require_packages(job.model)
         run_key = checked.claim_output()
@@ -114,7 +122,8 @@ def launch(
             planned = write_retry_plan(
                 layout, retry_of, job, parts=checked.identity.parts, encoder=checked.engine.encoder
             )
-    pipeline = beam.Pipeline(options=options)
+    logs = find_logs_folder(layout, checked.identity.run_id)
+    pipeline = beam.Pipeline(make_local_runner(options, logs), options=options)
     build(pipeline, main_job := make_main_job(checked, planned, run_key))
     with _store_errors(layout.output):
         save_spec(main_job.publish)
@@ -123,7 +132,8 @@ def launch(
         return summarize_template(checked, location, started)
     run = PipelineThread(pipeline, is_remote=not runs_here(options))
     try:
-        _wait_for(run, checked, main_job.answer.limits.deadline_at, stop, progress)
+        with keeping_threads_output(options, logs):
+            _wait_for(run, checked, main_job.answer.limits.deadline_at, stop, progress)
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):
             request_stop(
@@ -166,8 +176,8 @@ def resume(
     started = time.monotonic()
     with _store_errors(record.layout.output):
         manifest = read_manifest(record.layout)
-    if manifest is not None and manifest["status"] == "complete":
-        return summarize_run(manifest, job, "already_done", started)
+        if manifest is not None and manifest["status"] == "complete":
+            return summarize_run(bring_up_to_date(record.layout) or manifest, job, "already_done", started)
     return launch(
         job,
         limit=record.request.limit,

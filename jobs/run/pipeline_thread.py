@@ -10,7 +10,8 @@ import grpc
 
 from moebeam.jobs.console.summary import PIPELINE_THREAD
 from moebeam.jobs.deploy.job_service import format_rpc_error
-from moebeam.schemas.errors import CommitError, FileDamaged, PipelineFailed
+from moebeam.schemas.errors import CommitError, FileDamaged, InputChanged, PipelineFailed
+from moebeam.schemas.redaction.hide import hide_in_exception
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.failure import read_failure
 
@@ -32,7 +33,7 @@ class PipelineThread(threading.Thread):
         self._is_remote = is_remote
         self._result: Any = None
         self._is_cancelled = False
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
 
     def run(self) -> None:
         try:
@@ -40,7 +41,8 @@ class PipelineThread(threading.Thread):
             if self._is_cancelled:
                 self._cancel_job()
             self._result.wait_until_finish()
-        except Exception as error:  # the launcher reports whatever a runner raises
+        except BaseException as error:  # the launcher reports whatever a runner raises; a panic in Rust is no Exception
+            hide_in_exception(error)
             self._failure = error
 
     def cancel(self) -> None:
@@ -55,12 +57,19 @@ class PipelineThread(threading.Thread):
         return self._failure is not None
 
     def raise_failure(self, layout: RunLayout) -> None:
-        """Raise the pipeline's failure, with the failed step's record if there is one."""
+        """Raise the pipeline's failure, with the failed step's record if there is one.
+
+        Raises:
+            InputChanged: a worker found that a file of the input is not what the run began with.
+            PipelineFailed: whatever else failed.
+        """
         if self._failure is None:
             return
         recorded = read_failure(layout)
         if recorded is None:
             raise PipelineFailed(f"the pipeline failed: {_last_line(self._failure)}") from self._failure
+        if recorded.error == InputChanged.__name__:
+            raise InputChanged(_STAGE_SUFFIX.sub("", recorded.message)) from self._failure
         message = _STAGE_SUFFIX.sub("", f"{recorded.step}: {recorded.error}: {recorded.message}")
         if recorded.error == FileDamaged.__name__ and "/_moebeam/plan/" in recorded.message:
             raise PipelineFailed(f"{message}; or run again: the plan is made again from the input") from self._failure
@@ -82,7 +91,7 @@ _STAGE_SUFFIX = re.compile(r" \[while running '[^']*'\]")
 """Beam's own name of the step, which it adds to messages: `Answer/AnswerShard-ptransform-12`."""
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(error: BaseException) -> str:
     """The message of an error that no step recorded: Beam raises it with the worker's traceback in front."""
     if isinstance(error, grpc.RpcError):
         return f"the job server is gone: {format_rpc_error(error)}; the job may still run on its cluster"

@@ -5,7 +5,7 @@ its weights nor torch, so that planning and quoting run on machines without an a
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Self
 
@@ -24,6 +24,15 @@ from moebeam.schemas.records import Message, TokenIds
 from moebeam.schemas.store import storage
 
 __all__ = ["PromptEncoder", "compute_checkpoint_revision"]
+
+_PIECE_CHARACTERS = 256 << 10
+"""A tokenizer takes some 150 bytes for each byte of text: 40 MB for a piece."""
+
+_BATCH_CHARACTERS = 1 << 20
+"""Most characters of prompts that are encoded at once, unless one alone has more."""
+
+_PIECE_ERROR = 1.25
+"""A text has no fewer tokens than its pieces have together, divided by this: only those at their borders differ."""
 
 
 class PromptEncoder:
@@ -149,22 +158,46 @@ class PromptEncoder:
         text like any other.
 
         Raises:
-            InvalidMessages: a prompt holds a lone surrogate (`render` never returns one); names the first such.
+            InvalidMessages: a prompt holds a lone surrogate (`render` never returns one); names the first such. Or the
+                tokenizer gives up on one, as its regular expressions do after ten million steps back.
         """
         try:
-            encodings = self._tokenizer.encode_batch_fast(list(prompts), add_special_tokens=False)
-            return [
-                self._encode_marked(prompt) if MARK in prompt else np.array(encoding.ids, dtype=np.int32)
-                for prompt, encoding in zip(prompts, encodings, strict=True)
-            ]
+            return [token_ids for batch in _cut_batches(prompts) for token_ids in self._encode(batch)]
         except TypeError:
             for position, prompt in enumerate(prompts):
                 _check_utf8(prompt, f"prompt {position}")
             raise
+        except BaseException as error:  # a panic of the Rust extension, which is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise InvalidMessages(f"prompt: expected text that the tokenizer encodes, found: {error!s:.300}") from error
+
+    def has_more_tokens(self, prompt: str, num_tokens: int) -> bool:
+        """Whether a long prompt surely has more tokens than these, found without encoding it whole.
+
+        A prompt of 20 MiB would take 6 GB to encode. Its pieces are counted one by one until they are too many; for
+        one that is short enough to be encoded, the answer is always no.
+        """
+        if len(prompt) <= _PIECE_CHARACTERS:
+            return False
+        num_counted = 0
+        for start in range(0, len(prompt), _PIECE_CHARACTERS):
+            piece = self._marks.plain(prompt[start : start + _PIECE_CHARACTERS])
+            num_counted += sum(ids.shape[0] for ids in self.encode_batch([piece]))
+            if num_counted > num_tokens * _PIECE_ERROR:
+                return True
+        return False
 
     def decode(self, ids: Sequence[int] | TokenIds) -> str:
         """The text of generated token ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self._tokenizer.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
+
+    def _encode(self, prompts: list[str]) -> list[TokenIds]:
+        encodings = self._tokenizer.encode_batch_fast(prompts, add_special_tokens=False)
+        return [
+            self._encode_marked(prompt) if MARK in prompt else np.array(encoding.ids, dtype=np.int32)
+            for prompt, encoding in zip(prompts, encodings, strict=True)
+        ]
 
     def _encode_marked(self, prompt: str) -> TokenIds:
         ids: list[int] = []
@@ -200,6 +233,19 @@ class PromptEncoder:
             "post_processor": None,
         }
         return tokenizers.Tokenizer.from_str(json.dumps(document))
+
+
+def _cut_batches(prompts: Sequence[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    num_characters = 0
+    for prompt in prompts:
+        if batch and num_characters + len(prompt) > _BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+        batch.append(prompt)
+        num_characters += len(prompt)
+    if batch:
+        yield batch
 
 
 def _check_prompt(prompt: str | RowError) -> str | RowError:

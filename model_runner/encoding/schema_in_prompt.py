@@ -9,12 +9,16 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import cast
 
+from moebeam.model_runner.fence.fenced_schema import load_schema
 from moebeam.schemas.canonical import Json
-from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.errors import JobFileError, RowError
 from moebeam.schemas.records import Message
 
 _MAX_DEPTH = 8
+_MAX_NODES = 2_000
+"""Most values of which an example is made; one that needs more would help no model."""
+
+_MAX_CHARACTERS = 10_000
 _TEXTS = {
     "date-time": "2026-01-31T12:00:00Z",
     "date": "2026-01-31",
@@ -51,12 +55,16 @@ def _write_instruction(schema_text: str) -> str:
 
 def make_example(schema: Json) -> Json:
     """A small value that keeps a schema; None where none was found, or where only null keeps it."""
-    value = _Example(schema).build(schema, 0)
     try:
-        AnswerSchema.from_json(schema, formats="annotate", source="example").check(json.dumps(value))
-    except (RowError, JobFileError):
+        value = _Example(schema).build(schema, 0)
+        load_schema(schema, formats="annotate", source="example").check(json.dumps(value))
+    except (RowError, JobFileError, _TooLargeError):
         return None
     return value
+
+
+class _TooLargeError(Exception):
+    """An example would be too large."""
 
 
 class _Example:
@@ -64,8 +72,17 @@ class _Example:
 
     def __init__(self, root: Json) -> None:
         self._root = root
+        self._num_nodes = 0
 
     def build(self, schema: Json, depth: int) -> Json:
+        """A value of a schema.
+
+        Raises:
+            _TooLargeError: it takes more than `_MAX_NODES` values, or a text of more than `_MAX_CHARACTERS`.
+        """
+        self._num_nodes += 1
+        if self._num_nodes > _MAX_NODES:
+            raise _TooLargeError
         if not isinstance(schema, Mapping) or depth > _MAX_DEPTH:
             return None
         for keyword in ("const", "default"):
@@ -96,9 +113,11 @@ class _Example:
                 return self._build_object(schema, depth)
             case "array":
                 num_items = max(1, _number(schema.get("minItems"), 1))
+                if num_items > _MAX_NODES:
+                    raise _TooLargeError
                 if schema.get("maxItems") == 0:
                     return []
-                return [self.build(schema.get("items", {"type": "string"}), depth + 1)] * int(num_items)
+                return [self.build(schema.get("items", {"type": "string"}), depth + 1) for _ in range(int(num_items))]
             case "string":
                 return self._build_string(schema)
             case "integer" | "number":
@@ -117,6 +136,8 @@ class _Example:
     def _build_string(self, schema: Mapping[str, Json]) -> str:
         text = _TEXTS.get(str(schema.get("format")), "text")
         shortest, longest = int(_number(schema.get("minLength"), 0)), int(_number(schema.get("maxLength"), 1000))
+        if shortest > _MAX_CHARACTERS:
+            raise _TooLargeError
         return (text + "x" * (shortest - len(text)))[:longest]
 
     def _resolve(self, schema: Json) -> Json:

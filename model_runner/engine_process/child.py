@@ -40,16 +40,6 @@ class _Link:
         return self._connection.recv()
 
 
-def engine_command(module: str, *args: str) -> list[str]:
-    """The command that runs one of our modules in a separate process."""
-    return [sys.executable, "-m", module, *args]
-
-
-def engine_environment() -> dict[str, str]:
-    """The environment of such a process, with the import paths of this one."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-
 def serve(connection: "Connection[Any, Any]", load: Callable[[EngineConfig], ModelRunner] = load_runner) -> None:
     """Load the engine named in the first message, then serve calls until the connection closes.
 

@@ -7,7 +7,8 @@ worker has disconnected.
 import os
 import sys
 import threading
-from multiprocessing.connection import Connection, Listener
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,21 @@ from moebeam.model_runner.engine_process.child import serve
 from moebeam.model_runner.engine_process.isolated_runner import IsolatedRunner
 from moebeam.model_runner.protocol import EngineConfig, ModelRunner, load_runner
 
+KEY_BYTES = 32
+"""Length of the key that a worker must know; it comes by standard input, which no list of processes shows."""
+
 GRACE_S = 5.0
 """How long an unused engine waits for the next worker."""
 
+_PAUSE_S = 0.1
 
-class _HostEngine:
+
+class HostEngine:
     """The engine, loaded for the first worker, and the number of workers that use it."""
 
-    def __init__(self, address: Path, max_silence_s: float | None) -> None:
+    def __init__(self, address: Path, key: bytes, max_silence_s: float | None) -> None:
         self._address = address
+        self._key = key
         self._max_silence_s = max_silence_s
         self._lock = threading.Lock()
         self._loaded: ModelRunner | None = None
@@ -32,7 +39,14 @@ class _HostEngine:
         self._is_wanted = False
 
     def serve_worker(self, connection: "Connection[Any, Any]") -> None:
-        """Serve one worker until it disconnects."""
+        """Serve one worker until it disconnects, once it has shown that it knows the key; until then nothing is read
+        as a pickle."""
+        try:
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
+        except (AuthenticationError, EOFError, OSError):
+            connection.close()
+            return
         self._count(1)
         try:
             serve(connection, self._load)
@@ -74,14 +88,21 @@ class _HostEngine:
 def main() -> None:
     """Serve the socket named by the first argument; the optional second one is `max_silence_s`."""
     address = Path(sys.argv[1])
-    engine = _HostEngine(address, float(sys.argv[2]) if len(sys.argv) > 2 else None)
+    key = sys.stdin.buffer.read(KEY_BYTES)
+    if len(key) != KEY_BYTES:
+        sys.exit("the worker that started this process ended before it gave the key")
+    engine = HostEngine(address, key, float(sys.argv[2]) if len(sys.argv) > 2 else None)
     listener = Listener(str(address), family="AF_UNIX", backlog=64)
     print("listening", flush=True)
     os.close(sys.stdout.fileno())
 
     def accept() -> None:
         while True:
-            connection = listener.accept()
+            try:
+                connection = listener.accept()
+            except OSError:  # one that came and went, or no descriptor left for it
+                threading.Event().wait(_PAUSE_S)
+                continue
             threading.Thread(target=engine.serve_worker, args=(connection,), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()

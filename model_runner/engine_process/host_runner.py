@@ -8,23 +8,28 @@ Beam's `MultiProcessShared` does not fit: its server dies with the worker that s
 knows its fixed password, and cannot return iterators.
 """
 
+import contextlib
 import hashlib
 import logging
+import os
+import secrets
 import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from moebeam.model_runner.engine_process.child import engine_command, engine_environment
 from moebeam.model_runner.engine_process.engine_link import CallState, EngineLink
+from moebeam.model_runner.engine_process.host_engine import KEY_BYTES
 from moebeam.model_runner.engine_process.supervisor import Supervisor
-from moebeam.model_runner.host_folder import host_folder
+from moebeam.model_runner.host_folder import check_own_socket, host_folder, make_private_folder
 from moebeam.model_runner.protocol import EngineConfig
+from moebeam.model_runner.python_process import python_command, python_environment
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.records import Completion, Request
 
@@ -84,14 +89,22 @@ class HostRunner:
 
 
 def _connect(config: EngineConfig, max_silence_s: float | None) -> EngineLink:
-    """Connect to the host's engine; starts it if there is none."""
-    folder = host_folder() / "engines"
-    folder.mkdir(exist_ok=True)
+    """Connect to the host's engine; starts it if there is none.
+
+    Raises:
+        EngineLoadError: its folder or socket is not this user's alone, or its process does not live.
+    """
+    try:
+        folder = make_private_folder(host_folder() / "engines")
+    except OSError as error:
+        raise EngineLoadError(f"no folder for the socket of the engine that this host shares: {error}") from error
     address = folder / f"{hashlib.sha256(repr((config, max_silence_s)).encode()).hexdigest()[:24]}.socket"
     for _ in range(_MAX_TRIES):
         try:
             return EngineLink(_open_socket(address, max_silence_s), config)
-        except (OSError, EOFError) as error:
+        except PermissionError as error:
+            raise EngineLoadError(f"the engine that this host shares cannot be reached: {error}") from error
+        except (OSError, EOFError, AuthenticationError) as error:
             # The process was already exiting, unused.
             _LOGGER.debug("%s: %s", address, error)
     raise EngineLoadError(
@@ -103,29 +116,42 @@ def _open_socket(address: Path, max_silence_s: float | None) -> "Connection[Any,
     with FileLock(f"{address}.lock"):
         try:
             return _open_client(address)
-        except (FileNotFoundError, ConnectionRefusedError):
+        except (FileNotFoundError, ConnectionRefusedError, AuthenticationError):
             _start(address, max_silence_s)
             return _open_client(address)
 
 
 def _open_client(address: Path) -> "Connection[Any, Any]":
-    connection: Any = Client(str(address), family="AF_UNIX")
+    """Connect, with proof of the key on both sides before anything is unpickled."""
+    check_own_socket(address)
+    connection: Any = Client(str(address), family="AF_UNIX", authkey=_key_file(address).read_bytes())
     return connection
+
+
+def _key_file(address: Path) -> Path:
+    return address.with_suffix(".key")
 
 
 def _start(address: Path, max_silence_s: float | None) -> None:
     """Start the engine's process and wait until it listens."""
     address.unlink(missing_ok=True)
+    key_file = _key_file(address)
+    key_file.unlink(missing_ok=True)
+    key = secrets.token_bytes(KEY_BYTES)
+    with open(os.open(key_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as sink:
+        sink.write(key)
     silence = [] if max_silence_s is None else [str(max_silence_s)]
     process = subprocess.Popen(
-        engine_command("moebeam.model_runner.engine_process.host_engine", str(address), *silence),
-        stdin=subprocess.DEVNULL,
+        python_command("moebeam.model_runner.engine_process.host_engine", str(address), *silence),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=engine_environment(),
+        env=python_environment(),
         start_new_session=True,
     )
-    assert process.stdout is not None
+    assert process.stdin is not None and process.stdout is not None
     with process.stdout:
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            process.stdin.write(key)
         if not process.stdout.readline():
             raise ConnectionRefusedError(f"the host's process ended with status {process.wait()} before it listened")
     # Reaps the process; the worker that started it may also exit first.

@@ -17,11 +17,11 @@ from multiprocessing.connection import Connection
 from queue import Empty
 from typing import Any
 
-from moebeam.model_runner.engine_process.child import engine_command, engine_environment
 from moebeam.model_runner.engine_process.engine_link import CallState, EngineLink, Messages
 from moebeam.model_runner.engine_process.process_link import EngineExit, start_process
 from moebeam.model_runner.engine_process.supervisor import Supervisor
 from moebeam.model_runner.protocol import EngineConfig
+from moebeam.model_runner.python_process import python_command, python_environment
 from moebeam.schemas.errors import EngineCrashed, EngineLoadError, EngineTimeout, RowError
 from moebeam.schemas.records import Completion, Request
 
@@ -224,11 +224,11 @@ def _start(config: EngineConfig, last: EngineLink | None) -> EngineLink:
     ours, theirs = socket.socketpair()
     with theirs:
         popen = start_process(
-            engine_command("moebeam.model_runner.engine_process.child", str(theirs.fileno())),
+            python_command("moebeam.model_runner.engine_process.child", str(theirs.fileno())),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(),),
-            env=engine_environment(),
+            env=python_environment(),
         )
     try:
         return EngineLink(Connection(ours.detach()), config, popen, last.counters if last is not None else None)

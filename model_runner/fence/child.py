@@ -38,6 +38,9 @@ _MAX_MESSAGE_CHARACTERS = 2_000
 _FLUSH_CHARACTERS = 1 << 20
 _FLUSH_S = 1.0
 _MAX_FUNCTIONS = 16
+_MAX_KEPT_BYTES = 512 << 20
+"""A process that holds more, in what it keeps for later items, ends after its request; a new one takes its place."""
+
 _MEMORY_OF_PROCESS = "/proc/self/statm"
 
 
@@ -56,7 +59,7 @@ def serve(connection: "Connection[Any, Any]", progress: mmap.mmap) -> None:
         entry, source, max_cpu_s, max_memory, items = pickle.loads(connection.recv_bytes())
         make_function = _find_entry(entry)
         try:
-            _limit_memory(max_memory)
+            num_resident = _limit_memory(max_memory)
             key = entry, source
             if key not in functions:
                 _begin(progress, COMPILING, max_cpu_s)
@@ -65,6 +68,8 @@ def serve(connection: "Connection[Any, Any]", progress: mmap.mmap) -> None:
                     del functions[next(iter(functions))]
                 functions[key] = function
             _run(functions[key], items, connection, progress, max_cpu_s)
+            if num_resident > _MAX_KEPT_BYTES:
+                return
         except _OutOfMemoryError:
             return
         except MoebeamError as error:
@@ -128,13 +133,19 @@ def _send(connection: "Connection[Any, Any]", outcomes: list[Outcome]) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def _limit_memory(max_memory: int) -> None:
-    """Allow so many bytes of address space beyond what the process and the items have; where the system can tell."""
+def _limit_memory(max_memory: int) -> int:
+    """Allow so many bytes of address space beyond what the process and the items have; where the system can tell.
+
+    Returns:
+        Bytes of memory that the process has; 0 where the system does not tell.
+    """
     with contextlib.suppress(OSError), open(_MEMORY_OF_PROCESS) as file:
-        size = int(file.read().split()[0]) * resource.getpagesize()
+        size, resident = (int(number) * resource.getpagesize() for number in file.read().split()[:2])
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         soft = size + max_memory
         resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+        return resident
+    return 0
 
 
 def _give_up_rights() -> None:

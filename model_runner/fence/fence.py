@@ -9,7 +9,7 @@ next one. A few processes are kept warm for all threads. Items travel in batches
 import atexit
 import os
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -18,7 +18,14 @@ from moebeam.model_runner.fence.child import COMPILING, FIRST_ITEM, OUT_OF_MEMOR
 from moebeam.model_runner.fence.fenced_process import FencedProcess
 from moebeam.model_runner.fence.limits import MAX_CPU_S, MAX_MEMORY_BYTES
 from moebeam.schemas import errors
-from moebeam.schemas.errors import PipelineFailed, RowError, TemplateBudgetExceeded
+from moebeam.schemas.errors import (
+    EngineLoadError,
+    JobError,
+    JobFileError,
+    PipelineFailed,
+    RowError,
+    TemplateBudgetExceeded,
+)
 
 _MAX_SILENCE_S = 60.0
 """For a process that takes no processor time either, because it was stopped or the machine swaps."""
@@ -27,6 +34,13 @@ _BATCH_ITEMS = 128
 _MAX_PROCESSES = 8
 
 Result: TypeAlias = "str | list[str] | RowError"
+
+_ERRORS: Mapping[str, type[RowError] | type[JobError]] = {
+    name: error
+    for name, error in vars(errors).items()
+    if isinstance(error, type) and (issubclass(error, RowError) or error in (JobFileError, EngineLoadError))
+}
+"""What a program may end with. A process that runs code of others names none of ours but these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +54,7 @@ class Program:
         what: names the program in messages.
         max_cpu_s: processor time for one item, and for compiling the source.
         limit_key: the key of the job file that sets it; None where none does.
+        max_memory: bytes of address space for one item, beyond what the process has.
     """
 
     entry: str
@@ -47,6 +62,7 @@ class Program:
     what: str
     max_cpu_s: float = MAX_CPU_S
     limit_key: str | None = None
+    max_memory: int = MAX_MEMORY_BYTES
 
     def run(self, items: Sequence[object]) -> list[Result]:
         """One result for each item, in order.
@@ -63,7 +79,7 @@ class Program:
         if not items:
             return []
         with _pool().borrow() as process:
-            request = self.entry, self.source, self.max_cpu_s, MAX_MEMORY_BYTES
+            request = self.entry, self.source, self.max_cpu_s, self.max_memory
             outcomes = list(process.run(request, items, max_silence_s=_MAX_SILENCE_S))
         results = [self._read(outcome) for outcome in outcomes]
         if (num_left := len(items) - len(results)) == 0:
@@ -92,13 +108,13 @@ class Program:
             return outcome
         name, message = outcome
         if name == OUT_OF_MEMORY:
-            return TemplateBudgetExceeded(
-                f"{self.what}: expected at most {MAX_MEMORY_BYTES >> 20} MiB of memory for one row, found more"
-            )
-        error: Exception = getattr(errors, name)(message)
-        if not isinstance(error, RowError):
-            raise error
-        return error
+            return self._explain_memory()
+        error = _ERRORS.get(name)
+        if error is None:
+            return TemplateBudgetExceeded(f"{self.what}: expected an error that rows may have, found {name[:100]!r}")
+        if issubclass(error, RowError):
+            return error(message)
+        raise error(message)
 
     def _explain_excess(self, exit_cause: str) -> RowError:
         if exit_cause.startswith("SIGPROF"):
@@ -106,7 +122,14 @@ class Program:
             return TemplateBudgetExceeded(
                 f"{self.what}: expected at most {self.max_cpu_s:g} s of processor time for one row{key}, found more"
             )
+        if exit_cause.startswith("SIGABRT"):  # Rust and C++ abort where they get no memory.
+            return self._explain_memory()
         return TemplateBudgetExceeded(f"{self.what}: ended the process in which it ran with {exit_cause}")
+
+    def _explain_memory(self) -> TemplateBudgetExceeded:
+        return TemplateBudgetExceeded(
+            f"{self.what}: expected at most {self.max_memory >> 20} MiB of memory for one row, found more"
+        )
 
 
 class _Pool:

@@ -11,7 +11,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -20,6 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from moebeam.model_runner.fence.child import WAITING, Outcome
+from moebeam.model_runner.python_process import import_path, python_command
 from moebeam.schemas.errors import PipelineFailed
 
 _LOOK_S = 0.5
@@ -54,7 +54,7 @@ class FencedProcess:
             descriptors = theirs.fileno(), shared.fileno(), pipe
             try:
                 self._popen = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "moebeam.model_runner.fence.child", *map(str, descriptors)],
+                    python_command("moebeam.model_runner.fence.child", *map(str, descriptors)),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
@@ -149,4 +149,4 @@ def _read_outcomes(content: bytes) -> list[Outcome]:
 
 def _build_environment() -> dict[str, str]:
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
-    return {**kept, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return {**kept, "PYTHONPATH": import_path()}

@@ -7,10 +7,11 @@ requests that passed it are in flight. Lives on the event loop, one for each `ge
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from moebeam.model_runner.admission import Admission, Unlimited
 from moebeam.model_runner.openai_engine.event_loop import Bell
-from moebeam.schemas.records import Completion, Request
+from moebeam.schemas.records import Completion, LostCall, Request
 
 
 class NotAdmitted(Exception):
@@ -122,6 +123,20 @@ class AdmissionQueue:
         self._wake_first()
         return completion
 
+    async def depart(self, request: Request, call: LostCall) -> None:
+        """Say that a call leaves now.
+
+        Raises:
+            NotAdmitted: it must not, and no other one either.
+        """
+        if not await self._admission.depart(request, call):
+            self.close()
+            raise NotAdmitted
+
+    def dismiss(self, request: Request) -> None:
+        """Say that the last call brought nothing, and is not billed."""
+        self._admission.dismiss(request)
+
     def close(self) -> None:
         """Admit no more requests; those who sleep ask whether they may go on."""
         self._is_closed = True
@@ -137,3 +152,28 @@ class AdmissionQueue:
             if not turn.done():
                 turn.set_result(None)
                 return
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """The calls made for one request, canaries sent on its behalf included.
+
+    Attributes:
+        lost: those that the provider may bill although they brought no usage.
+    """
+
+    request: Request
+    queue: AdmissionQueue
+    lost: list[LostCall] = field(default_factory=list[LostCall])
+
+    async def depart(self, call: LostCall) -> None:
+        """Say that a call leaves now.
+
+        Raises:
+            NotAdmitted: it must not.
+        """
+        await self.queue.depart(self.request, call)
+
+    def dismiss(self) -> None:
+        """The last call brought nothing, and is not billed."""
+        self.queue.dismiss(self.request)

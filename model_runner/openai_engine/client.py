@@ -3,7 +3,7 @@
 Below `endpoint.py`, which decides when and how often. The official `openai` client serves for the exchange alone: its
 own retries are off, since they would hide refusals, and its response models are not used, since they cost more than
 the exchange. Over aiohttp a call costs a third of the CPU that it costs over the client's default transport, and stays
-there with 1,000 in flight.
+there with 1,000 in flight. What may come back is bounded below it, in `transport/`.
 """
 
 from collections.abc import Mapping
@@ -18,6 +18,10 @@ from openai.types.chat import ChatCompletionChunk
 from moebeam.model_runner.openai_engine.profiles import Profile
 from moebeam.model_runner.openai_engine.request_body import ChatBody
 from moebeam.model_runner.openai_engine.responses import Answer, StreamedAnswer, read_answer
+from moebeam.model_runner.openai_engine.transport.bounded_client import ACCEPTED, BoundedClient, bound_call
+from moebeam.model_runner.openai_engine.transport.bounds import ResponseBounds, bound_answer
+from moebeam.model_runner.openai_engine.transport.event_lines import EventLines
+from moebeam.schemas.records import Sampling
 
 _PATH = "/chat/completions"
 _CONNECT_TIMEOUT_S = 30.0
@@ -32,6 +36,7 @@ class EndpointSpec:
         max_concurrency: most requests in flight from this machine.
         timeout_s: most seconds without a byte.
         run_id: of the run; part of idempotency keys.
+        max_answer_s, max_response_bytes: see `bound_answer`.
     """
 
     profile: Profile
@@ -42,6 +47,35 @@ class EndpointSpec:
     is_stream: bool
     max_retries: int
     run_id: str = ""
+    max_answer_s: float = 0.0
+    max_response_bytes: int = 0
+
+    def bound(self, sampling: Sampling) -> ResponseBounds:
+        """What the answer to a request may take."""
+        return bound_answer(
+            sampling,
+            is_stream=self.is_stream,
+            timeout_s=self.timeout_s,
+            max_bytes=self.max_response_bytes,
+            max_s=self.max_answer_s,
+        )
+
+
+def make_client(spec: EndpointSpec, secret: str) -> openai.AsyncOpenAI:
+    """The official client of an endpoint; its calls are made inside of `bound_call`."""
+    most = spec.max_concurrency
+    limits = httpx2.Limits(max_connections=most, max_keepalive_connections=most)
+    timeout = httpx2.Timeout(spec.timeout_s, connect=_CONNECT_TIMEOUT_S, pool=None)
+    address, _, query = spec.base_url.partition("?")
+    return openai.AsyncOpenAI(
+        api_key=secret or "none",
+        base_url=address,
+        default_query=dict(parse_qsl(query)),
+        max_retries=0,
+        timeout=timeout,
+        http_client=BoundedClient(limits=limits, timeout=timeout, follow_redirects=False),
+        default_headers={**ACCEPTED, **_account_headers(spec.profile)},
+    )
 
 
 class ChatClient:
@@ -53,18 +87,22 @@ class ChatClient:
         self._client: openai.AsyncOpenAI | None = None
         self._strict_client: openai.AsyncOpenAI | None = None
 
-    async def exchange(self, body: ChatBody, headers: Mapping[str, str]) -> Answer:
+    async def exchange(self, body: ChatBody, headers: Mapping[str, str], bounds: ResponseBounds) -> Answer:
         """Post a body and read the answer, whole or in pieces.
 
         Raises:
             Exception: of many kinds; see `classify_failure`.
         """
-        client, profile = self._choose_client(body), self._spec.profile
-        sent = {**headers, **_key_headers(profile, self._secret)}
+        sent = {**headers, **key_headers(self._spec.profile, self._secret)}
         options: Any = {"headers": sent} if sent else {}
-        if not self._spec.is_stream:
-            response = await client.post(_PATH, body=body.fields, cast_to=httpx2.Response, options=options)
-            return read_answer(response.content, profile)
+        ask = self._ask_stream if self._spec.is_stream else self._ask
+        return await bound_call(ask(self._choose_client(body), body, options), bounds, "max_answer_s")
+
+    async def _ask(self, client: openai.AsyncOpenAI, body: ChatBody, options: Any) -> Answer:
+        response = await client.post(_PATH, body=body.fields, cast_to=httpx2.Response, options=options)
+        return read_answer(response.content, self._spec.profile)
+
+    async def _ask_stream(self, client: openai.AsyncOpenAI, body: ChatBody, options: Any) -> Answer:
         stream = await client.post(
             _PATH,
             body=body.fields,
@@ -73,14 +111,16 @@ class ChatClient:
             stream_cls=openai.AsyncStream[ChatCompletionChunk],
             options=options,
         )
-        answer = StreamedAnswer()
+        answer, lines = StreamedAnswer(), EventLines()
         try:
             # The client's own events are not used: parsing one costs more than all that follows here.
-            async for line in stream.response.aiter_lines():
-                answer.add_line(line)
+            async for piece in stream.response.aiter_bytes():
+                for line in lines.feed(piece):
+                    answer.add_line(line)
+            answer.add_line(lines.end())
         finally:
             await stream.close()
-        return answer.answer(profile)
+        return answer.answer(self._spec.profile)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -91,19 +131,7 @@ class ChatClient:
     def _choose_client(self, body: ChatBody) -> openai.AsyncOpenAI:
         spec = self._spec
         if self._client is None:
-            most = spec.max_concurrency
-            limits = httpx2.Limits(max_connections=most, max_keepalive_connections=most)
-            timeout = httpx2.Timeout(spec.timeout_s, connect=_CONNECT_TIMEOUT_S, pool=None)
-            address, _, query = spec.base_url.partition("?")
-            self._client = openai.AsyncOpenAI(
-                api_key=self._secret or "none",
-                base_url=address,
-                default_query=dict(parse_qsl(query)),
-                max_retries=0,
-                timeout=timeout,
-                http_client=openai.DefaultAioHttpClient(limits=limits, timeout=timeout),
-                default_headers=_account_headers(spec.profile),
-            )
+            self._client = make_client(spec, self._secret)
             if spec.profile.strict_tools_url is not None:
                 self._strict_client = self._client.with_options(base_url=_strict_url(spec))
         return self._strict_client if body.is_strict and self._strict_client is not None else self._client
@@ -116,7 +144,7 @@ def _account_headers(profile: Profile) -> Mapping[str, Any]:
     return {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
 
 
-def _key_headers(profile: Profile, secret: str) -> Mapping[str, Any]:
+def key_headers(profile: Profile, secret: str) -> Mapping[str, Any]:
     """The key where its header is not the client's; of each call, since only there the client's may be left out."""
     if profile.key_header == "Authorization":
         return {}

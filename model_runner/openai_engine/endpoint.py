@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from time import monotonic
 
-from moebeam.model_runner.openai_engine.admission_queue import AdmissionQueue
+from moebeam.model_runner.openai_engine.admission_queue import Calls
 from moebeam.model_runner.openai_engine.client import ChatClient, EndpointSpec
 from moebeam.model_runner.openai_engine.concurrency import AdaptiveLimit, MachineShare
 from moebeam.model_runner.openai_engine.event_loop import Bell
@@ -30,6 +30,7 @@ from moebeam.schemas.errors import (
     AnswerInterrupted,
     ContentRefused,
     EngineOverloaded,
+    MalformedResponse,
     RequestGivenUp,
     RequestRefused,
     RowError,
@@ -48,12 +49,14 @@ _TEST_S = 5.0
 class RetryPolicy:
     """How long to wait between tries: doubled each time up to the longest, of which half is random.
 
-    After an overload the wait is shorter: the limit adapts, and the request keeps its slot meanwhile.
+    After an overload the wait is shorter: the limit adapts, and the request keeps its slot meanwhile. So it is after an
+    answer that came and cannot be read: whoever sent it is not overloaded.
     """
 
     first_wait_s: float = 0.5
     max_wait_s: float = 30.0
     max_overload_wait_s: float = 8.0
+    max_malformed_wait_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,6 @@ class Endpoint:
         self.circuit = Circuit(spec.profile.name, outage_policy)
         self.refusals = Refusals(max_same_refusals)
         self.bell = Bell()
-        self._secret = secret
         self._retry_policy = retry_policy or RetryPolicy()
         self._outage_policy = outage_policy or OutagePolicy()
         self._evidence = Evidence(spec.max_retries, self._outage_policy)
@@ -116,21 +118,19 @@ class Endpoint:
         finally:
             self.limit.release()
 
-    async def ask(
-        self, request: Request, queue: AdmissionQueue, own: OwnFailures, lost: list[LostCall], *, is_probe: bool
-    ) -> Arrived:
+    async def ask(self, calls: Calls, own: OwnFailures, *, is_probe: bool) -> Arrived:
         """Answer one admitted request that holds a slot here, by as many calls as it takes.
 
         Args:
-            queue: asked again before each further try.
+            calls: of the request; its queue is asked again before each further try.
             own: what the request met here before; updated.
-            lost: calls that the provider may bill although they brought no usage are added.
             is_probe: whether it may be sent though the endpoint is out.
         Raises:
             CallFailure: the provider refuses the request, or fails on it alone.
             EndpointOut: the provider answers nobody at present.
             NotAdmitted: the request may not be sent any more.
         """
+        request, queue = calls.request, calls.queue
         body = self._body(request)
         while True:
             while self.refusals.is_tested:
@@ -139,25 +139,25 @@ class Endpoint:
                 raise EndpointOut
             started = monotonic()
             try:
-                arrived = await self._call(request, body, self._headers(request, body), lost)
+                arrived = await self._call(request, body, self._headers(request, body), calls)
             except CallFailure as failure:
                 self._record_failure(failure, own, started, is_probe=is_probe)
                 if failure.consequence == "row" or self._evidence.is_own(own):
                     raise
-                if self._needs_canary(own) and await self.send_canary(lost) is None:
+                if self._needs_canary(own) and await self.send_canary(calls) is None:
                     queue.check(request)
                     continue
-                await self._pause(failure, request, queue, own)
+                await self._pause(failure, calls, own)
             else:
                 self._last_answered = request, body
                 self._record_answer(own, started)
                 return arrived
 
-    async def send_canary(self, lost: list[LostCall]) -> CallFailure | None:
+    async def send_canary(self, calls: Calls) -> CallFailure | None:
         """Send the request that was answered last here once more, for one token: does the provider serve others?
 
         Args:
-            lost: takes what the call may cost, since its answer is nobody's.
+            calls: take what the call may cost, since its answer is nobody's.
         Returns:
             Why it failed; None if it was answered.
         """
@@ -167,20 +167,21 @@ class Endpoint:
         body = ChatBody({**body.fields, self.spec.profile.max_tokens_field: 1}, body.is_strict)
         self.counts["num_canaries"] += 1
         headers = self._headers(short, body, f"{_CANARY} {self.counts['num_canaries']}")
-        own, started, started_at, own_lost = OwnFailures(), monotonic(), datetime.now(UTC), list[LostCall]()
+        own, started, started_at = OwnFailures(), monotonic(), datetime.now(UTC)
+        own_calls = replace(calls, lost=[])
         try:
-            await self._call(short, body, headers, own_lost)
+            await self._call(short, body, headers, own_calls)
         except CallFailure as failure:
             self._record_failure(failure, own, started, is_probe=False)
             return failure
         else:
             self._record_answer(own, started)
-            self._lose_call(short, _CANARY, started_at, own_lost)
+            self._lose_call(short, _CANARY, started_at, own_calls)
             return None
         finally:
-            lost += [replace(call, error_type=_CANARY) for call in own_lost]
+            calls.lost.extend(replace(call, error_type=_CANARY) for call in own_calls.lost)
 
-    async def judge_refusal(self, failure: CallFailure, row: Hashable, lost: list[LostCall]) -> bool | None:
+    async def judge_refusal(self, failure: CallFailure, row: Hashable, calls: Calls) -> bool | None:
         """Whether a refusal is the request's own, which still holds its slot; None if that is not known yet.
 
         Where too many rows are refused alike, a canary tells whether others are served still; if not, this endpoint is
@@ -188,7 +189,7 @@ class Endpoint:
 
         Args:
             row: tells rows apart; takes of one row are one.
-            lost: see `send_canary`.
+            calls: see `send_canary`.
         """
         refusals, name = self.refusals, self.spec.profile.name
         if self.down is not None:
@@ -200,7 +201,7 @@ class Endpoint:
             told = f"{name} refused {refusals.num_rows} requests in a row alike"
             refusals.is_tested = True
             try:
-                refused = await self.send_canary(lost)
+                refused = await self.send_canary(calls)
             finally:
                 refusals.is_tested = False
                 self.bell.ring()
@@ -226,27 +227,29 @@ class Endpoint:
         except RowError as error:
             raise CallFailure("row", error) from error
 
-    async def _call(
-        self, request: Request, body: ChatBody, headers: Mapping[str, str], lost: list[LostCall]
-    ) -> Arrived:
+    async def _call(self, request: Request, body: ChatBody, headers: Mapping[str, str], calls: Calls) -> Arrived:
         """One call.
 
         Raises:
             CallFailure: it brought no answer.
+            NotAdmitted: it must not be made.
         """
+        await calls.depart(self._bound_call(request, RequestGivenUp.error_type, datetime.now(UTC)))
         self.counts["num_calls"] += 1
         self._num_calling += 1
         started_at, started = datetime.now(UTC), monotonic()
         try:
-            answer = await self._client.exchange(body, headers)
+            answer = await self._client.exchange(body, headers, self.spec.bound(request.sampling))
         except asyncio.CancelledError:
-            self._lose_call(request, RequestGivenUp.error_type, started_at, lost)
+            self._lose_call(request, RequestGivenUp.error_type, started_at, calls)
             raise
         except Exception as error:
-            failure = classify_failure(error, self.spec.profile, self._secret)
+            failure = classify_failure(error, self.spec.profile)
             self.counts[f"num_{failure.error.error_type}"] += 1
             if failure.may_be_billed:
-                self._lose_call(request, failure.error.error_type, started_at, lost)
+                self._lose_call(request, failure.error.error_type, started_at, calls)
+            else:
+                calls.dismiss()
             if failure.consequence == "overload":
                 self.limit.record_outcome(is_refused=True)
             raise failure from error
@@ -255,8 +258,10 @@ class Endpoint:
         usage = answer.usage
         if isinstance(answer.error, AnswerInterrupted) and not usage.prompt_tokens and not usage.completion_tokens:
             # Nothing was paid for, as far as the provider says: asking again costs nothing that it named.
-            if not usage.is_known:
-                self._lose_call(request, answer.error.error_type, started_at, lost)
+            if usage.is_known:
+                calls.dismiss()
+            else:
+                self._lose_call(request, answer.error.error_type, started_at, calls)
             is_overload = answer.finish_reason == "insufficient_system_resource"
             self.counts[f"num_{answer.error.error_type}"] += 1
             self.limit.record_outcome(is_refused=is_overload)
@@ -289,17 +294,20 @@ class Endpoint:
         has_answered = self._last_answered is not None
         return has_answered and self._num_calling == 0 and self._evidence.needs_others(own)
 
-    async def _pause(self, failure: CallFailure, request: Request, queue: AdmissionQueue, own: OwnFailures) -> None:
+    async def _pause(self, failure: CallFailure, calls: Calls, own: OwnFailures) -> None:
         """Wait for the next try, for as long as the endpoint is not out."""
         ends_at = monotonic() + self._wait_s(failure, own.num_tries)
         while (left_s := ends_at - monotonic()) > 0:
             if self.circuit.is_open or self.down is not None:
                 raise EndpointOut
-            await queue.sleep(request, left_s, [self.bell])
+            await calls.queue.sleep(calls.request, left_s, [self.bell])
 
     def _wait_s(self, failure: CallFailure, num_tries: int) -> float:
-        retries, is_overload = self._retry_policy, failure.consequence == "overload"
-        most_s = retries.max_overload_wait_s if is_overload else retries.max_wait_s
+        retries, most_s = self._retry_policy, self._retry_policy.max_wait_s
+        if failure.consequence == "overload":
+            most_s = retries.max_overload_wait_s
+        elif isinstance(failure.error, MalformedResponse):
+            most_s = min(most_s, retries.max_malformed_wait_s)
         wait_s = min(most_s, retries.first_wait_s * 2.0 ** min(max(0, num_tries - 1), 30))
         wait_s *= random.uniform(0.5, 1.0)
         if failure.retry_after_s is None:
@@ -307,13 +315,15 @@ class Endpoint:
         # Requests that were given the same instant must not come back together.
         return min(failure.retry_after_s, max(self._outage_policy.max_outage_s, retries.max_wait_s)) + wait_s * 0.1
 
-    def _lose_call(self, request: Request, error_type: str, started_at: datetime, lost: list[LostCall]) -> None:
+    def _lose_call(self, request: Request, error_type: str, started_at: datetime, calls: Calls) -> None:
         self.counts["num_lost_calls"] += 1
+        calls.lost.append(self._bound_call(request, error_type, started_at))
+
+    def _bound_call(self, request: Request, error_type: str, started_at: datetime) -> LostCall:
+        """What a call costs at most."""
         spec, most = self.spec, request.sampling.max_tokens
         mode = find_tier_mode(request.options.service_tier)
-        lost.append(
-            LostCall(spec.profile.name, spec.model, error_type, started_at, request.num_prompt_tokens, most, mode)
-        )
+        return LostCall(spec.profile.name, spec.model, error_type, started_at, request.num_prompt_tokens, most, mode)
 
     def _headers(self, request: Request, body: ChatBody, *extra: str) -> Mapping[str, str]:
         """The key that tells the provider which calls are tries of one and the same attempt.

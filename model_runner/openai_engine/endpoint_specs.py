@@ -11,6 +11,8 @@ from moebeam.model_runner.openai_engine.options import FallbackSection, OpenAIOp
 from moebeam.model_runner.openai_engine.profiles import find_profile
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.errors import EngineLoadError
+from moebeam.schemas.redaction.guard_logs import guard_logs
+from moebeam.schemas.redaction.known_secrets import learn_secret
 
 
 def name_first_endpoint(config: EngineConfig, options: OpenAIOptions) -> FallbackSection:
@@ -45,11 +47,16 @@ def make_spec(config: EngineConfig, options: OpenAIOptions, wanted: FallbackSect
         is_stream=_is_stream(options.mode, profile.mode),
         max_retries=options.max_retries,
         run_id=config.run_id,
+        max_answer_s=options.max_answer_s,
+        max_response_bytes=options.max_response_bytes,
     )
 
 
 def find_secret(wanted: FallbackSection, where: str) -> str:
-    """The key, from the environment; empty where the endpoint may be asked without one."""
+    """The key, from the environment; empty where the endpoint may be asked without one.
+
+    From here on it stands in no log, no message and no answer of this process.
+    """
     profile = find_profile(wanted.provider or None)
     if wanted.api_key_variable is None and not wanted.provider and wanted.base_url is not None:
         # An address without a named provider is not OpenAI's: its key does not go there.
@@ -61,6 +68,8 @@ def find_secret(wanted: FallbackSection, where: str) -> str:
             f"{where}.api_key_variable: expected the key of {profile.name} in the environment variable {variable}, "
             "which is not set"
         )
+    learn_secret(secret)
+    guard_logs()
     return secret
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from moebeam.model_runner.openai_engine.admission_queue import AdmissionQueue
+from moebeam.model_runner.openai_engine.admission_queue import AdmissionQueue, Calls
 from moebeam.model_runner.openai_engine.completions import to_completion, to_failed_completion
 from moebeam.model_runner.openai_engine.endpoint import Endpoint, EndpointOut
 from moebeam.model_runner.openai_engine.failures import CallFailure
@@ -124,7 +124,7 @@ class Failover:
                         arrived = await self._call(endpoint, is_probe=is_probe)
                     except CallFailure as failure:
                         if failure.refusal:
-                            is_own = await endpoint.judge_refusal(failure, self._row, self.lost)
+                            is_own = await endpoint.judge_refusal(failure, self._row, self._calls)
                         raise
                     # While it holds its slot: no other request is sent before this answer is accounted for.
                     return self.queue.settle(arrived)
@@ -141,12 +141,16 @@ class Failover:
         return None
 
     @property
+    def _calls(self) -> Calls:
+        return Calls(self.request, self.queue, self.lost)
+
+    @property
     def _row(self) -> tuple[str, str]:
         return self.request.scope, self.request.request_id
 
     async def _call(self, endpoint: Endpoint, *, is_probe: bool) -> Completion:
         own = self._own.setdefault(endpoint, OwnFailures())
-        arrived = await endpoint.ask(self.request, self.queue, own, self.lost, is_probe=is_probe)
+        arrived = await endpoint.ask(self._calls, own, is_probe=is_probe)
         return to_completion(
             self.request.request_id,
             arrived.answer,

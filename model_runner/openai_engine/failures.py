@@ -23,9 +23,12 @@ from moebeam.schemas.errors import (
     EngineOverloaded,
     EngineTimeout,
     MalformedResponse,
+    RedirectRefused,
     RequestRefused,
+    ResponseTooLarge,
     RowError,
 )
+from moebeam.schemas.redaction.hide import hide_in_message
 
 Consequence: TypeAlias = Literal["row", "unreachable", "failed", "overload", "closed"]
 """`row`: the provider refuses this request. The others are the provider's failures. `unreachable`: no connection was
@@ -36,7 +39,7 @@ MAX_MESSAGE_CHARACTERS = 200
 _NUMBER_OR_ID = re.compile(r"(?<!HTTP )\b[\w.-]*\d[\w.-]*")
 _OVERLOADED = frozenset({429, 503, 529})
 _FAILED = frozenset({408, 409, 425})
-"""Beside all from 500 on that are no overload."""
+"""Beside all from 500 on that are no overload, and those that end nothing, below 200."""
 _REFUSED = frozenset({400, 413, 422})
 """What else is below 500 speaks of the key, the account or the address."""
 _GIVEN_UP_BETWEEN = frozenset({408, 502, 504, 524})
@@ -62,19 +65,18 @@ class CallFailure(Exception):
     refusal: str = ""
 
 
-def classify_failure(error: Exception, profile: Profile, secret: str) -> CallFailure:
-    """Map an exception of the client, or of reading its response.
-
-    Args:
-        secret: the key; it never stands in the message.
-    """
+def classify_failure(error: Exception, profile: Profile) -> CallFailure:
+    """Map an exception of the client, or of reading its response; no secret stands in the message."""
+    if isinstance(error, RedirectRefused | ResponseTooLarge | EngineTimeout):
+        # What one request brought upon itself, it would again, and it may be paid for each time.
+        found = type(error)(f"{profile.name}: {shorten(str(error))}")
+        return replace(_refused(found), may_be_billed=not isinstance(error, RedirectRefused))
     if isinstance(error, MalformedResponse):
-        text = f"{profile.name}: {redact(str(error), secret)}"
-        return CallFailure("failed", MalformedResponse(text), may_be_billed=True)
+        return CallFailure("failed", MalformedResponse(f"{profile.name}: {shorten(str(error))}"), may_be_billed=True)
     if isinstance(error, RowError):
         return CallFailure("row", error)
     if isinstance(error, openai.APIStatusError):
-        return _status_failure(error, profile, secret)
+        return _status_failure(error, profile)
     if isinstance(error, openai.APIConnectionError | httpx2.TransportError):
         # A stream breaks off outside of the client's own reading, with the transport's error itself. Over aiohttp a
         # refused or lost connection is a ConnectTimeout too.
@@ -88,25 +90,28 @@ def classify_failure(error: Exception, profile: Profile, secret: str) -> CallFai
             return CallFailure("unreachable", EngineFailed(f"{profile.name}: no connection ({cause})"))
         broken = EngineFailed(f"{profile.name}: the connection broke off ({cause})")
         return CallFailure("failed", broken, may_be_billed=True)
-    unknown = EngineFailed(f"{profile.name}: {type(error).__name__}: {redact(str(error), secret)}")
+    if isinstance(error, aiohttp.ClientResponseError):
+        broken = MalformedResponse(f"{profile.name}: expected a response of HTTP, found {shorten(error.message)}")
+        return CallFailure("failed", broken, may_be_billed=True)
+    unknown = EngineFailed(f"{profile.name}: {type(error).__name__}: {shorten(str(error))}")
     if isinstance(error, openai.OpenAIError | httpx2.HTTPError | aiohttp.ClientError | OSError):
         return CallFailure("failed", unknown, may_be_billed=True)
     # Raised by what is asked, such as a value that is no JSON, and by nobody's failure.
     return replace(_refused(unknown), may_be_billed=True)
 
 
-def _status_failure(error: openai.APIStatusError, profile: Profile, secret: str) -> CallFailure:
+def _status_failure(error: openai.APIStatusError, profile: Profile) -> CallFailure:
     status = error.status_code
     code, message = _read_error(error.body)
-    where = f"{profile.name}: HTTP {status}" + (f" {code}" if code else "")
-    text = f"{where}: {redact(message, secret)}" if message else where
+    where = f"{profile.name}: HTTP {status}" + (f" {shorten(code)}" if code else "")
+    text = f"{where}: {shorten(message)}" if message else where
     if code in profile.stop_codes or message.strip() in profile.stop_messages:
         return CallFailure("closed", EngineFailed(text))
     if code in profile.refusal_codes:
         return _refused(ContentRefused(text))
     if status in _OVERLOADED:
         return CallFailure("overload", EngineOverloaded(text), retry_after_s(error.response.headers))
-    if status in _FAILED or status >= 500:
+    if status in _FAILED or status >= 500 or status < 200:
         wait_s, is_between = retry_after_s(error.response.headers), status in _GIVEN_UP_BETWEEN
         return CallFailure("failed", EngineFailed(text), wait_s, may_be_billed=is_between)
     if status in _REFUSED:
@@ -163,13 +168,14 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
             return max(0.0, float(value))
         except ValueError:
             return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
-def redact(text: str, secret: str) -> str:
-    """A provider's message as it may be logged: without the key, on one line, short, since it may quote a prompt."""
-    if secret:
-        text = text.replace(secret, "[key]")
-    text = " ".join(text.split())
+def shorten(text: str) -> str:
+    """A provider's words as they may be logged: without secrets, on one line, short, since they may quote a prompt.
+
+    Secrets go first: cut in two they would be none that anybody knows.
+    """
+    text = " ".join(hide_in_message(text).split())
     return text if len(text) <= MAX_MESSAGE_CHARACTERS else text[: MAX_MESSAGE_CHARACTERS - 3] + "..."

@@ -67,6 +67,19 @@ class OpenAIOptions(ModelSection):
     timeout_s: float = Field(
         default=0.0, ge=0, description="Most seconds of silence, however long an answer takes; 0 takes the profile's"
     )
+    max_answer_s: float = Field(
+        default=0.0,
+        ge=0,
+        description="Most seconds for a whole answer; 0 takes `timeout_s`, and 0.1 s for each token of `max_tokens` "
+        "and of 32,768 more, which may be reasoning that a provider does not count",
+    )
+    max_response_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Most bytes of a response, compressed or not; 0 takes 256 B for each of the tokens that "
+        "`max_answer_s` counts, 1,024 B where it is a stream, and with `logprobs` 256 B for each token and each of its "
+        "`top_logprobs`",
+    )
     max_retries: int = Field(
         default=6,
         ge=0,

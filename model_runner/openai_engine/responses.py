@@ -8,12 +8,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moebeam.model_runner.openai_engine.profiles import Profile
-from moebeam.model_runner.openai_engine.response.call_pieces import CallPiece, CallPieces
+from moebeam.model_runner.openai_engine.response.call_pieces import MAX_CALLS, CallPiece, CallPieces
 from moebeam.model_runner.openai_engine.response.finish_reasons import is_known_reason, map_finish_reason
 from moebeam.model_runner.openai_engine.response.joined_text import join_pieces
 from moebeam.schemas.errors import AnswerInterrupted, MalformedResponse, RowError, abbreviate
@@ -22,9 +22,15 @@ from moebeam.schemas.records import MAX_COUNTED_TOKENS, FinishReason, TokenLogpr
 _INTERRUPTED = ("insufficient_system_resource", "aborted")
 _MAX_ERROR_CHARACTERS = 200
 
+Word = Annotated[str, Field(max_length=1_024)]
+"""A name, or another short mark that goes into tables as it is."""
+Logprob = Annotated[float, Field(le=1.0)]
+"""Above 0 by an error of rounding at most; minus infinity where there is no probability at all."""
+Model = TypeVar("Model", bound=BaseModel)
+
 
 class _Function(BaseModel):
-    name: str | None = None
+    name: Word | None = None
     arguments: str | dict[str, Any] | None = None
 
 
@@ -32,7 +38,8 @@ class _Call(BaseModel):
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
     index: int | None = None
-    id: str | None = None
+    # Some gateways put a thought's signature into it.
+    id: Annotated[str, Field(max_length=1 << 16)] | None = None
     function: _Function = _Function()
 
     def to_piece(self) -> CallPiece:
@@ -47,16 +54,16 @@ class _Message(BaseModel):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: list[_Call] | None = None
+    tool_calls: Annotated[list[_Call], Field(max_length=MAX_CALLS)] | None = None
 
 
 class _LikelyToken(BaseModel):
     token: str
-    logprob: float
+    logprob: Logprob
 
 
 class _TokenLogprob(BaseModel):
-    logprob: float
+    logprob: Logprob
     top_logprobs: list[_LikelyToken] | None = None
 
 
@@ -67,7 +74,7 @@ class _Logprobs(BaseModel):
 class _Choice(BaseModel):
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
-    finish_reason: str | None = None
+    finish_reason: Word | None = None
     message: _Message | None = None
     delta: _Message | None = None
     logprobs: _Logprobs | None = None
@@ -76,9 +83,9 @@ class _Choice(BaseModel):
 class _Response(BaseModel):
     """A whole response or one piece of a stream; fields that nothing here needs are passed over."""
 
-    model: str | None = None
-    system_fingerprint: str | None = None
-    service_tier: str | None = None
+    model: Word | None = None
+    system_fingerprint: Word | None = None
+    service_tier: Word | None = None
     choices: list[_Choice]
     usage: Any = None
 
@@ -120,7 +127,7 @@ def read_answer(content: bytes, profile: Profile) -> Answer:
     Raises:
         MalformedResponse: it is cut off, not JSON, or not a chat completion.
     """
-    response = _parse(content)
+    response = parse_json(_Response, content)
     if not response.choices or response.choices[0].message is None:
         raise MalformedResponse(f"choices: expected a message, found {_abbreviate_content(content)}")
     choice = response.choices[0]
@@ -141,19 +148,19 @@ class StreamedAnswer:
         self._has_begun = False
         self._has_ended = False
 
-    def add_line(self, line: str) -> None:
+    def add_line(self, line: bytes) -> None:
         """Take one line; blank ones and comments, such as `: keep-alive`, only show that the provider lives.
 
         Raises:
             MalformedResponse: an event that is not a piece of a chat completion.
         """
-        if not line.startswith("data:"):
+        if not line.startswith(b"data:"):
             return
         data = line[5:].strip()
-        if data == "[DONE]":
+        if data == b"[DONE]":
             self._has_ended = True
             return
-        response = _parse(data.encode())
+        response = parse_json(_Response, data)
         self._pieces.add_metadata(response)
         for choice in response.choices[:1]:
             self._has_begun = True
@@ -257,14 +264,19 @@ def _count(found: Any, path: str) -> int | None:
     return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
-def _parse(content: bytes) -> _Response:
+def parse_json(model: type[Model], content: bytes) -> Model:
+    """JSON in the shape of a model.
+
+    Raises:
+        MalformedResponse: it has another shape, or is no JSON.
+    """
     try:
         try:
-            return _Response.model_validate_json(content)
+            return model.model_validate_json(content)
         except ValidationError as error:
             if error.errors(include_url=False, include_input=False)[0]["type"] != "json_invalid":
                 raise
-            return _Response.model_validate(_load_json(content, error))
+            return model.model_validate(_load_json(content, error))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "response"

@@ -7,7 +7,6 @@ packages.
 
 import contextlib
 import json
-import os
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 from moebeam.model_runner.engine_process.process_link import LOADING, EngineExit, ProcessLink, start_process
+from moebeam.model_runner.host_folder import host_folder, make_private_folder
+from moebeam.model_runner.python_process import foreign_environment
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import EngineLoadError
 
@@ -69,12 +70,19 @@ class VllmProcess(ProcessLink):
     """
 
     def __init__(self, python: str, engine_arguments: Mapping[str, Json]) -> None:
+        try:
+            sockets = make_private_folder(host_folder() / "vllm")
+        except OSError as error:
+            raise EngineLoadError(f"no folder for the sockets of vLLM's processes: {error}") from error
         environment = {
+            # Its processes speak with each other, partly in pickles; nobody else shall reach them.
+            "VLLM_RPC_BASE_PATH": str(sockets),
+            "VLLM_HOST_IP": "127.0.0.1",
             # Nothing is fetched and nothing is reported to anyone; threads and `fork` do not go together.
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
-            **os.environ,
+            **foreign_environment(),
         }
         try:
             popen = start_process(

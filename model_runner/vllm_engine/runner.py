@@ -10,7 +10,6 @@ and 0.01 is 0.01 there.
 """
 
 import hashlib
-import json
 import os
 import sys
 import time
@@ -22,7 +21,6 @@ from importlib.util import find_spec
 from itertools import count, islice
 from queue import SimpleQueue
 from threading import Event
-from typing import cast
 
 import tokenizers
 
@@ -37,6 +35,7 @@ from moebeam.model_runner.engine_process.supervisor import Supervisor
 from moebeam.model_runner.prefix_tree import prefix_key
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.model_runner.seeds import derive_seed
+from moebeam.model_runner.vllm_engine.engine_arguments import build_engine_arguments
 from moebeam.model_runner.vllm_engine.options import VllmOptions
 from moebeam.model_runner.vllm_engine.process import PYTHON_VARIABLE, Replies, TokenUpdate, VllmProcess
 from moebeam.schemas.canonical import Json
@@ -45,7 +44,6 @@ from moebeam.schemas.records import Completion, FinishReason, Request, TokenLogp
 from moebeam.schemas.store import storage
 
 PROVIDER = "local"
-ARGUMENTS_VARIABLE = "MOEBEAM_VLLM_ARGS"
 
 NUM_WINDOW_REQUESTS = 512
 """Most requests that are pulled ahead of the answers, or twice what vLLM has in flight where that is more."""
@@ -318,7 +316,7 @@ def load_vllm_runner(config: EngineConfig) -> VllmRunner:
     runner = VllmRunner(
         config,
         python=_find_python(),
-        engine_arguments=_build_engine_arguments(config, found.values),
+        engine_arguments=build_engine_arguments(config, found.values),
         tokenizer=tokenizer,
         encoding=encoding,
         end_token_ids=read_end_token_ids(config.path, tokenizer, encoding),
@@ -365,40 +363,3 @@ def _find_python() -> str:
         f"engine 'vllm' needs vLLM: install it into an environment of its own and set {PYTHON_VARIABLE} to that "
         "environment's python, or install it beside moebeam"
     )
-
-
-def _build_engine_arguments(config: EngineConfig, model_config: Mapping[str, Json]) -> dict[str, Json]:
-    """The arguments of `vllm.EngineArgs`: the job's, ours, and the machine's from `MOEBEAM_VLLM_ARGS`.
-
-    Args:
-        model_config: the checkpoint's `config.json`.
-    """
-    options = config.options_as(VllmOptions)
-    dtype = options.dtype
-    if dtype == "auto":
-        stated = model_config.get("dtype", model_config.get("torch_dtype"))
-        # vLLM's own `auto` makes bfloat16 of a float32 checkpoint.
-        dtype = "float32" if stated == "float32" else "auto"
-    arguments: dict[str, Json] = {
-        "model": config.path,
-        "dtype": dtype,
-        "enable_prefix_caching": True,
-        # A checkpoint's own temperature or penalties must not leak in.
-        "generation_config": "vllm",
-        "structured_outputs_config": {"backend": "guidance"},
-        "trust_remote_code": False,
-        "disable_log_stats": True,
-    }
-    if options.batch_size:
-        arguments["max_num_seqs"] = options.batch_size
-    if options.max_model_len:
-        arguments["max_model_len"] = options.max_model_len
-    try:
-        more: object = json.loads(os.environ.get(ARGUMENTS_VARIABLE) or "{}")
-    except ValueError as error:
-        raise EngineLoadError(f"{ARGUMENTS_VARIABLE}: expected a JSON object, found: {error}") from error
-    if not isinstance(more, dict):
-        raise EngineLoadError(f"{ARGUMENTS_VARIABLE}: expected a JSON object, found {type(more).__name__}")
-    if taken := more.keys() & arguments.keys():
-        raise EngineLoadError(f"{ARGUMENTS_VARIABLE}: {', '.join(sorted(taken))} cannot be set here")
-    return arguments | cast("dict[str, Json]", more)

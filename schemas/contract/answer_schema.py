@@ -45,6 +45,8 @@ Retriever: TypeAlias = Callable[[str], Json]
 
 MAX_COUNTED_VIOLATIONS = 20
 
+_SMALL_CHARACTERS = 16 << 10
+
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _MODEL_REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -100,26 +102,40 @@ class AnswerSchema:
         if retriever is not None:
             return cls(document, formats=formats, source=source, retriever=retriever)
         try:
-            return _compile_once(json.dumps(document, ensure_ascii=False, allow_nan=False), formats, source)
+            text = json.dumps(document, ensure_ascii=False, allow_nan=False)
+            compile_once = _compile_once if len(text) <= _SMALL_CHARACTERS else _compile_large_once
+            return compile_once(text, formats, source)
         except (TypeError, ValueError, RecursionError):
             return cls(document, formats=formats, source=source)  # Raises the detailed error.
 
     @classmethod
-    def load(cls, reference: str, formats: Formats = "assert", folder: str | Path | None = None) -> "AnswerSchema":
+    def load(
+        cls,
+        reference: str,
+        formats: Formats = "assert",
+        folder: str | Path | None = None,
+        vet: Callable[[Json, Formats, str], object] | None = None,
+    ) -> "AnswerSchema":
         """Compile the schema named in a job: a JSON file, or a pydantic model as `package.module:Class`.
 
         The pickle carries the source of the model's module (see `moebeam.schemas.contract.user_module`).
 
         Args:
             folder: the job file's, searched first for modules; the path of a JSON file is used as given.
+            vet: called with the document, `formats` and the reference before the document is compiled.
         Raises:
             JobFileError: the file or class cannot be read, imported or shipped, or is not a schema.
         """
         if _MODEL_REFERENCE.fullmatch(reference):
             model, shipped = _import_model(reference, folder)
             document = _build_json_schema(model, reference)
+            if vet is not None:
+                vet(document, formats, reference)
             return cls(document, formats=formats, source=reference, model=model, shipped=shipped)
-        return cls(_read_schema(reference), formats=formats, source=reference)
+        document = _read_schema(reference)
+        if vet is not None:
+            vet(document, formats, reference)
+        return cls(document, formats=formats, source=reference)
 
     @property
     def code_digest(self) -> str | None:
@@ -146,10 +162,7 @@ class AnswerSchema:
             SchemaViolation: breaks the JSON Schema; names pointer, keyword, expected and found.
             ModelRejected: the pydantic model rejected it.
         """
-        stripped = text.strip()
-        if not stripped:
-            raise EmptyAnswer(f"expected JSON, found {'an empty text' if not text else 'only white space'}")
-        value = parse_json(stripped)
+        stripped, value = parse_answer(text)
         if not self._validator.is_valid(value):
             raise SchemaViolation(self._describe_violations(value))
         if self.model is not None:
@@ -179,6 +192,18 @@ class AnswerSchema:
             raise ModelRejected(f"{model.__name__} raised {describe_error(error)}; found {shorten(text)}") from error
 
 
+def parse_answer(text: str) -> tuple[str, Json]:
+    """An answer without the white space around it, and its value.
+
+    Raises:
+        EmptyAnswer, NotJson: see `AnswerSchema.check`.
+    """
+    stripped = text.strip()
+    if not stripped:
+        raise EmptyAnswer(f"expected JSON, found {'an empty text' if not text else 'only white space'}")
+    return stripped, parse_json(stripped)
+
+
 def _restore(
     document: Json,
     formats: Formats,
@@ -196,6 +221,12 @@ def _restore(
 @lru_cache(maxsize=512)
 def _compile_once(text: str, formats: Formats, source: str) -> AnswerSchema:
     """Compile a document from its JSON text, which is hashable and immutable."""
+    return AnswerSchema(cast("Json", json.loads(text)), formats=formats, source=source)
+
+
+@lru_cache(maxsize=8)
+def _compile_large_once(text: str, formats: Formats, source: str) -> AnswerSchema:
+    """As `_compile_once`: a compiled schema takes some seventy times its text, so that few large ones are kept."""
     return AnswerSchema(cast("Json", json.loads(text)), formats=formats, source=source)
 
 

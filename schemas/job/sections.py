@@ -24,7 +24,10 @@ class PromptSection(Section):
     messages_column: str | None = Field(default=None, description="Column that holds whole chats instead of a template")
     max_template_steps: int = Field(default=10_000, gt=0, description="Loop iterations one row's templates may take")
     max_template_s: float = Field(
-        default=2.0, gt=0, allow_inf_nan=False, description="Processor time one row's templates may take, in seconds"
+        default=2.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Processor time one row's templates may take, and its schema, in seconds",
     )
 
     @model_validator(mode="after")
@@ -191,8 +194,8 @@ class LimitsSection(Section):
     )
     deadline: Annotated[float, Field(gt=0)] | str | None = Field(
         default=None,
-        description="No request starts later: minutes from the start of each attempt, or a time such as "
-        "`2026-10-01T06:00:00Z`, in quotes",
+        description="No request starts later, and none outlasts it by more than `[failures] drain_s`: minutes from the "
+        "start of each attempt, or a time such as `2026-10-01T06:00:00Z`, in quotes",
     )
 
     @field_validator("deadline")

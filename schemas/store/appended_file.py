@@ -7,6 +7,8 @@ bytes survive the death of the process; synced bytes survive that of the machine
 import os
 from pathlib import Path
 
+from moebeam.schemas.store.disk_files import make_folder, open_new
+from moebeam.schemas.store.named_errors import name_file, naming_file
 from moebeam.schemas.store.storage import sync_folder
 
 
@@ -18,12 +20,11 @@ class AppendedFile:
     """
 
     def __init__(self, path: str) -> None:
-        folder = Path(path.removeprefix("file://")).parent
+        self._path = path.removeprefix("file://")
+        folder = Path(self._path).parent
         missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(
-            path.removeprefix("file://"), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666
-        )
+        make_folder(folder)
+        self._descriptor = open_new(Path(self._path), os.O_APPEND)
         for changed in {folder, *(parent.parent for parent in missing)}:
             sync_folder(str(changed))
 
@@ -34,12 +35,17 @@ class AppendedFile:
             OSError: not all could be written.
         """
         left = memoryview(content)
-        while left:
-            left = left[os.write(self._descriptor, left) :]
+        try:
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        except OSError as error:
+            name_file(error, self._path)
+            raise
 
     def sync(self) -> None:
         """Make durable what was written so far."""
-        os.fsync(self._descriptor)
+        with naming_file(self._path):
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         os.close(self._descriptor)

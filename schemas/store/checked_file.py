@@ -11,6 +11,7 @@ from typing import BinaryIO, cast
 
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.damage import describe_damage
+from moebeam.schemas.store.named_errors import naming_file
 from moebeam.schemas.store.object_store import READ_BYTES, is_local
 
 _MEMORY_BYTES = 64 * 1024 * 1024
@@ -57,5 +58,6 @@ def _fetch(source: BinaryIO) -> tuple[str, BinaryIO]:
     with source:
         while block := source.read(READ_BYTES):
             digest.update(block)
-            copy.write(block)
+            with naming_file(tempfile.gettempdir()):
+                copy.write(block)
     return digest.hexdigest(), copy

@@ -65,6 +65,11 @@ class StoredFile(io.RawIOBase):
         self._num_bytes: int = source.seek(0, io.SEEK_END)
         source.seek(0)
 
+    @property
+    def info(self) -> Mapping[str, Any] | None:
+        """What the store said of the object when it was opened; None where its library does not keep that."""
+        return getattr(self._source, "details", None)
+
     def readable(self) -> bool:
         return True
 

@@ -15,6 +15,8 @@ _moebeam/staging/           a shard's tables before commit, under names no `*.pa
 _moebeam/leases/            which worker answers which shard, see `transforms/durable/lease.py`
 _moebeam/journal/           paid answers in order of arrival, one folder per shard
 _moebeam/commits/           one record per committed shard; the first one wins
+_moebeam/damaged/           files and lines that could not be used, set aside
+_moebeam/logs/              what worker processes on this machine printed and logged, a file for each
 
 Records carry a digest (`sealed_json.py`), plans and runs a checksum of each block (`sealed_file.py`), journals one of
 each line; commits and the manifest name the digests of tables (`checked_file.py`).
@@ -26,6 +28,7 @@ import re
 from dataclasses import dataclass
 
 from moebeam.schemas.store import storage
+from moebeam.schemas.store.disk_files import STATE_FOLDER
 from moebeam.schemas.tables import Table
 
 FRAME_NAME = "data.parquet"
@@ -54,7 +57,7 @@ class RunLayout:
 
     @property
     def state(self) -> str:
-        return storage.join(self.output, "_moebeam")
+        return storage.join(self.output, STATE_FOLDER)
 
     @property
     def job(self) -> str:
@@ -114,8 +117,16 @@ class RunLayout:
         return storage.join(self.state, "leases")
 
     @property
+    def logs(self) -> str:
+        return storage.join(self.state, "logs")
+
+    @property
     def progress(self) -> str:
         return storage.join(self.state, "progress")
+
+    @property
+    def damaged(self) -> str:
+        return storage.join(self.state, "damaged")
 
     @property
     def journal(self) -> str:

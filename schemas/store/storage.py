@@ -19,13 +19,20 @@ import fsspec
 import fsspec.core
 
 from moebeam.schemas.errors import CommitError
+from moebeam.schemas.store.disk_files import (
+    TEMPORARY,
+    link_published,
+    make_folder,
+    make_temporary_path,
+    sync_names,
+    write_temporary,
+)
 from moebeam.schemas.store.object_store import READ_BYTES, StoredFile, StoreError, is_local, map_errors, store_code
 
 _MAX_CONFLICTS = 5
 _MIN_BLOCK_BYTES = 5 * 1024 * 1024
 _MAX_REMOVALS = 3
 _PROBE = "probe-"
-_TEMPORARY = ".tmp"
 
 
 def join(folder: str, *parts: str) -> str:
@@ -194,9 +201,9 @@ def write_whole(path: str, content: bytes) -> None:
             fs.pipe_file(inner, content)
         return
     target = Path(_local(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     for num_left in reversed(range(_MAX_SWEEPS)):
-        temporary = _write_temporary(target, content)
+        temporary = write_temporary(target, content)
         try:
             temporary.replace(target)
             break
@@ -207,18 +214,13 @@ def write_whole(path: str, content: bytes) -> None:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-    _sync_folder(target.parent)
+    sync_names(target.parent)
 
 
 def is_passing(path: str) -> bool:
     """Whether a file is a temporary one of this module, which a killed writer may leave behind."""
     name = path.rpartition("/")[2]
-    return name.startswith(_PROBE) or (name.startswith(".") and name.endswith(_TEMPORARY))
-
-
-def make_temporary_path(target: Path) -> Path:
-    """Where a file on disk is written before it is renamed."""
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex}{_TEMPORARY}")
+    return name.startswith(_PROBE) or (name.startswith(".") and name.endswith(TEMPORARY))
 
 
 def write_note(path: str, content: bytes) -> None:
@@ -231,10 +233,9 @@ def write_note(path: str, content: bytes) -> None:
         write_whole(path, content)
         return
     target = Path(_local(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = make_temporary_path(target)
+    make_folder(target.parent)
+    temporary = write_temporary(target, content, is_durable=False)
     try:
-        temporary.write_bytes(content)
         temporary.replace(target)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -257,15 +258,15 @@ def create_exclusive(path: str, content: bytes) -> bool:
     assert content, f"{path}: an exclusive file without content names no winner"
     if is_local(path):
         target = Path(_local(path))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _write_temporary(target, content)
+        make_folder(target.parent)
+        temporary = write_temporary(target, content)
         try:
             os.link(temporary, target)
         except FileExistsError:
             return _holds(path, content)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(target.parent)
+        sync_names(target.parent)
         return True
     with map_errors(path):
         return _create_in_store(path, content)
@@ -329,10 +330,10 @@ def copy_whole(source: str, target: str) -> None:
     """
     if is_local(target) and is_local(source):
         destination = Path(_local(target))
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(destination.parent)
         link = make_temporary_path(destination)
         try:
-            os.link(_local(source), link)
+            link_published(Path(_local(source)), link)
             link.replace(destination)
         finally:
             link.unlink(missing_ok=True)
@@ -346,7 +347,7 @@ def copy_whole(source: str, target: str) -> None:
 def sync_folder(folder: str) -> None:
     """Make the names in a folder on disk durable; a no-op for object stores."""
     if is_local(folder) and is_folder(folder):
-        _sync_folder(Path(_local(folder)))
+        sync_names(Path(_local(folder)))
 
 
 def remove_tree(path: str) -> None:
@@ -375,24 +376,3 @@ def remove_files(paths: Sequence[str]) -> None:
 
 def _local(path: str) -> str:
     return str(fsspec.core.strip_protocol(path))
-
-
-def _write_temporary(target: Path, content: bytes) -> Path:
-    temporary = make_temporary_path(target)
-    try:
-        with temporary.open("xb") as sink:
-            sink.write(content)
-            sink.flush()
-            os.fsync(sink.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

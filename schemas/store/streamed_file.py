@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
+from moebeam.schemas.store.disk_files import make_folder, make_temporary_path, open_new_stream
+from moebeam.schemas.store.named_errors import naming_file
 from moebeam.schemas.store.object_store import is_local, map_errors
-from moebeam.schemas.store.storage import file_system, make_temporary_path, normalize_path, sync_folder
+from moebeam.schemas.store.storage import file_system, normalize_path, sync_folder
 
 _BUFFER_BYTES = 1024 * 1024
 _PART_BYTES = 16 * 1024 * 1024
@@ -33,13 +35,19 @@ def streamed_file(path: str) -> Generator[Write]:
 
 @contextmanager
 def _on_disk(target: Path) -> Generator[Write]:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     temporary = make_temporary_path(target)
     try:
-        with temporary.open("xb", buffering=_BUFFER_BYTES) as sink:
-            yield sink.write
-            sink.flush()
-            os.fsync(sink.fileno())
+        with open_new_stream(temporary, _BUFFER_BYTES) as sink:
+
+            def write(content: bytes) -> None:
+                with naming_file(target):
+                    sink.write(content)
+
+            yield write
+            with naming_file(target):
+                sink.flush()
+                os.fsync(sink.fileno())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -4,339 +4,29 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
-    DeepseekV3Config,
-    DeepseekV4Config,
-    MixtralConfig,
-    Qwen3MoeConfig,
 )
 
-from benchmarks import engine, engine_bound, engine_contenders, engine_work
-from benchmarks.engine_bound import ModelFlops, count_work, gemm_rate, model_flops
-from benchmarks.engine_contenders import ContenderFailed, Run, Work
+from benchmarks.engine import __main__ as engine
+from benchmarks.engine import bound as engine_bound
+from benchmarks.engine import contenders, vllm_contender
+from benchmarks.engine import work as engine_work
+from benchmarks.engine.vllm_contender import ContenderFailed, Run, Work
 from moebeam.model_runner.torch_engine.schedule.sequences import Finished, Prompt
 from moebeam.schemas.errors import EngineFailed
-
-VOCAB_SIZE = 61
-PROMPTS = [[7, 8, 9, 10], [7, 8, 9, 11], [20, 21], [7, 8, 9, 10, 12, 13]]
-NUM_TREE_TOKENS = 4 + 1 + 2 + 2
+from tests.support.models.engine_models import NUM_TREE_TOKENS, PROMPTS, v3_config, v4_config
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def v3_config(**settings: Any) -> DeepseekV3Config:
-    return DeepseekV3Config(
-        **{
-            "vocab_size": VOCAB_SIZE,
-            "hidden_size": 8,
-            "intermediate_size": 16,
-            "moe_intermediate_size": 4,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "q_lora_rank": 6,
-            "kv_lora_rank": 10,
-            "qk_rope_head_dim": 2,
-            "qk_nope_head_dim": 4,
-            "v_head_dim": 3,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "num_mtp_layers": 0,
-            "initializer_range": 0.3,
-            "eos_token_id": 1,
-            **settings,
-        }
-    )
-
-
-def v4_config(**settings: Any) -> DeepseekV4Config:
-    return DeepseekV4Config(
-        **{
-            "vocab_size": VOCAB_SIZE,
-            "hidden_size": 8,
-            "moe_intermediate_size": 4,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 8,
-            "q_lora_rank": 6,
-            "num_experts_per_tok": 2,
-            "n_routed_experts": 4,
-            "partial_rotary_factor": 0.5,
-            "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
-            "mlp_layer_types": ["hash_moe", "moe", "moe"],
-            "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
-            "hc_mult": 2,
-            "hc_sinkhorn_iters": 2,
-            "sliding_window": 4,
-            "o_groups": 2,
-            "o_lora_rank": 3,
-            "index_n_heads": 2,
-            "index_head_dim": 8,
-            "index_topk": 2,
-            "initializer_range": 0.3,
-            "eos_token_id": 1,
-            **settings,
-        }
-    )
-
-
-def mixtral_config() -> MixtralConfig:
-    return MixtralConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=8,
-        intermediate_size=6,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    )
-
-
-def qwen3_moe_config() -> Qwen3MoeConfig:
-    return Qwen3MoeConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=8,
-        intermediate_size=10,
-        moe_intermediate_size=6,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=6,
-        num_experts=4,
-        num_experts_per_tok=2,
-        mlp_only_layers=[1],
-    )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("v4")
-    engine_work.save_checkpoint(v4_config(), folder)
-    return str(folder)
-
-
-@pytest.fixture
-def work(checkpoint: str) -> Work:
-    return Work(checkpoint=checkpoint, prompts=PROMPTS, warm_up=[[30, 31]], max_tokens=5, num_threads=1)
-
-
-# The bound.
-
-
-def test_v3_flops_are_those_counted_by_hand() -> None:
-    flops = model_flops(v3_config())
-    attention = 6 * (8 + 2 * 6) + 8 * (10 + 2) + 10 * 2 * (4 + 3) + 2 * 3 * 8
-    dense, experts = 3 * 8 * 16, 8 * 4 + 3 * (3 * 8 * 4)
-    assert flops.per_token == 2 * (2 * attention + dense + experts) == 3024
-    assert flops.per_logits == 2 * 8 * VOCAB_SIZE
-    # Expanded, a pair costs 2 * 6 + 2 * 3; absorbed, 2 * 12 + 2 * 10.
-    assert flops.attention(np.arange(3)).tolist() == [2 * 2 * 18, 2 * 2 * 36, 2 * 2 * 54]
-
-
-def test_v3_attention_is_absorbed_where_that_is_cheaper() -> None:
-    flops = model_flops(v3_config(kv_lora_rank=1, v_head_dim=30))
-    assert flops.attention(np.arange(1)).tolist() == [2 * 2 * (2 * 3 + 2 * 1)]
-
-
-def test_v4_attention_reads_window_and_entries_and_chooses_beyond_topk() -> None:
-    flops = model_flops(v4_config())
-    per_key = 4 * 2 * 8
-    # Position 4, five tokens: a window of 4 in each layer, 2 entries of 2 tokens, 1 of 4.
-    # Position 5: 3 entries of 2 tokens, of which the indexer chooses 2.
-    chosen = 2 * (6 * 16 + 8 * 2) + 2 * 16 * 3
-    assert flops.attention(np.asarray([0, 4, 5])).tolist() == [3 * per_key, 15 * per_key, 15 * per_key + chosen]
-    assert (flops.num_unindexed_tokens, flops.per_indexer_key) == (5, 2 * 2 * 8 * 16)
-
-
-@pytest.mark.parametrize("config", [v3_config(), v3_config(q_lora_rank=None), mixtral_config(), qwen3_moe_config()])
-def test_one_token_costs_what_torch_counts(config: Any) -> None:
-    flops = model_flops(config)
-    assert counted_by_torch(config) == flops.per_token + flops.per_logits + flops.attention(np.arange(1))[0]
-
-
-def test_one_token_of_v4_costs_what_torch_counts_beyond_what_nobody_needs() -> None:
-    flops = model_flops(v4_config())
-    needed = flops.per_token + flops.per_logits + flops.attention(np.arange(1))[0]
-    unread_indexer = flops.per_indexer_key + 2 * (6 * 16 + 8 * 2)
-    unread_scores = 2 * 8 * (4 - 2)  # a hash-routed token's other experts
-    assert counted_by_torch(v4_config()) == needed + unread_indexer + unread_scores
-
-
-def counted_by_torch(config: Any) -> int:
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(torch.tensor([[5]]), use_cache=False)
-    return counter.get_total_flops()
-
-
-def test_sliding_window_bounds_the_keys_of_a_query() -> None:
-    config = mixtral_config()
-    config.sliding_window = 2
-    assert model_flops(config).attention(np.arange(4)).tolist() == [2 * 4 * 4 * 2 * keys for keys in (1, 2, 2, 2)]
-
-
-def test_unknown_model_type_is_refused() -> None:
-    config = mixtral_config()
-    config.model_type = "llama"
-    with pytest.raises(ValueError, match="mixtral, qwen3_moe, found 'llama'"):
-        model_flops(config)
-
-
-rows = st.lists(st.tuples(st.lists(st.integers(3, 5), min_size=1, max_size=6), st.integers(1, 5)), min_size=1)
-
-
-@given(rows)
-def test_work_is_counted_once_a_tree_node_and_once_a_fed_token(batch: list[tuple[list[int], int]]) -> None:
-    """Against the plainest count: a set of prefixes."""
-    model = ModelFlops(
-        per_token=3,
-        per_logits=7,
-        attention=lambda positions: (positions.astype(np.float64) + 1) ** 2,
-        per_indexer_key=11,
-        num_unindexed_tokens=6,
-    )
-    paths = [(prompt, len(prompt) + num_tokens - 1) for prompt, num_tokens in batch]
-    nodes = {tuple(prompt[: i + 1]) for prompt, _ in paths for i in range(len(prompt))}
-    indexed = {tuple(prompt[: i + 1]) for prompt, end in paths for i in range(len(prompt)) if end > 6}
-    fed = [position for prompt, end in paths for position in range(len(prompt), end)]
-    num_indexed_fed = sum(end - len(prompt) for prompt, end in paths if end > 6)
-
-    found = count_work(model, [prompt for prompt, _ in batch], [num_tokens for _, num_tokens in batch])
-
-    assert (found.num_tree_tokens, found.num_fed_tokens) == (len(nodes), len(fed))
-    assert found.prefill == 3 * len(nodes) + 11 * len(indexed)
-    assert found.decode == 3 * len(fed) + 11 * num_indexed_fed
-    assert found.logits == 7 * sum(num_tokens for _, num_tokens in batch)
-    assert found.attention == sum(len(node) ** 2 for node in nodes) + sum((place + 1) ** 2 for place in fed)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_best_rate_names_its_path(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_bound, "_MEASURE_S", 0.002)
-    found = gemm_rate(dtype, torch.device("cpu"), [(16, 8, 24), (32, 16, 8)])
-    assert found.flops_per_s > 0
-    assert found.path in ("linear", "bmm", "oneDNN", "oneDNN, prepacked")
-    assert found.shape in ((16, 8, 24), (32, 16, 8))
-
-
-def test_every_path_multiplies_alike() -> None:
-    products = dict(engine_bound._products((16, 8, 24), torch.float32, torch.device("cpu")))
-    expected = products["linear"]()
-    for product in products.values():
-        torch.testing.assert_close(product().reshape(16, 24), expected)
-
-
-def test_a_torch_without_private_operators_still_has_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_bound, "_MEASURE_S", 0.002)
-    monkeypatch.setattr(torch.ops, "mkldnn", ModuleType("mkldnn"))
-    assert gemm_rate(torch.float32, torch.device("cpu"), [(16, 8, 24)]).path in ("linear", "bmm")
-
-
-# The work.
-
-
-@pytest.mark.parametrize(
-    ("name", "num_prompts", "num_tokens", "num_tree_tokens"),
-    [
-        ("shared", 128, 720, 512 + 32 * 192 + 128 * 16),
-        ("unshared", 32, 720, 32 * 720),
-        ("short_cache", 256, 784, 64 * 768 + 256 * 16),
-        ("ten_times", 1280, 720, 10 * (512 + 32 * 192 + 128 * 16)),
-    ],
-)
-def test_prompt_sets_have_the_tree_they_promise(
-    name: engine_work.PromptSet, num_prompts: int, num_tokens: int, num_tree_tokens: int
-) -> None:
-    prompts = engine_work.make_prompts(name)
-    assert [len(prompt) for prompt in prompts] == [num_tokens] * num_prompts
-    assert prompts != sorted(prompts)
-    # Two branches may begin alike by chance.
-    assert 0 <= num_tree_tokens - tree_tokens_of(prompts) <= 4
-    assert engine_work.make_prompts(name) == prompts
-    assert min(map(min, prompts)) >= engine_work.NUM_SPECIAL_TOKENS
-    assert max(map(max, prompts)) < engine_work.VOCAB_SIZE
-
-
-def tree_tokens_of(prompts: list[list[int]]) -> int:
-    flops = ModelFlops(1, 1, attention=lambda positions: np.zeros(positions.shape))
-    return count_work(flops, prompts, [1] * len(prompts)).num_tree_tokens
-
-
-def test_random_trees_share_at_many_depths() -> None:
-    prompts = engine_work.make_prompts("random_tree")
-    num_tokens = sum(map(len, prompts))
-    assert 150 < len(prompts) < 400
-    assert tree_tokens_of(prompts) < 0.6 * num_tokens
-    ordered = sorted(prompts)
-    assert any(after[: len(before)] == before for before, after in pairwise(ordered))
-
-
-def test_foreign_prompts_begin_as_no_prompt_does() -> None:
-    prompts = [[token, 5, 5, 5, 5] for token in range(60)]
-    found = engine_work.foreign_prompts(prompts, vocab_size=VOCAB_SIZE)
-    assert [len(prompt) for prompt in found] == [5] * 4
-    assert {tuple(prompt[:4]) for prompt in found}.isdisjoint({tuple(prompt[:4]) for prompt in prompts})
-
-
-def test_prompts_survive_their_file(tmp_path: Path) -> None:
-    engine_work.write_prompts(tmp_path / "new" / "prompts.json", PROMPTS)
-    assert engine_work.read_prompts(tmp_path / "new" / "prompts.json") == PROMPTS
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", "[[1], []]", "[[1], [2.5]]", "[[1], [true]]", '[[1], "2"]'])
-def test_file_that_holds_no_prompts_is_refused(content: str, tmp_path: Path) -> None:
-    path = tmp_path / "prompts.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=r"prompts\.json: expected"):
-        engine_work.read_prompts(path)
-
-
-def test_reference_checkpoints_have_the_sizes_of_the_issue() -> None:
-    sizes = {}
-    for layout in engine_work.LAYOUTS:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(engine_work.reference_config(layout))
-        sizes[layout] = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6)
-    assert sizes == {"v3": 120, "v4": 121}
-
-
-def test_v3_checkpoint_says_how_it_routes(tmp_path: Path) -> None:
-    engine_work.save_checkpoint(v3_config(), tmp_path)
-    settings = json.loads((tmp_path / "config.json").read_text())
-    assert (settings["topk_method"], settings["scoring_func"]) == ("noaux_tc", "sigmoid")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert model.model.layers[1].mlp.gate.e_score_correction_bias.unique().numel() == 4
-
-
-def test_v4_checkpoint_routes_a_token_to_different_experts(checkpoint: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    table = model.model.layers[0].mlp.gate.tid2eid
-    assert table.shape == (VOCAB_SIZE, 2)
-    assert bool((table[:, 0] != table[:, 1]).all())
-    assert table.unique().tolist() == [0, 1, 2, 3]
-
-
-# The contenders.
 
 
 @dataclass
@@ -384,7 +74,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("stand_in")
 def test_torch_run_counts_itself_and_not_its_warm_up(work: Work) -> None:
-    run = engine_contenders.run_torch(work)
+    run = contenders.run_torch(work)
     assert run.output_tokens == [[len(prompt) + place for place in range(5)] for prompt in PROMPTS]
     assert run.computed_prefill_tokens == sum(map(len, PROMPTS))
     assert run.counters["seconds"] == {"extend": 0.5 * len(PROMPTS)}
@@ -397,11 +87,11 @@ def test_torch_run_counts_itself_and_not_its_warm_up(work: Work) -> None:
 def test_prompt_without_an_answer_stops_the_run(token: int, message: str, work: Work) -> None:
     broken = Work(work.checkpoint, [[5], [token], [6]], work.warm_up, max_tokens=2)
     with pytest.raises(ContenderFailed, match=message):
-        engine_contenders.run_torch(broken)
+        contenders.run_torch(broken)
 
 
 def test_transformers_says_in_batches_what_it_says_alone(work: Work) -> None:
-    run = engine_contenders.run_transformers(work)
+    run = contenders.run_transformers(work)
     model = AutoModelForCausalLM.from_pretrained(work.checkpoint, dtype=torch.float32)
     for prompt, answer in zip(PROMPTS, run.output_tokens, strict=True):
         input_ids = torch.tensor([prompt])
@@ -416,14 +106,12 @@ def test_transformers_says_in_batches_what_it_says_alone(work: Work) -> None:
 
 def test_end_token_ends_an_answer_only_where_it_is_named(checkpoint: str, tmp_path: Path) -> None:
     """The checkpoint's own end token is one that the answers hold."""
-    free = engine_contenders.run_transformers(Work(checkpoint, PROMPTS, [[30, 31]], max_tokens=5))
+    free = contenders.run_transformers(Work(checkpoint, PROMPTS, [[30, 31]], max_tokens=5))
     end = free.output_tokens[0][2]
     engine_work.save_checkpoint(v4_config(eos_token_id=end), tmp_path)
     assert engine.eos_token_ids(str(tmp_path)) == (end,)
-    ignored = engine_contenders.run_transformers(Work(str(tmp_path), PROMPTS, [[30, 31]], max_tokens=5))
-    ended = engine_contenders.run_transformers(
-        Work(str(tmp_path), PROMPTS, [[30, 31]], max_tokens=5, stop_token_ids=(end,))
-    )
+    ignored = contenders.run_transformers(Work(str(tmp_path), PROMPTS, [[30, 31]], max_tokens=5))
+    ended = contenders.run_transformers(Work(str(tmp_path), PROMPTS, [[30, 31]], max_tokens=5, stop_token_ids=(end,)))
     assert ignored.output_tokens == free.output_tokens
     assert ended.output_tokens == [
         answer[: answer.index(end) + 1] if end in answer else answer for answer in free.output_tokens
@@ -431,7 +119,7 @@ def test_end_token_ends_an_answer_only_where_it_is_named(checkpoint: str, tmp_pa
 
 
 def test_batches_hold_prompts_of_one_length() -> None:
-    assert list(engine_contenders.equal_batches([3, 2, 3, 3, 2], 2)) == [[0, 2], [3], [1, 4]]
+    assert list(contenders.equal_batches([3, 2, 3, 3, 2], 2)) == [[0, 2], [3], [1, 4]]
 
 
 FAKE_VLLM = """
@@ -474,7 +162,7 @@ def vllm_work(work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wo
 
 def test_vllm_answers_from_an_interpreter_of_its_own(vllm_work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
-    run = engine_contenders.run_vllm(vllm_work, sys.executable)
+    run = vllm_contender.run_vllm(vllm_work, sys.executable)
     assert run.output_tokens == [[len(prompt)] * 5 for prompt in PROMPTS]
     assert run.computed_prefill_tokens == sum(map(len, PROMPTS)) - len(PROMPTS)
     assert run.versions["vllm"] == "0.0"
@@ -485,22 +173,19 @@ def test_vllm_answers_from_an_interpreter_of_its_own(vllm_work: Work, monkeypatc
 def test_failing_vllm_is_quoted(vllm_work: Work, tmp_path: Path) -> None:
     (tmp_path / "vllm.py").write_text("raise SystemExit('no AVX512')")
     with pytest.raises(ContenderFailed, match="no AVX512"):
-        engine_contenders.run_vllm(vllm_work, sys.executable)
+        vllm_contender.run_vllm(vllm_work, sys.executable)
     with pytest.raises(ContenderFailed, match="/nowhere/python: expected an interpreter"):
-        engine_contenders.run_vllm(vllm_work, "/nowhere/python")
+        vllm_contender.run_vllm(vllm_work, "/nowhere/python")
 
 
 def test_cache_of_vllm_is_given_in_whole_gib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     bare = {"checkpoint": "c", "prompts": PROMPTS, "warm_up": PROMPTS, "max_tokens": 1}
     space = "VLLM_CPU_KVCACHE_SPACE"
-    assert engine_contenders.vllm_environment(Work(**bare))[space] == "2"
-    assert engine_contenders.vllm_environment(Work(**bare, max_cache_bytes=3 << 30))[space] == "3"
+    assert vllm_contender.vllm_environment(Work(**bare))[space] == "2"
+    assert vllm_contender.vllm_environment(Work(**bare, max_cache_bytes=3 << 30))[space] == "3"
     with pytest.raises(ContenderFailed, match="whole GiB"):
-        engine_contenders.vllm_environment(Work(**bare, max_cache_bytes=(1 << 30) + 1))
-
-
-# The command.
+        vllm_contender.vllm_environment(Work(**bare, max_cache_bytes=(1 << 30) + 1))
 
 
 @pytest.fixture

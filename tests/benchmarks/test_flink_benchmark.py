@@ -9,9 +9,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import flink, flink_shape
-from benchmarks.flink import FlinkRun, MemoryWatch, Stages, command_of, growth, lines_of
-from benchmarks.prompts import BenchmarkFiles, write_files
+from benchmarks.flink import __main__ as flink
+from benchmarks.flink import shape as flink_shape
+from benchmarks.flink.__main__ import FlinkRun, MemoryWatch, Stages, command_of, growth, lines_of
+from benchmarks.pipeline.prompts import BenchmarkFiles, write_files
 from moebeam.jobs.check.job_file import load_job
 
 NUM_ROWS = 30

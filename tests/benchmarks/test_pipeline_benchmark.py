@@ -8,11 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks import pipeline, report
-from benchmarks.contenders import NAMES, Name, load_contender
-from benchmarks.measure import measure
-from benchmarks.prompts import BenchmarkFiles, write_files, write_prompts
-from benchmarks.stages import profile_stages, walk_stages
+from benchmarks import report
+from benchmarks.pipeline import __main__ as pipeline
+from benchmarks.pipeline.contenders import NAMES, Name, load_contender
+from benchmarks.pipeline.measure import measure
+from benchmarks.pipeline.prompts import BenchmarkFiles, write_files, write_prompts
+from benchmarks.pipeline.stages import profile_stages, walk_stages
 from moebeam.schemas.tables import OUTPUT, RESULT_SCHEMA
 
 NUM_ROWS = 40
@@ -46,7 +47,7 @@ def test_rows_do_not_depend_on_how_many_there_are(files: BenchmarkFiles, tmp_pat
 
 
 def test_prompts_are_cut_into_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.prompts.ROW_GROUP_ROWS", 16)
+    monkeypatch.setattr("benchmarks.pipeline.prompts.ROW_GROUP_ROWS", 16)
     write_prompts(tmp_path / "prompts.parquet", num_rows=NUM_ROWS, row_bytes=ROW_BYTES)
     metadata = pq.read_metadata(tmp_path / "prompts.parquet")
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [16, 16, 8]
@@ -179,7 +180,8 @@ def test_missing_ray_is_said_instead_of_a_number(tmp_path: Path, monkeypatch: py
 
 
 def test_the_measuring_parent_imports_nothing_large() -> None:
-    code = "import sys, benchmarks.pipeline; print(sorted({'numpy', 'pyarrow', 'apache_beam'} & set(sys.modules)))"
-    root = Path(pipeline.__file__).parent.parent
+    large = "{'numpy', 'pyarrow', 'apache_beam'}"
+    code = f"import sys, benchmarks.pipeline.__main__; print(sorted({large} & set(sys.modules)))"
+    root = Path(pipeline.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -9,112 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import sharding, sharding_plans, sharding_torch
-from benchmarks.sharding_simulator import (
-    Caches,
-    hashed_workers,
+from benchmarks.sharding import __main__ as sharding
+from benchmarks.sharding import plans as sharding_plans
+from benchmarks.sharding import torch_prefill as sharding_torch
+from benchmarks.sharding.simulator import (
     most_prefill_tokens,
-    next_free_worker,
-    planned_starts,
-    rows_a_run,
     shard_prefill,
-    token_order,
 )
-from benchmarks.sharding_workloads import NO_NODE, WORKLOADS, Workload
-from moebeam.model_runner.prefix_tree import common_prefix_lengths, num_tree_tokens, prefix_key
+from benchmarks.sharding.workloads import WORKLOADS
+from moebeam.model_runner.prefix_tree import num_tree_tokens
 from moebeam.schemas.job.sections import PlanSection
-from moebeam.schemas.records import Sampling, sampling_json
-from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.schemas.tables import plan_schema
-from moebeam.transforms.plan.build_shards import PlanSpec, build_shards
-from moebeam.transforms.plan.plan_record import PlannedShard
-from moebeam.transforms.plan.shard_ranges import cut_ranges
-from moebeam.transforms.plan.sorted_runs import read_rows, write_runs
-
-# Few token values and short prompts, so that prefixes, forks and repeated prompts are common.
-PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=50)
-
-
-def naive_prefill(groups: Sequence[Sequence[Sequence[int]]]) -> int:
-    """Every prefix that a group holds is computed once by it."""
-    return sum(len({tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)}) for rows in groups)
-
-
-def lengths_and_lcps(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Of prompts in token order."""
-    keys = [prefix_key("", np.array(tokens, np.int32)) for tokens in prompts]
-    assert keys == sorted(keys)
-    return np.array([len(tokens) for tokens in prompts], dtype=np.int64), common_prefix_lengths(keys)
-
-
-def rendered(prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]) -> pa.RecordBatch:
-    """Rows as *render* leaves them."""
-    rows = [
-        {
-            "custom_id": f"row{row}",
-            "source_file": "file",
-            "source_row": row,
-            "unit": 0,
-            "scope": "row",
-            "num_rows": 1,
-            "sample": 0,
-            "prefix_key": prefix_key("", np.array(tokens, np.int32)),
-            "num_prompt_tokens": len(tokens),
-            "messages": "[]",
-            "sampling": sampling_json(Sampling(max_tokens=most)),
-            "tenant": "",
-            "cost_center": "",
-            "passthrough": {},
-        }
-        for row, (tokens, most) in enumerate(zip(prompts, max_tokens, strict=True))
-    ]
-    return pa.RecordBatch.from_pylist(rows, schema=plan_schema([]))
-
-
-def real_plan(
-    folder: Path, prompts: Sequence[Sequence[int]], *, max_tokens: Sequence[int], run_rows: int, **section: Any
-) -> tuple[list[PlannedShard], list[list[dict[str, Any]]]]:
-    """The product's plan of prompts, in runs of so many rows: its shards, and the rows of each."""
-    spec = PlanSpec(PlanSection(**section), RunLayout(str(folder)), ())
-    batch = rendered(prompts, max_tokens)
-    runs = [
-        run
-        for start in range(0, len(prompts), run_rows)
-        for run in write_runs([batch.slice(start, run_rows)], spec.layout, spec.section)
-    ]
-    shards = [shard for part in cut_ranges(runs, spec.layout) for shard in build_shards(part, spec, {})]
-    return shards, [read_rows(spec.layout.shard_plan(shard.shard)).to_pylist() for shard in shards]
-
-
-def tokens_of(workload: Workload) -> list[list[int]]:
-    """The prompts themselves, each node as its id so many times over."""
-    return [
-        [node for node in path if node != NO_NODE for _ in range(int(workload.node_tokens[node]))]
-        for path in workload.paths.tolist()
-    ]
-
-
-@st.composite
-def workloads(draw: st.DrawFn) -> Workload:
-    """Small trees with nodes of different sizes and prompts that end at any node, some of them equal."""
-    paths = draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=30))
-    ids: dict[tuple[int, ...], int] = {}
-    for node in sorted(tuple(path[:end]) for path in paths for end in range(1, len(path) + 1)):
-        ids.setdefault(node, len(ids))
-    table = [
-        [ids[tuple(path[: end + 1])] if end < len(path) else NO_NODE for end in range(max(map(len, paths)))]
-        for path in paths
-    ]
-    sizes = draw(st.lists(st.integers(1, 5), min_size=len(ids), max_size=len(ids)))
-    # Of equal prompts the plan puts one sampling before the other, which the simulation does not know: they ask alike.
-    most = draw(st.lists(st.sampled_from([1, 8, 600]), min_size=len(ids), max_size=len(ids)))
-    max_tokens = np.array([most[ids[tuple(path)]] for path in paths])
-    return Workload("made", "made", np.array(table), np.array(sizes), max_tokens, np.ones_like(max_tokens))
+from tests.support.jobs.shard_trees import PROMPTS, lengths_and_lcps, naive_prefill, real_plan
 
 
 @given(prompts=PROMPTS, data=st.data())
@@ -204,113 +113,6 @@ def test_heavy_expected_outputs_take_more_shards(tmp_path: Path, most: int, expe
     assert max(heavy) <= rows_a_shard
     assert len(heavy) == pytest.approx(100 / rows_a_shard, abs=1)
     assert len(rows) - len(heavy) == 1, "all of the light ones and a few of the heavy"
-
-
-@settings(max_examples=25)
-@given(
-    workload=workloads(),
-    run_rows=st.integers(1, 30),
-    max_shard_tokens=st.integers(20, 3000),
-    max_shard_rows=st.integers(1, 20),
-)
-def test_the_simulation_cuts_where_the_product_does(
-    tmp_path_factory: pytest.TempPathFactory,
-    workload: Workload,
-    run_rows: int,
-    max_shard_tokens: int,
-    max_shard_rows: int,
-) -> None:
-    folder = tmp_path_factory.mktemp("plan")
-    prompts = tokens_of(workload)
-    shards, _ = real_plan(
-        folder / "real",
-        prompts,
-        max_tokens=workload.max_tokens.tolist(),
-        run_rows=run_rows,
-        max_shard_tokens=max_shard_tokens,
-        max_shard_rows=max_shard_rows,
-        merge="never",
-    )
-    order = token_order(workload, run_rows=run_rows)
-    section = PlanSection(max_shard_tokens=max_shard_tokens, max_shard_rows=max_shard_rows, merge="never")
-    starts = planned_starts(order, folder / "simulated", section)
-    ends = [*starts[1:].tolist(), workload.num_rows]
-    assert np.diff([*starts, workload.num_rows]).tolist() == [shard.num_rows for shard in shards]
-    computed = shard_prefill(order.lengths, order.lcps, starts)
-    assert computed.tolist() == [shard.num_tree_tokens for shard in shards]
-    groups = [[prompts[row] for row in order.rows[start:end]] for start, end in zip(starts, ends, strict=True)]
-    assert computed.sum() == naive_prefill(groups)
-
-
-@given(workload=workloads(), num_workers=st.integers(1, 5), seed=st.integers(0, 9))
-def test_an_unlimited_cache_computes_every_prefix_of_its_stream_once(
-    workload: Workload, num_workers: int, seed: int
-) -> None:
-    workers = np.random.default_rng(seed).integers(num_workers, size=workload.num_rows)
-    prompts = tokens_of(workload)
-    computed = Caches(workload).unlimited(workers, num_workers)
-    expected = [naive_prefill([[prompts[row] for row in np.flatnonzero(workers == w)]]) for w in range(num_workers)]
-    assert computed.tolist() == expected
-
-
-@given(workload=workloads(), capacity_tokens=st.integers(0, 60), num_workers=st.integers(1, 3))
-def test_a_bounded_cache_forgets_what_was_used_longest_ago(
-    workload: Workload, capacity_tokens: int, num_workers: int
-) -> None:
-    workers = np.arange(workload.num_rows) % num_workers
-    caches = Caches(workload)
-    unlimited = caches.unlimited(workers, num_workers)
-    computed = caches.least_recently_used(workers, unlimited, capacity_tokens)
-    for worker in range(num_workers):
-        used: list[int] = []  # nodes, the one to be forgotten first ahead
-        expected = 0
-        for row in np.flatnonzero(workers == worker):
-            path = [node for node in workload.paths[row].tolist() if node != NO_NODE]
-            expected += sum(int(workload.node_tokens[node]) for node in path if node not in used)
-            used = [node for node in used if node not in path] + path[::-1]
-            while sum(int(workload.node_tokens[node]) for node in used) > capacity_tokens:
-                used.pop(0)
-        assert computed[worker] == expected
-
-
-@given(workload=workloads())
-def test_in_token_order_a_cache_of_the_longest_prompt_is_ideal(workload: Workload) -> None:
-    order = token_order(workload)
-    computed = Caches(workload).stream_prefill(order.rows.tolist(), order.deepest_tokens)
-    assert computed == order.tree_tokens == naive_prefill([tokens_of(workload)])
-
-
-@given(workload=workloads(), num_tokens=st.integers(1, 12))
-def test_prompts_with_the_same_first_tokens_hash_to_one_worker(workload: Workload, num_tokens: int) -> None:
-    workers = hashed_workers(workload, num_tokens, 1000, np.random.default_rng(0)).tolist()
-    by_prefix: dict[tuple[int, ...], set[int]] = {}
-    for tokens, worker in zip(tokens_of(workload), workers, strict=True):
-        by_prefix.setdefault(tuple(tokens[:num_tokens]), set()).add(worker)
-    assert all(len(found) == 1 for found in by_prefix.values())
-
-
-def test_shards_go_to_whoever_is_free() -> None:
-    costs = np.array([10, 1, 1, 1, 1, 1, 1, 1, 1, 1])
-    workers = next_free_worker(costs, 2, np.random.default_rng(0))
-    loads = np.bincount(workers, costs, minlength=2)
-    assert loads.sum() == costs.sum()
-    assert loads.max() - loads.min() <= costs.max()
-    assert next_free_worker(np.ones(12, dtype=np.int64), 4, np.random.default_rng(1)).tolist().count(0) == 3
-
-
-@pytest.mark.parametrize("name", WORKLOADS)
-def test_workloads_are_trees(name: str) -> None:
-    workload = WORKLOADS[name](300, np.random.default_rng(3))
-    parents: dict[int, int] = {}
-    for path in workload.paths.tolist():
-        nodes = [node for node in path if node != NO_NODE]
-        assert nodes == path[: len(nodes)], "nodes after the end of a path"
-        for parent, node in zip([-2, *nodes], nodes, strict=False):
-            assert parents.setdefault(node, parent) == parent
-    assert set(parents) == set(range(len(workload.node_tokens)))
-    assert ((workload.num_output_tokens >= 1) & (workload.num_output_tokens <= workload.max_tokens)).all()
-    assert len({tuple(path) for path in workload.paths.tolist()}) == 300, "every prompt has a tail of its own"
-    assert 1 <= rows_a_run(workload) <= 20_000
 
 
 def test_every_way_is_compared_and_nobody_beats_the_tree(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,9 +17,9 @@ from moebeam.schemas import extras
 from moebeam.schemas.errors import MissingExtra
 from moebeam.schemas.extras import EXTRAS, require_extra
 from moebeam.schemas.store import storage
-from tests.support.fake_endpoint import FakeEndpoint, Reply, deepseek, with_usage
-from tests.support.jobs_for_tests import write_parquet
+from tests.support.jobs.jobs_for_tests import write_parquet
 from tests.support.paths import ROOT
+from tests.support.servers.fake_endpoint import FakeEndpoint, Reply, deepseek, with_usage
 
 pytestmark = pytest.mark.integration
 

@@ -26,8 +26,8 @@ from moebeam.model_runner.protocol import EngineConfig, ModelRunner, StoppableRu
 from moebeam.model_runner.run_inference.handler import MoebeamModelHandler
 from moebeam.schemas.errors import RequestGivenUp, RowError
 from moebeam.schemas.records import Completion, Message, Request, Sampling
-from tests.support.engine_configs import engine_config
-from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error, with_usage
+from tests.support.engines.engine_configs import engine_config
+from tests.support.servers.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error, with_usage
 
 ENGINES: dict[str, dict[str, str]] = {
     "fake": {"script": "script.json"},

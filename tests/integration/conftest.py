@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import fsspec
 import pytest
 
-from tests.support.s3_server import S3Server
+from tests.support.servers.s3_server import S3Server
 
 
 @pytest.fixture(scope="session")

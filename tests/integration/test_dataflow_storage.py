@@ -9,8 +9,8 @@ import fsspec
 import pytest
 
 from moebeam.schemas.store import storage
-from tests.support.gcs_server import GcsServer
-from tests.support.s3_jobs import run_moebeam, tables, upload, write_job
+from tests.support.jobs.s3_jobs import run_moebeam, tables, upload, write_job
+from tests.support.servers.gcs_server import GcsServer
 
 pytestmark = pytest.mark.integration
 

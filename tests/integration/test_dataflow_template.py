@@ -2,7 +2,7 @@
 
 The command, the launcher of the flex template and the workers all come from the images' lock and the wheel, in a
 virtual environment of their own; the checkout is not on their path. What a container would be is a process with the
-image's entry point and environment, see `tests/support/staged_pipelines.py`.
+image's entry point and environment, see `tests/support/jobs/staged_pipelines.py`.
 """
 
 import base64
@@ -21,13 +21,13 @@ import httpx2
 import pytest
 from apache_beam.portability.api import beam_runner_api_pb2
 
-from tests.support import beam_boot
 from tests.support.clean_environment import clean_environment, image_entry_point, image_variables
-from tests.support.gcs_server import GcsServer
+from tests.support.jobs.s3_jobs import NUM_ROWS, tables, write_job
+from tests.support.jobs.staged_pipelines import Image, run_staged
+from tests.support.jobs.user_project import SCHEMA, write_packages
 from tests.support.paths import ROOT
-from tests.support.s3_jobs import NUM_ROWS, tables, write_job
-from tests.support.staged_pipelines import Image, run_staged
-from tests.support.user_project import SCHEMA, write_packages
+from tests.support.servers import beam_boot
+from tests.support.servers.gcs_server import GcsServer
 
 pytestmark = pytest.mark.integration
 

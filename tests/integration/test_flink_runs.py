@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from moebeam.jobs.deploy.flink.worker_pool import WORKER_MODULE
-from tests.support.disturbed_runs import Tables, Work, problems_of, tables_of
+from tests.support.disturbances.disturbed_runs import Tables, Work, problems_of, tables_of
+from tests.support.disturbances.killed_runs import run_to_end, start
 from tests.support.flink.built_cluster import make_cluster
 from tests.support.flink.cluster import LocalCluster
-from tests.support.killed_runs import run_to_end, start
-from tests.support.local_servers import free_port
+from tests.support.jobs.user_project import NUM_ROWS as NUM_PROJECT_ROWS
+from tests.support.jobs.user_project import project_environment, write_project
 from tests.support.paths import ROOT
-from tests.support.user_project import NUM_ROWS as NUM_PROJECT_ROWS
-from tests.support.user_project import project_environment, write_project
+from tests.support.servers.local_servers import free_port
 
 pytestmark = pytest.mark.integration
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.chaos_job import run_chaos
+from tests.support.jobs.chaos_job import run_chaos
 
 pytestmark = pytest.mark.integration
 

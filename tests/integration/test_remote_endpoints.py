@@ -13,10 +13,10 @@ from moebeam.model_runner.openai_engine.outages.circuit import OutagePolicy
 from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
 from moebeam.schemas.errors import EngineOverloaded
 from moebeam.schemas.records import Message, Request, Sampling, ToolCall, Usage
-from tests.support.aimock_server import Aimock
-from tests.support.engine_configs import engine_config
-from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
-from tests.support.remote_engines import brief
+from tests.support.engines.engine_configs import engine_config
+from tests.support.engines.remote_engines import brief
+from tests.support.servers.aimock_server import Aimock
+from tests.support.servers.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
 
 pytestmark = pytest.mark.integration
 

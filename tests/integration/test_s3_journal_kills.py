@@ -16,12 +16,12 @@ import pytest
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.commit import read_commit
 from moebeam.transforms.durable.journal_file import read_journal
-from tests.support.disturbed_runs import tables_of
-from tests.support.fake_endpoint import FakeEndpoint
-from tests.support.jobs_for_tests import read_table, write_job_file
-from tests.support.killed_runs import RUN_TIMEOUT_S, kill, run_to_end, start
-from tests.support.remote_jobs import KEY, KEY_VARIABLE, Answers, remote_job, write_tickets
-from tests.support.s3_server import S3Server
+from tests.support.disturbances.disturbed_runs import tables_of
+from tests.support.disturbances.killed_runs import RUN_TIMEOUT_S, kill, run_to_end, start
+from tests.support.jobs.jobs_for_tests import read_table, write_job_file
+from tests.support.jobs.remote_jobs import KEY, KEY_VARIABLE, Answers, remote_job, write_tickets
+from tests.support.servers.fake_endpoint import FakeEndpoint
+from tests.support.servers.s3_server import S3Server
 
 pytestmark = pytest.mark.integration
 
@@ -48,7 +48,7 @@ def journaled_rows(s3: S3Server, url: str) -> set[int]:
             continue
         content = read_journal(layout, shard.name)
         assert content.num_damaged == 0
-        first = (entry.completion.usage for entry in content.entries if entry.attempt == 1)
+        first = (entry.completion.usage for entry in content.entries if entry.attempt == 1 and entry.is_answer)
         found |= {usage.prompt_tokens - FIRST_PROMPT_TOKENS for usage in first}
     return found - BROKEN - REFUSED
 

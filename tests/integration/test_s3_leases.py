@@ -4,7 +4,7 @@ import pytest
 
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.lease import ShardLease, host_identity, read_leases
-from tests.support.racing_leases import race_for_shard, write_lease
+from tests.support.disturbances.racing_leases import race_for_shard, write_lease
 
 pytestmark = pytest.mark.integration
 

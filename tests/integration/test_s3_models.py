@@ -12,7 +12,7 @@ from moebeam.model_runner.checkpoint.model_store import FOLDER_VARIABLE
 from moebeam.schemas.errors import OutputError
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store import storage
-from tests.support.jobs_for_tests import fake_job, read_table, write_parquet
+from tests.support.jobs.jobs_for_tests import fake_job, read_table, write_parquet
 
 pytestmark = pytest.mark.integration
 

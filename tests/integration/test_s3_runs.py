@@ -29,7 +29,7 @@ from moebeam.schemas.tables import LEDGER_SCHEMA, RESULT_SCHEMA
 from moebeam.transforms.durable.commit import commit_shard
 from moebeam.transforms.read.input_rows import read_unit
 from moebeam.transforms.read.input_scan import scan_input
-from tests.support.s3_jobs import (
+from tests.support.jobs.s3_jobs import (
     NUM_ROWS,
     Ended,
     assert_no_secret,
@@ -40,7 +40,7 @@ from tests.support.s3_jobs import (
     wait_for,
     write_job,
 )
-from tests.support.s3_server import S3Server
+from tests.support.servers.s3_server import S3Server
 
 pytestmark = pytest.mark.integration
 

@@ -19,7 +19,7 @@ from moebeam.schemas.errors import CommitError
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.object_store import StoreAccessDenied, StoreError
 from tests.support.paths import ROOT
-from tests.support.s3_server import S3Server
+from tests.support.servers.s3_server import S3Server
 
 pytestmark = pytest.mark.integration
 

@@ -8,7 +8,7 @@ import pytest
 from moebeam.model_runner import protocol
 from moebeam.model_runner.protocol import EngineConfig, add_counters, counters_since, load_runner
 from moebeam.schemas.errors import EngineLoadError
-from tests.support.engine_configs import engine_config
+from tests.support.engines.engine_configs import engine_config
 
 
 def config(engine: str) -> EngineConfig:

@@ -10,7 +10,7 @@ from moebeam.jobs.check.preflight import check_job
 from moebeam.jobs.run.main_job import make_main_job
 from moebeam.pipelines.main_job import build
 from moebeam.transforms.plan.plan_record import PlannedShard, PlanRecord
-from tests.support.jobs_for_tests import fake_job, write_parquet
+from tests.support.jobs.jobs_for_tests import fake_job, write_parquet
 
 
 class _Stages(PipelineVisitor):

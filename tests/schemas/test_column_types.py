@@ -18,7 +18,7 @@ from moebeam.schemas.column_types import (
     restored_field,
     storable_table,
 )
-from tests.support.odd_columns import Celsius, as_unregistered, odd_columns
+from tests.support.jobs.odd_columns import Celsius, as_unregistered, odd_columns
 
 COLUMNS = odd_columns()
 

@@ -18,7 +18,7 @@ from moebeam.schemas.column_values import (
     readable_field,
 )
 from moebeam.schemas.errors import InvalidValue
-from tests.support.odd_columns import UUID, extend, odd_columns
+from tests.support.jobs.odd_columns import UUID, extend, odd_columns
 
 COLUMNS = odd_columns()
 

@@ -18,7 +18,7 @@ def build_wheel(folder: Path) -> Path:
     """The wheel, built as the Dockerfile builds it: from what it copies of the checkout, and nothing else."""
     source = folder / "source"
     source.mkdir()
-    for names in re.findall(r"^COPY ((?!--).*) \S+$", _stage("wheel"), re.MULTILINE):
+    for names in re.findall(r"^COPY ((?!--).*) \S+$", stage_of("wheel"), re.MULTILINE):
         for name in names.split():
             if (ROOT / name).is_dir():
                 ignore = shutil.ignore_patterns("__pycache__")
@@ -72,17 +72,18 @@ def _install(programs: Path, *wanted: str) -> None:
 
 def image_variables(target: str) -> dict[str, str]:
     """What the Dockerfile's target sets in the environment of its image."""
-    return dict(re.findall(r"^ENV (\w+)=(.*)$", _stage(target), re.MULTILINE))
+    return dict(re.findall(r"^ENV (\w+)=(.*)$", stage_of(target), re.MULTILINE))
 
 
 def image_entry_point(target: str) -> list[str]:
     """The program that an image of the Dockerfile's target starts."""
-    found = re.search(r"^ENTRYPOINT \[(.*)\]$", _stage(target), re.MULTILINE)
+    found = re.search(r"^ENTRYPOINT \[(.*)\]$", stage_of(target), re.MULTILINE)
     assert found is not None, f"target {target} has no entry point of its own"
     return re.findall(r'"([^"]*)"', found[1])
 
 
-def _stage(target: str) -> str:
+def stage_of(target: str) -> str:
+    """The lines of the Dockerfile's target."""
     stages = re.split(r"^(?=FROM )", (CONTAINERS / "Dockerfile").read_text(), flags=re.MULTILINE)
     (found,) = (stage for stage in stages if stage.splitlines()[0].endswith(f" AS {target}"))
     return found

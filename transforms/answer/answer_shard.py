@@ -33,6 +33,7 @@ from moebeam.schemas.contract.output_type import OutputType
 from moebeam.schemas.job.sections import FailuresSection, RepairSection
 from moebeam.schemas.records import Request, parse_sampling_json
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.tables import Table
 from moebeam.transforms.answer.ask_again import AttemptPolicy
 from moebeam.transforms.answer.budget import BudgetedRunner, BudgetEnded, ShardBudget, SpendingLimits
 from moebeam.transforms.answer.grammar_cache import GrammarCache
@@ -42,12 +43,14 @@ from moebeam.transforms.answer.reuse import EarlierAnswers, ReuseSource
 from moebeam.transforms.answer.shard_events import log_commit
 from moebeam.transforms.answer.shard_tables import PlannedRows, shard_tables
 from moebeam.transforms.answer.spending import Spent
+from moebeam.transforms.answer.unusable.answers import TABLE_ERRORS, reject_unusable
 from moebeam.transforms.answer.validate import answer_and_validate
 from moebeam.transforms.answer.watch import ShardWatch
 from moebeam.transforms.durable.commit import commit_shard
 from moebeam.transforms.durable.progress import ProgressWriter, ShardProgress
-from moebeam.transforms.durable.stop import ON_ERROR, StopReason, request_stop
+from moebeam.transforms.durable.stop import LOST_LEASE, ON_ERROR, StopReason, request_stop
 from moebeam.transforms.money.account import Accounting, account
+from moebeam.transforms.money.attempt_costs import Attempts
 from moebeam.transforms.render.answer_terms import TermsCache
 from moebeam.transforms.render.chat_messages import parse_messages
 from moebeam.transforms.render.render_rows import SchemaInPrompt
@@ -153,8 +156,8 @@ def answer_rows(
         engine: may be None if nothing in the shard is asked.
         budget: ends the shard early when it is spent; None means no limits.
     Returns:
-        None if the run must stop before the shard is complete; what was answered is then in its journal, for the next
-        attempt.
+        None if the run must stop before the shard is complete, or another worker has its lease; what was answered is
+        then in its journal, for the next attempt.
     """
     started = time.monotonic()
     budget = budget or ShardBudget(shard=shard)
@@ -165,7 +168,7 @@ def answer_rows(
     if rows.asked:
         assert engine is not None, f"shard {shard} has requests but no engine"
         watch = ShardWatch(spec.layout, shard, engine.runner, budget, drain_s=spec.failures.drain_s)
-        with budget, open_journal(shard, spec) as journal:
+        with budget, open_journal(shard, spec, budget) as journal:
             is_over = False
             try:
                 with watch, contextlib.suppress(BudgetEnded):
@@ -181,20 +184,38 @@ def answer_rows(
                         _keep_late(shard, rows, answers, engine, spec, journal)
             replayed = journal.counters
         if budget.stop is not None and must_stop:
-            request_stop(spec.layout, budget.stop)
+            if budget.stop.kind != LOST_LEASE:
+                request_stop(spec.layout, budget.stop)
             return None
-    counted = counters_since(before, read_counters(runner))
-    tables = shard_tables(shard, rows, answers, spec.accounting, spec.output_type)
-    commit = commit_shard(spec.layout, spec.accounting.run_id, shard, tables, {**counted, **replayed})
+    counted = {**counters_since(before, read_counters(runner)), **replayed}
+    try:
+        tables, commit = _commit_answers(shard, rows, answers, spec, counted)
+    except TABLE_ERRORS:
+        sound = reject_unusable(spec.layout, shard, rows, answers, spec.accounting, spec.output_type)
+        if sound == answers:
+            raise
+        tables, commit = _commit_answers(shard, rows, sound, spec, counted)
     ids, kinds = (tables["rejects"].column(name).to_pylist() for name in ("custom_id", "error_type"))
     log_commit(commit, time.monotonic() - started, list(zip(ids, kinds, strict=True)))
     return commit
 
 
-def open_journal(shard: str, spec: AnswerSpec) -> ShardJournal:
+def _commit_answers(
+    shard: str, rows: PlannedRows, answers: Mapping[int, Attempts], spec: AnswerSpec, counted: Mapping[str, float]
+) -> tuple[dict[Table, pa.Table], ShardCommit]:
+    tables = shard_tables(shard, rows, answers, spec.accounting, spec.output_type)
+    return tables, commit_shard(spec.layout, spec.accounting.run_id, shard, tables, counted)
+
+
+def open_journal(shard: str, spec: AnswerSpec, budget: ShardBudget) -> ShardJournal:
     """The journal of one attempt at a shard; what earlier ones left is read whether or not this one writes it."""
-    takes_failures = spec.failures.on_error != "fail"
-    return ShardJournal.open(spec.layout, shard, takes_failures=takes_failures, is_prompt=spec.is_journaled)
+    return ShardJournal.open(
+        spec.layout,
+        shard,
+        takes_failures=spec.failures.on_error != "fail",
+        is_prompt=spec.is_journaled,
+        generation=budget.lease.generation if budget.lease is not None else 0,
+    )
 
 
 def _keep_late(

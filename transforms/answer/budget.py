@@ -23,12 +23,13 @@ from moebeam.model_runner.protocol import ModelRunner
 from moebeam.schemas.answers import AccountedAnswer
 from moebeam.schemas.errors import EngineUnavailable, RequestGivenUp
 from moebeam.schemas.job.sections import LimitsSection
-from moebeam.schemas.records import Completion, Request
+from moebeam.schemas.records import Completion, LostCall, Request
 from moebeam.transforms.answer.expectation import Ceiling, Expectation
 from moebeam.transforms.answer.spending import Spending, Spent
-from moebeam.transforms.durable.stop import ON_ERROR, SIGNAL, StopKind, StopReason
+from moebeam.transforms.durable.lease import HeldLease
+from moebeam.transforms.durable.stop import LOST_LEASE, ON_ERROR, SIGNAL, StopKind, StopReason
 
-_STOPS_RETRIES: frozenset[StopKind] = frozenset({SIGNAL, ON_ERROR, "deadline"})
+_STOPS_RETRIES: frozenset[StopKind] = frozenset({SIGNAL, ON_ERROR, LOST_LEASE, "deadline"})
 """Stops after which a request that was sent is not tried again; a limit of spending has counted it already."""
 
 
@@ -112,6 +113,7 @@ class ShardBudget:
 
     Attributes:
         spending: of all shards that this process answers at the same time, and of all others.
+        lease: under which the shard is answered; nothing leaves once it is lost.
         own: what this attempt has spent; requests and their prompts count from when they are sent.
         stop: why no more requests may be sent; None while they may. Set by `end`.
     """
@@ -120,6 +122,7 @@ class ShardBudget:
     spending: Spending = field(default_factory=Spending)
     ceiling: Ceiling = field(default_factory=Ceiling)
     shard: str = ""
+    lease: HeldLease | None = None
     own: Spent = field(default_factory=Spent)
     stop: StopReason | None = None
     _expectation: Expectation = field(default_factory=Expectation)
@@ -186,6 +189,24 @@ class ShardBudget:
             if taken.input_tokens:
                 self._expectation.learn(away.most, taken)
                 self._count(taken - counted)
+
+    async def depart(self, request: Request, call: LostCall) -> bool:
+        """Whether the shard is still ours, and a call for it may leave; see `Admission.depart`.
+
+        Raises:
+            OSError: the store does not say.
+        """
+        if self.lease is not None and not await self.lease.confirm():
+            self.end_if_lost()
+        return self.stop is None or self.stop.kind not in _STOPS_RETRIES
+
+    def dismiss(self, request: Request) -> None:
+        return None
+
+    def end_if_lost(self) -> None:
+        """Send nothing more once the lease is known to be lost."""
+        if self.lease is not None and self.lease.is_lost:
+            self.end(StopReason(LOST_LEASE, f"another worker answers shard {self.shard}: its lease ended here"))
 
     def end_round(self) -> None:
         """Nothing is on its way any more; what an engine lost stays counted as far as it was."""

@@ -4,19 +4,22 @@ Part of *answer*, around the engine. `keeping_runner`, next to the engine, journ
 outermost, replays journaled answers before anything is sent. If a process is killed, the shard's next attempt finds
 what it had received (`transforms/durable/journal_file.py`) and sends only the rest. With an engine that asks for
 admission before each send (`AdmittingRunner`), an answer is journaled before its slot goes to another request, so at
-most the requests in flight are paid twice. Replayed completions keep their usage, provider and start time, so they cost
-the same. Answers that were journaled but never used, because two attempts ran at once, become waste when the shard is
-published (`transforms/answer/waste.py`): each answer is priced exactly once.
+most the requests in flight are paid twice; each of their calls is journaled before it leaves. Replayed completions keep
+their usage, provider and start time, so they cost the same. What was journaled but never used, because two attempts ran
+at once or a call was given up or in flight at a kill, becomes waste when the shard is published
+(`transforms/answer/waste.py`): each answer is priced exactly once, and a row's own line is as in an undisturbed run.
 
 Where answers cost nothing but time, none is written as it arrives: `keep_late` journals those of a shard that stops
 before its end, and the next attempt asks the rest. It hands engines that plan prefixes the kept answers too, in their
 places, so that the rest counts the hits that it would have had without the stop (`Request.earlier`).
 """
 
+import asyncio
 import json
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -28,8 +31,11 @@ from moebeam.schemas.canonical import fingerprint
 from moebeam.schemas.chat_options import options_json
 from moebeam.schemas.errors import RequestGivenUp
 from moebeam.schemas.records import Completion, LostCall, Request, sampling_json
+from moebeam.schemas.redaction.hide import hide_in_completion
+from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.durable.journal_file import Entry, JournalContent, JournalWriter, read_journal
+from moebeam.transforms.durable.journal_file import JournalContent, JournalWriter, read_journal
+from moebeam.transforms.durable.journal_lines import Departure, Dismissal, Entry, is_paid
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -48,11 +54,6 @@ def request_key(request: Request) -> str:
             "sampling": json.loads(sampling_json(request.sampling)),
         }
     )
-
-
-def is_paid(completion: Completion) -> bool:
-    """Whether a completion is journaled: an answer, or a failure that used tokens. A free failure is better retried."""
-    return completion.error is None or not completion.usage.is_nothing
 
 
 @dataclass(slots=True)
@@ -76,31 +77,41 @@ class ShardJournal:
     references: dict[tuple[str, int], str] = field(default_factory=dict[tuple[str, int], str])
     replayed: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
     asked: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
-    _by_key: dict[str, deque[Entry]] = field(default_factory=dict[str, deque[Entry]])
-    _lost: dict[str, list[LostCall]] = field(default_factory=dict[str, list[LostCall]])
+    _by_key: dict[tuple[str, str], deque[Entry]] = field(default_factory=dict[tuple[str, str], deque[Entry]])
     _keys: dict[tuple[str, int], str] = field(default_factory=dict[tuple[str, int], str])
     _given_up: list[tuple[int, Completion]] = field(default_factory=list[tuple[int, Completion]])
 
     @classmethod
-    def open(cls, layout: RunLayout, shard: str, *, takes_failures: bool = True, is_prompt: bool = True) -> Self:
-        """Read a shard's journal and open it for writing.
+    def open(
+        cls,
+        layout: RunLayout,
+        shard: str,
+        *,
+        takes_failures: bool = True,
+        is_prompt: bool = True,
+        generation: int = 0,
+    ) -> Self:
+        """Read a shard's journal and open it for writing; lines that cannot be used are set aside.
 
+        Args:
+            generation: of the lease under which the shard is answered.
         Raises:
             OSError: the store failed.
         """
         kept = read_journal(layout, shard)
         if kept.num_damaged:
             _LOGGER.warning(
-                "%s: %d lines are damaged; their answers are asked for again",
+                "%s: %d lines are damaged; their answers are asked for again, and what is left of them is in %s",
                 layout.shard_journal(shard),
                 kept.num_damaged,
+                layout.damaged,
             )
-        journal = cls(kept, JournalWriter(layout, shard), takes_failures, is_prompt)
+        for name, lines in kept.damaged.items():
+            storage.write_whole(storage.join(layout.damaged, f"journal~{shard}~{name}"), lines)
+        journal = cls(kept, JournalWriter(layout, shard, generation), takes_failures, is_prompt)
         for entry in kept.entries:
-            if entry.is_given_up:
-                journal._lost.setdefault(entry.key, []).extend(entry.completion.lost_calls)
-            elif takes_failures or entry.completion.error is None:
-                journal._by_key.setdefault(entry.key, deque()).append(entry)
+            if entry.is_answer and (takes_failures or entry.completion.error is None):
+                journal._by_key.setdefault((entry.key, entry.completion.request_id), deque()).append(entry)
         return journal
 
     def __enter__(self) -> Self:
@@ -119,7 +130,7 @@ class ShardJournal:
         place = (request.request_id, request.attempt)
         # A first attempt's key can be made again from the plan, if it is ever needed.
         key = request_key(request) if self.is_prompt or self.kept.entries or request.attempt > 1 else ""
-        waiting = self._by_key.get(key)
+        waiting = self._by_key.get((key, request.request_id))
         if not waiting:
             self.asked[request.request_id] = (request.attempt, key)
             if not self.is_prompt and key:
@@ -128,10 +139,32 @@ class ShardJournal:
         entry = waiting.popleft()
         self.references[place] = entry.reference
         self.replayed.add(place)
-        return self._with_lost_calls(key, entry.completion)
+        return entry.completion
+
+    def announce(self, request: Request, call: LostCall) -> Future[None] | None:
+        """Journal that a call leaves, as `JournalWriter.announce`; nothing where answers are not journaled either.
+
+        Raises:
+            OSError: the store failed.
+        """
+        place = self.asked.get(request.request_id)
+        if place is None or not self.is_prompt:
+            return None
+        attempt, key = place
+        return self.writer.announce(Departure(key, attempt, request.request_id, call))
+
+    def dismiss(self, request: Request) -> None:
+        """Journal that the call that left last for a request is not billed.
+
+        Raises:
+            OSError: the store failed.
+        """
+        place = self.asked.get(request.request_id)
+        if place is not None and self.is_prompt:
+            self.writer.dismiss(Dismissal(request.request_id, place[0]))
 
     def keep(self, completion: Completion) -> None:
-        """Journal an answer that just arrived, if it was sent and paid; safe from any thread.
+        """Journal what just arrived, if it was sent and may be paid; safe from any thread.
 
         Raises:
             OSError: the store failed.
@@ -147,19 +180,8 @@ class ShardJournal:
                     self.writer.append(key, attempt, completion)
                 else:
                     self._given_up.append((attempt, completion))
-        elif is_paid(completion) and (self.is_prompt or key in self._lost):
-            # An answer that takes lost calls over is journaled in any case: by its key they are known to be used up.
+        elif self.is_prompt and (is_paid(completion) or completion.lost_calls):
             self.references[completion.request_id, attempt] = self.writer.append(key, attempt, completion)
-
-    def take_over(self, completion: Completion) -> Completion:
-        """A completion that comes out, with the calls that earlier attempts had lost over its request.
-
-        Only one that is journaled takes them, so that they are told once; those that none takes become waste.
-        """
-        attempt, key = self.asked.pop(completion.request_id, (0, ""))
-        if (completion.request_id, attempt) not in self.references:
-            return completion
-        return self._with_lost_calls(key, completion)
 
     def keep_late(self, answers: Iterable[tuple[int, Completion]], requests: Iterable[Request]) -> None:
         """Journal the answers of an attempt that ends before its shard, where they are not journaled already.
@@ -197,10 +219,6 @@ class ShardJournal:
             return {}
         return {"num_replayed_answers": len(self.replayed), "num_damaged_journal_lines": self.kept.num_damaged}
 
-    def _with_lost_calls(self, key: str, completion: Completion) -> Completion:
-        lost = self._lost.pop(key, None)
-        return completion if not lost else replace(completion, lost_calls=(*lost, *completion.lost_calls))
-
 
 @dataclass(frozen=True, slots=True)
 class JournaledRunner:
@@ -231,12 +249,16 @@ class JournaledRunner:
         for completion in self.runner.generate(unanswered()):
             while replayed:
                 yield replayed.popleft()
-            yield self.journal.take_over(completion)
+            self.journal.asked.pop(completion.request_id, None)
+            yield completion
         yield from replayed
 
 
 def keeping_runner(runner: ModelRunner, journal: ShardJournal) -> ModelRunner:
-    """Wrap a runner so that answers are journaled before anyone sees them; its calls raise OSError if that fails."""
+    """Wrap a runner so that answers are journaled before anyone sees them; its calls raise OSError if that fails.
+
+    Answers lose the run's secrets here, before they are validated: so a replayed one is the same answer.
+    """
     return _KeepingAdmitting(runner, journal) if isinstance(runner, AdmittingRunner) else _Keeping(runner, journal)
 
 
@@ -247,8 +269,9 @@ class _Keeping:
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         for completion in self.runner.generate(requests):
-            self.journal.keep(completion)
-            yield completion
+            hidden = hide_in_completion(completion)
+            self.journal.keep(hidden)
+            yield hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +283,8 @@ class _KeepingAdmitting:
         return self.generate_admitted(requests, Unlimited())
 
     def generate_admitted(self, requests: Iterable[Request], admission: Admission) -> Iterator[Completion]:
-        return self.runner.generate_admitted(requests, _KeepingAdmission(admission, self.journal))
+        for completion in self.runner.generate_admitted(requests, _KeepingAdmission(admission, self.journal)):
+            yield hide_in_completion(completion)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,5 +296,21 @@ class _KeepingAdmission:
         return self.admission.admit(request)
 
     def settle(self, completion: Completion) -> None:
+        completion = hide_in_completion(completion)
         self.journal.keep(completion)
         self.admission.settle(completion)
+
+    async def depart(self, request: Request, call: LostCall) -> bool:
+        journaled, may_leave = self.journal.announce(request, call), False
+        try:
+            if journaled is not None:
+                await asyncio.wrap_future(journaled)
+            # Asked last: the process may have been stopped while it waited.
+            may_leave = await self.admission.depart(request, call)
+            return may_leave
+        finally:
+            if not may_leave:
+                self.journal.dismiss(request)
+
+    def dismiss(self, request: Request) -> None:
+        self.journal.dismiss(request)

@@ -4,7 +4,7 @@ Part of *answer*, between account and commit, once every request of the shard is
 shared prefix's cost spreads over its users.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
@@ -62,6 +62,14 @@ class PlannedRows:
     def with_asked(self, answered: Container[int]) -> "PlannedRows":
         """The same plan, with only those rows asked that are `answered`."""
         return replace(self, asked=tuple(row for row in self.asked if row in answered))
+
+    def restrict_to(self, asked: Collection[int]) -> "tuple[PlannedRows, dict[int, int]]":
+        """A plan of some asked rows and those merged into them, and row -> its place there."""
+        members = sorted(member for row in asked for member in (row, *self.followers.get(row, ())))
+        places = {member: place for place, member in enumerate(members)}
+        followers = {places[row]: [places[member] for member in self.followers.get(row, ())] for row in asked}
+        kept = tuple(places[row] for row in self.asked if row in places)
+        return PlannedRows(take_rows(self.table, members), kept, followers), places
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "PlannedRows":

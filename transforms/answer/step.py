@@ -28,7 +28,7 @@ from moebeam.transforms.beam.counters import add_to_counters
 from moebeam.transforms.durable.commit import read_commit
 from moebeam.transforms.durable.failure import record_failure
 from moebeam.transforms.durable.journal_file import read_journal
-from moebeam.transforms.durable.lease import POLL_S, ShardLease, has_lost_a_holder
+from moebeam.transforms.durable.lease import POLL_S, HeldLease, ShardLease, has_lost_a_holder
 from moebeam.transforms.durable.stop import find_stop, request_stop, wait_unless_stopped
 from moebeam.transforms.log_events import log_event
 from moebeam.transforms.plan.plan_record import PlannedShard
@@ -81,26 +81,31 @@ class _AnswerShard(beam.DoFn):
             yield commit
 
     def _find_commit(self, planned: PlannedShard) -> ShardCommit | None:
-        """The shard's commit, made now, before or by a copy at work; None if the run was asked to stop."""
+        """The shard's commit, made now, before or by a copy at work; None if the run was asked to stop.
+
+        An attempt that loses its lease on the way waits for its successor's commit.
+        """
         layout, shard = self._spec.layout, planned.shard
         commit = read_commit(layout, shard)
         lease = ShardLease(layout, shard)
         while commit is None and find_stop(layout) is None and not storage.exists(layout.stop):
-            with lease.hold() as is_ours:
+            with lease.hold() as held:
                 # Looked at again under the lease: its last holder may have committed just before it let go.
                 commit = read_commit(layout, shard)
-                if commit is None and is_ours:
-                    return self._answer(planned)
+                if commit is None and held is not None:
+                    commit = self._answer(planned, held)
+                    if commit is not None or not held.is_lost:
+                        return commit
             if commit is None:
                 wait_unless_stopped(layout, POLL_S)
         return commit
 
-    def _answer(self, planned: PlannedShard) -> ShardCommit | None:
-        """The shard's commit; None if the run has to stop before or within it."""
+    def _answer(self, planned: PlannedShard, held: HeldLease) -> ShardCommit | None:
+        """The shard's commit; None if the run has to stop before or within it, or the lease is lost."""
         spec = self._spec
         assert self._spending is not None, "a DoFn is set up before it processes"
         ceiling = Ceiling.from_engine(spec.accounting, spec.engine)
-        budget = ShardBudget(spec.limits, self._spending, ceiling, planned.shard)
+        budget = ShardBudget(spec.limits, self._spending, ceiling, planned.shard, held)
         if self._is_spent(planned, self._spending):
             return None
         rows = prepare_rows(read_rows(spec.layout.shard_plan(planned.shard)), spec)
@@ -124,7 +129,8 @@ class _AnswerShard(beam.DoFn):
             return False
         spending.invalidate()
         budget = ShardBudget(spec.limits, spending)
-        if budget.may_ask() or len(read_journal(spec.layout, planned.shard).entries) >= planned.num_requests:
+        kept = read_journal(spec.layout, planned.shard).entries
+        if budget.may_ask() or sum(entry.is_answer for entry in kept) >= planned.num_requests:
             return False
         if budget.stop is not None:
             request_stop(spec.layout, budget.stop)

@@ -1,17 +1,17 @@
 """Waste: ledger lines of paid answers that were not used, so that no money is hidden.
 
 Part of *answer*. Answers of an attempt at a shard that ended before its commit stay in the shard's journal, and the
-next attempt uses them. Journaled answers that the committed ledger does not name, since two attempts ran at once or a
-step asked differently, become waste when the shard is published, computed anew each time: their ledger lines, with
-outcome `wasted`, become one file under `_moebeam/wasted/`, which *publish* copies to `ledger/` and adds up. What a
-killed process had paid without a journal is not here: it could not report it.
+next attempt uses them. What is journaled and the committed ledger does not name becomes waste when the shard is
+published, computed anew each time: answers that two attempts at once or a changed step left over, and calls that may be
+billed since they were given up or in flight when their process died. Their ledger lines, with outcome `wasted`, become
+one file under `_moebeam/wasted/`, which *publish* copies to `ledger/` and adds up. What a killed process had paid
+without a journal is not here: it could not report it.
 """
 
 import hashlib
 import io
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -25,8 +25,10 @@ from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.store.sealed_file import PARQUET_END, read_sealed, seal
 from moebeam.transforms.answer.shard_tables import PlannedRows, shard_tables
+from moebeam.transforms.answer.unusable.answers import find_unusable
 from moebeam.transforms.durable.commit import ledger_totals, open_committed
-from moebeam.transforms.durable.journal_file import Entry, read_journal
+from moebeam.transforms.durable.journal_file import read_journal
+from moebeam.transforms.durable.journal_lines import Entry
 from moebeam.transforms.money.account import Accounting, account
 from moebeam.transforms.plan.sorted_runs import read_rows
 
@@ -63,57 +65,49 @@ def waste_names(layout: RunLayout) -> list[str]:
     return storage.list_names(waste_folder(layout), _SUFFIX)
 
 
-def record_unused(layout: RunLayout, commit: ShardCommit, accounting: Accounting) -> None:
+def record_unused(layout: RunLayout, commit: ShardCommit, accounting: Accounting) -> int:
     """Write the ledger lines of journaled answers that a committed shard did not use; idempotent.
 
+    Returns:
+        Bytes of the journal of which the ledger now tells everything.
     Raises:
         CommitError: the shard's ledger is missing or damaged.
         OSError: the store failed.
     """
-    used: dict[str, int] = {}
+    kept = read_journal(layout, commit.shard)
+    if not kept.entries:
+        return kept.num_bytes
+    used = set[str]()
     if (source := open_committed(layout, commit, "ledger")) is not None:
         with source:
-            used = count_used(pq.read_table(source, columns=["journal", "num_lost_calls"]))
-    if (ledger := unused_lines(layout, commit.shard, used, accounting)) is not None:
+            used = find_used(pq.read_table(source, columns=["journal"]))
+    if (ledger := unused_lines(layout, commit.shard, kept.entries, used, accounting)) is not None:
         path = storage.join(waste_folder(layout), unused_name(commit.shard))
         storage.write_whole(path, seal(encode_parquet_file(ledger)))
+    return kept.num_bytes
 
 
-def count_used(ledger: pa.Table) -> dict[str, int]:
-    """The journaled answers that a committed ledger names, and how many lost calls its line counts for each."""
-    return {
-        reference: num_lost or 0
-        for reference, num_lost in zip(
-            list_values(ledger, "journal"), list_values(ledger, "num_lost_calls"), strict=True
-        )
-        if reference is not None
-    }
+def find_used(ledger: pa.Table) -> set[str]:
+    """The journaled answers that a committed ledger names."""
+    return {reference for reference in list_values(ledger, "journal") if reference is not None}
 
 
-def unused_lines(layout: RunLayout, shard: str, used: Mapping[str, int], accounting: Accounting) -> pa.Table | None:
+def unused_lines(
+    layout: RunLayout, shard: str, entries: Sequence[Entry], used: Container[str], accounting: Accounting
+) -> pa.Table | None:
     """The ledger lines of journaled answers that a committed shard did not use; None if there are none.
 
     Args:
-        used: as `count_used` reads it from the committed ledger.
+        entries: of the shard's journal.
+        used: as `find_used` reads it from the committed ledger.
     Raises:
         OSError: the store failed.
     """
-    entries = read_journal(layout, shard).entries
-    taken: Counter[str] = Counter()
-    for entry in entries:
-        if entry.reference in used:
-            taken[entry.key] += used[entry.reference] - len(entry.completion.lost_calls)
-    unused = [entry for entry in entries if entry.reference not in used and not _is_taken_over(entry, taken)]
-    return _wasted_lines(shard, *account_entries(layout, shard, unused, accounting), accounting) if unused else None
-
-
-def _is_taken_over(entry: Entry, taken: Counter[str]) -> bool:
-    """Whether an answer counts the lost calls of a request that was given up; they are then counted off `taken`."""
-    num_lost = len(entry.completion.lost_calls)
-    if not entry.is_given_up or taken[entry.key] < num_lost:
-        return False
-    taken[entry.key] -= num_lost
-    return True
+    unused = [entry for entry in entries if entry.reference not in used]
+    if not unused:
+        return None
+    rows, answers, _ = account_entries(layout, shard, unused, accounting)
+    return _wasted_lines(shard, rows, answers, accounting) if answers else None
 
 
 def unused_name(shard: str) -> str:
@@ -123,9 +117,15 @@ def unused_name(shard: str) -> str:
 
 def account_entries(
     layout: RunLayout, shard: str, entries: Sequence[Entry], accounting: Accounting
-) -> tuple[PlannedRows, dict[int, list[AccountedAnswer]]]:
-    """Price journaled answers as an attempt at the shard would; returns the shard's plan and row -> its answers."""
+) -> tuple[PlannedRows, dict[int, list[AccountedAnswer]], int]:
+    """Price journaled answers as an attempt at the shard would.
+
+    Returns:
+        The shard's plan, row -> its answers, and how many answers are left out, since no table can hold them.
+    """
     rows = PlannedRows.from_table(read_rows(layout.shard_plan(shard)))
+    num_all, asked = len(entries), {str(row) for row in rows.asked}
+    entries = [entry for entry in entries if entry.completion.request_id in asked]
     completions = [_name_provider(entry.completion) for entry in entries]
     validated = (
         ValidatedAnswer(completion, None, completion.error, attempt=entry.attempt)
@@ -135,7 +135,9 @@ def account_entries(
     for entry, answer in zip(entries, account(validated, accounting), strict=True):
         row = int(entry.completion.request_id)
         answers.setdefault(row, []).append(replace(answer, journal=entry.reference))
-    return rows, answers
+    for row in find_unusable(shard, rows, answers, accounting):
+        del answers[row]
+    return rows, answers, num_all - sum(map(len, answers.values()))
 
 
 def _name_provider(completion: Completion) -> Completion:

@@ -11,12 +11,14 @@ import threading
 import time
 from typing import Self
 
-from moebeam.model_runner.admission import AdmittingRunner
 from moebeam.model_runner.protocol import ModelRunner, OutageReporter, StoppableRunner
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.budget import ShardBudget
 from moebeam.transforms.durable.progress import OutageNote, OutageWriter
-from moebeam.transforms.durable.stop import LOOK_S, SIGNAL, find_stop, hear_stop
+from moebeam.transforms.durable.stop import LOOK_S, SIGNAL, StopKind, find_stop, hear_stop
+
+_HASTY: frozenset[StopKind] = frozenset({SIGNAL, "deadline"})
+"""Stops after which what is in flight is given back: an answer that never ends would outlast every deadline."""
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -65,20 +67,17 @@ class ShardWatch:
 
     def _look_for_stop(self) -> None:
         budget = self._budget
+        budget.end_if_lost()
         if budget.stop is None:
             reason = find_stop(self._layout) or budget.limits.find_late(time.time())
             if reason is not None:
                 budget.end(reason)
-        if budget.stop is None or not self._is_hasty(budget.stop.kind) or self._has_given_back:
+        if budget.stop is None or budget.stop.kind not in _HASTY or self._has_given_back:
             return
         self._stopped_at = self._stopped_at or time.monotonic()
         if time.monotonic() - self._stopped_at >= self._drain_s and isinstance(self._runner, StoppableRunner):
             self._has_given_back = True
             self._runner.give_back()
-
-    def _is_hasty(self, kind: str) -> bool:
-        """Whether what is in flight is given back: at a deadline only by engines in process, whose answers are free."""
-        return kind == SIGNAL or (kind == "deadline" and not isinstance(self._runner, AdmittingRunner))
 
     def _look_for_outage(self) -> None:
         if not isinstance(self._runner, OutageReporter):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moebeam.schemas.errors import FileDamaged
+from moebeam.schemas.redaction.hide import hide_in_exception, hide_in_message
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.record_json import read_note, write_note
 from moebeam.schemas.store.run_layout import RunLayout
@@ -33,8 +34,9 @@ def record_failure(layout: RunLayout, step: str) -> Generator[None]:
     try:
         yield
     except Exception as error:
+        hide_in_exception(error)
         with contextlib.suppress(OSError):
-            write_note(layout.failure, Failure(step, type(error).__name__, str(error)))
+            write_note(layout.failure, Failure(step, type(error).__name__, hide_in_message(str(error))))
         raise
 
 

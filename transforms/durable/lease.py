@@ -6,8 +6,14 @@ that a race here costs is doing a shard's work twice.
 A shard's leases form a chain, `<shard>.0.json`, `<shard>.1.json`, ...: the last one counts. A worker that finds it dead
 creates the next one exclusively, so that of any number of successors one wins, on every store that can hold a commit.
 The holder renews its lease by overwriting it; nobody else writes it.
+
+A holder may be stopped for longer than its lease lasts, and wake beside its successor. So it asks its lease before each
+request leaves (`HeldLease.confirm`): that is a look at the clock as long as the last renewal is recent, and else a look
+at the store. One that has lost its shard sends nothing more. What it was still answered is journaled under its own
+generation, the fencing token in the names of journals, and never mixed with what its successor journals.
 """
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -15,6 +21,7 @@ import threading
 import time
 import uuid
 from collections.abc import Generator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,6 +36,9 @@ LEASE_S = 60.0
 """Seconds that a lease holds after its last renewal."""
 
 RENEWAL_S = 15.0
+CERTAIN_S = 20.0
+"""Seconds after a renewal during which the holder need not look whether it holds its shard; well below `LEASE_S`."""
+
 POLL_S = 0.5
 """Seconds between two looks for a commit while waiting."""
 
@@ -37,6 +47,8 @@ MAX_CLOCK_SKEW_S = 30.0
 
 _START_TOLERANCE_S = 2.0
 """A process's start time is relative to the boot time, which moves with the clock."""
+
+_STEADY_CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 _held: set[str] = set()
 """Attempts whose leases threads of this process hold."""
@@ -107,34 +119,24 @@ class ShardLease:
         self._seen_since = time.monotonic()
 
     @contextlib.contextmanager
-    def hold(self) -> Generator[bool]:
-        """Yield whether the shard is ours to answer; if so, renew its lease until the block ends.
+    def hold(self) -> Generator["HeldLease | None"]:
+        """Yield the lease if the shard is ours to answer, and renew it until the block ends; None if it is not.
 
-        An error in the block releases the lease; otherwise it is removed, since a commit stands in its place.
+        At the end the lease is removed where a commit stands in its place, and else released; one that was lost is left
+        as it is.
 
         Raises:
             OSError: the store failed.
         """
         lease = self._claim()
         if lease is None:
-            yield False
+            yield None
             return
-        path = self._layout.lease(self._shard, self._generation)
-        stop = threading.Event()
-        keeper = threading.Thread(target=_keep, args=(path, lease, stop), name=f"lease-{self._shard}", daemon=True)
-        keeper.start()
-        is_done = False
+        held = HeldLease(self._layout, self._shard, self._generation, lease)
         try:
-            yield True
-            is_done = True
+            yield held
         finally:
-            stop.set()
-            keeper.join()
-            with contextlib.suppress(OSError):
-                if is_done:
-                    storage.remove_files([path])
-                else:
-                    write_note(path, replace(lease, num_renewals=-1, expires_at=0.0))
+            held.end()
             _held.discard(lease.attempt)
 
     def _claim(self) -> Lease | None:
@@ -176,6 +178,116 @@ class ShardLease:
         return time.time() <= lease.expires_at + MAX_CLOCK_SKEW_S and not lease.is_held_by_a_dead_process
 
 
+class HeldLease:
+    """A lease at work: renewed by a thread of its own, and asked before each request leaves. Thread-safe.
+
+    Attributes:
+        generation: its place in the shard's chain, higher than that of all earlier holders.
+    """
+
+    def __init__(self, layout: RunLayout, shard: str, generation: int, lease: Lease) -> None:
+        self.generation = generation
+        self._layout = layout
+        self._shard = shard
+        self._lease = lease
+        self._path = layout.lease(shard, generation)
+        self._renewed_at = _read_clocks()
+        self._is_lost = False
+        self._is_over = False
+        self._asking: list[Future[bool]] = []
+        self._state = threading.Condition()
+        self._keeper = threading.Thread(target=self._keep, name=f"lease-{shard}", daemon=True)
+        self._keeper.start()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether somebody else answers the shard, or has; False as long as nobody has looked."""
+        return self._is_lost
+
+    async def confirm(self) -> bool:
+        """Whether the shard is still ours, for certain; looks at the store if the last renewal was not recent.
+
+        Raises:
+            OSError: the store failed, and the lease may have ended meanwhile.
+        """
+        if not self._is_lost and _seconds_since(self._renewed_at) < CERTAIN_S:
+            return True
+        return await asyncio.wrap_future(self.ask())
+
+    def ask(self) -> Future[bool]:
+        """Renew the lease now; the future says whether it is still ours, or raises OSError as `confirm` does."""
+        future: Future[bool] = Future()
+        future.set_running_or_notify_cancel()
+        with self._state:
+            self._asking.append(future)
+            if self._is_over:
+                self._answer()
+            self._state.notify()
+        return future
+
+    def end(self) -> None:
+        """Renew it no more, and let it go."""
+        with self._state:
+            self._is_over = True
+            self._state.notify()
+        self._keeper.join()
+        with contextlib.suppress(OSError):
+            if self._is_lost:
+                return
+            if storage.exists(self._layout.shard_commit(self._shard)):
+                storage.remove_files([self._path])
+            else:
+                write_note(self._path, replace(self._lease, num_renewals=-1, expires_at=0.0))
+
+    def _keep(self) -> None:
+        """Renew the lease until it ends or is lost; a failed renewal is retried at the next interval."""
+        while True:
+            with self._state:
+                self._state.wait_for(lambda: self._is_over or self._asking, timeout=RENEWAL_S)
+                if self._is_over or self._is_lost:
+                    self._answer()
+                    if self._is_over:
+                        return
+                    continue
+            error: OSError | None = None
+            try:
+                self._renew()
+            except OSError as found:
+                error = found
+            with self._state:
+                # Nobody takes over before the lease ends: until then the store need not answer.
+                self._answer(error if _seconds_since(self._renewed_at) >= LEASE_S else None)
+
+    def _renew(self) -> None:
+        """Renew the lease, unless another holder has followed or the shard is committed.
+
+        Raises:
+            OSError: the store failed.
+        """
+        at = _read_clocks()
+        if _read(self._path) is None or self._is_succeeded():
+            self._is_lost = True
+            return
+        self._lease = replace(self._lease, num_renewals=self._lease.num_renewals + 1, expires_at=time.time() + LEASE_S)
+        write_note(self._path, self._lease)
+        # Looked at again: a successor may have come in between, and whoever comes later has seen the renewal.
+        self._is_lost = self._is_succeeded()
+        self._renewed_at = at
+
+    def _is_succeeded(self) -> bool:
+        layout, shard = self._layout, self._shard
+        return storage.exists(layout.lease(shard, self.generation + 1)) or storage.exists(layout.shard_commit(shard))
+
+    def _answer(self, error: OSError | None = None) -> None:
+        """Answer those who ask; inside of the lock."""
+        asking, self._asking = self._asking, []
+        for future in asking:
+            if error is not None and not self._is_lost:
+                future.set_exception(error)
+            else:
+                future.set_result(not self._is_lost)
+
+
 def has_lost_a_holder(layout: RunLayout) -> bool:
     """Whether a process died while answering a shard, in this attempt of the run or an earlier one.
 
@@ -212,12 +324,14 @@ def _read_all(layout: RunLayout) -> dict[tuple[str, int], Lease]:
     return leases
 
 
-def _keep(path: str, lease: Lease, stop: threading.Event) -> None:
-    """Renew a lease until told to stop; a failed renewal is retried at the next interval."""
-    while not stop.wait(RENEWAL_S):
-        lease = replace(lease, num_renewals=lease.num_renewals + 1, expires_at=time.time() + LEASE_S)
-        with contextlib.suppress(OSError):
-            write_note(path, lease)
+def _read_clocks() -> tuple[float, float]:
+    """Two clocks, in seconds: one that goes on while the machine sleeps, and the wall's, which a paused guest sets."""
+    return time.clock_gettime(_STEADY_CLOCK), time.time()
+
+
+def _seconds_since(clocks: tuple[float, float]) -> float:
+    """Seconds that have passed at most, whichever clock stood still."""
+    return max(now - then for now, then in zip(_read_clocks(), clocks, strict=True))
 
 
 @cache

@@ -20,11 +20,13 @@ from moebeam.schemas.store.record_json import decode_record, write_note
 from moebeam.schemas.store.run_layout import RunLayout
 
 StopKind: TypeAlias = Literal[
-    "signal", "on_error", "max_cost", "max_input_tokens", "max_output_tokens", "max_requests", "deadline"
+    "signal", "on_error", "max_cost", "max_input_tokens", "max_output_tokens", "max_requests", "deadline", "lost_lease"
 ]
 
 SIGNAL = "signal"
 ON_ERROR = "on_error"
+LOST_LEASE = "lost_lease"
+"""Ends one attempt at a shard, whose lease another holder has; never written to the store, since the run goes on."""
 
 LOOK_S = 1.0
 """Least seconds between two looks of a process at the store for a run's note."""

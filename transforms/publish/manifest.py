@@ -25,7 +25,7 @@ from moebeam.transforms.plan.plan_record import PlanRecord, read_plan
 from moebeam.transforms.publish.invariants import RowSums, check_invariants
 from moebeam.transforms.publish.manifest_file import format_manifest, read_manifest_file
 from moebeam.transforms.publish.partial import write_partials
-from moebeam.transforms.publish.publish_spec import PublishSpec
+from moebeam.transforms.publish.publish_spec import PublishSpec, read_spec
 from moebeam.transforms.publish.reject_messages import list_commonest
 from moebeam.transforms.publish.rollup import Rollup
 from moebeam.transforms.publish.run_account import RunAccount, digest_of_state, read_account, sum_totals
@@ -68,7 +68,12 @@ def publish_shard(commit: ShardCommit, layout: RunLayout) -> None:
 
 
 def write_manifest(
-    commits: Iterable[ShardCommit], spec: PublishSpec, accounts: RunAccounts | None = None, *, can_complete: bool = True
+    commits: Iterable[ShardCommit],
+    spec: PublishSpec,
+    accounts: RunAccounts | None = None,
+    *,
+    can_complete: bool = True,
+    num_journal_bytes: int | None = None,
 ) -> str:
     """Check the run as a whole and write `manifest.json`; returns its text.
 
@@ -79,6 +84,8 @@ def write_manifest(
     Args:
         accounts: of the same commits; None leaves the roll-up and the checks out of the manifest.
         can_complete: False leaves a run whose last shard is committed incomplete: its next launch completes it.
+        num_journal_bytes: size of the journals of which commits and waste tell everything, see `record_unused`; where
+            the journals of a complete run are larger, somebody has journaled since.
     Raises:
         CommitError: rows were lost or duplicated, or the accounts of the run contradict each other.
     """
@@ -124,6 +131,7 @@ def write_manifest(
         "rollup": accounts and accounts.ledger.to_json(),
         "files": {**files, "partial": partials} if partials else files,
         "state_digest": None if is_complete else digest_of_state(layout),
+        "num_journal_bytes": num_journal_bytes if is_complete else None,
     }
     for folder in (*map(layout.table, TABLES), layout.output):
         storage.sync_folder(folder)
@@ -149,6 +157,24 @@ def _find_reason(layout: RunLayout) -> tuple[str | None, str | None]:
 def views_path(layout: RunLayout) -> str:
     """Path of the DuckDB views over a run's tables."""
     return storage.join(layout.output, "views.sql")
+
+
+def mend_views(layout: RunLayout) -> bool:
+    """Write a run's views again where they are not those of its record; False if they are, or are not there.
+
+    Nothing of moebeam reads them, so nothing else would notice.
+
+    Raises:
+        FileDamaged: the record itself is damaged.
+        OSError: the store failed.
+    """
+    spec, path = read_spec(layout), views_path(layout)
+    if spec is None or spec.views is None or not storage.exists(path):
+        return False
+    if storage.read_bytes(path) == spec.views.encode():
+        return False
+    storage.write_whole(path, spec.views.encode())
+    return True
 
 
 def _complete_manifest(layout: RunLayout) -> str | None:

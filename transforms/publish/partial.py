@@ -12,16 +12,16 @@ from typing import Any
 import pyarrow as pa
 
 from moebeam.schemas.answers import AccountedAnswer
-from moebeam.schemas.arrow import encode_parquet_file, replace_column, take_rows
+from moebeam.schemas.arrow import encode_parquet_file, replace_column
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.column_types import loosen_sizes
-from moebeam.schemas.errors import RequestGivenUp
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA, PARTIAL_SCHEMA
 from moebeam.transforms.answer.shard_tables import PlannedRows, shard_tables
 from moebeam.transforms.answer.waste import account_entries
 from moebeam.transforms.durable.journal_file import list_journaled_shards, read_journal
+from moebeam.transforms.durable.journal_lines import is_paid
 from moebeam.transforms.money.account import Accounting
 
 JOURNALED = "journaled"
@@ -53,16 +53,18 @@ def read_partial(layout: RunLayout, shard: str, accounting: Accounting) -> Parti
         OSError: the store failed.
     """
     found = read_journal(layout, shard)
-    rows, answers = account_entries(layout, shard, found.entries, accounting)
-    # A request that was given up has no answer, only lost calls.
-    arrived = {row: kept for row, attempts in answers.items() if (kept := [a for a in attempts if not _is_given_up(a)])}
+    rows, answers, num_unusable = account_entries(layout, shard, found.entries, accounting)
+    # A call that was given up, or was in flight at a kill, brought no answer.
+    arrived = {row: kept for row, attempts in answers.items() if (kept := [a for a in attempts if _is_answer(a)])}
     return PartialShard(
-        _lines(shard, rows, answers, accounting), _answered_rows(shard, rows, arrived, accounting), found.num_damaged
+        _lines(shard, rows, answers, accounting),
+        _answered_rows(shard, rows, arrived, accounting),
+        found.num_damaged + num_unusable,
     )
 
 
-def _is_given_up(answer: AccountedAnswer) -> bool:
-    return isinstance(answer.answer.error, RequestGivenUp)
+def _is_answer(answer: AccountedAnswer) -> bool:
+    return is_paid(answer.answer.completion)
 
 
 def _lines(
@@ -90,14 +92,7 @@ def _answered_rows(
     shard: str, rows: PlannedRows, answers: dict[int, list[AccountedAnswer]], accounting: Accounting
 ) -> pa.Table:
     """The last answer of each row decides; rows that were not asked, or not answered, are left out."""
-    asked = rows.with_asked(answers)
-    members = [member for row in asked.asked for member in (row, *rows.followers.get(row, ()))]
-    places = {member: place for place, member in enumerate(sorted(members))}
-    kept = PlannedRows(
-        take_rows(rows.table, sorted(members)),
-        tuple(places[row] for row in asked.asked),
-        {places[row]: [places[follower] for follower in rows.followers.get(row, ())] for row in asked.asked},
-    )
+    kept, places = rows.restrict_to(answers)
     tables = shard_tables(shard, kept, {places[row]: attempts for row, attempts in answers.items()}, accounting)
     return pa.concat_tables([loosen_sizes(tables["results"]), tables["rejects"]])
 

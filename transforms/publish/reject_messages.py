@@ -49,11 +49,11 @@ def count_messages(rejects: pa.Table) -> tuple[MessageCount, ...]:
     """Count the messages of a table of rejects, the commonest first."""
     columns = (list_values(rejects, name) for name in MESSAGE_COLUMNS)
     return merge_messages(
-        MessageCount(kind, redact_message(stage, message), 1) for kind, stage, message in zip(*columns, strict=True)
+        MessageCount(kind, drop_quotes(stage, message), 1) for kind, stage, message in zip(*columns, strict=True)
     )
 
 
-def redact_message(stage: str, message: str) -> str:
+def drop_quotes(stage: str, message: str) -> str:
     """A reject's message without what it quotes of the row or its answer; on one line, and not long."""
     text = " ".join(message.split())
     if stage != "run" and (quote := _QUOTED.search(text)) is not None:

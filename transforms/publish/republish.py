@@ -14,6 +14,7 @@ from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import record_unused
 from moebeam.transforms.durable.commit import read_commits
+from moebeam.transforms.durable.journal_file import journal_sizes
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.publish.invariants import RowSums, sum_shard
 from moebeam.transforms.publish.manifest import RunAccounts, publish_shard, write_manifest
@@ -38,14 +39,20 @@ def is_current(manifest: Mapping[str, Any] | None, layout: RunLayout) -> bool:
     """
     if manifest is None:
         return False
-    return manifest["status"] == "complete" or manifest.get("state_digest") == digest_of_state(layout)
+    if manifest["status"] != "complete":
+        return manifest.get("state_digest") == digest_of_state(layout)
+    # Runs of older versions have no such number. Cleaned ones have no journals any more.
+    told = manifest.get("num_journal_bytes")
+    return told is None or sum(journal_sizes(layout).values()) <= told
 
 
-def republish(layout: RunLayout) -> bool:
-    """Publish what is committed and journaled, and write the manifest of an incomplete run; idempotent.
+def republish(layout: RunLayout, *, is_complete: bool = False) -> bool:
+    """Publish what is committed and journaled, and write the run's manifest; idempotent.
 
     Only for a run at which nobody is at work.
 
+    Args:
+        is_complete: whether its manifest says so already; one that does not stays incomplete until its next launch.
     Returns:
         False if the run has nothing to publish yet, or was begun by a version that kept no record for it.
     Raises:
@@ -56,11 +63,18 @@ def republish(layout: RunLayout) -> bool:
     if spec is None or read_plan(layout) is None:
         return False
     commits = [*read_commits(layout).values()]
+    num_journal_bytes = 0
     for commit in commits:
         publish_shard(commit, layout)
         if spec.accounting is not None:
-            record_unused(layout, commit, spec.accounting)
-    write_manifest(commits, spec, RunAccounts(_roll_up(commits, spec), _sum_rows(commits, spec)), can_complete=False)
+            num_journal_bytes += record_unused(layout, commit, spec.accounting)
+    write_manifest(
+        commits,
+        spec,
+        RunAccounts(_roll_up(commits, spec), _sum_rows(commits, spec)),
+        can_complete=is_complete,
+        num_journal_bytes=num_journal_bytes,
+    )
     return True
 
 

@@ -21,7 +21,7 @@ from moebeam.schemas.store.record_json import RecordJson
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.tables import LEDGER_SCHEMA
 from moebeam.transforms.answer.waste import (
-    count_used,
+    find_used,
     read_waste_file,
     unused_lines,
     unused_name,
@@ -29,7 +29,7 @@ from moebeam.transforms.answer.waste import (
     waste_names,
 )
 from moebeam.transforms.durable.commit import ledger_totals, list_committed_shards, read_commit, read_commits
-from moebeam.transforms.durable.journal_file import list_journaled_shards
+from moebeam.transforms.durable.journal_file import list_journaled_shards, read_journal
 from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.publish.partial import read_partial
 from moebeam.transforms.publish.rollup import parse_ledger, read_committed_ledger
@@ -164,7 +164,8 @@ def _is_computed(name: str, shard: str, anew: set[str]) -> bool:
 
 
 def _read_unused(layout: RunLayout, shard: str, ledger: pa.Table, accounting: Accounting) -> pa.Table | None:
-    return unused_lines(layout, shard, count_used(ledger), accounting)
+    entries = read_journal(layout, shard).entries
+    return unused_lines(layout, shard, entries, find_used(ledger), accounting)
 
 
 def _read_wasted(layout: RunLayout, name: str) -> pa.Table | None:

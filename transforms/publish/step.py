@@ -48,13 +48,24 @@ class PublishRun(beam.PTransform[Any, Any]):
             | "SpreadCommits" >> beam.Reshuffle()
             | "PublishShard" >> beam.FlatMap(_publish, spec).with_output_types(ShardCommit)
         )
+        journaled: Any = (
+            published
+            | "RecordUnused" >> beam.Map(_record_unused, spec).with_output_types(int)
+            | "AddJournals" >> beam.CombineGlobally(sum)
+        )
         ledger: Any = published | "RollUpLedger" >> RollUpLedger(spec.layout)
         rows: Any = published | "SumRows" >> SumRows(spec.layout)
         manifest: Any = (
             published
             | "GatherCommits" >> beam.combiners.ToList()
             | "WriteManifest"
-            >> beam.Map(_finish, spec, ledger=AsSingleton(ledger), rows=AsSingleton(rows)).with_output_types(str)
+            >> beam.Map(
+                _finish,
+                spec,
+                ledger=AsSingleton(ledger),
+                rows=AsSingleton(rows),
+                num_journal_bytes=AsSingleton(journaled),
+            ).with_output_types(str)
         )
         return manifest
 
@@ -62,16 +73,21 @@ class PublishRun(beam.PTransform[Any, Any]):
 def _publish(commit: ShardCommit, spec: PublishSpec) -> Iterator[ShardCommit]:
     with record_failure(spec.layout, "publish"):
         publish_shard(commit, spec.layout)
-        if spec.accounting is not None:
-            record_unused(spec.layout, commit, spec.accounting)
     num_bytes = sum(file.num_bytes for file in commit.files)
     add_to_counters("publish", {"num_shards": 1, "num_files": len(commit.files), "num_bytes": num_bytes})
     yield commit
 
 
-def _finish(commits: Sequence[ShardCommit], spec: PublishSpec, ledger: Rollup, rows: RowSums) -> str:
+def _record_unused(commit: ShardCommit, spec: PublishSpec) -> int:
     with record_failure(spec.layout, "publish"):
-        return write_manifest(commits, spec, RunAccounts(ledger, rows))
+        return record_unused(spec.layout, commit, spec.accounting) if spec.accounting is not None else 0
+
+
+def _finish(
+    commits: Sequence[ShardCommit], spec: PublishSpec, ledger: Rollup, rows: RowSums, num_journal_bytes: int
+) -> str:
+    with record_failure(spec.layout, "publish"):
+        return write_manifest(commits, spec, RunAccounts(ledger, rows), num_journal_bytes=num_journal_bytes)
 
 
 class RollUpLedger(beam.PTransform[Any, Any]):

@@ -12,6 +12,7 @@ from moebeam.schemas.canonical import Json, fingerprint
 from moebeam.schemas.errors import InputPatternError
 from moebeam.schemas.job.input_section import InputSection
 from moebeam.schemas.store import storage
+from moebeam.schemas.store.file_mark import FileMark, mark_listed
 from moebeam.schemas.store.file_patterns import FoundFile, find_files
 from moebeam.schemas.store.run_layout import RunLayout, find_frame_digest
 from moebeam.transforms.read.partitions import read_partitions
@@ -22,11 +23,13 @@ class InputFile:
     """One file of the input.
 
     Attributes:
+        mark: what the file is claimed to be while the run reads it; None for a link that leads nowhere.
         partitions: columns that its folders give, by `partitions.read_partitions`.
     """
 
     path: str
     identity: Json
+    mark: FileMark | None
     partitions: Mapping[str, str | None]
 
 
@@ -38,7 +41,7 @@ def list_input_files(section: InputSection) -> list[InputFile]:
     """
     found = {file.path: file for path in section.paths for file in _find_path(path)}
     return [
-        InputFile(path, _identify(path, file.info), read_partitions(path, file.root))
+        InputFile(path, _identify(path, file.info), mark_listed(path, file.info), read_partitions(path, file.root))
         for path, file in sorted(found.items())
     ]
 

@@ -6,14 +6,13 @@ promised comes out, as a row or inside a reject; a unit that cannot be read is o
 """
 
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from moebeam.schemas.column_types import plain_column, plain_field
 from moebeam.schemas.column_values import print_column, readable_column, readable_field
@@ -25,23 +24,17 @@ from moebeam.schemas.errors import (
     UnreadableFile,
     UnreadableRowGroup,
 )
-from moebeam.schemas.store import storage
 from moebeam.schemas.tables import read_schema
 from moebeam.transforms.read.batch_lines import BatchRequest, parse_batch_line, read_custom_id
+from moebeam.transforms.read.claimed_file import check_claim, open_claimed
+from moebeam.transforms.read.expansion import bound_rows
 from moebeam.transforms.read.input_scan import InputUnit
-from moebeam.transforms.read.parquet_file import list_columns, open_parquet
+from moebeam.transforms.read.parquet_file import open_parquet
 from moebeam.transforms.read.transient_errors import RETRY_DELAYS_S, is_permanent, is_transient
 
 MAX_BATCH_ROWS = 1024
 MAX_BATCH_BYTES = 8 << 20
 _PROBE_ROWS = 16
-
-MAX_COLUMN_BYTES = 4 << 30
-"""Most bytes to which one column of a row group may unpack: Arrow holds its pages in memory while reading."""
-
-SUSPECT_COLUMN_BYTES = 256 << 20
-MAX_COMPRESSION = 1000
-"""A column above `SUSPECT_COLUMN_BYTES` that is compressed more than this is a decompression bomb."""
 
 JSONL_INPUT_FIELDS = (
     pa.field("messages", pa.large_string()),
@@ -97,8 +90,13 @@ def read_unit(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]
     """Read one unit in row order, in batches of bounded rows and bytes.
 
     The rows, and the `num_rows` of the rejects among them, add up to `unit.num_rows`.
+
+    Raises:
+        InputChanged: the file is not what the scan saw, before or after its rows were read.
+        OSError: the store failed.
     """
     if unit.error is not None or unit.num_rows is None:
+        check_claim(unit.path, unit.claim)
         yield _unit_reject(unit, columns, "file", UnreadableFile(f"{unit.path}: {unit.error}"), 0, None)
         return
     num_read = 0
@@ -140,38 +138,21 @@ def _read_row_group(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.Record
     assert unit.num_rows is not None
     first_row = unit.first_row
     folders = dict(unit.partitions)
-    with open_parquet(unit.path) as parquet:
+    with open_parquet(unit.path, unit.claim) as parquet:
         stored = {*parquet.schema_arrow.names} - folders.keys()
         present = [name for name in columns.names if name in stored]
-        _refuse_bomb(parquet, unit.row_group, present)
+        most_rows = bound_rows(parquet, unit.path, unit.row_group, present) or MAX_BATCH_ROWS
         # Footers tell encoded sizes; repeated values may grow a thousandfold, so the first rows are probed.
         probed = 0
-        for num_probed in (1, _PROBE_ROWS):
+        for num_probed in (1, min(most_rows, _PROBE_ROWS)):
             if probed * num_probed <= MAX_BATCH_BYTES:
                 sample = next(parquet.iter_batches(num_probed, [unit.row_group], present, use_threads=False), None)
                 probed = sample.nbytes // sample.num_rows if sample is not None and sample.num_rows else 0
         row_bytes = max(1, probed, unit.num_bytes // max(1, unit.num_rows))
-        batch_rows = max(1, min(MAX_BATCH_ROWS, MAX_BATCH_BYTES // row_bytes))
+        batch_rows = max(1, min(MAX_BATCH_ROWS, most_rows, MAX_BATCH_BYTES // row_bytes))
         for batch in parquet.iter_batches(batch_rows, [unit.row_group], present, use_threads=False):
             yield _identify(batch, first_row, unit, columns)
             first_row += batch.num_rows
-
-
-def _refuse_bomb(parquet: pq.ParquetFile, row_group: int, names: Collection[str]) -> None:
-    """Refuse a column that would exhaust a worker's memory, judged by its footer.
-
-    Raises:
-        pa.ArrowInvalid: names the column, its size, and the limit.
-    """
-    for path, column in list_columns(parquet, row_group, names):
-        unpacked, packed = column.total_uncompressed_size, max(1, column.total_compressed_size)
-        is_suspect = unpacked > SUSPECT_COLUMN_BYTES and unpacked > MAX_COMPRESSION * packed
-        if unpacked > MAX_COLUMN_BYTES or is_suspect:
-            most = f"{MAX_COMPRESSION:,} times the {packed:,} it takes" if is_suspect else f"{MAX_COLUMN_BYTES:,}"
-            raise pa.ArrowInvalid(
-                f"column {path}: expected to unpack to at most {most} bytes, found {unpacked:,}; "
-                "write smaller row groups"
-            )
 
 
 def _identify(batch: pa.RecordBatch, first_row: int, unit: InputUnit, columns: ReadColumns) -> pa.RecordBatch:
@@ -286,7 +267,7 @@ def _labels(texts: Mapping[str, list[str | None]], name: str | None, num_rows: i
 
 
 def _read_lines(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
-    with storage.open_input(unit.path) as source:
+    with open_claimed(unit.path, unit.claim) as source:
         source.seek(unit.offset)
         content = source.read(unit.num_bytes)
     first_row = unit.first_row

@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from moebeam.schemas.column_types import agree_on_types, note_categories, plain_field
 from moebeam.schemas.errors import InputPatternError
 from moebeam.schemas.job.input_section import InputSection
-from moebeam.schemas.store import storage
+from moebeam.schemas.store.file_mark import FileMark
+from moebeam.transforms.read.claimed_file import open_claimed
 from moebeam.transforms.read.foreign_files import refuse_foreign_files, refuse_foreign_lines
-from moebeam.transforms.read.input_files import files_fingerprint, list_input_files
+from moebeam.transforms.read.input_files import InputFile, files_fingerprint, list_input_files
 from moebeam.transforms.read.parquet_file import open_parquet, read_schema
 from moebeam.transforms.read.partitions import unify_partitions
 from moebeam.transforms.read.transient_errors import is_permanent, retry_transient
@@ -56,6 +57,7 @@ class InputUnit:
         offset: byte offset of the piece in a JSONL file.
         error: why the file could not be opened, if so; the unit then stands for the whole file.
         partitions: columns that the file's folders give, such as `month=01`: name and text, None for a null.
+        claim: what the file must be when the unit is read; None checks nothing.
     """
 
     ordinal: int
@@ -70,6 +72,7 @@ class InputUnit:
     group: int = 0
     error: str | None = None
     partitions: tuple[tuple[str, str | None], ...] = ()
+    claim: FileMark | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +129,13 @@ def scan_input(section: InputSection, *, limit: int | None = None, needed: Colle
         needed: columns that the job reads; files may disagree about others. None means all.
     Raises:
         InputPatternError: nothing matches, formats are mixed, or two files' schemas contradict each other.
+        InputChanged: a file changed meanwhile.
     """
     files = list_input_files(section)
     paths = [file.path for file in files]
     input_format = _detect_format(section, paths)
     with ThreadPoolExecutor(max_workers=16) as pool:
-        scans = list(pool.map(partial(_scan_file, input_format, needed), paths))
+        scans = list(pool.map(partial(_scan_file, input_format, needed), files))
     _refuse_foreign_files(section, paths, scans, input_format)
     schemas = [(path, scan.schema) for path, scan in zip(paths, scans, strict=True) if scan.schema is not None]
     own = _unify(schemas, needed)
@@ -140,8 +144,8 @@ def scan_input(section: InputSection, *, limit: int | None = None, needed: Colle
     folders, partitions = unify_partitions([file.partitions if has_folders else {} for file in files], own)
     root = _shared_folder(paths)
     units = (
-        replace(unit, partitions=of_file)
-        for scan, of_file in zip(scans, partitions, strict=True)
+        replace(unit, partitions=of_file, claim=file.mark)
+        for file, scan, of_file in zip(files, scans, partitions, strict=True)
         for unit in scan.units
     )
     numbered = tuple(
@@ -200,8 +204,9 @@ def _detect_format(section: InputSection, paths: list[str]) -> InputFormat:
     return "jsonl" if "jsonl" in formats else "parquet"
 
 
-def _scan_file(input_format: InputFormat, needed: Collection[str] | None, path: str) -> _FileScan:
-    scan = partial(_scan_parquet_file, path, needed) if input_format == "parquet" else partial(_scan_jsonl_file, path)
+def _scan_file(input_format: InputFormat, needed: Collection[str] | None, file: InputFile) -> _FileScan:
+    path = file.path
+    scan = partial(_scan_parquet_file, file, needed) if input_format == "parquet" else partial(_scan_jsonl_file, file)
     try:
         return retry_transient(scan)
     except _FOOTER_ERRORS as error:
@@ -210,8 +215,9 @@ def _scan_file(input_format: InputFormat, needed: Collection[str] | None, path: 
         return _FileScan((_unreadable(path, input_format, _one_line(error)),), None)
 
 
-def _scan_parquet_file(path: str, needed: Collection[str] | None) -> _FileScan:
-    with open_parquet(path) as parquet:
+def _scan_parquet_file(file: InputFile, needed: Collection[str] | None) -> _FileScan:
+    path = file.path
+    with open_parquet(path, file.mark) as parquet:
         metadata = parquet.metadata
         if metadata.num_columns > MAX_COLUMNS:
             raise pa.ArrowInvalid(f"expected at most {MAX_COLUMNS:,} columns, found {metadata.num_columns:,}")
@@ -231,9 +237,10 @@ def _scan_parquet_file(path: str, needed: Collection[str] | None) -> _FileScan:
     return _FileScan(tuple(units), schema)
 
 
-def _scan_jsonl_file(path: str) -> _FileScan:
+def _scan_jsonl_file(file: InputFile) -> _FileScan:
+    path = file.path
     units: list[InputUnit] = []
-    with storage.open_input(path) as source:
+    with open_claimed(path, file.mark) as source:
         offset = start = first_row = num_rows = 0
         for line in source:
             offset += len(line)

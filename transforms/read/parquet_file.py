@@ -16,6 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moebeam.schemas.store import storage
+from moebeam.schemas.store.file_mark import FileMark
+from moebeam.transforms.read.claimed_file import open_claimed
 from moebeam.transforms.read.footer_marks import has_encrypted_columns, is_too_deep
 
 _MAGIC = b"PAR1"
@@ -30,14 +32,17 @@ _COLUMN_KEY = re.compile(rb"\x2c\x19[\x18\x28\x38\x48\x58\x68\x78\x88\x98\xa8\xb
 
 
 @contextlib.contextmanager
-def open_parquet(path: str) -> Generator[pq.ParquetFile]:
+def open_parquet(path: str, claim: FileMark | None = None) -> Generator[pq.ParquetFile]:
     """Open a Parquet file whose footer is safe to look at.
 
+    Args:
+        claim: what the file must be, see `claimed_file.open_claimed`.
     Raises:
         pa.ArrowInvalid: no Parquet file, damaged or encrypted; says what was expected.
+        InputChanged: it is not as claimed.
         OSError: the file is missing, or a store failed.
     """
-    with storage.open_input(path) as source:
+    with open_claimed(path, claim) as source:
         with _telling_names():
             metadata = _read_footer(source)
             parquet = pq.ParquetFile(source, metadata=metadata, pre_buffer=False)

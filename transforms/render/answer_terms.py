@@ -7,6 +7,9 @@ has in-process engines decode under them.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from moebeam.model_runner.fence.fenced_schema import RowSchema, load_schema
+from moebeam.model_runner.fence.limits import MAX_CPU_S
+from moebeam.schemas.canonical import Json
 from moebeam.schemas.chat_options import ChatOptions, parse_options_json
 from moebeam.schemas.contract.answer_schema import AnswerSchema, Formats
 from moebeam.schemas.errors import (
@@ -23,6 +26,9 @@ from moebeam.schemas.records import ToolCall
 MAX_COMPILED = 1024
 """Most rows' own terms that are kept compiled; rows mostly repeat a few."""
 
+MAX_COMPILED_CHARACTERS = 4 << 20
+"""Most characters of those, as JSON: compiled, each takes some 70 bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class AnswerTerms:
@@ -34,8 +40,8 @@ class AnswerTerms:
     """
 
     options: ChatOptions
-    schema: AnswerSchema | None
-    arguments: Mapping[str, AnswerSchema]
+    schema: RowSchema | None
+    arguments: Mapping[str, RowSchema]
 
     @property
     def has_tools(self) -> bool:
@@ -95,12 +101,17 @@ class TermsCache:
     Attributes:
         options: the job's own.
         schema: compiled from the job's response format; holds the user's pydantic model, if any.
+        max_cpu_s: processor time that a schema which a row brings may take, to compile it or to check an answer.
     """
 
     options: ChatOptions
     schema: AnswerSchema | None
     formats: Formats = "assert"
-    _compiled: dict[str | None, AnswerTerms] = field(default_factory=dict[str | None, AnswerTerms])
+    max_cpu_s: float = MAX_CPU_S
+    _compiled: "dict[str | None, AnswerTerms | RowError]" = field(
+        default_factory=dict["str | None", "AnswerTerms | RowError"]
+    )
+    _num_characters: int = 0
 
     def find(self, options: str | None) -> AnswerTerms:
         """Terms of a planned row.
@@ -108,29 +119,42 @@ class TermsCache:
         Args:
             options: its `options` column; None means the job's own.
         Raises:
-            InvalidTools, InvalidResponseFormat: a schema in it does not compile.
+            InvalidTools, InvalidResponseFormat: a schema in it does not compile, or takes too much.
         """
         found = self._compiled.get(options)
         if found is None:
-            if len(self._compiled) >= MAX_COMPILED:
-                self._compiled.clear()
-            found = self._compiled[options] = self._compile(
-                self.options if options is None else parse_options_json(options)
-            )
+            self._make_room(len(options or ""))
+            # What took too long once is not tried for each row that brings it.
+            found = self._compiled[options] = self._try_to_compile(options)
+        if isinstance(found, RowError):
+            raise type(found)(str(found))
         return found
 
+    def _make_room(self, num_characters: int) -> None:
+        self._num_characters += num_characters
+        if len(self._compiled) >= MAX_COMPILED or self._num_characters > MAX_COMPILED_CHARACTERS:
+            self._compiled.clear()
+            self._num_characters = num_characters
+
+    def _try_to_compile(self, options: str | None) -> AnswerTerms | RowError:
+        try:
+            return self._compile(self.options if options is None else parse_options_json(options))
+        except RowError as error:
+            return error
+
     def _compile(self, options: ChatOptions) -> AnswerTerms:
-        arguments: dict[str, AnswerSchema] = {}
+        arguments: dict[str, RowSchema] = {}
         for tool in options.callable_tools:
             try:
-                arguments[tool.name] = AnswerSchema.from_json(
-                    tool.parameters, formats=self.formats, source=f"tool {tool.name}"
-                )
+                arguments[tool.name] = self._load(tool.parameters, f"tool {tool.name}")
             except JobFileError as error:
                 raise InvalidTools(f"parameters: {error}") from error
         return AnswerTerms(options, self._compile_schema(options), arguments)
 
-    def _compile_schema(self, options: ChatOptions) -> AnswerSchema | None:
+    def _load(self, schema: Json, source: str) -> RowSchema:
+        return load_schema(schema, formats=self.formats, source=source, max_cpu_s=self.max_cpu_s)
+
+    def _compile_schema(self, options: ChatOptions) -> RowSchema | None:
         response_format = options.response_format
         if response_format == self.options.response_format and self.schema is not None:
             return self.schema
@@ -141,8 +165,6 @@ class TermsCache:
                 return AnswerSchema.from_json({"type": "object"}, formats=self.formats, source="json_object")
             case "json_schema":
                 try:
-                    return AnswerSchema.from_json(
-                        response_format.schema, formats=self.formats, source="response_format"
-                    )
+                    return self._load(response_format.schema, "response_format")
                 except JobFileError as error:
                     raise InvalidResponseFormat(str(error)) from error

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
-from moebeam.model_runner.fence.fence import Program
-from moebeam.schemas.errors import JobFileError, RowError
+from moebeam.model_runner.fence.fence import Program, Result
+from moebeam.model_runner.fence.limits import MAX_PROMPT_CHARACTERS
+from moebeam.schemas.errors import JobFileError, RowError, TemplateBudgetExceeded
 from moebeam.schemas.job.sections import PromptSection
 from moebeam.schemas.records import Message
 from moebeam.transforms.render.prompt_program import COLUMNS_ENTRY, RENDER_ENTRY
@@ -62,10 +63,12 @@ class PromptTemplate:
         """
         if not self._roles:
             return [()] * len(rows)
-        return [
-            result if isinstance(result, RowError) else tuple(map(Message, self._roles, cast("list[str]", result)))
-            for result in self._program.run(rows)
-        ]
+        refused = [_refuse_huge(row) for row in rows]
+        results = iter(self._program.run([row for row, error in zip(rows, refused, strict=True) if error is None]))
+        return [self._read(next(results) if error is None else error) for error in refused]
+
+    def _read(self, result: Result) -> Messages | RowError:
+        return result if isinstance(result, RowError) else tuple(map(Message, self._roles, cast("list[str]", result)))
 
     def _find_columns(self) -> TemplateColumns:
         if not self._roles:
@@ -74,3 +77,13 @@ class PromptTemplate:
         if isinstance(found, RowError):
             raise JobFileError(str(found)) from found
         return TemplateColumns.from_json(cast("str", found))
+
+
+def _refuse_huge(row: Mapping[str, Any]) -> RowError | None:
+    """Why a row is too large to be sent to another process; None for any that may become a prompt."""
+    for name, value in row.items():
+        if isinstance(value, str) and len(value) > MAX_PROMPT_CHARACTERS:
+            return TemplateBudgetExceeded(
+                f"column {name!r}: expected at most {MAX_PROMPT_CHARACTERS:,} characters, found {len(value):,}"
+            )
+    return None

@@ -33,9 +33,11 @@ from moebeam.schemas.errors import (
 from moebeam.schemas.job.model import ModelSection
 from moebeam.schemas.job.sections import PromptSection, SamplingSection
 from moebeam.schemas.records import Message, Sampling, TokenIds, sampling_json
+from moebeam.schemas.redaction.hide import hide_in_message
 from moebeam.schemas.tables import INPUT, plan_schema
 from moebeam.transforms.render.answer_terms import TermsCache
 from moebeam.transforms.render.chat_messages import messages_json, parse_messages
+from moebeam.transforms.render.encode_prompts import encode_prompts, find_huge
 from moebeam.transforms.render.prompt_template import Messages, PromptTemplate
 from moebeam.transforms.render.samples import repeat_rows
 
@@ -135,8 +137,9 @@ class Renderer:
         tenants = list_values(batch, "tenant")
         is_rejected = [error is not None for error in list_values(batch, "error_type")]
         rows = [None if rejected else row for row, rejected in zip(_read_input_rows(batch), is_rejected, strict=True)]
-        prompts = self._lay_out([self._read_chat(row, chat) for row, chat in self._write_messages(rows)])
-        token_ids = iter(self._encoder.encode_batch([p.text for p in prompts if isinstance(p, _Prompt)]))
+        chats = [self._read_chat(row, chat) for row, chat in self._write_messages(rows)]
+        prompts = [self._refuse_huge(prompt) for prompt in self._lay_out(chats)]
+        token_ids = encode_prompts(self._encoder, [prompt.text for prompt in prompts if isinstance(prompt, _Prompt)])
         rendered = _Rendered()
         for prompt, tenant in zip(prompts, tenants, strict=True):
             self._append(rendered, prompt, tenant, token_ids)
@@ -241,11 +244,17 @@ class Renderer:
         return sampling, merged.n
 
     def _append(
-        self, rendered: _Rendered, prompt: "_Prompt | RowError | None", tenant: str, token_ids: Iterator[TokenIds]
+        self,
+        rendered: _Rendered,
+        prompt: "_Prompt | RowError | None",
+        tenant: str,
+        token_ids: Iterator[TokenIds | RowError],
     ) -> None:
         key = num_tokens = error = messages = sampling = options = None
-        if isinstance(prompt, _Prompt):
-            tokens = next(token_ids)
+        tokens = next(token_ids) if isinstance(prompt, _Prompt) else prompt
+        if tokens is None or isinstance(tokens, RowError):
+            error = tokens
+        elif isinstance(prompt, _Prompt):
             num_tokens = int(tokens.shape[0])
             error = self._overflow(num_tokens, prompt.sampling, prompt.model)
             if error is None:
@@ -253,8 +262,6 @@ class Renderer:
                 cache = tenant if prompt.model is None else f"{tenant}\0{prompt.model}"
                 key = prefix_key(cache, tokens, are_words=self._encoder.is_estimated)
                 messages, sampling, options = prompt.messages, sampling_json(prompt.sampling), prompt.options
-        else:
-            error = prompt
         rendered.keys.append(key)
         rendered.num_tokens.append(num_tokens)
         rendered.messages.append(messages)
@@ -262,6 +269,12 @@ class Renderer:
         rendered.options.append(options)
         rendered.errors.append(error)
         rendered.num_samples.append(prompt.num_samples if isinstance(prompt, _Prompt) and error is None else 1)
+
+    def _refuse_huge(self, prompt: "_Prompt | RowError | None") -> "_Prompt | RowError | None":
+        if not isinstance(prompt, _Prompt):
+            return prompt
+        limits = self._encoder if prompt.model is None else self._routes[prompt.model]
+        return find_huge(self._encoder, prompt.text, limits.context_length) or prompt
 
     def _overflow(self, num_tokens: int, sampling: Sampling, model: str | None) -> ContextOverflow | None:
         # The limits of a route are its own; its tokens are counted as the job's.
@@ -374,5 +387,5 @@ def _error_columns(errors: list[RowError | None]) -> dict[str, list[str | None]]
     return {
         "error_stage": [error and error.error_stage for error in errors],
         "error_type": [error and error.error_type for error in errors],
-        "error_message": [error and str(error) for error in errors],
+        "error_message": [error and hide_in_message(str(error)) for error in errors],
     }

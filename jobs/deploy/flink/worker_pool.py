@@ -6,10 +6,8 @@ where a worker that prints much hangs. This pool listens on one address and give
 """
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +24,8 @@ from apache_beam.portability.api import (
     endpoints_pb2,
 )
 from google.protobuf import json_format, text_format
+
+from moebeam.model_runner.python_process import python_command, python_environment
 
 DEFAULT_ADDRESS = "localhost:50000"
 PROVISION_TIMEOUT_S = 60.0
@@ -107,13 +107,11 @@ def _start_worker(pool_folder: Path, environment: dict[str, str]) -> subprocess.
     folder = Path(tempfile.mkdtemp(prefix="worker-", dir=pool_folder))
     temporary = folder / "tmp"
     temporary.mkdir()
-    # The package may be in the pool's working directory, as in a checkout.
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     with (folder / "worker.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", WORKER_MODULE],
+            python_command(WORKER_MODULE),
             cwd=folder,
-            env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": path, **environment},
+            env={**python_environment(), "TMPDIR": str(temporary), **environment},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

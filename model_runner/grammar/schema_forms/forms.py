@@ -126,7 +126,8 @@ class Forms:
             return self._states[key]
         self._states[key] = None
         if len(self._states) > MAX_STATES or self.num_parts > MAX_PARTS:
-            state = State([Anything()], [Relaxation(locations[0].pointer, "allOf", "too many schemas are joined")])
+            pointer = locations[0].pointer if locations else ""
+            state = State([Anything()], [Relaxation(pointer, "allOf", "too many schemas are joined")])
         else:
             state = self._build_state(locations)
         self._states[key] = state

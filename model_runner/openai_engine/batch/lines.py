@@ -9,19 +9,21 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
 import httpx2
 import openai
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from moebeam.model_runner.openai_engine.failures import CallFailure, classify_failure, redact
+from moebeam.model_runner.openai_engine.failures import CallFailure, classify_failure, shorten
 from moebeam.model_runner.openai_engine.profiles import Profile
 from moebeam.model_runner.openai_engine.request_body import chat_body
-from moebeam.model_runner.openai_engine.responses import Answer, read_answer
+from moebeam.model_runner.openai_engine.responses import Answer, parse_json, read_answer
+from moebeam.model_runner.openai_engine.transport.bounds import bound_answer, bound_file_line
 from moebeam.schemas.canonical import fingerprint
 from moebeam.schemas.errors import ContentRefused, EngineFailed, EngineTimeout, MalformedResponse, RequestRefused
-from moebeam.schemas.records import Request
+from moebeam.schemas.records import Request, Sampling
+from moebeam.schemas.store.named_errors import naming_file
 
 CHAT_URL = "/v1/chat/completions"
 MAX_LINES = 50_000
@@ -52,6 +54,7 @@ class BatchWindow:
         canary: a line like that one for a single token, among lines that go out again: it tells an outage from lines on
             which the provider fails alone.
         file: the lines, on disk and without a name.
+        max_line_bytes, max_file_bytes: what the largest answer, and the files of all of them, can need.
     """
 
     file: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
@@ -60,6 +63,24 @@ class BatchWindow:
     num_bytes: int = 0
     answered: str | None = None
     canary: "Canary | None" = None
+    max_line_bytes: int = 1 << 20
+    max_file_bytes: int = 8 << 20
+
+    def make_room(self, sampling: Sampling) -> None:
+        """Let the files of answers be larger by what one request can need."""
+        self.max_file_bytes += bound_file_line(sampling)
+        most = bound_answer(sampling, is_stream=False, timeout_s=0.0).max_bytes
+        self.max_line_bytes = max(self.max_line_bytes, most)
+
+    def split_answers(self, file: IO[bytes]) -> Iterator[bytes]:
+        """The lines of a file of answers; one that is too long is passed over."""
+        while line := file.readline(self.max_line_bytes):
+            if len(line) < self.max_line_bytes or line.endswith(b"\n"):
+                yield line
+                continue
+            _LOGGER.warning("a line of more than %d bytes of a batch's file is passed over", self.max_line_bytes)
+            while line and not line.endswith(b"\n"):
+                line = file.readline(self.max_line_bytes)
 
     def has_room(self, line: bytes) -> bool:
         """Whether a line fits; the first one always does."""
@@ -67,7 +88,8 @@ class BatchWindow:
 
     def add(self, line_id: str, request_id: str, line: bytes) -> None:
         self.waiting[line_id] = request_id
-        self.file.write(line)
+        with naming_file(tempfile.gettempdir()):
+            self.file.write(line)
         self.num_bytes += len(line)
 
     def remaining(self, max_tokens_field: str | None = None) -> "BatchWindow":
@@ -76,7 +98,12 @@ class BatchWindow:
         Args:
             max_tokens_field: set where they go out again, so that a canary goes with them if there can be one.
         """
-        rest = BatchWindow(canary=self.canary, num_prompt_tokens=self.num_prompt_tokens)
+        rest = BatchWindow(
+            canary=self.canary,
+            num_prompt_tokens=self.num_prompt_tokens,
+            max_line_bytes=self.max_line_bytes,
+            max_file_bytes=self.max_file_bytes,
+        )
         self.file.seek(0)
         for line in self.file:
             fields = json.loads(line)
@@ -184,11 +211,13 @@ def may_hold(metadata: Mapping[str, str] | None, window: BatchWindow) -> bool:
 
 
 class _Response(BaseModel):
-    status_code: int = 0
+    status_code: Annotated[int, Field(ge=0, le=999)] = 0
     body: Any = None
 
 
 class _LineError(BaseModel):
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
     code: str | None = None
     message: str | None = None
 
@@ -207,34 +236,35 @@ class Outcome:
     result: Answer | CallFailure
 
 
-def read_outcomes(lines: Iterable[bytes], profile: Profile, secret: str) -> Iterator[Outcome]:
+def read_outcomes(lines: Iterable[bytes], profile: Profile) -> Iterator[Outcome]:
     """Read a downloaded file; a line that cannot be read has no outcome, and its request goes on waiting."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            parsed = _Line.model_validate_json(line)
-        except ValidationError as error:
-            found = error.errors(include_url=False, include_input=False)[0]
-            _LOGGER.warning("%s: line %d of a batch's file is passed over: %s", profile.name, number, found["msg"])
+            parsed = parse_json(_Line, line)
+        except MalformedResponse as error:
+            _LOGGER.warning("%s: line %d of a batch's file is passed over: %s", profile.name, number, error)
             continue
-        yield Outcome(parsed.custom_id, _result(parsed, profile, secret))
+        yield Outcome(parsed.custom_id, _result(parsed, profile))
 
 
-def _result(line: _Line, profile: Profile, secret: str) -> Answer | CallFailure:
+def _result(line: _Line, profile: Profile) -> Answer | CallFailure:
     response = line.response
     if response is not None and 200 <= response.status_code < 300:
-        # Some gateways give the body as text.
-        body = response.body if isinstance(response.body, str) else json.dumps(response.body)
         try:
-            return read_answer(body.encode(), profile)
+            # Some gateways give the body as text.
+            body = response.body if isinstance(response.body, str) else json.dumps(response.body)
+            return read_answer(body.encode(errors="surrogatepass"), profile)
+        except RecursionError:
+            return classify_failure(MalformedResponse("body: expected a response, found one too deep"), profile)
         except MalformedResponse as error:
-            return classify_failure(error, profile, secret)
+            return classify_failure(error, profile)
     if response is not None and response.status_code >= 400:
-        return classify_failure(_status_error(response), profile, secret)
+        return classify_failure(_status_error(response), profile)
     code = line.error.code if line.error is not None else None
     message = (line.error.message if line.error is not None else None) or "no reason given"
-    text = redact(f"{profile.name}: {code or 'error'}: {message}", secret)
+    text = shorten(f"{profile.name}: {code or 'error'}: {message}")
     if code in profile.stop_codes:
         return CallFailure("closed", EngineFailed(text))
     if code in profile.refusal_codes:

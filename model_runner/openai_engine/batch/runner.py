@@ -13,12 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
-from openai.types import Batch
-
+from moebeam.model_runner.openai_engine.batch.batch_state import BatchState
 from moebeam.model_runner.openai_engine.batch.lines import BatchWindow, format_batch_errors, read_outcomes, request_line
 from moebeam.model_runner.openai_engine.batch.service import BatchService, GivenBack
 from moebeam.model_runner.openai_engine.completions import to_completion, to_failed_completion
-from moebeam.model_runner.openai_engine.failures import CallFailure, redact
+from moebeam.model_runner.openai_engine.failures import CallFailure, shorten
 from moebeam.model_runner.openai_engine.options import OpenAIOptions
 from moebeam.model_runner.openai_engine.responses import Answer
 from moebeam.model_runner.protocol import EngineConfig, Outage
@@ -34,7 +33,7 @@ class _SubmittedWindow:
     """A window and the batches that are to answer it: found at the provider, or the one submitted for it."""
 
     window: BatchWindow
-    batches: tuple[Batch, ...]
+    batches: tuple[BatchState, ...]
     is_found: bool
 
 
@@ -46,9 +45,10 @@ class _Times:
     latency_ms: float
 
     @classmethod
-    def from_batch(cls, batch: Batch) -> "_Times":
-        ended_at = batch.completed_at or batch.expired_at or batch.cancelled_at or batch.created_at
-        return cls(datetime.fromtimestamp(batch.created_at, UTC), max(0.0, (ended_at - batch.created_at) * 1000.0))
+    def from_batch(cls, batch: BatchState) -> "_Times":
+        started_at = batch.created_at or datetime.now(UTC).timestamp()
+        ended_at = batch.ended_at or started_at
+        return cls(datetime.fromtimestamp(started_at, UTC), max(0.0, (ended_at - started_at) * 1000.0))
 
 
 @dataclass(slots=True)
@@ -154,6 +154,7 @@ class BatchRunner:
                     yield window
                     window = BatchWindow()
                 window.add(line_id, request.request_id, line)
+                window.make_room(request.sampling)
                 window.num_prompt_tokens[request.request_id] = request.num_prompt_tokens
         except BaseException:
             window.file.close()
@@ -203,7 +204,7 @@ class BatchRunner:
         finally:
             window.file.close()
 
-    def _wait_for_end(self, batch: Batch, window: BatchWindow) -> Batch:
+    def _wait_for_end(self, batch: BatchState, window: BatchWindow) -> BatchState:
         """Wait for the end of a batch; submits it again while the provider has too much queued to begin it.
 
         Raises:
@@ -221,18 +222,18 @@ class BatchRunner:
                 wait_s *= 2
                 batch = service.submit(window)
                 continue
-            told = redact(format_batch_errors([(error.code, error.message) for error in errors]), service.secret)
+            told = shorten(format_batch_errors([(error.code, error.message) for error in errors]))
             raise EngineUnavailable(f"{service.spec.profile.name} did not begin batch {batch.id}: {told}")
         raise AssertionError("the last try returns or raises")
 
-    def _read_answers(self, batch: Batch, window: BatchWindow, reading: _Reading) -> Iterator[Completion]:
+    def _read_answers(self, batch: BatchState, window: BatchWindow, reading: _Reading) -> Iterator[Completion]:
         """The answers that a batch holds for a window; what it holds beside them goes to `reading`."""
         service, times, canary = self.service, _Times.from_batch(batch), window.canary
         canary_id = canary.line_id if canary is not None else None
         last: Completion | None = None
         for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
-            with service.download(file_id) as lines:
-                for outcome in read_outcomes(lines, service.spec.profile, service.secret):
+            with service.download(file_id, window.max_file_bytes) as file:
+                for outcome in read_outcomes(window.split_answers(file), service.spec.profile):
                     if outcome.line_id == canary_id and isinstance(outcome.result, Answer):
                         reading.is_served = True
                         reading.lost.append(self._lose_canary(outcome.result, times))
@@ -249,7 +250,7 @@ class BatchRunner:
         if last is not None:
             yield replace(last, lost_calls=tuple(reading.take_lost()))
 
-    def _check_service(self, batch: Batch, window: BatchWindow, reading: _Reading) -> None:
+    def _check_service(self, batch: BatchState, window: BatchWindow, reading: _Reading) -> None:
         """Check that what a batch left unanswered is no matter of all its lines.
 
         Raises:
@@ -273,7 +274,9 @@ class BatchRunner:
                 "raise [failures] max_same_refusals if they are the rows' own"
             )
 
-    def _reject(self, batch: Batch, window: BatchWindow, reading: _Reading, *, is_last: bool) -> Iterator[Completion]:
+    def _reject(
+        self, batch: BatchState, window: BatchWindow, reading: _Reading, *, is_last: bool
+    ) -> Iterator[Completion]:
         """Fail what the provider refused, and at the last try what it failed on while it answered others.
 
         Raises:

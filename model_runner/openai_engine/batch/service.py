@@ -1,33 +1,45 @@
 """A provider's Files and Batches: find, submit, wait, download.
 
-Part of the `openai` engine in batch mode, between `runner.py` beside it and the official client. What the client raises
-is an outage, which is waited for, and at its end `EngineUnavailable`: requests that could not be sent stay unanswered
-and are no rejects.
+Part of the `openai` engine in batch mode, between `runner.py` beside it and the official client, whose calls run on the
+engine's event loop. What the client raises is an outage, which is waited for, and at its end `EngineUnavailable`:
+requests that could not be sent stay unanswered and are no rejects.
 """
 
+import asyncio
 import logging
 import tempfile
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import IO, Any, TypeVar
+from urllib.parse import quote
 
+import aiohttp
 import httpx2
 import openai
-from openai.types import Batch, FileObject
 
+from moebeam.model_runner.openai_engine.batch.batch_state import BatchPage, BatchState, UploadedFile, read_reply
 from moebeam.model_runner.openai_engine.batch.lines import CHAT_URL, DIGEST_KEY, BatchWindow, may_hold
-from moebeam.model_runner.openai_engine.client import EndpointSpec
+from moebeam.model_runner.openai_engine.client import EndpointSpec, key_headers, make_client
+from moebeam.model_runner.openai_engine.event_loop import BackgroundLoop
 from moebeam.model_runner.openai_engine.failures import classify_failure
 from moebeam.model_runner.openai_engine.outages.circuit import Circuit, OutagePolicy
-from moebeam.schemas.errors import EngineUnavailable
+from moebeam.model_runner.openai_engine.transport.bounded_client import bound_call
+from moebeam.model_runner.openai_engine.transport.bounds import bound_file
+from moebeam.schemas.errors import EngineTimeout, EngineUnavailable, MalformedResponse, RowError
 
 _ENDED = frozenset({"completed", "expired", "cancelled", "failed"})
 _MAX_AGE = timedelta(days=30)
 """Providers keep the files of a batch for about this long."""
+
+_REPLY_BYTES = 8 << 20
+"""A page of 100 batches, each with 16 keys of 512 characters, and more than room for what else is said of them."""
+_MAX_PAGES = 1_000
+_LOOK_S = 0.2
+"""How soon a call in flight notices that nothing is waited for any more."""
 
 _LOGGER = logging.getLogger(__name__)
 Found = TypeVar("Found")
@@ -71,7 +83,8 @@ class BatchService:
     max_outage_s: float = 600.0
     counts: Counter[str] = field(default_factory=Counter[str])
     circuit: Circuit = field(init=False)
-    _client: openai.OpenAI = field(init=False, repr=False)
+    _background: BackgroundLoop = field(init=False, repr=False)
+    _client: openai.AsyncOpenAI = field(init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _is_given_back: threading.Event = field(default_factory=threading.Event)
     _has_worked: set[str] = field(default_factory=set[str])
@@ -85,21 +98,13 @@ class BatchService:
             max_wait_s=polling.max_poll_s,
         )
         self.circuit = Circuit(self.spec.profile.name, policy)
-        # OpenAI's own account variables must not reach another provider.
-        foreign: dict[str, Any] = {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
-        self._client = openai.OpenAI(
-            api_key=self.secret or "none",
-            base_url=self.spec.base_url,
-            # Its own retries would hide an outage.
-            max_retries=0,
-            timeout=self.spec.timeout_s,
-            default_headers=None if self.spec.profile.name == "openai" else foreign,
-        )
-        # A cycle that is collected would finalize the sockets before the client that closes them.
-        weakref.finalize(self, self._client.close)
+        self._background = BackgroundLoop.current()
+        self._client = make_client(self.spec, self.secret)
+        self._background.register_close(id(self), self._client.close)
+        weakref.finalize(self, self._background.close_now, id(self)).atexit = False
 
     def give_back(self) -> None:
-        """End all waits; safe from any thread."""
+        """End all waits and calls; safe from any thread."""
         self._is_given_back.set()
 
     def wait(self, seconds: float) -> None:
@@ -112,7 +117,7 @@ class BatchService:
         if self._is_given_back.is_set():
             raise GivenBack
 
-    def find(self, window: BatchWindow) -> list[Batch]:
+    def find(self, window: BatchWindow) -> list[BatchState]:
         """The batches, of the last 30 days, that may hold lines of a window; none that failed to begin.
 
         Raises:
@@ -120,16 +125,18 @@ class BatchService:
         """
         oldest = (datetime.now(UTC) - _MAX_AGE).timestamp()
 
-        def look() -> list[Batch]:
+        def look() -> list[BatchState]:
             return [
                 batch
-                for batch in self._client.batches.list(limit=100)
-                if batch.created_at >= oldest and batch.status != "failed" and may_hold(batch.metadata, window)
+                for batch in self._list()
+                if (batch.created_at or oldest) >= oldest
+                and batch.status != "failed"
+                and may_hold(batch.metadata, window)
             ]
 
         return self._persist("find", "batches cannot be listed", look)
 
-    def submit(self, window: BatchWindow) -> Batch:
+    def submit(self, window: BatchWindow) -> BatchState:
         """Upload a window and make one batch of it.
 
         Raises:
@@ -147,7 +154,7 @@ class BatchService:
             )
         return batch
 
-    def wait_for_end(self, batch: Batch) -> Batch:
+    def wait_for_end(self, batch: BatchState) -> BatchState:
         """Wait for the end of a batch.
 
         Raises:
@@ -162,54 +169,109 @@ class BatchService:
             )
         return batch
 
-    def download(self, file_id: str) -> IO[bytes]:
+    def download(self, file_id: str, max_bytes: int) -> IO[bytes]:
         """A file of a batch, whole, on this machine's disk and without a name; the caller closes it.
 
+        Args:
+            max_bytes: what its lines can need.
         Raises:
             EngineUnavailable: it cannot be fetched.
         """
         file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115, the caller reads it
 
-        def fetch() -> None:
+        async def fetch() -> None:
             file.seek(0)
             file.truncate()
-            with self._client.files.with_streaming_response.content(file_id) as response:
-                for piece in response.iter_bytes():
+            response = self._client.files.with_streaming_response.content(file_id, extra_headers=self._headers)
+            async with response as pieces:
+                async for piece in pieces.iter_bytes():
                     file.write(piece)
 
         try:
-            self._persist("download", f"file {file_id} cannot be downloaded", fetch)
+            self._persist("download", f"file {file_id} cannot be downloaded", lambda: self._run(fetch(), max_bytes))
         except BaseException:
             file.close()
             raise
         file.seek(0)
         return file
 
-    def _look(self, batch_id: str) -> Batch:
-        self.counts["num_looks"] += 1
-        return self._client.batches.retrieve(batch_id)
+    def _list(self) -> list[BatchState]:
+        """All batches that the provider lists."""
+        found: list[BatchState] = []
+        params: dict[str, object] = {"limit": 100}
+        for _ in range(_MAX_PAGES):
+            page = read_reply(BatchPage, self._run(self._get("/batches", params)))
+            found += page.data
+            if not page.has_more or not page.data:
+                return found
+            params = {"limit": 100, "after": page.data[-1].id}
+        raise MalformedResponse(f"batches: expected the end of the list within {_MAX_PAGES} pages, found more")
 
-    def _upload(self, window: BatchWindow, name: str) -> FileObject:
-        def upload() -> FileObject:
+    def _look(self, batch_id: str) -> BatchState:
+        self.counts["num_looks"] += 1
+        return read_reply(BatchState, self._run(self._get(f"/batches/{quote(batch_id, safe='')}")))
+
+    def _upload(self, window: BatchWindow, name: str) -> UploadedFile:
+        async def send() -> bytes:
             window.file.seek(0)
-            return self._client.files.create(file=(name, window.file), purpose="batch")
+            reply = await self._client.files.with_raw_response.create(
+                file=(name, window.file), purpose="batch", extra_headers=self._headers
+            )
+            return reply.content
+
+        def upload() -> UploadedFile:
+            return read_reply(UploadedFile, self._run(send(), max(_REPLY_BYTES, window.num_bytes)))
 
         return self._persist("upload", "a batch's file cannot be uploaded", upload)
 
-    def _create(self, window: BatchWindow, uploaded: FileObject, metadata: dict[str, str]) -> Batch:
+    async def _get(self, path: str, params: dict[str, object] | None = None) -> bytes:
+        options: Any = {"headers": self._headers, "params": params or {}}
+        return (await self._client.get(path, cast_to=httpx2.Response, options=options)).content
+
+    async def _post(self, path: str, body: dict[str, object]) -> bytes:
+        options: Any = {"headers": self._headers}
+        return (await self._client.post(path, body=body, cast_to=httpx2.Response, options=options)).content
+
+    @property
+    def _headers(self) -> dict[str, Any]:
+        return {**key_headers(self.spec.profile, self.secret)}
+
+    def _run(self, call: Coroutine[Any, Any, Found], max_bytes: int = _REPLY_BYTES) -> Found:
+        """Await a call, which runs on the event loop.
+
+        Raises:
+            GivenBack: nothing is waited for any more; the call is ended.
+        """
+        bounds = bound_file(max_bytes, self.spec.timeout_s)
+        running = asyncio.run_coroutine_threadsafe(bound_call(call, bounds, "timeout_s"), self._background.loop)
+        while True:
+            try:
+                return running.result(_LOOK_S)
+            except TimeoutError:
+                if running.done():
+                    raise
+                if self._is_given_back.is_set():
+                    running.cancel()
+                    raise GivenBack from None
+
+    def _create(self, window: BatchWindow, uploaded: UploadedFile, metadata: dict[str, str]) -> BatchState:
         """Make a batch once: where a response is lost, the batch is searched for before another is made."""
         num_tries = 0
 
-        def create() -> Batch:
+        def create() -> BatchState:
             nonlocal num_tries
             num_tries += 1
             if num_tries > 1:
                 for batch in self.find(window):
                     if batch.input_file_id == uploaded.id:
                         return batch
-            return self._client.batches.create(
-                completion_window="24h", endpoint=CHAT_URL, input_file_id=uploaded.id, metadata=metadata
-            )
+            body: dict[str, object] = {
+                "completion_window": "24h",
+                "endpoint": CHAT_URL,
+                "input_file_id": uploaded.id,
+                "metadata": metadata,
+            }
+            return read_reply(BatchState, self._run(self._post("/batches", body)))
 
         return self._persist("create", "a batch cannot be made", create)
 
@@ -226,10 +288,10 @@ class BatchService:
         while True:
             try:
                 found = call()
-            except (openai.OpenAIError, httpx2.TransportError) as error:
-                failure = classify_failure(error, self.spec.profile, self.secret)
+            except (openai.OpenAIError, httpx2.TransportError, aiohttp.ClientError, RowError) as error:
+                failure = classify_failure(error, self.spec.profile)
                 is_shut = failure.consequence == "closed" and kind not in self._has_worked
-                if failure.consequence == "row" or is_shut:
+                if (failure.consequence == "row" and not isinstance(error, EngineTimeout)) or is_shut:
                     raise EngineUnavailable(f"{what}: {failure.error}") from error
                 with self._lock:
                     self.circuit.record_failure(failure, is_probe=self.circuit.is_open)

@@ -12,7 +12,7 @@ from moebeam.jobs.console.formats import format_bytes
 from moebeam.schemas.errors import OutputError
 from moebeam.transforms.read.input_rows import ReadColumns
 from moebeam.transforms.read.input_scan import InputScan, scan_input
-from tests.support.jobs_for_tests import fake_job, write_parquet
+from tests.support.jobs.jobs_for_tests import fake_job, write_parquet
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from moebeam.jobs.check.preflight import check_job
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.schemas.errors import JobError, JobFileError
 from moebeam.schemas.job.sections import Job
-from tests.support.jobs_for_tests import fake_job, write_parquet
+from tests.support.jobs.jobs_for_tests import fake_job, write_parquet
 
 
 def test_a_check_reads_the_tokenizer_once(

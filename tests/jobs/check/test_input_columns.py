@@ -15,7 +15,7 @@ from moebeam.schemas.job.sections import Job
 from moebeam.transforms.read.input_rows import ReadColumns
 from moebeam.transforms.read.input_scan import scan_input
 from moebeam.transforms.render.prompt_template import PromptTemplate
-from tests.support.jobs_for_tests import fake_job, write_parquet
+from tests.support.jobs.jobs_for_tests import fake_job, write_parquet
 
 COLUMNS = {"review id": ["r"], "review.text": ["good"], "model": ["m"], "cost": [1.5], "team": ["a"]}
 

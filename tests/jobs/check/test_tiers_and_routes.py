@@ -12,7 +12,7 @@ from moebeam.jobs.prices.shipped import BUILTIN
 from moebeam.schemas.canonical import fingerprint
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import Job
-from tests.support.jobs_for_tests import fake_job, write_parquet
+from tests.support.jobs.jobs_for_tests import fake_job, write_parquet
 
 HEADER = (
     "provider,model,effective_from_utc,effective_to_utc,window_utc,mode,currency,cache_hit_per_mtok,"

@@ -14,7 +14,7 @@ from moebeam.jobs.console.summary import CheckReport, ProgressSnapshot, RunSumma
 from moebeam.schemas.errors import EngineLoadError, InputPatternError, JobError, JobInterrupted, OutputError
 from moebeam.schemas.job.sections import Job
 from moebeam.transforms.answer.reuse import ReuseSource
-from tests.support.run_summaries import SNAPSHOT, summary
+from tests.support.jobs.run_summaries import SNAPSHOT, summary
 
 
 class FakeLaunch:

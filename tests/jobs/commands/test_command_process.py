@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.jobs.run_summaries import SNAPSHOT, summary
 from tests.support.paths import ROOT
-from tests.support.run_summaries import SNAPSHOT, summary
 
 HEAVY = ("apache_beam", "torch", "transformers", "pyarrow", "pandas")
 
@@ -131,3 +131,15 @@ def test_a_stop_drains_although_nobody_reads_standard_error_any_more(job_file: s
     with process.stdout as out:
         answer = json.loads(out.read())
     assert (process.wait(timeout=60), answer["status"], answer["num_results"]) == (4, "incomplete", 10)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "told"),
+    [(">&-", 2, ""), (">/dev/full", 2, "standard output: the JSON line cannot be written"), (">&- 2>&-", 2, "")],
+)
+def test_a_standard_output_that_takes_nothing_is_no_traceback(redirection: str, code: int, told: str) -> None:
+    command = f"exec {sys.executable} -c 'from moebeam.jobs.commands.cli import main; main()' run no.toml --json"
+    ended = subprocess.run(f"{command} {redirection}", shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert ended.returncode == code
+    assert told in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -13,7 +13,7 @@ from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable.failure import record_failure
 from moebeam.transforms.plan.build_shards import write_plan
 from moebeam.transforms.plan.plan_record import PlannedShard
-from tests.support.jobs_for_tests import fake_job
+from tests.support.jobs.jobs_for_tests import fake_job
 
 COMMANDS = (
     ("resume",),

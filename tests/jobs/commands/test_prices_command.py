@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moebeam.jobs.commands.cli import run_command
@@ -35,7 +35,6 @@ def answer(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, dict[st
 
 
 @has_genai_prices
-@settings(max_examples=400)
 @given(
     model=st.sampled_from(["deepseek-v4-flash", "deepseek-v4-pro", "deepseek-flash"]),
     prompt=st.integers(0, 2_000_000),

@@ -31,7 +31,19 @@ def table(name: str | None, *cells: object) -> ReportTable:
     return ReportTable("costs", "Costs", COLUMNS, ((name, *row),))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("mark", ["=", "+", "-", "@", "\t", "\r", "\n"])
+@pytest.mark.parametrize(
+    "mark",
+    [
+        *("=", "+", "-", "@", "|", "\t", "\r", "\n", " =", "\u00a0 @", "\u200b=", "\ufeff-", "\x00+", " \t|"),
+        *("\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}", "\N{FULLWIDTH HYPHEN-MINUS}", "\N{MINUS SIGN}"),
+        *(
+            "\N{FULLWIDTH COMMERCIAL AT}",
+            "\N{SMALL EQUALS SIGN}",
+            " \N{FULLWIDTH VERTICAL LINE}",
+            "\N{IDEOGRAPHIC SPACE}=",
+        ),
+    ],
+)
 def test_text_that_begins_like_a_formula_is_escaped_in_csv(mark: str) -> None:
     (_, row) = csv.reader(io.StringIO(format_csv(table(f'{mark}HYPERLINK("x")')), newline=""))
     assert row[0] == f'\'{mark}HYPERLINK("x")'
@@ -40,7 +52,8 @@ def test_text_that_begins_like_a_formula_is_escaped_in_csv(mark: str) -> None:
 @given(st.text())
 def test_no_text_cell_of_a_csv_begins_like_a_formula(text: str) -> None:
     (_, row) = csv.reader(io.StringIO(format_csv(table(text)), newline=""))
-    assert not row[0].startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+    assert not row[0].lstrip().startswith(("=", "+", "-", "@", "|"))
+    assert not row[0].startswith(("\t", "\r", "\n"))
     assert row[0].removeprefix("'") == text.removeprefix("'")
 
 

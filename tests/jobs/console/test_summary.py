@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebeam.jobs.console.summary import CheckReport, choose_exit_code
-from tests.support.run_summaries import summary
+from tests.support.jobs.run_summaries import summary
 
 
 def code(**changes: object) -> int:

@@ -1,24 +1,43 @@
 """The images: made of a lock that agrees with the one of the tests, and of all that they need."""
 
 import re
+import subprocess
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 from moebeam.jobs.containers.worker_start import BOOT
-from tests.support.clean_environment import CONTAINERS, image_entry_point, image_variables
+from tests.support.clean_environment import CONTAINERS, image_entry_point, image_variables, stage_of
 from tests.support.paths import ROOT
 
 DOCKERFILE = (CONTAINERS / "Dockerfile").read_text()
 
 
+def read_lock(text: str) -> dict[str, tuple[str, int]]:
+    """Version and number of hashes of each package of a lock."""
+    entries = re.split(r"^(?=\w)", text, flags=re.MULTILINE)
+    found = ((Requirement(re.split(r"[ ;\\]", entry)[0]), entry.count("--hash=sha256:")) for entry in entries if entry)
+    return {requirement.name: (str(requirement.specifier), num_hashes) for requirement, num_hashes in found}
+
+
 def pins(lock: Path) -> dict[str, str]:
-    lines = (line.split(";")[0].strip() for line in lock.read_text().splitlines())
-    return {
-        (requirement := Requirement(line)).name: str(requirement.specifier)
-        for line in lines
-        if line and not line.startswith("#")
-    }
+    return {name: version for name, (version, _) in read_lock(lock.read_text()).items()}
+
+
+@pytest.mark.parametrize("lock", [*ROOT.glob("requirements*.lock"), *CONTAINERS.glob("requirements*.lock")], ids=str)
+def test_every_package_of_every_lock_has_its_hashes_and_no_index(lock: Path) -> None:
+    text = lock.read_text()
+    assert [name for name, (_, num_hashes) in read_lock(text).items() if not num_hashes] == []
+    assert "://" not in text
+
+
+def test_what_is_installed_is_held_against_its_hashes() -> None:
+    installs = re.findall(r"pip install.*?(?=&&|\n(?!\t? ))", DOCKERFILE + (ROOT / "Makefile").read_text(), re.DOTALL)
+    unchecked = [words for words in installs if "lock" in words and "--require-hashes" not in words]
+    # A version of torch's own index, and tests with packages that no lock names.
+    assert [words for words in unchecked if "torch==" not in words and "venv-floors" not in words] == []
+    assert len(installs) - len(unchecked) >= 6
 
 
 def test_the_images_install_the_versions_that_the_tests_run_with() -> None:
@@ -44,13 +63,23 @@ def test_beam_and_python_of_the_images_are_those_of_the_lock() -> None:
     assert BOOT.startswith("/opt/apache/beam/")
 
 
-def test_the_cpu_image_leaves_out_nothing_but_cuda() -> None:
-    left_out = re.search(r"grep -Ev '(.*)' ", DOCKERFILE)
-    assert left_out is not None
-    lines = (CONTAINERS / "requirements.lock").read_text().splitlines()
-    dropped = [line for line in lines if re.search(left_out[1], line)]
-    assert dropped
-    assert all(line.startswith(("nvidia-", "cuda-", "triton==")) for line in dropped)
+def test_the_cpu_image_leaves_out_nothing_but_cuda_and_takes_torch_from_elsewhere() -> None:
+    keep = re.search(r"awk '(.*)' /build", DOCKERFILE)
+    assert keep is not None
+    lock = CONTAINERS / "requirements.lock"
+    kept = subprocess.run(["awk", keep[1], str(lock)], capture_output=True, text=True, check=True).stdout
+    dropped = pins(lock).keys() - read_lock(kept).keys()
+    assert "nvidia-cublas" in dropped
+    assert all(name.startswith(("nvidia-", "cuda-")) for name in dropped - {"triton", "torch"})
+    assert all(num_hashes for _, num_hashes in read_lock(kept).values())
+    assert "'^torch==[^ ]*' /build/requirements.lock" in DOCKERFILE
+
+
+@pytest.mark.parametrize("target", ["worker-cpu", "worker-cuda"])
+def test_workers_are_not_root_unless_their_builder_says_so(target: str) -> None:
+    assert "\nARG WORKER_USER=10001\n" in DOCKERFILE
+    assert re.search(r"ARG WORKER_USER\nUSER \$\{WORKER_USER\}\nENTRYPOINT", stage_of(target))
+    assert "-o /opt/moebeam/sbom.cdx.json" in stage_of(target)
 
 
 def test_both_workers_start_alike_and_differ_in_where_the_driver_lies() -> None:

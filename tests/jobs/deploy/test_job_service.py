@@ -18,7 +18,7 @@ from moebeam.jobs.deploy import job_service
 from moebeam.jobs.deploy.flink.runner import FlinkRunner
 from moebeam.jobs.deploy.job_service import KEEP_WORKERS_MS, check_job_endpoint, prepare_job_service
 from moebeam.schemas.errors import ClusterUnavailable, JobFileError
-from tests.support.local_servers import free_port
+from tests.support.servers.local_servers import free_port
 
 
 class JobServer(beam_job_api_pb2_grpc.JobServiceServicer):

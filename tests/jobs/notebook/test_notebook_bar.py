@@ -11,7 +11,7 @@ from rich.console import Console
 
 from moebeam.jobs.notebook import notebook_bar
 from moebeam.jobs.notebook.notebook_bar import show_run
-from tests.support.progress_snapshots import answering_snapshot
+from tests.support.jobs.progress_snapshots import answering_snapshot
 
 SNAPSHOT = answering_snapshot(rows_done=3, rows_total=12, elapsed_s=1.0)
 

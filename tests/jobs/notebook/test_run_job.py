@@ -15,8 +15,8 @@ import pytest
 
 from moebeam import JobFileError, OutputError, RunStopped, run_job
 from moebeam.jobs.commands.cli import run_command
-from tests.support.fake_endpoint import FakeEndpoint
-from tests.support.remote_jobs import KEY, KEY_VARIABLE, MODEL, Answers
+from tests.support.jobs.remote_jobs import KEY, KEY_VARIABLE, MODEL, Answers
+from tests.support.servers.fake_endpoint import FakeEndpoint
 
 FRAME = pd.DataFrame(
     {"text": [f"ticket {row}: the printer is on fire" for row in range(6)]},

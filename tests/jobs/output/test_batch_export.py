@@ -17,7 +17,7 @@ from moebeam.jobs.commands.cli import run_command
 from moebeam.jobs.output import batch_export
 from moebeam.jobs.run.launch import launch
 from moebeam.schemas.store import storage
-from tests.support.jobs_for_tests import fake_job, priced, run_fake_job, write_script
+from tests.support.jobs.jobs_for_tests import fake_job, priced, run_fake_job, write_script
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object", "required": ["category"]}}}

@@ -18,7 +18,7 @@ from moebeam.transforms.durable.commit import commit_shard
 from moebeam.transforms.durable.lease import ShardLease
 from moebeam.transforms.plan.build_shards import write_plan
 from moebeam.transforms.plan.plan_record import PlannedShard
-from tests.support.jobs_for_tests import fake_job
+from tests.support.jobs.jobs_for_tests import fake_job
 from tests.transforms.durable.test_commit import LINE, ROW, tables
 
 MakeRun = Callable[..., RunRecord]

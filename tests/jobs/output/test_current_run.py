@@ -18,11 +18,12 @@ from moebeam.jobs.output.run_record import read_record
 from moebeam.jobs.output.run_state import announce_presence, read_manifest
 from moebeam.jobs.output.status import read_status
 from moebeam.jobs.reports.report import make_report
+from moebeam.jobs.run.launch import launch
 from moebeam.jobs.run.summarize import summarize_run
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.schemas.store import storage
 from moebeam.transforms.publish.run_account import PAID_STATES, RunAccount
-from tests.support.stopped_run import NUM_ROWS, Engine, Killed, PlannedRun
+from tests.support.disturbances.stopped_run import NUM_ROWS, Engine, Killed, PlannedRun
 
 NUM_WRITES = 60
 """About how many writes an attempt makes."""
@@ -126,7 +127,7 @@ def check_export(run: PlannedRun, told: RunAccount, num_rows: int, target: Path)
 
 def check_oracle(run: PlannedRun, told: RunAccount) -> None:
     """Every answer was journaled, so the journals alone say what was paid: each of their lines once."""
-    entries = [entry for entry in run.entries() if not entry.is_given_up]
+    entries = [entry for entry in run.entries() if entry.is_answer]
     costs, num_prompt_tokens = Decimal(0), 0
     for entry in entries:
         usage = entry.completion.usage
@@ -197,6 +198,31 @@ def test_the_account_of_a_run_killed_after_its_last_answer_is_the_ledger_of_the_
     after = RunAccount.from_manifest(json.loads((run.output / "manifest.json").read_text()))
     assert expect({**before.by_state(), "paid": after.by_state()["paid"]}) == expect(before.by_state())
     assert after.committed.costs == before.paid.costs
+
+
+@pytest.mark.parametrize("look", ["status", "run"])
+def test_what_is_journaled_after_a_run_was_complete_is_in_its_ledger_at_the_next_look(
+    look: str, planned: PlannedRun, encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    """As a holder does that lost its lease, and wakes up late with paid answers."""
+    run = planned.copy(tmp_path / "out")
+    assert run.launch(Engine(), encoder) == "done"
+    before = read_manifest(run.layout)
+    assert before is not None and read_current_run(run.layout).account.wasted.num_attempts == 0
+    run.journal_again(random.Random(1))
+    run.give_up(random.Random(1))
+    if look == "status":
+        assert read_status(read_record(str(run.output))).cost_wasted
+    else:
+        summary = launch(run.job)
+        assert summary.status == "already_done" and summary.cost_wasted
+    manifest = read_manifest(run.layout)
+    assert manifest is not None and (manifest["status"], manifest["totals"]) == ("complete", before["totals"])
+    told = RunAccount.from_manifest(manifest)
+    assert (told.wasted.num_attempts, told.wasted.num_lost_calls) == (3, 1)
+    check_oracle(run, told)
+    assert account_of_duckdb(run)["wasted"][0]["USD"] == money(told.wasted.costs)["USD"]
+    assert read_current_run(run.layout).is_published
 
 
 def test_a_run_that_was_killed_is_published_by_who_looks_and_stays_unfinished(

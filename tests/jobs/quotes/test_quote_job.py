@@ -21,7 +21,7 @@ from moebeam.jobs.run.launch import launch
 from moebeam.schemas.errors import JobFileError, OutputError
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store.run_layout import RunLayout
-from tests.support.jobs_for_tests import fake_job, priced, write_parquet, write_script
+from tests.support.jobs.jobs_for_tests import fake_job, priced, write_parquet, write_script
 
 TEXTS = [f"the printer on floor {number % 7} is broken, ticket {number * number}" for number in range(60)]
 

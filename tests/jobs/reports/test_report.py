@@ -17,7 +17,7 @@ from moebeam.jobs.reports.report import make_report
 from moebeam.jobs.run.launch import launch
 from moebeam.schemas.errors import JobFileError, OutputError
 from moebeam.schemas.store.sealed_json import seal_json, unseal_json
-from tests.support.jobs_for_tests import fake_job, priced, write_parquet, write_script
+from tests.support.jobs.jobs_for_tests import fake_job, priced, write_parquet, write_script
 
 NASTY = ['=HYPERLINK("http://x")', "<script>alert(1)</script>", "+1", "\x1b[2J"]
 CHAIN = {

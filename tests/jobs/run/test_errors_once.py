@@ -10,9 +10,9 @@ from moebeam.jobs.commands.cli import run_command
 from moebeam.jobs.run import pipeline_thread
 from moebeam.model_runner.fake_engine.runner import FakeRunner
 from moebeam.schemas.job.sections import Job
-from tests.support.fake_endpoint import FakeEndpoint, Reply
-from tests.support.jobs_for_tests import fake_job, write_job_file, write_parquet
-from tests.support.remote_jobs import KEY, KEY_VARIABLE, remote_job, write_tickets
+from tests.support.jobs.jobs_for_tests import fake_job, write_job_file, write_parquet
+from tests.support.jobs.remote_jobs import KEY, KEY_VARIABLE, remote_job, write_tickets
+from tests.support.servers.fake_endpoint import FakeEndpoint, Reply
 
 
 def run_job_file(job: Job, folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:

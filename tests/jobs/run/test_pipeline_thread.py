@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from moebeam.jobs.run.pipeline_thread import PipelineThread
-from moebeam.schemas.errors import PipelineFailed
+from moebeam.schemas.errors import InputChanged, PipelineFailed
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.durable.failure import record_failure
 
 TIMEOUT_S = 30
 
@@ -67,3 +68,32 @@ def test_what_a_runner_raises_is_told_on_one_line(tmp_path: Any) -> None:
     run.join(TIMEOUT_S)
     with pytest.raises(PipelineFailed, match="the pipeline failed: last"):
         run.raise_failure(RunLayout(str(tmp_path)))
+
+
+def test_what_is_no_exception_is_a_failure_too(tmp_path: Any) -> None:
+    class Panic(BaseException):
+        """As libraries in Rust raise it."""
+
+    class Broken:
+        def run(self) -> None:
+            raise Panic("the global thread pool has not been initialized")
+
+    run = started(Broken(), is_remote=False)
+    run.join(TIMEOUT_S)
+    assert run.has_failed
+    with pytest.raises(PipelineFailed, match="the pipeline failed: the global thread pool"):
+        run.raise_failure(RunLayout(str(tmp_path)))
+
+
+def test_an_input_that_changed_is_told_as_such_and_not_to_be_run_again_as_it_is(tmp_path: Any) -> None:
+    layout = RunLayout(str(tmp_path))
+
+    class Broken:
+        def run(self) -> None:
+            with record_failure(layout, "read"):
+                raise InputChanged("a.parquet: changed [while running 'Read/ReadUnits-ptransform-1']")
+
+    run = started(Broken(), is_remote=False)
+    run.join(TIMEOUT_S)
+    with pytest.raises(InputChanged, match=r"^a\.parquet: changed$"):
+        run.raise_failure(layout)

@@ -19,8 +19,8 @@ from moebeam.jobs.console.formats import (
 from moebeam.jobs.console.summary import CheckReport, ProgressSnapshot, RunSummary
 from moebeam.jobs.run.progress import StageRates, print_report, print_summary, show_progress
 from moebeam.transforms.durable.progress import OutageNote
-from tests.support.progress_snapshots import answering_snapshot
-from tests.support.run_summaries import summary
+from tests.support.jobs.progress_snapshots import answering_snapshot
+from tests.support.jobs.run_summaries import summary
 
 START = answering_snapshot(rows_total=2000, shards_total=8)
 SUMMARY = summary(

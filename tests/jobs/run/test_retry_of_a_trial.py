@@ -9,7 +9,7 @@ import pytest
 from moebeam.jobs.commands.cli import run_command
 from moebeam.jobs.run.retry_failed import prepare_retry
 from moebeam.schemas.errors import JobFileError
-from tests.support.jobs_for_tests import column, fake_job, read_table, write_job_file, write_parquet, write_script
+from tests.support.jobs.jobs_for_tests import column, fake_job, read_table, write_job_file, write_parquet, write_script
 
 TEXTS = ["fine", None, "late", "late too", "long", "beyond the limit"]
 

@@ -75,3 +75,15 @@ def test_no_example_is_shown_where_none_was_found(schema: Any) -> None:
     (system,) = with_schema_in_prompt([Message("system", "")], schema)
     assert "example" not in system.content
     assert "JSON" in system.content
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "minItems": 10**12},
+        {"type": "string", "minLength": 10**12},
+        {"$defs": {"a": {"type": "array", "minItems": 50, "items": {"$ref": "#/$defs/a"}}}, "$ref": "#/$defs/a"},
+    ],
+)
+def test_there_is_no_example_where_it_would_be_huge(schema: dict[str, Any]) -> None:
+    assert make_example(schema) is None

@@ -15,7 +15,7 @@ from moebeam.model_runner.engine_process.host_runner import HostRunner
 from moebeam.model_runner.engine_process.isolated_runner import IsolatedRunner
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.records import Message, Request, Sampling
-from tests.support.engine_configs import engine_config
+from tests.support.engines.engine_configs import engine_config
 
 WAIT_S = 60
 

@@ -23,7 +23,7 @@ from moebeam.model_runner.fake_engine.runner import load_fake_runner
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.records import Completion, Message, Request, Sampling
-from tests.support.engine_configs import engine_config
+from tests.support.engines.engine_configs import engine_config
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.integration

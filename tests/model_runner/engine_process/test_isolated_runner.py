@@ -20,7 +20,7 @@ from moebeam.model_runner.protocol import EngineConfig
 from moebeam.model_runner.torch_engine.runner import load_torch_runner
 from moebeam.schemas.errors import EngineCrashed, EngineLoadError, EngineTimeout
 from moebeam.schemas.records import Completion, Message, Request, Sampling
-from tests.support.engine_configs import engine_config
+from tests.support.engines.engine_configs import engine_config
 
 
 def config(tmp_path: Path, **script: Any) -> EngineConfig:

@@ -13,7 +13,7 @@ from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.model_runner.fake_engine.runner import FAILURES, FakeRunner, load_fake_runner
 from moebeam.schemas.errors import ContentRefused, EngineLoadError, EngineOverloaded
 from moebeam.schemas.records import Completion, Message, Request, Sampling
-from tests.support.engine_configs import engine_config
+from tests.support.engines.engine_configs import engine_config
 
 CONFIG = engine_config(engine="fake", path="", name="model", revision="revision")
 

@@ -20,7 +20,7 @@ from moebeam.model_runner.fence.fenced_process import FencedProcess
 from moebeam.schemas.errors import EngineLoadError, InvalidMessages, PipelineFailed, RowError, TemplateBudgetExceeded
 from tests.support.paths import ROOT
 
-ENTRY = "tests.support.fenced_programs:obey"
+ENTRY = "tests.support.disturbances.fenced_programs:obey"
 
 
 def make_program(source: str = "") -> Program:
@@ -62,6 +62,15 @@ def test_messages_of_errors_are_cut() -> None:
     (result,) = make_program().run(["raise " + "x" * 100_000])
     assert isinstance(result, InvalidMessages)
     assert len(str(result)) == 2000
+
+
+@pytest.mark.parametrize("name", ["PipelineFailed", "Sequence", "no such error"])
+def test_a_process_cannot_name_errors_that_rows_do_not_have(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(FencedProcess, "run", lambda *_, **__: iter([(name, "stop the job")]))
+    (result,) = make_program().run(["a"])
+    assert describe(result) == (
+        f"TemplateBudgetExceeded: the test: expected an error that rows may have, found {name!r}"
+    )
 
 
 def test_large_results_come_back_in_pieces() -> None:

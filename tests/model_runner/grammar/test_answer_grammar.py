@@ -16,8 +16,8 @@ from moebeam.schemas.canonical import Json
 from moebeam.schemas.chat_options import ChatOptions, ResponseFormat, ToolChoice, parse_tools
 from moebeam.schemas.errors import EngineFailed, InvalidGrammar
 from moebeam.schemas.records import ToolCall
-from tests.support.checkpoints import EOS
-from tests.support.grammar_sampling import byte_tokenizer
+from tests.support.models.checkpoints import EOS
+from tests.support.models.grammar_sampling import byte_tokenizer
 
 MARKUP = sorted({"</think>", "<think>", *(text for known in CALL_FORMATS.values() for text in known.markup)})
 SCHEMA: Json = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}

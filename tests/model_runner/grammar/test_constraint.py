@@ -1,8 +1,6 @@
 """Grammars against a JSON Schema validator: what a mask lets through is valid, and what is valid gets through."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,117 +17,7 @@ from moebeam.model_runner.torch_engine.sampler import Draw, sample
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.errors import EngineFailed, EngineLoadError, InvalidGrammar, RowError
-from tests.support.checkpoints import save_tiny_tokenizer
-
-END = "<\uff5cend\u2581of\u2581sentence\uff5c>"
-"""The demo tokenizer's end token, in DeepSeek's spelling."""
-
-DEMO_TOKENIZER = Path("jobs/demo/checkpoint/tokenizer.json")
-
-# No characters that JSON must escape by number, nor DEL, which llguidance lets no string hold.
-texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
-
-SCHEMAS: dict[str, tuple[Json, st.SearchStrategy[Json]]] = {
-    "ticket": (
-        {
-            "type": "object",
-            "properties": {
-                "name": {"type": "string", "minLength": 1, "maxLength": 12},
-                "account": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{3}$"},
-                "priority": {"enum": ["low", "lower", "high", None]},
-                "amount": {"type": ["integer", "null"], "minimum": 0, "maximum": 1000},
-                "is_open": {"type": "boolean"},
-            },
-            "required": ["name", "account", "priority", "amount", "is_open"],
-            "additionalProperties": False,
-        },
-        st.fixed_dictionaries(
-            {
-                "name": texts.filter(bool),
-                "account": st.from_regex(r"\A[A-Z]{2}-[0-9]{3}\Z"),
-                "priority": st.sampled_from(["low", "lower", "high", None]),
-                "amount": st.none() | st.integers(0, 1000),
-                "is_open": st.booleans(),
-            }
-        ),
-    ),
-    "optional": (
-        {
-            "type": "object",
-            "properties": {"a": {"type": "string", "maxLength": 12}, "b": {"type": "integer"}},
-            "additionalProperties": False,
-        },
-        st.fixed_dictionaries({}, optional={"a": texts, "b": st.integers()}),
-    ),
-    "array": (
-        {
-            "type": "array",
-            "items": {
-                "anyOf": [
-                    {"type": "number", "minimum": -500, "maximum": 0.5},
-                    {"enum": ["<think>", "<think", "é€😀"]},
-                    {"$ref": "#/$defs/pair"},
-                ]
-            },
-            "maxItems": 3,
-            "$defs": {"pair": {"type": "array", "prefixItems": [{"type": "null"}], "items": False, "minItems": 1}},
-        },
-        st.lists(
-            st.integers(-500, 0)
-            | st.floats(-500, 0.5).map(lambda number: round(number, 3) + 0.0)
-            | st.sampled_from(["<think>", "<think", "é€😀", [None]]),
-            max_size=3,
-        ),
-    ),
-    "integer": ({"type": "integer"}, st.integers()),
-    "specials": ({"const": f"a{END}<think> <|eos|>"}, st.just(f"a{END}<think> <|eos|>")),
-}
-
-
-class Tongue:
-    """A tokenizer with its compiler, as an engine holds them."""
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer, eos_token_id: int) -> None:
-        self.tokenizer = tokenizer
-        self.eos_token_id = eos_token_id
-        self.vocab_size = tokenizer.get_vocab_size()
-        self.compiler = ConstraintCompiler(tokenizer, self.vocab_size, [eos_token_id])
-        self.filler = MaskFiller(self.vocab_size, num_threads=1)
-
-    def compile(self, schema: Json, **options: int) -> Constraint:
-        return self.compiler.compile(json_schema_grammar(schema, **options))
-
-    def text(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
-
-    def allowed(self, constraint: Constraint) -> set[int]:
-        """The tokens of the next mask."""
-        masks = self.filler.start([constraint]).result()
-        assert masks is not None
-        bits = np.unpackbits(masks.numpy().view(np.uint8), bitorder="little")
-        return {int(token_id) for token_id in np.flatnonzero(bits)}
-
-
-@pytest.fixture(scope="module")
-def demo() -> Iterator[Tongue]:
-    tokenizer = tokenizers.Tokenizer.from_file(str(DEMO_TOKENIZER))
-    tongue = Tongue(tokenizer, tokenizer.token_to_id(END))
-    yield tongue
-    tongue.filler.close()
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tongue]:
-    """A byte a token, end of sequence `<|eos|>`."""
-    tokenizer = save_tiny_tokenizer(tmp_path_factory.mktemp("tiny")).backend_tokenizer
-    tongue = Tongue(tokenizer, tokenizer.token_to_id("<|eos|>"))
-    yield tongue
-    tongue.filler.close()
-
-
-@pytest.fixture(scope="module", params=["demo", "tiny"])
-def tongue(request: pytest.FixtureRequest) -> Tongue:
-    return request.getfixturevalue(request.param)
+from tests.support.models.tongues import DEMO_TOKENIZER, END, SCHEMAS, Tongue
 
 
 def is_valid(schema: AnswerSchema, text: str) -> bool:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher
 
@@ -20,10 +20,10 @@ from moebeam.model_runner.grammar.schema_forms.formats import FORMATS
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.errors import InvalidGrammar, RowError
-from tests.support.example_schemas import EXACT, REFUSED, RELAXED
-from tests.support.grammar_sampling import allows, allows_value, compiler, draw
+from tests.support.contracts.example_schemas import EXACT, REFUSED, RELAXED
+from tests.support.contracts.random_schemas import schemas
+from tests.support.models.grammar_sampling import allows, allows_value, compiler, draw
 from tests.support.paths import SHARED
-from tests.support.random_schemas import schemas
 
 SUITE = SHARED / "conformance" / "json_schema_test_suite" / "draft2020-12"
 
@@ -197,7 +197,6 @@ def test_formats_that_validation_does_not_assert_are_not_asked_for() -> None:
     assert annotated.document == {"type": "string"}
 
 
-@settings(deadline=None, max_examples=60)
 @given(schema=schemas(), seed=st.integers(0, 2**32))
 def test_answers_of_any_schema_are_valid_unless_it_is_relaxed(schema: Json, seed: int) -> None:
     contract = contract_of(schema)
@@ -210,7 +209,6 @@ def test_answers_of_any_schema_are_valid_unless_it_is_relaxed(schema: Json, seed
             contract.check(text)
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     schema=schemas(),
     value=st.recursive(

@@ -10,8 +10,8 @@ from moebeam.model_runner.grammar.constraint import Constraint, ConstraintCompil
 from moebeam.model_runner.grammar.json_grammar import enforceable_schema, json_schema_grammar
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import EngineFailed
-from tests.support.checkpoints import EOS
-from tests.support.grammar_sampling import allows_value, byte_tokenizer, draw
+from tests.support.models.checkpoints import EOS
+from tests.support.models.grammar_sampling import allows_value, byte_tokenizer, draw
 
 WORDS = r"^(?:\S+\s+){0,49}\S+$"
 FIFTY_WORDS: Json = {

@@ -15,7 +15,7 @@ from moebeam.model_runner.grammar.schema_forms.formats import FORMATS, NARROWED
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.errors import InvalidGrammar, RowError
-from tests.support.grammar_sampling import allows
+from tests.support.models.grammar_sampling import allows
 from tests.support.paths import SHARED
 
 BIG = 6.02e23

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moebeam.model_runner.admission import AdmittingRunner, Verdict
+from moebeam.model_runner.admission import AdmittingRunner, Unlimited, Verdict
 from moebeam.model_runner.openai_engine import concurrency
 from moebeam.model_runner.openai_engine.admission_queue import AdmissionQueue, NotAdmitted
 from moebeam.model_runner.openai_engine.options import FallbackSection
 from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
 from moebeam.schemas.errors import EngineFailed, EngineUnavailable
 from moebeam.schemas.records import Completion, Message, Request, Sampling
-from tests.support.engine_configs import engine_config
-from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
-from tests.support.remote_engines import FAST, brief
+from tests.support.engines.engine_configs import engine_config
+from tests.support.engines.remote_engines import FAST, brief
+from tests.support.servers.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def fallback(served: FakeEndpoint) -> FallbackSection:
 
 
 @dataclass
-class Few:
+class Few(Unlimited):
     """Admits so many in all, at most `most_away` at a time."""
 
     most: int

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from moebeam.model_runner.admission import Unlimited
 from moebeam.model_runner.openai_engine.runner import OpenAIRunner
 from moebeam.model_runner.protocol import StoppableRunner
 from moebeam.schemas.errors import RequestGivenUp
 from moebeam.schemas.records import Completion, Request
-from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
-from tests.support.local_servers import free_port
-from tests.support.remote_engines import ask_rows, brief, keep_limits_apart, load_engine
+from tests.support.engines.remote_engines import ask_rows, brief, keep_limits_apart, load_engine
+from tests.support.servers.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
+from tests.support.servers.local_servers import free_port
 
 LATE = Reply(deepseek("late"), delay_s=600)
 
@@ -22,14 +23,11 @@ def _folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     keep_limits_apart(monkeypatch, tmp_path)
 
 
-class Settled:
+class Settled(Unlimited):
     """Admits all, and notes what was settled."""
 
     def __init__(self) -> None:
         self.completions: list[Completion] = []
-
-    def admit(self, request: Request) -> str:
-        return "send"
 
     def settle(self, completion: Completion) -> None:
         self.completions.append(completion)

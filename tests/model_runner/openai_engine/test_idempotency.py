@@ -11,8 +11,8 @@ from moebeam.model_runner.openai_engine.endpoint import RetryPolicy
 from moebeam.model_runner.openai_engine.profiles import find_profile
 from moebeam.model_runner.openai_engine.runner import load_openai_runner
 from moebeam.schemas.records import Message, Request, Sampling
-from tests.support.engine_configs import engine_config
-from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
+from tests.support.engines.engine_configs import engine_config
+from tests.support.servers.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
 
 HEADER = "Idempotency-Key"
 FAST = RetryPolicy(first_wait_s=0.001, max_wait_s=0.002, max_overload_wait_s=0.002)

@@ -12,10 +12,10 @@ from moebeam.model_runner.openai_engine.options import FallbackSection
 from moebeam.model_runner.openai_engine.runner import load_openai_runner
 from moebeam.schemas.errors import EngineFailed, EngineUnavailable, RequestGivenUp
 from moebeam.schemas.records import Completion, Message, Request, Sampling, Usage
-from tests.support.engine_configs import engine_config
-from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error, with_usage
-from tests.support.local_servers import free_port
-from tests.support.remote_engines import FAST, brief
+from tests.support.engines.engine_configs import engine_config
+from tests.support.engines.remote_engines import FAST, brief
+from tests.support.servers.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error, with_usage
+from tests.support.servers.local_servers import free_port
 
 GOOD = Reply(deepseek("fine"))
 

@@ -4,8 +4,7 @@ import gc
 import json
 import logging
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ import pytest
 
 from moebeam.model_runner.openai_engine import concurrency
 from moebeam.model_runner.openai_engine.options import FallbackSection
-from moebeam.model_runner.openai_engine.outages.circuit import OutagePolicy
-from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_runner
-from moebeam.schemas.chat_options import ChatOptions, Tool
+from moebeam.model_runner.openai_engine.runner import load_openai_runner
+from moebeam.schemas.chat_options import Tool
 from moebeam.schemas.errors import (
     AnswerInterrupted,
     ContentRefused,
@@ -26,8 +24,10 @@ from moebeam.schemas.errors import (
     RequestRefused,
 )
 from moebeam.schemas.records import Completion, Message, Request, Sampling, ToolCall, Usage
-from tests.support.engine_configs import engine_config
-from tests.support.fake_endpoint import (
+from tests.support.engines.engine_calls import GOOD, completions, echo, only, requests, runner, script
+from tests.support.engines.engine_configs import engine_config
+from tests.support.engines.remote_engines import brief
+from tests.support.servers.fake_endpoint import (
     ALIBABA_USAGE,
     VLLM_USAGE,
     VOLCANO_USAGE,
@@ -39,10 +39,8 @@ from tests.support.fake_endpoint import (
     error,
     with_usage,
 )
-from tests.support.remote_engines import FAST, brief
 
 KEY = "sk-test-0123456789"
-Answering = Callable[[Call], Reply]
 
 
 @pytest.fixture(autouse=True)
@@ -55,53 +53,6 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     monkeypatch.setattr(concurrency, "host_folder", lambda: tmp_path)
     yield
     gc.collect()
-
-
-def requests(num: int, *, shared: int = 0, **options: Any) -> list[Request]:
-    """Requests that share so many of their first tokens."""
-    prefix = np.zeros(shared, dtype=np.int32)
-    return [
-        Request(
-            f"r{i}",
-            np.append(prefix, np.int32(i + 1)).astype(np.int32),
-            (Message("user", f"question {i}"),),
-            Sampling(100),
-            options=ChatOptions(**options),
-        )
-        for i in range(num)
-    ]
-
-
-def runner(served: FakeEndpoint, outages: OutagePolicy | None = None, **values: Any) -> OpenAIRunner:
-    given: dict[str, Any] = {"provider": "deepseek", "base_url": served.base_url, "max_retries": 3}
-    config = engine_config("openai", "", "deepseek-v4-flash", "rev", **(given | values))
-    loaded = load_openai_runner(config, FAST, outages or brief())
-    assert isinstance(loaded, OpenAIRunner)
-    return loaded
-
-
-def completions(reply: Answering, wanted: Sequence[Request], **values: Any) -> dict[str, Completion]:
-    with FakeEndpoint(reply) as served:
-        found = list(runner(served, **values).generate(wanted))
-    assert Counter(c.request_id for c in found) == Counter(r.request_id for r in wanted)
-    return {completion.request_id: completion for completion in found}
-
-
-def only(reply: Answering, **values: Any) -> Completion:
-    (completion,) = completions(reply, requests(1), **values).values()
-    return completion
-
-
-def echo(call: Call) -> Reply:
-    return Reply(deepseek(call.last_user_text))
-
-
-def script(*replies: Reply) -> Answering:
-    """The replies in order; the last one again and again."""
-    return lambda call: replies[min(call.number, len(replies) - 1)]
-
-
-GOOD = Reply(deepseek("fine"))
 
 
 def test_every_request_gets_its_own_answer() -> None:
@@ -289,14 +240,14 @@ def test_engine_stops_when_the_last_provider_is_closed_too() -> None:
 def test_requests_are_pulled_as_places_come_free() -> None:
     num_pulled = 0
 
-    def endless() -> Iterator[Request]:
+    def many() -> Iterator[Request]:
         nonlocal num_pulled
-        for one in requests(100_000):
+        for one in requests(1000):
             num_pulled += 1
             yield one
 
     with FakeEndpoint(echo) as served:
-        completed = runner(served, max_concurrency=8).generate(endless())
+        completed = runner(served, max_concurrency=8).generate(many())
         assert num_pulled == 0
         next(completed)
         assert num_pulled <= 8 * 2 + 65
@@ -329,16 +280,16 @@ def test_threads_share_one_limit() -> None:
 def test_endpoint_that_takes_few_gets_few_and_all_are_answered() -> None:
     with FakeEndpoint(lambda call: Reply(deepseek("x"), delay_s=0.01), max_in_flight=20) as served:
         asking = runner(served, max_concurrency=500)
-        found = list(asking.generate(requests(1500)))
+        found = list(asking.generate(requests(600)))
         assert all(c.error is None for c in found)
         assert asking.endpoints[0].limit.limit < 100
         assert asking.counters()["num_engine_overloaded"] == served.num_refused > 0
 
 
 def test_as_many_are_in_flight_as_the_provider_is_known_to_take() -> None:
-    with FakeEndpoint(lambda call: Reply(deepseek("x"), is_held=call.number > 500), gather_at=256) as served:
+    with FakeEndpoint(lambda call: Reply(deepseek("x"), is_held=call.number > 400), gather_at=256) as served:
         asking = runner(served, provider="vllm", timeout_s=60)
-        assert sum(c.error is None for c in asking.generate(requests(1200))) == 1200
+        assert sum(c.error is None for c in asking.generate(requests(700))) == 700
         assert served.peak_in_flight == asking.counters()["peak_in_flight"] == 256
 
 

@@ -21,9 +21,9 @@ from moebeam.schemas.errors import (
     RequestGivenUp,
 )
 from moebeam.schemas.records import Completion, Request
-from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
-from tests.support.local_servers import free_port
-from tests.support.remote_engines import ask_rows, brief, keep_limits_apart, load_engine
+from tests.support.engines.remote_engines import ask_rows, brief, keep_limits_apart, load_engine
+from tests.support.servers.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
+from tests.support.servers.local_servers import free_port
 
 GOOD = Reply(deepseek("fine"))
 Answering = Callable[[Call], Reply]
@@ -203,8 +203,8 @@ def test_no_row_is_lost_to_a_provider_that_fails_on_every_second_call(num_in_fli
 
     with FakeEndpoint(reply) as served:
         asking = load_engine(served.base_url, max_retries=2, max_concurrency=num_in_flight)
-        found = list(asking.generate(ask_rows(300)))
-    assert rows_of(found) == rows_of_asked(300) and errors_of(found) == {}
+        found = list(asking.generate(ask_rows(120)))
+    assert rows_of(found) == rows_of_asked(120) and errors_of(found) == {}
 
 
 def test_a_storm_of_refusals_is_told_in_the_providers_words_and_outlived() -> None:

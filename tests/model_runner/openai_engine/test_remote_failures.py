@@ -12,8 +12,8 @@ from moebeam.model_runner.openai_engine.failures import (
     CallFailure,
     Consequence,
     classify_failure,
-    redact,
     retry_after_s,
+    shorten,
 )
 from moebeam.model_runner.openai_engine.profiles import find_profile
 from moebeam.schemas.errors import (
@@ -25,6 +25,7 @@ from moebeam.schemas.errors import (
     RequestRefused,
     RowError,
 )
+from moebeam.schemas.redaction.known_secrets import learn_secret
 
 KEY = "sk-very-secret"
 REQUEST = httpx2.Request("POST", "http://127.0.0.1/chat/completions")
@@ -39,7 +40,7 @@ def refusal(
 ) -> CallFailure:
     response = httpx2.Response(status, headers=headers or {}, request=REQUEST)
     body = {"message": message, "code": code}
-    return classify_failure(openai.APIStatusError(message, response=response, body=body), find_profile(provider), KEY)
+    return classify_failure(openai.APIStatusError(message, response=response, body=body), find_profile(provider))
 
 
 @pytest.mark.parametrize(
@@ -117,24 +118,26 @@ def test_silence_and_broken_connections_are_the_providers() -> None:
     for cause, consequence, kind in causes:
         error = openai.APIConnectionError(request=REQUEST)
         error.__cause__ = cause
-        failure = classify_failure(error, deepseek, KEY)
+        failure = classify_failure(error, deepseek)
         assert (failure.consequence, type(failure.error)) == (consequence, kind)
         assert failure.may_be_billed == (consequence == "failed")
-    malformed = classify_failure(MalformedResponse("choices: no"), deepseek, KEY)
+    malformed = classify_failure(MalformedResponse("choices: no"), deepseek)
     assert (malformed.consequence, type(malformed.error)) == ("failed", MalformedResponse)
-    assert classify_failure(httpx2.DecodingError("x"), deepseek, KEY).consequence == "failed"
-    assert classify_failure(TypeError("no JSON"), deepseek, KEY).consequence == "row"
-    assert isinstance(classify_failure(httpx2.ReadTimeout("x"), deepseek, KEY).error, EngineTimeout)
-    assert isinstance(classify_failure(httpx2.RemoteProtocolError("x"), deepseek, KEY).error, EngineFailed)
+    assert classify_failure(httpx2.DecodingError("x"), deepseek).consequence == "failed"
+    assert classify_failure(TypeError("no JSON"), deepseek).consequence == "row"
+    assert isinstance(classify_failure(httpx2.ReadTimeout("x"), deepseek).error, EngineTimeout)
+    assert isinstance(classify_failure(httpx2.RemoteProtocolError("x"), deepseek).error, EngineFailed)
 
 
 def test_no_message_holds_the_key_or_a_long_prompt() -> None:
+    learn_secret(KEY)
+    assert KEY not in str(refusal(400, "no", code=f"code {KEY}").error)
     told = str(refusal(400, f"key {KEY} may not ask " + "secret prompt " * 100).error)
     assert KEY not in told
     assert "[key]" in told
     assert len(told) < MAX_MESSAGE_CHARACTERS + 50
-    assert KEY not in str(classify_failure(MalformedResponse(f"found {KEY}"), find_profile("deepseek"), KEY).error)
-    assert redact("a\n b", "") == "a b"
+    assert KEY not in str(classify_failure(MalformedResponse(f"found {KEY}"), find_profile("deepseek")).error)
+    assert shorten("a\n b") == "a b"
 
 
 def test_retry_after_is_read_in_all_its_forms() -> None:

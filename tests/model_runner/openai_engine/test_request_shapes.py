@@ -14,8 +14,8 @@ from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_
 from moebeam.schemas.chat_options import ChatOptions, ResponseFormat
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.records import Completion, Message, Request, Sampling
-from tests.support.engine_configs import engine_config
-from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
+from tests.support.engines.engine_configs import engine_config
+from tests.support.servers.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
 
 KEY = "key-test-0123456789"
 

@@ -11,7 +11,14 @@ from moebeam.model_runner.openai_engine.profiles import find_profile
 from moebeam.model_runner.openai_engine.responses import Answer, StreamedAnswer, read_answer
 from moebeam.schemas.errors import AnswerInterrupted, MalformedResponse
 from moebeam.schemas.records import TokenLogprob, ToolCall, Usage
-from tests.support.fake_endpoint import ALIBABA_USAGE, VLLM_USAGE, VOLCANO_USAGE, as_events, deepseek, with_usage
+from tests.support.servers.fake_endpoint import (
+    ALIBABA_USAGE,
+    VLLM_USAGE,
+    VOLCANO_USAGE,
+    as_events,
+    deepseek,
+    with_usage,
+)
 
 DEEPSEEK = find_profile("deepseek")
 CALLS = [{"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"q": "über"}'}}]
@@ -24,8 +31,8 @@ def read(answer: Any, provider: str = "deepseek") -> Answer:
 def streamed(answer: Any, provider: str = "deepseek", **values: Any) -> Answer:
     reader = StreamedAnswer()
     for event in as_events(answer, **values):
-        reader.add_line(event if isinstance(event, str) else f"data: {json.dumps(event)}")
-        reader.add_line("")
+        reader.add_line((event if isinstance(event, str) else f"data: {json.dumps(event)}").encode())
+        reader.add_line(b"")
     return reader.answer(find_profile(provider))
 
 
@@ -161,7 +168,7 @@ def test_calls_without_a_reason_are_calls() -> None:
 def test_stream_that_names_no_reason_is_whole_at_its_done() -> None:
     reader = StreamedAnswer()
     for event in as_events(deepseek("a text", finish_reason="")):
-        reader.add_line(event if isinstance(event, str) else f"data: {json.dumps(event)}")
+        reader.add_line((event if isinstance(event, str) else f"data: {json.dumps(event)}").encode())
     answer = reader.answer(DEEPSEEK)
     assert (answer.text, answer.finish_reason, answer.error) == ("a text", "stop", None)
 
@@ -170,7 +177,7 @@ def test_stream_that_names_no_reason_is_whole_at_its_done() -> None:
 def test_stream_without_any_piece_is_malformed(lines: list[str]) -> None:
     reader = StreamedAnswer()
     for line in lines:
-        reader.add_line(line)
+        reader.add_line(line.encode())
     with pytest.raises(MalformedResponse, match="breaks off"):
         reader.answer(DEEPSEEK)
 
@@ -179,8 +186,8 @@ def test_surrogate_pair_split_over_pieces_is_one_character() -> None:
     reader = StreamedAnswer()
     for text in ("ol\\ud83e", "\\udd51!"):
         escaped = f'{{"choices": [{{"delta": {{"content": "{text}", "reasoning_content": "{text}"}}}}]}}'
-        reader.add_line(f"data: {escaped}")
-    reader.add_line("data: [DONE]")
+        reader.add_line(f"data: {escaped}".encode())
+    reader.add_line(b"data: [DONE]")
     answer = reader.answer(DEEPSEEK)
     assert answer.text == answer.reasoning_content == "ol\U0001f951!"
 
@@ -240,7 +247,7 @@ def test_stream_in_any_pieces_is_the_same_answer(text: str, reasoning: str, piec
 def test_stream_that_breaks_off_is_malformed() -> None:
     reader = StreamedAnswer()
     for event in as_events(deepseek("a long text"))[:2]:
-        reader.add_line(f"data: {json.dumps(event)}")
+        reader.add_line(f"data: {json.dumps(event)}".encode())
     with pytest.raises(MalformedResponse, match="breaks off"):
         reader.answer(DEEPSEEK)
 
@@ -248,7 +255,7 @@ def test_stream_that_breaks_off_is_malformed() -> None:
 def test_stream_without_usage_at_its_end_does_not_say_what_it_cost() -> None:
     reader = StreamedAnswer()
     for event in as_events(deepseek("text"))[:-2]:
-        reader.add_line(f"data: {json.dumps(event)}")
+        reader.add_line(f"data: {json.dumps(event)}".encode())
     assert reader.answer(DEEPSEEK).usage.status == "missing"
 
 
@@ -267,10 +274,9 @@ def test_likely_tokens_and_the_tier_that_served_are_read_whole_and_in_pieces() -
     choice = answer["choices"][0]
     for place, text in zip(places, ("y", "es"), strict=True):
         piece = {"index": 0, "delta": {"content": text}, "logprobs": {"content": [place]}}
-        pieces.add_line(f"data: {json.dumps({**answer, 'choices': [piece]})}")
-    pieces.add_line(
-        f"data: {json.dumps({**answer, 'choices': [{'delta': {}, 'finish_reason': choice['finish_reason']}]})}"
-    )
+        pieces.add_line(b"data: " + json.dumps({**answer, "choices": [piece]}).encode())
+    last = {"delta": {}, "finish_reason": choice["finish_reason"]}
+    pieces.add_line(b"data: " + json.dumps({**answer, "choices": [last]}).encode())
     for found in (read(answer, "openai"), pieces.answer(find_profile("openai"))):
         assert (found.text, found.service_tier, found.logprobs) == ("yes", "flex", (-0.1, -0.2))
         assert found.top_logprobs == (

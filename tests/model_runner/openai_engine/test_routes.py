@@ -15,8 +15,8 @@ from moebeam.model_runner.openai_engine.runner import OpenAIRunner, load_openai_
 from moebeam.schemas.chat_options import ChatOptions
 from moebeam.schemas.errors import RequestRefused
 from moebeam.schemas.records import Completion, Message, Request, Sampling
-from tests.support.engine_configs import engine_config
-from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
+from tests.support.engines.engine_configs import engine_config
+from tests.support.servers.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from moebeam.model_runner.admission import Verdict
+from moebeam.model_runner.admission import Unlimited, Verdict
 from moebeam.model_runner.openai_engine.options import FallbackSection
 from moebeam.schemas.errors import EngineUnavailable, RequestRefused
 from moebeam.schemas.records import Completion, Request
-from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
-from tests.support.remote_engines import ask_rows, keep_limits_apart, load_engine
+from tests.support.engines.remote_engines import ask_rows, keep_limits_apart, load_engine
+from tests.support.servers.fake_endpoint import Call, FakeEndpoint, Reply, deepseek, error
 
 Answering = Callable[[Call], Reply]
 
@@ -138,7 +138,7 @@ def test_followers_of_a_shared_prefix_leave_though_the_verdict_on_their_leader_i
 
 
 def test_a_budget_that_waits_for_the_verdict_is_not_waited_for() -> None:
-    class Narrow:
+    class Narrow(Unlimited):
         """Lets two requests be on their way at a time."""
 
         def __init__(self) -> None:

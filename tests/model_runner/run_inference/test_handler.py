@@ -15,7 +15,7 @@ from moebeam.model_runner.fake_engine.runner import load_fake_runner
 from moebeam.model_runner.run_inference.handler import LoadedEngine, MoebeamModelHandler
 from moebeam.schemas.errors import EngineContractError
 from moebeam.schemas.records import Completion, Message, Request, Sampling
-from tests.support.engine_configs import engine_config
+from tests.support.engines.engine_configs import engine_config
 
 CONFIG = engine_config(engine="fake", path="", name="model", revision="r")
 

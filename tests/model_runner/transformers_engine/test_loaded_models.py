@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from moebeam.model_runner.torch_engine.runner import load_torch_runner
 from moebeam.model_runner.transformers_engine.runner import load_transformers_runner
 from moebeam.schemas.errors import EngineLoadError
-from tests.support.checkpoint_layouts import save_layout
-from tests.support.checkpoints import save_tiny_tokenizer
-from tests.support.engine_configs import engine_config
-from tests.support.tiny_requests import request_of, run_all, texts
+from tests.support.engines.engine_configs import engine_config
+from tests.support.engines.tiny_requests import request_of, run_all, texts
+from tests.support.models.checkpoint_layouts import save_layout
+from tests.support.models.checkpoints import save_tiny_tokenizer
 
 
 def test_a_tensor_that_transformers_would_make_up_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from moebeam.model_runner.transformers_engine.runner import TransformersRunner, 
 from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.errors import EngineFailed, EngineLoadError, InvalidGrammar
 from moebeam.schemas.records import Request, Sampling
-from tests.support.engine_configs import engine_config
-from tests.support.tiny_requests import CANNOT_RUN, EOS_ID, GRAMMAR, SCHEMA, request_of, run_all, texts
+from tests.support.engines.engine_configs import engine_config
+from tests.support.engines.tiny_requests import CANNOT_RUN, EOS_ID, GRAMMAR, SCHEMA, request_of, run_all, texts
 
 
 def config_of(path: Path | str, **values: Any) -> EngineConfig:

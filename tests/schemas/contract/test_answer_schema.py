@@ -1,5 +1,6 @@
+"""Schemas of answers: what they accept, how a violation is told, and models of pydantic in their place."""
+
 import json
-import math
 import pickle
 from decimal import Decimal
 from pathlib import Path
@@ -15,6 +16,7 @@ from moebeam.schemas.contract.answer_schema import AnswerSchema
 from moebeam.schemas.contract.strict_json import MAX_DEPTH
 from moebeam.schemas.contract.wording import MAX_EXCERPT
 from moebeam.schemas.errors import EmptyAnswer, JobFileError, ModelRejected, NotJson, SchemaViolation
+from tests.support.contracts.answer_schemas import nested, schema_of, violation
 
 TICKET = {
     "type": "object",
@@ -54,26 +56,6 @@ class Unspeakable(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
 
     stream: Path.__class__
-
-
-def schema_of(document: Any, formats: Any = "assert") -> AnswerSchema:
-    return AnswerSchema.from_json(document, formats=formats, source="ticket.json")
-
-
-def refusal(document: Any) -> str:
-    with pytest.raises(JobFileError) as caught:
-        schema_of(document)
-    return str(caught.value)
-
-
-def violation(schema: AnswerSchema, answer: Any) -> str:
-    with pytest.raises(SchemaViolation) as caught:
-        schema.check(json.dumps(answer))
-    return str(caught.value)
-
-
-def nested(depth: int) -> str:
-    return "[" * depth + "]" * depth
 
 
 def test_check_returns_the_value_that_the_answer_spells() -> None:
@@ -198,100 +180,9 @@ def test_schema_keyword_selects_the_draft(declared: str | None, document: Any, a
     violation(schema, refused)
 
 
-@pytest.mark.parametrize(
-    "declared", ["https://example.com/mine", "http://json-schema.org/draft-03/schema#", "", "draft-07"]
-)
-def test_unknown_draft_is_refused_by_name(declared: str) -> None:
-    message = refusal({"$schema": declared})
-    assert message.startswith("ticket.json: at /$schema: expected draft 4, 6, 7, 2019-09 or 2020-12")
-    assert message.endswith(f'found "{declared}"')
-
-
-def test_unknown_draft_of_an_embedded_document_is_refused_at_its_place() -> None:
-    message = refusal({"$defs": {"a": {"$id": "x:y", "$schema": "https://example.com/mine"}}, "$ref": "#/$defs/a"})
-    assert "at /$defs/a/$schema" in message
-
-
 def test_property_named_schema_is_no_draft() -> None:
     document = {"properties": {"$schema": {"const": "mine"}}, "examples": [{"$id": "x", "$schema": "mine"}]}
     assert schema_of(document).check('{"$schema": "mine"}')
-
-
-@pytest.mark.parametrize(
-    ("document", "message"),
-    [
-        ({"properties": {"a": {"type": "objct"}}}, 'at /properties/a/type: anyOf: expected one of: enum: expected ["'),
-        ({"properties": {"a": {"minLength": -1}}}, "at /properties/a/minLength: minimum: expected 0, found -1"),
-        ({"$schema": "http://json-schema.org/draft-04/schema#", "required": []}, "at /required: minItems: expected 1"),
-        ({"pattern": "("}, 'at /pattern: format: expected "regex", found "("'),
-        ({"$ref": "#/foo", "foo": 5}, "at /foo: type: expected boolean or object, found 5"),
-        ([1], "at the root: expected a JSON Schema (an object or a boolean), found [1]"),
-        (None, "at the root: expected a JSON Schema (an object or a boolean), found null"),
-        ({"const": math.nan}, "expected a JSON Schema, found a value that is not JSON"),
-        ({"const": {1, 2}}, "expected a JSON Schema, found a value that is not JSON"),
-        ({"const": "\ud800"}, "expected Unicode text"),
-    ],
-)
-def test_what_is_no_schema_is_refused_with_pointer_expected_and_found(document: Any, message: str) -> None:
-    found = refusal(document)
-    assert found.startswith("ticket.json: ")
-    assert message in found
-
-
-@pytest.mark.parametrize(
-    ("document", "message"),
-    [
-        (
-            {"properties": {"b": {"$ref": "#/$defs/x"}, "a/b": {"$ref": "#/definitions/x"}}, "$defs": {"x": True}},
-            'at /properties/a~1b/$ref: expected a reference to something in the document, found "#/definitions/x"',
-        ),
-        ({"allOf": [{"$ref": "#nowhere"}]}, "at /allOf/0/$ref: expected a reference to something in the document"),
-        ({"items": {"$ref": "https://example.com/x.json#/a"}}, "at /items/$ref: expected a reference inside the docu"),
-        ({"items": {"$ref": "other.json"}}, "at /items/$ref: expected a reference inside the document"),
-        ({"$id": "http://a.b/c", "items": {"$ref": "d.json"}}, "at /items/$ref: expected a reference inside the"),
-        ({"items": {"$ref": "file:///etc/hostname"}}, "at /items/$ref: expected a reference inside the document"),
-        ({"$defs": {"unused": {"$ref": "http://localhost:9/x"}}}, "at /$defs/unused/$ref: expected a reference ins"),
-    ],
-)
-def test_reference_out_of_the_document_or_to_nothing_is_refused_at_its_place(document: Any, message: str) -> None:
-    found = refusal(document)
-    assert found.startswith("ticket.json: ")
-    assert message in found
-
-
-def test_meta_schema_can_be_referred_to_without_fetching() -> None:
-    schema = schema_of({"$ref": "https://json-schema.org/draft/2020-12/schema"})
-    assert schema.check('{"type": "object"}')
-    violation(schema, {"type": 5})
-
-
-def test_retriever_supplies_other_documents_when_one_is_given() -> None:
-    schema = AnswerSchema.from_json(
-        {"$ref": "http://localhost/x"}, formats="assert", source="s", retriever=retrieve_null
-    )
-    assert schema.check("null") is None
-    assert pickle.loads(pickle.dumps(schema)).check("null") is None
-    violation(schema, 1)
-
-
-def retrieve_null(uri: str) -> Any:
-    return {"type": "null"}
-
-
-@pytest.mark.parametrize(
-    "document",
-    [{"$ref": "#"}, {"allOf": [{"$ref": "#"}]}, {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#"}]}}}],
-)
-def test_schema_that_only_refers_to_itself_ends(document: Any) -> None:
-    assert schema_of(document).check("1") == 1
-
-
-@pytest.mark.parametrize("depth", [70, 150, 900, 5000])
-def test_too_deeply_nested_schema_is_a_job_file_error(depth: int) -> None:
-    document: Any = True
-    for _ in range(depth):
-        document = {"properties": {"a": document}}
-    assert "ticket.json" in refusal(document)
 
 
 def test_changing_the_document_afterwards_does_not_change_the_contract() -> None:
@@ -323,36 +214,6 @@ def test_load_reads_a_json_file(tmp_path: Path) -> None:
     schema = AnswerSchema.load(str(path), "annotate")
     assert (schema.document, schema.source, schema.model) == (TICKET, str(path), None)
     assert AnswerSchema.load(f"file://{path}").check('{"label": "bug"}')
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"{", "text that is not JSON: Expecting property name enclosed in double quotes at line 1, column 2"),
-        (b"", "text that is not JSON"),
-        (b'{"const": NaN}', "NaN is not JSON"),
-        (b'{"const": "\xff"}', "expected JSON in UTF-8, found other bytes at byte 11"),
-        (b'{"type": "string", "type": "null"}', "expected every key once in an object, found 'type' twice"),
-        (b'{"type": 5}', "at /type: "),
-        (b'"text"', "expected a JSON Schema (an object or a boolean)"),
-        (nested(100_000).encode(), "nested deeper"),
-    ],
-)
-def test_file_that_is_no_schema_is_refused_by_name(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "bad.json"
-    path.write_bytes(content)
-    with pytest.raises(JobFileError) as caught:
-        AnswerSchema.load(str(path))
-    assert str(caught.value).startswith(f"{path}: ")
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["missing.json", ".", "unheard-of://x/y.json"])
-def test_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    path = name if "://" in name else str(tmp_path / name)
-    with pytest.raises(JobFileError) as caught:
-        AnswerSchema.load(path)
-    assert path in str(caught.value)
 
 
 def test_pydantic_model_is_schema_and_validator_at_once() -> None:
@@ -429,16 +290,6 @@ def test_whatever_the_users_code_raises_is_told_in_a_few_words(text: str) -> Non
     with pytest.raises(ModelRejected) as caught:
         AnswerSchema.load(f"{__name__}:Loud").check(answer)
     assert len(str(caught.value)) < 6 * MAX_EXCERPT
-
-
-def test_no_refusal_of_a_schema_quotes_it_whole(tmp_path: Path) -> None:
-    name = "n" * 5000
-    (tmp_path / "twice.json").write_text(f'{{"{name}": 1, "{name}": 2}}')
-    with pytest.raises(JobFileError) as caught:
-        AnswerSchema.load(str(tmp_path / "twice.json"))
-    assert len(str(caught.value)) < 6 * MAX_EXCERPT
-    for document in ({name: {"const": math.nan}}, {"properties": {name: 5}}, {"$ref": f"#/{name}"}, [name]):
-        assert len(refusal(document)) < 6 * MAX_EXCERPT
 
 
 @pytest.mark.parametrize("source", ["raise RuntimeError('at import')", "import no_such_module_here", "def"])

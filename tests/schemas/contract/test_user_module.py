@@ -303,6 +303,7 @@ def test_shipped_class_that_is_not_there_is_named(folder: Path) -> None:
         ShippedClass(sources_of("models_of_this_test", folder), "Missing.Inner").restore()
 
 
+@pytest.mark.integration
 def test_class_of_main_is_left_to_cloudpickle() -> None:
     """A notebook's own class: no file, but cloudpickle ships it by value."""
     script = """

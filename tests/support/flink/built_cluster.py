@@ -18,8 +18,8 @@ import httpx2
 
 from tests.support.flink.cluster import ClusterSize, LocalCluster
 from tests.support.flink.java_commands import FlinkFiles
-from tests.support.local_servers import cache_folder, guarded
 from tests.support.paths import ROOT
+from tests.support.servers.local_servers import cache_folder, guarded
 
 FLINK_VERSION = "1.19.3"
 FLINK_PACKAGE = "apache-flink-libraries"

@@ -24,7 +24,7 @@ from moebeam.transforms.answer.spending import Spending, Spent
 from moebeam.transforms.durable.stop import BY_SIGNAL
 from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.money.price_book import PriceBook
-from tests.support.engine_configs import engine_config
+from tests.support.engines.engine_configs import engine_config
 
 NOW = 1_000_000.0
 

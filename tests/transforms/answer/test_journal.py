@@ -2,109 +2,36 @@
 
 import errno
 import json
-import logging
 import time
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
-from datetime import UTC, datetime
-from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moebeam.model_runner.openai_engine.runner import load_openai_runner
-from moebeam.schemas.errors import ContentRefused, EngineOverloaded, EngineTimeout, RequestGivenUp, RowError
-from moebeam.schemas.records import Completion, LostCall, Message, Request, Sampling, ToolCall, Usage
+from moebeam.schemas.errors import ContentRefused, EngineOverloaded, RequestGivenUp
+from moebeam.schemas.records import Completion, LostCall, Message, Request, Sampling, Usage
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.answer.journal import JournaledRunner, ShardJournal, is_paid, keeping_runner, request_key
+from moebeam.transforms.answer.journal import JournaledRunner, ShardJournal, keeping_runner, request_key
 from moebeam.transforms.durable import journal_file
 from moebeam.transforms.durable.journal_file import JournalWriter, read_journal
-from tests.support.engine_configs import engine_config
-from tests.support.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
-
-NOW = datetime(2026, 11, 24, 1, 2, 3, 456789, UTC)
-TEXT = st.text(max_size=20)
-COUNT = st.one_of(st.none(), st.integers(-1, 9), st.just(10**26))
-ERRORS: list[RowError | None] = [None, ContentRefused("no"), EngineTimeout("späť")]
-COMPLETIONS = st.builds(
-    Completion,
-    request_id=st.sampled_from(["0", "1", "17"]),
-    text=st.one_of(TEXT, st.text(st.characters(categories=["Cs", "Ll"]), max_size=5)),
-    finish_reason=st.sampled_from(["stop", "length", "tool_calls", "error"]),
-    usage=st.builds(
-        lambda usage, estimates: usage.with_estimates(*estimates),
-        st.builds(Usage, COUNT, COUNT, COUNT, st.integers(-1, 9)),
-        st.tuples(st.integers(0, 9), st.integers(0, 9)),
-    ),
-    provider_finish_reason=st.one_of(st.none(), TEXT),
-    started_at=st.datetimes(timezones=st.just(UTC)),
-    latency_ms=st.floats(0, 1e6),
-    provider=TEXT,
-    model=TEXT,
-    model_revision=TEXT,
-    reasoning_content=st.one_of(st.none(), TEXT),
-    tool_calls=st.lists(st.builds(ToolCall, TEXT, TEXT, TEXT), max_size=2).map(tuple),
-    logprobs=st.one_of(st.none(), st.lists(st.floats(max_value=0, allow_nan=False), max_size=3).map(tuple)),
-    repaired=st.sampled_from([(), ("text_for_json", "string_attribute")]),
-    error=st.sampled_from(ERRORS),
-    lost_calls=st.lists(
-        st.builds(LostCall, TEXT, TEXT, TEXT, st.just(NOW), st.integers(0, 9), st.integers(0, 9)), max_size=2
-    ).map(tuple),
+from moebeam.transforms.durable.journal_lines import is_paid
+from tests.support.engines.engine_configs import engine_config
+from tests.support.engines.journaled_answers import (
+    COMPLETIONS,
+    NOW,
+    Engine,
+    answer,
+    answers_of,
+    journaled,
+    request,
+    same,
 )
-
-
-def same(one: Completion, other: Completion) -> bool:
-    """Equal in every field; errors are equal by type and words."""
-    errors = [error and (type(error), str(error)) for error in (one.error, other.error)]
-    return errors[0] == errors[1] and replace(one, error=None) == replace(other, error=None)
-
-
-def request(name: int, text: str = "hi", attempt: int = 1, tenant: str = "") -> Request:
-    messages = (Message("user", text),)
-    return Request(str(name), np.zeros(1, np.int32), messages, Sampling(max_tokens=5), tenant=tenant, attempt=attempt)
-
-
-def answer(to: Request, text: str = "an answer", error: RowError | None = None, num_tokens: int = 3) -> Completion:
-    usage = Usage(prompt_tokens=num_tokens, completion_tokens=num_tokens, cached_tokens=0)
-    return Completion(to.request_id, text, "stop", usage, NOW, 1.5, "deepseek", "flash", "fp", error=error)
-
-
-class Engine:
-    """Answers with a number that counts its calls; fails as told."""
-
-    def __init__(self, *failing: tuple[str, RowError, int]) -> None:
-        self.asked: list[str] = []
-        self._failing = {name: (error, num_tokens) for name, error, num_tokens in failing}
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        for each in requests:
-            self.asked.append(each.request_id)
-            error, num_tokens = self._failing.get(each.request_id, (None, 3))
-            yield answer(each, f"answer {len(self.asked)}", error, num_tokens)
-
-
-@pytest.fixture
-def layout(tmp_path: Path) -> RunLayout:
-    return RunLayout(str(tmp_path / "out"))
-
-
-@pytest.fixture(params=["disk", "store"])
-def any_layout(request: pytest.FixtureRequest, tmp_path: Path) -> RunLayout:
-    return RunLayout(str(tmp_path / "out") if request.param == "disk" else f"memory://{tmp_path.name}/out")
-
-
-def journaled(engine: Engine, journal: ShardJournal) -> JournaledRunner:
-    return JournaledRunner(keeping_runner(engine, journal), journal)
-
-
-def answers_of(layout: RunLayout, engine: Engine, *requests: Request, takes_failures: bool = True) -> list[Completion]:
-    """One attempt of a shard."""
-    with ShardJournal.open(layout, "s0", takes_failures=takes_failures) as journal:
-        return list(journaled(engine, journal).generate(requests))
+from tests.support.servers.fake_endpoint import Call, FakeEndpoint, Reply, deepseek
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), COMPLETIONS), max_size=6))
@@ -169,7 +96,7 @@ def test_no_request_is_sent_before_the_answer_whose_place_it_takes_is_kept(layou
     num_unkept: list[int] = []
 
     def reply(call: Call) -> Reply:
-        num_unkept.append(len(served.calls) - len(read_journal(layout, "s0").entries))
+        num_unkept.append(len(served.calls) - sum(each.is_answer for each in read_journal(layout, "s0").entries))
         return Reply(deepseek())
 
     with FakeEndpoint(reply) as served, ShardJournal.open(layout, "s0") as journal:
@@ -280,23 +207,18 @@ def given_up(to: Request) -> Completion:
     return Completion.from_error(to.request_id, RequestGivenUp("stopped"), lost_calls=(lost,))
 
 
-def test_a_request_that_was_given_up_is_asked_again_and_its_answer_takes_its_lost_calls_over_once(
-    layout: RunLayout,
-) -> None:
+def test_a_request_that_was_given_up_is_asked_again_and_its_lost_calls_stay_in_the_journal(layout: RunLayout) -> None:
     class GivesUp(Engine):
         def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
             yield from map(given_up, requests)
 
     (told,) = answers_of(layout, GivesUp(), request(0))
     (entry,) = read_journal(layout, "s0").entries
-    assert entry.is_given_up and entry.completion.lost_calls == told.lost_calls
+    assert not entry.is_answer and entry.completion.lost_calls == told.lost_calls
     engine = Engine()
     (first,) = answers_of(layout, engine, request(0))
-    assert (engine.asked, first.text, first.lost_calls) == (["0"], "answer 1", told.lost_calls)
-    # Its own line does not repeat them, so that whoever adds lines up counts each call once.
+    assert (engine.asked, first.text, first.lost_calls) == (["0"], "answer 1", ()), "as if it had not been stopped"
     assert sorted(len(each.completion.lost_calls) for each in read_journal(layout, "s0").entries) == [0, 1]
-    (again,) = answers_of(layout, engine, request(0))
-    assert (engine.asked, again.lost_calls) == (["0"], told.lost_calls), "so does the replayed answer"
 
 
 def test_answers_that_cost_only_time_are_journaled_when_their_shard_stops(layout: RunLayout) -> None:
@@ -320,45 +242,6 @@ def test_without_a_stop_no_answer_that_costs_only_time_is_journaled(layout: RunL
         assert len(list(journaled(Engine(), journal).generate([request(0)]))) == 1
         assert not journal.references
     assert not read_journal(layout, "s0").entries
-
-
-def test_a_line_that_was_cut_off_is_as_if_it_were_not_there(
-    layout: RunLayout, caplog: pytest.LogCaptureFixture
-) -> None:
-    engine = Engine()
-    answers_of(layout, engine, request(0), request(1))
-    (path,) = Path(layout.shard_journal("s0")).iterdir()
-    content = path.read_bytes()
-    for size in (len(content) - 1, content.index(b"\n") + 5, content.index(b"\n") + 1):
-        path.write_bytes(content[:size])
-        kept = read_journal(layout, "s0")
-        assert ([entry.completion.request_id for entry in kept.entries], kept.num_damaged) == (["0"], 0)
-    with caplog.at_level(logging.WARNING):
-        answers_of(layout, engine, request(0), request(1))
-    assert engine.asked == ["0", "1", "1"]
-    assert not caplog.records
-
-
-def test_a_damaged_line_is_told_and_its_answer_asked_again(layout: RunLayout, caplog: pytest.LogCaptureFixture) -> None:
-    engine = Engine()
-    answers_of(layout, engine, request(0), request(1))
-    (path,) = Path(layout.shard_journal("s0")).iterdir()
-    content = path.read_bytes().replace(b"answer 1", b"answer 9", 1)
-    path.write_bytes(content)
-    with caplog.at_level(logging.WARNING), ShardJournal.open(layout, "s0") as journal:
-        assert [each.text for each in journaled(engine, journal).generate([request(0)])] == ["answer 3"]
-        assert journal.counters["num_damaged_journal_lines"] == 1
-    assert "1 lines are damaged" in caplog.text
-
-
-def test_a_line_of_a_later_version_is_damaged_not_fatal(layout: RunLayout) -> None:
-    answers_of(layout, Engine(), request(0))
-    (path,) = Path(layout.shard_journal("s0")).iterdir()
-    for content in (b"{}", b"[]", b'{"key": 1}', b"\xff"):
-        with path.open("ab") as file:
-            file.write(b"%08x %s\n" % (zlib.crc32(content), content))
-    kept = read_journal(layout, "s0")
-    assert (len(kept.entries), kept.num_damaged) == (1, 4)
 
 
 def test_no_prompt_is_kept(any_layout: RunLayout) -> None:

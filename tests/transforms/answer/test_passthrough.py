@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moebeam.model_runner.prefix_tree import prefix_key
@@ -33,7 +33,7 @@ from moebeam.transforms.money.account import Accounting
 from moebeam.transforms.plan.sorted_runs import read_rows, write_runs
 from moebeam.transforms.read.input_rows import ReadColumns, read_unit
 from moebeam.transforms.read.input_scan import InputScan, scan_input
-from tests.support.odd_columns import odd_columns
+from tests.support.jobs.odd_columns import odd_columns
 
 COLUMNS = odd_columns()
 
@@ -202,7 +202,6 @@ def has_sizes(value_type: Any) -> bool:
     return "fixed_size_list" in str(value_type)
 
 
-@settings(max_examples=40, deadline=None)
 @given(array=columns())
 def test_values_of_any_type_pass_through_a_run(tmp_path_factory: pytest.TempPathFactory, array: Any) -> None:
     folder = tmp_path_factory.mktemp("any")

@@ -2,78 +2,44 @@
 
 import shutil
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from moebeam.jobs.check.preflight import check_job
 from moebeam.jobs.run.launch import launch
 from moebeam.jobs.run.main_job import make_main_job
-from moebeam.model_runner.admission import Admission
 from moebeam.model_runner.encoding.prompt_encoder import PromptEncoder
 from moebeam.model_runner.fake_engine.runner import load_fake_runner
 from moebeam.model_runner.protocol import EngineConfig, ModelRunner, load_runner
 from moebeam.schemas.answers import ShardCommit
-from moebeam.schemas.errors import RequestGivenUp
 from moebeam.schemas.job.sections import FailuresSection
-from moebeam.schemas.records import Completion, LostCall, Request
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
-from moebeam.transforms.answer.answer_shard import AnswerSpec, LoadedEngine, answer_shard
 from moebeam.transforms.answer.budget import ShardBudget, SpendingLimits
 from moebeam.transforms.answer.expectation import Ceiling
 from moebeam.transforms.answer.spending import RunSpending
-from moebeam.transforms.answer.waste import count_used, unused_lines
+from moebeam.transforms.answer.waste import find_used
 from moebeam.transforms.durable.journal_file import read_journal
-from moebeam.transforms.durable.stop import BY_SIGNAL, StopReason, announce_stop, forget_stop, read_stop, request_stop
+from moebeam.transforms.durable.lease import ShardLease
+from moebeam.transforms.durable.stop import (
+    BY_SIGNAL,
+    LOST_LEASE,
+    StopReason,
+    announce_stop,
+    forget_stop,
+    read_stop,
+    request_stop,
+)
 from moebeam.transforms.plan.plan_record import read_plan
-from moebeam.transforms.plan.sorted_runs import read_rows
-from tests.support.engine_configs import engine_config
-from tests.support.jobs_for_tests import fake_job, priced, write_parquet
-
-NUM_ROWS = 40
-MAX_SHARD_ROWS = 20
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A planned run in a folder of its own, and how its shards are answered."""
-
-    spec: AnswerSpec
-    encoder: PromptEncoder
-
-    @property
-    def layout(self) -> RunLayout:
-        return self.spec.layout
-
-    @property
-    def shards(self) -> list[str]:
-        plan = read_plan(self.layout)
-        assert plan is not None
-        return [shard.shard for shard in plan.shards]
-
-    def answer(self, shard: str, runner: ModelRunner, budget: ShardBudget | None = None) -> ShardCommit | None:
-        table = read_rows(self.layout.shard_plan(shard))
-        return answer_shard(shard, table, LoadedEngine(runner, self.encoder), self.spec, budget)
-
-    def ledger(self, commit: ShardCommit) -> pa.Table:
-        return pq.read_table(self.layout.staged_file(commit.shard, commit.attempt, "ledger"))
-
-    def wasted(self, commit: ShardCommit) -> pa.Table | None:
-        return unused_lines(self.layout, commit.shard, count_used(self.ledger(commit)), self.spec.accounting)
-
-    def texts(self, commit: ShardCommit) -> dict[str, str]:
-        rows = pq.read_table(self.layout.staged_file(commit.shard, commit.attempt, "results")).to_pylist()
-        return {row["custom_id"]: row["output_text"] for row in rows}
+from tests.support.disturbances.planned_shards import MAX_SHARD_ROWS, NUM_ROWS, Counted, Planned, Remote
+from tests.support.engines.engine_configs import engine_config
+from tests.support.jobs.jobs_for_tests import fake_job, priced, write_parquet
 
 
 @pytest.fixture(scope="module")
@@ -108,39 +74,6 @@ def planned(planned_once: Planned, tmp_path: Path) -> Iterator[Planned]:
 
 def with_failures(planned: Planned, **values: Any) -> Planned:
     return replace(planned, spec=replace(planned.spec, failures=FailuresSection(**values)))
-
-
-@dataclass
-class Counted:
-    """An engine whose requests are counted as it pulls them; `on_answer` sees each answer before anybody else.
-
-    What an earlier attempt has answered (`Request.earlier`) passes uncounted.
-    """
-
-    runner: Any
-    asked: Counter[str] = field(default_factory=Counter[str])
-    on_answer: Callable[[int], None] = lambda _: None
-    num_answered: int = 0
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        passed: set[int] = set()
-
-        def counted() -> Iterator[Request]:
-            for request in requests:
-                if request.earlier is None:
-                    self.asked[request.request_id] += 1
-                else:
-                    passed.add(id(request.earlier))
-                yield request
-
-        for completion in self.runner.generate(counted()):
-            if id(completion) not in passed:
-                self.num_answered += 1
-                self.on_answer(self.num_answered)
-            yield completion
-
-    def give_back(self) -> None:
-        self.runner.give_back()
 
 
 def fake(planned: Planned) -> Any:
@@ -227,7 +160,7 @@ def test_after_a_signal_what_is_answered_is_kept_and_only_the_rest_is_asked(
     assert len(second.asked) == MAX_SHARD_ROWS - num_kept
     assert planned.texts(commit) == undisturbed
     assert commit.engine is not None and commit.engine["num_replayed_answers"] == num_kept
-    assert len(count_used(planned.ledger(commit))) == num_kept
+    assert len(find_used(planned.ledger(commit))) == num_kept
     assert planned.wasted(commit) is None
 
 
@@ -326,38 +259,8 @@ def test_two_shards_at_once_keep_one_limit_exactly(planned: Planned, most: int) 
     assert sum(engine.num_answered for engine in engines) == most
 
 
-@dataclass
-class Remote:
-    """A provider with every request in flight at once, which answers as far as `num_answers`, then waits for a stop."""
-
-    runner: Any
-    num_answers: int
-    num_sent: int = 0
-    is_given_back: threading.Event = field(default_factory=threading.Event)
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
-        raise AssertionError("asked without admission")
-
-    def generate_admitted(self, requests: Iterable[Request], admission: Admission) -> Iterator[Completion]:
-        sent = [request for request in requests if admission.admit(request) == "send"]
-        self.num_sent += len(sent)
-        for number, request in enumerate(sent):
-            if number == self.num_answers:
-                assert self.is_given_back.wait(60)
-            if number < self.num_answers:
-                (completion,) = self.runner.generate([request])
-            else:
-                lost = LostCall("fake", "tiny", "given_up", datetime.now(UTC), 10, 6)
-                completion = Completion.from_error(request.request_id, RequestGivenUp("stopped"), lost_calls=(lost,))
-            admission.settle(completion)
-            yield completion
-
-    def give_back(self) -> None:
-        self.is_given_back.set()
-
-
 @pytest.mark.parametrize("is_journaled", [True, False])
-def test_requests_that_are_given_up_are_asked_again_and_their_lost_calls_are_told_once(
+def test_requests_that_are_given_up_are_asked_again_and_their_lost_calls_are_waste(
     planned: Planned, is_journaled: bool
 ) -> None:
     planned = with_failures(planned, drain_s=0, journal="always" if is_journaled else "never")
@@ -367,14 +270,42 @@ def test_requests_that_are_given_up_are_asked_again_and_their_lost_calls_are_tol
     start_again(planned)
     entries = read_journal(planned.layout, shard).entries
     assert remote.num_sent == MAX_SHARD_ROWS
-    assert [entry.is_given_up for entry in entries].count(False) == 3
-    assert [entry.is_given_up for entry in entries].count(True) == MAX_SHARD_ROWS - 3
+    assert [entry.is_answer for entry in entries].count(True) == 3
+    assert [entry.is_answer for entry in entries].count(False) == MAX_SHARD_ROWS - 3
 
     engine = Counted(fake(planned))
     commit = expect(planned.answer(shard, engine))
     assert len(engine.asked) == MAX_SHARD_ROWS - 3
-    assert (commit.totals.num_rejects, commit.totals.num_lost_calls) == (0, MAX_SHARD_ROWS - 3)
-    assert planned.wasted(commit) is None, "told by the answers"
+    assert (commit.totals.num_rejects, commit.totals.num_lost_calls) == (0, 0), "as if nothing had stopped it"
+    wasted = planned.wasted(commit)
+    assert wasted is not None and wasted.column("num_lost_calls").to_pylist() == [1] * (MAX_SHARD_ROWS - 3)
+
+
+def test_a_holder_that_lost_its_lease_asks_nothing_more_and_leaves_what_it_has_to_its_successor(
+    planned: Planned,
+) -> None:
+    """As a process does that wakes up beside the one which took its shard over."""
+    shard = planned.shards[0]
+    with ShardLease(planned.layout, shard).hold() as held:
+        assert held is not None
+
+        def fall_asleep(num_answered: int) -> None:
+            if num_answered == 4:
+                storage.write_whole(planned.layout.lease(shard, 1), b"the successor's")
+                assert not held.ask().result(60)
+                while budget.stop is None:
+                    budget.sleep(60)
+
+        engine, budget = Counted(fake(planned), on_answer=fall_asleep), ShardBudget(shard=shard, lease=held)
+        assert planned.answer(shard, engine, budget) is None
+        assert budget.stop is not None and budget.stop.kind == LOST_LEASE
+    assert read_stop(planned.layout) is None, "the run goes on"
+    kept = read_journal(planned.layout, shard).entries
+    assert 4 <= len(kept) < MAX_SHARD_ROWS and all(entry.reference.startswith("000000.") for entry in kept)
+    following = Counted(fake(planned))
+    commit = expect(planned.answer(shard, following))
+    assert len(following.asked) == MAX_SHARD_ROWS - len(kept)
+    assert planned.wasted(commit) is None
 
 
 def test_no_request_starts_after_the_deadline(planned: Planned) -> None:

@@ -47,7 +47,7 @@ def test_no_element_of_the_main_job_falls_back_to_pickle(tmp_path: Any, tiny_che
     from moebeam.jobs.check.preflight import check_job
     from moebeam.jobs.run.main_job import make_main_job
     from moebeam.pipelines.main_job import build
-    from tests.support.jobs_for_tests import fake_job, write_parquet
+    from tests.support.jobs.jobs_for_tests import fake_job, write_parquet
 
     source = write_parquet(tmp_path / "in.parquet", {"id": ["a"], "text": ["x"]})
     job = fake_job(source, tmp_path / "out", tiny_checkpoint, input={"id_column": "id"})

@@ -13,7 +13,7 @@ from moebeam.jobs.run.main_job import make_main_job
 from moebeam.pipelines.main_job import build
 from moebeam.transforms.answer import shard_events
 from moebeam.transforms.log_events import log_event
-from tests.support.jobs_for_tests import fake_job, priced, write_parquet, write_script
+from tests.support.jobs.jobs_for_tests import fake_job, priced, write_parquet, write_script
 
 NUM_ROWS = 30
 

@@ -1,5 +1,6 @@
 """Leases: one holder at a time while it lives, a successor as soon as it is known to be dead."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.durable import lease as lease_module
 from moebeam.transforms.durable.lease import ShardLease, host_identity, read_leases
-from tests.support.racing_leases import race_for_shard, write_lease
+from tests.support.disturbances.racing_leases import race_for_shard, write_lease
 
 
 @pytest.fixture
@@ -30,12 +31,49 @@ FAR = 4e9
 """An expiry that no test lives to see."""
 
 
-def test_a_free_shard_is_claimed_and_the_lease_is_removed_at_the_end(layout: RunLayout) -> None:
+def test_a_free_shard_is_claimed_and_its_lease_is_removed_once_it_is_committed(layout: RunLayout) -> None:
     with ShardLease(layout, "s0").hold() as is_ours:
         assert is_ours
         held = read_leases(layout)["s0"]
         assert (held.pid, held.host) == (os.getpid(), host_identity())
-    assert read_leases(layout) == {}
+    assert read_leases(layout)["s0"].expires_at == 0.0, "released: a holder before it must learn that it was succeeded"
+    with ShardLease(layout, "s0").hold():
+        storage.write_whole(layout.shard_commit("s0"), b"{}")
+    assert [name for name in storage.list_names(layout.leases) if name.startswith("s0.1")] == []
+
+
+@pytest.mark.parametrize("sign", ["a successor", "a commit", "no lease"])
+def test_a_holder_learns_before_its_next_request_that_it_lost_its_shard(
+    layout: RunLayout, sign: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_module, "CERTAIN_S", -1.0)
+    with ShardLease(layout, "s0").hold() as held:
+        assert held is not None
+        assert asyncio.run(held.confirm()) and not held.is_lost
+        if sign == "a successor":
+            write_lease(layout, 1)
+        elif sign == "a commit":
+            storage.write_whole(layout.shard_commit("s0"), b"{}")
+        else:
+            storage.remove_files([layout.lease("s0", 0)])
+        left = {name: storage.read_bytes(f"{layout.leases}/{name}") for name in storage.list_names(layout.leases)}
+        assert not asyncio.run(held.confirm()) and held.is_lost
+    assert left == {name: storage.read_bytes(f"{layout.leases}/{name}") for name in storage.list_names(layout.leases)}
+
+
+def test_a_holder_that_renewed_lately_asks_only_the_clock(layout: RunLayout, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: str) -> bytes:
+        raise OSError(5, "the store does not answer", path)
+
+    with ShardLease(layout, "s0").hold() as held:
+        assert held is not None
+        monkeypatch.setattr(storage, "read_bytes", broken)
+        assert asyncio.run(held.confirm())
+        monkeypatch.setattr(lease_module, "CERTAIN_S", -1.0)
+        assert asyncio.run(held.confirm()), "nobody takes over before the lease ends"
+        monkeypatch.setattr(lease_module, "LEASE_S", -1.0)
+        with pytest.raises(OSError, match="does not answer"):
+            asyncio.run(held.confirm())
 
 
 def test_while_one_copy_holds_a_shard_another_gets_nothing(layout: RunLayout) -> None:

@@ -30,7 +30,7 @@ from moebeam.transforms.plan.shard_ranges import cut_ranges
 from moebeam.transforms.plan.sorted_runs import ROW_BYTES, RunFile, read_rows, write_runs
 from moebeam.transforms.render.answer_terms import AnswerTerms, TermsCache
 from moebeam.transforms.render.samples import repeat_rows
-from tests.support.engine_configs import engine_config
+from tests.support.engines.engine_configs import engine_config
 
 GREEDY = sampling_json(Sampling(max_tokens=16))
 HOT = sampling_json(Sampling(max_tokens=16, temperature=1.0))
@@ -107,7 +107,7 @@ def wanting(batch: pa.RecordBatch, counts: Sequence[int]) -> pa.RecordBatch:
 PROMPTS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=60)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompts=PROMPTS, num_batches=st.integers(1, 4), max_shard_rows=st.integers(1, 20))
 def test_every_row_is_in_exactly_one_shard_in_token_order(
     tmp_path_factory: Any, prompts: list[list[int]], num_batches: int, max_shard_rows: int
@@ -127,7 +127,7 @@ def test_every_row_is_in_exactly_one_shard_in_token_order(
         assert len(rows) <= max_shard_rows or len({row["prefix_key"] for row in rows}) == 1
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompts=PROMPTS,
     samplings=st.lists(st.sampled_from([GREEDY, HOT]), min_size=60, max_size=60),
@@ -337,7 +337,7 @@ def test_no_rows_give_a_plan_without_shards(tmp_path: Path) -> None:
     assert (record.num_rows, record.max_hit_rate) == (0, 0.0)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompts=PROMPTS,
     samplings=st.lists(st.sampled_from([GREEDY, HOT]), min_size=60, max_size=60),

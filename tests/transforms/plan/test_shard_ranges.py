@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moebeam.model_runner.prefix_tree import prefix_key
@@ -82,7 +82,6 @@ def halves(part: ShardRange) -> tuple[RowKey, RowKey | None]:
     return RowKey.from_text(part.lower), RowKey.from_text(part.upper) if part.upper else None
 
 
-@settings(max_examples=60)
 @given(rows=ROWS, run_rows=st.integers(1, 50), range_bytes=st.integers(2 * ROW_BYTES, 40 * ROW_BYTES))
 def test_ranges_differ_from_an_even_share_by_what_samples_leave_open(
     tmp_path_factory: pytest.TempPathFactory,

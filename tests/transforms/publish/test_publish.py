@@ -15,7 +15,7 @@ from moebeam.transforms.durable.commit import read_commit
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.plan.shard_ranges import ShardRange, cut_ranges
 from moebeam.transforms.publish.manifest import publish_shard
-from tests.support.disturbed_runs import Work, problems_of, tables_of
+from tests.support.disturbances.disturbed_runs import Work, problems_of, tables_of
 
 
 @pytest.fixture

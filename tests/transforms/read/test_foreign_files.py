@@ -13,7 +13,7 @@ import pytest
 from moebeam.schemas.errors import InputPatternError
 from moebeam.schemas.job.sections import InputSection
 from moebeam.transforms.read.input_scan import scan_input
-from tests.support.jobs_for_tests import write_parquet
+from tests.support.jobs.jobs_for_tests import write_parquet
 
 BATCH_LINE = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": []}}
 

@@ -12,7 +12,7 @@ from moebeam.schemas.job.input_section import InputSection
 from moebeam.transforms.read.input_files import identify_files, list_input_files
 from moebeam.transforms.read.input_rows import ReadColumns, read_unit
 from moebeam.transforms.read.input_scan import InputScan, scan_input
-from tests.support.jobs_for_tests import write_parquet
+from tests.support.jobs.jobs_for_tests import write_parquet
 
 
 def read_texts(scan: InputScan) -> list[dict[str, Any]]:

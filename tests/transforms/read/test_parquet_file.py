@@ -11,8 +11,8 @@ from moebeam.schemas.job.input_section import InputSection
 from moebeam.transforms.read.input_rows import ReadColumns, read_unit
 from moebeam.transforms.read.input_scan import scan_input
 from moebeam.transforms.read.parquet_file import open_parquet, sum_column_bytes
-from tests.support.jobs_for_tests import write_parquet
-from tests.support.parquet_bytes import Leaf, Node, write_parquet_bytes
+from tests.support.jobs.jobs_for_tests import write_parquet
+from tests.support.jobs.parquet_bytes import Leaf, Node, write_parquet_bytes
 
 ID = Node("id", kind="int32")
 IDS = Leaf(("id",), "int32", [0, 1])

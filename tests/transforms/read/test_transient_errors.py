@@ -14,7 +14,7 @@ from moebeam.transforms.read import transient_errors as patience
 from moebeam.transforms.read.input_rows import ReadColumns, read_unit
 from moebeam.transforms.read.input_scan import scan_input
 from moebeam.transforms.read.transient_errors import retry_transient
-from tests.support.jobs_for_tests import write_parquet
+from tests.support.jobs.jobs_for_tests import write_parquet
 
 PASSING = [TimeoutError("slow"), ConnectionResetError(errno.ECONNRESET, "reset"), OSError(errno.EIO, "moment")]
 STAYING = [TimeoutError("slow"), OSError(errno.EMFILE, "too many open files"), StoreError(errno.EIO, "503")]

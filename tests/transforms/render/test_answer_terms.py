@@ -4,7 +4,13 @@ import pytest
 
 from moebeam.schemas.chat_options import ChatOptions, ResponseFormat, ToolChoice, options_json, parse_tools
 from moebeam.schemas.contract.answer_schema import AnswerSchema
-from moebeam.schemas.errors import InvalidResponseFormat, InvalidTools, MissingToolCall, ToolArgumentsInvalid
+from moebeam.schemas.errors import (
+    InvalidResponseFormat,
+    InvalidTools,
+    JobFileError,
+    MissingToolCall,
+    ToolArgumentsInvalid,
+)
 from moebeam.schemas.records import ToolCall
 from moebeam.transforms.render.answer_terms import AnswerTerms, TermsCache
 
@@ -94,3 +100,35 @@ def test_terms_that_cannot_be_compiled_are_the_rows_error() -> None:
         book.find(options_json(bad))
     with pytest.raises(InvalidTools, match="tool f"):
         book.find(options_json(ChatOptions(tools=parse_tools([{"name": "f", "parameters": {"type": "strin"}}]))))
+
+
+def test_a_schema_that_takes_too_much_is_tried_once_for_all_rows_that_bring_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def load(schema: object, *, source: str, **_: object) -> None:
+        tried.append(source)
+        raise JobFileError(f"{source}: expected at most 2 s of processor time, found more")
+
+    monkeypatch.setattr("moebeam.transforms.render.answer_terms.load_schema", load)
+    book = TermsCache(ChatOptions(), None)
+    options = options_json(ChatOptions(response_format=ResponseFormat("json_schema", {"pattern": "x"})))
+    for _ in range(3):
+        with pytest.raises(InvalidResponseFormat, match="processor time"):
+            book.find(options)
+    assert tried == ["response_format"]
+
+
+def test_few_large_schemas_are_kept_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moebeam.transforms.render.answer_terms.MAX_COMPILED_CHARACTERS", 500)
+    book = TermsCache(ChatOptions(), None)
+    texts = [
+        options_json(
+            ChatOptions(response_format=ResponseFormat("json_schema", {"title": "x" * 200, "minLength": number}))
+        )
+        for number in range(3)
+    ]
+    first = book.find(texts[0])
+    assert book.find(texts[0]) is first
+    for text in texts:
+        book.find(text)
+    assert book.find(texts[0]) is not first

@@ -135,3 +135,13 @@ def test_one_row_does_not_use_up_the_budget_of_the_next() -> None:
     template = PromptTemplate(PromptSection(template="{% for x in a %}.{% endfor %}", max_template_steps=5))
     for _ in range(3):
         assert template.render({"a": [1, 2, 3, 4, 5]}) == (Message("user", "....."),)
+
+
+def test_a_row_too_large_for_any_prompt_is_an_error_before_it_is_sent_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moebeam.transforms.render.prompt_template.MAX_PROMPT_CHARACTERS", 10)
+    first, second = PromptTemplate(PromptSection(template="{{ text[:3] }}")).render_batch(
+        [{"text": "x" * 11}, {"text": "fine"}]
+    )
+    assert isinstance(first, TemplateBudgetExceeded)
+    assert str(first) == "column 'text': expected at most 10 characters, found 11"
+    assert second == (Message("user", "fin"),)

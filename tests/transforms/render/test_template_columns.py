@@ -5,7 +5,7 @@ import pytest
 from moebeam.schemas.job.sections import PromptSection
 from moebeam.transforms.render.prompt_template import PromptTemplate
 
-NAMES = ("text", "review id", "review.text", "in")
+NAMES = ("text", "review id", "review.text", "in", "extra")
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,9 @@ NAMES = ("text", "review id", "review.text", "in")
         ("{% for row in text %}{{ row.item }}{% endfor %}", ["text"]),
         ("{{ row | tojson }}", sorted(NAMES)),
         ("{% for name in ['review id'] %}{{ row[name] }}{% endfor %}", sorted(NAMES)),
+        ("{% if text %}{% set found = 1 %}{{ found }}{% endif %}", ["text"]),
+        ("{% if text %}{% macro show(x) %}{{ x }}{% endmacro %}{{ show(text) }}{% endif %}", ["text"]),
+        ("{% if text %}{% set extra = 1 %}{% endif %}{{ extra }}", ["extra", "text"]),
         ("{{ row.text }}{% for row in text %}{{ row.item }}{% endfor %}", sorted(NAMES)),
     ],
 )

@@ -12,7 +12,7 @@ from moebeam.jobs.run.main_job import make_main_job
 from moebeam.pipelines.main_job import build
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import Job
-from tests.support.jobs_for_tests import fake_job, read_table, write_parquet
+from tests.support.jobs.jobs_for_tests import fake_job, read_table, write_parquet
 
 HINTS = {"accelerator": "type:nvidia-l4;count:1", "min_ram": "16GB"}
 

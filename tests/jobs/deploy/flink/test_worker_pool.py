@@ -21,8 +21,8 @@ from google.protobuf import json_format, struct_pb2
 
 from moebeam.jobs.deploy.flink import worker_pool
 from moebeam.jobs.deploy.flink.worker_pool import WorkerPool, worker_environment
-from tests.support.local_servers import free_port, guarded, is_open, wait_until
 from tests.support.paths import ROOT
+from tests.support.servers.local_servers import free_port, guarded, is_open, wait_until
 
 OPTIONS = {"beam:option:job_name:v1": "a job", "beam:option:experiments:v1": ["one"]}
 
@@ -72,7 +72,7 @@ def test_a_worker_is_told_the_options_and_where_its_task_manager_listens(provisi
 def test_workers_get_folders_of_their_own_and_end_when_told(
     provision_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_pool, "WORKER_MODULE", "tests.support.idle_worker")
+    monkeypatch.setattr(worker_pool, "WORKER_MODULE", "tests.support.disturbances.idle_worker")
     pool = WorkerPool(tmp_path / "pool")
     try:
         for name in ("w-1", "w-2"):
@@ -88,10 +88,12 @@ def test_workers_get_folders_of_their_own_and_end_when_told(
         pool.StopWorker(beam_fn_api_pb2.StopWorkerRequest(worker_id="w-1"), None)
         pool.StopWorker(beam_fn_api_pb2.StopWorkerRequest(worker_id="w-1"), None)
         children = psutil.Process().children()
-        assert len([child for child in children if "tests.support.idle_worker" in child.cmdline()]) == 1
+        assert len([child for child in children if "tests.support.disturbances.idle_worker" in child.cmdline()]) == 1
     finally:
         pool.close()
-    assert not [child for child in psutil.Process().children() if "tests.support.idle_worker" in child.cmdline()]
+    assert not [
+        child for child in psutil.Process().children() if "tests.support.disturbances.idle_worker" in child.cmdline()
+    ]
 
 
 def test_a_task_manager_that_does_not_answer_is_the_pools_answer(

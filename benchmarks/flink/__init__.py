@@ -1,0 +1,1 @@
+"""A job on a Flink cluster: `python -m benchmarks.flink`."""

@@ -1,0 +1,1 @@
+"""Flipped bits in the files of a run: `python -m benchmarks.flipped_bytes`."""

@@ -1,0 +1,1 @@
+"""What `benchmarks/hostile.py` feeds to the product: content that would take more than it may."""

@@ -1,0 +1,1 @@
+"""The way of a row beside its parts: `python -m benchmarks.pipeline`."""

@@ -1,0 +1,1 @@
+"""What cutting the prefix tree costs: `python -m benchmarks.sharding`, `.plans` and `.torch_prefill`."""

@@ -1,0 +1,1 @@
+"""Answers that no table can hold."""
