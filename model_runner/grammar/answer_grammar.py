@@ -57,6 +57,13 @@ class BuiltGrammar:
     narrowed: tuple[Relaxation, ...] = ()
 
 
+def find_content_schema(options: ChatOptions, schema: Json | None) -> Json | None:
+    """The schema of an answer's content: the given one, else what the response format says; None for any text."""
+    if schema is not None or options.response_format.type == "text":
+        return schema
+    return options.response_format.schema if options.response_format.type == "json_schema" else {"type": "object"}
+
+
 def build_answer_grammar(
     options: ChatOptions,
     *,
@@ -81,9 +88,7 @@ def build_answer_grammar(
     Raises:
         InvalidGrammar: no text is an answer, because the schema refuses every value.
     """
-    if schema is None and options.response_format.type != "text":
-        is_schema = options.response_format.type == "json_schema"
-        schema = options.response_format.schema if is_schema else {"type": "object"}
+    schema = find_content_schema(options, schema)
     style = CALL_FORMATS.get(call_format) if call_format is not None else None
     tools = options.callable_tools if style is not None else ()
     must_call = options.tool_choice.mode in ("required", "named") and bool(tools)

@@ -10,7 +10,12 @@ from typing import Any, cast
 
 from moebeam.model_runner.encoding.chat.answers import END_OF_THINKING
 from moebeam.model_runner.fence.fence import Program
-from moebeam.model_runner.grammar.answer_grammar import CALL_FORMATS, BuiltGrammar, build_answer_grammar
+from moebeam.model_runner.grammar.answer_grammar import (
+    CALL_FORMATS,
+    BuiltGrammar,
+    build_answer_grammar,
+    find_content_schema,
+)
 from moebeam.model_runner.grammar.grammar_program import GRAMMAR_ENTRY
 from moebeam.model_runner.grammar.schema_forms.relaxation import Relaxation
 from moebeam.schemas.canonical import Json
@@ -37,7 +42,8 @@ def make_answer_grammar(
     Raises:
         InvalidGrammar: also where it takes too much to make.
     """
-    if is_plain(True if schema is None else schema) and all(is_plain(tool.parameters) for tool in options.tools):
+    schema = find_content_schema(options, schema)
+    if (schema is None or is_plain(schema)) and all(is_plain(tool.parameters) for tool in options.tools):
         return build_answer_grammar(
             options,
             schema=schema,

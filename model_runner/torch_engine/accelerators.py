@@ -66,6 +66,6 @@ def _claim_free_device(kind: str) -> Device:
 def _hardware_name(kind: str, index: int) -> str:
     """Name a device the same way in all processes, whichever devices each can see, if it reports a UUID."""
     module: Any = torch.get_device_module(kind)
-    with contextlib.suppress(AttributeError, RuntimeError, NotImplementedError):
+    with contextlib.suppress(AttributeError, RuntimeError):
         return f"{kind}-{module.get_device_properties(index).uuid}"
     return f"{kind}-{index}"

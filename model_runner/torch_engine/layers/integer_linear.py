@@ -73,7 +73,7 @@ def has_integer_product(num_bits: int) -> bool:
     rows = torch.arange(3.0 * 64).view(3, 64).cos().bfloat16()
     try:
         found = IntegerLinear(matrix, None, torch.bfloat16)(rows)
-    except (RuntimeError, AttributeError, NotImplementedError):
+    except (RuntimeError, AttributeError):
         return False
     expected = rows.float() @ matrix.dequantize(torch.float32).t()
     return torch.allclose(found.float(), expected, atol=0.02 * float(expected.abs().max()), rtol=0.02)

@@ -77,7 +77,7 @@ def available_bytes(device: torch.device) -> int:
     accelerator: Any = torch.accelerator
     try:
         return int(accelerator.get_memory_info(device)[0])
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
+    except (RuntimeError, AttributeError) as error:
         raise EngineLoadError(
             f"device {str(device)!r} does not say how much memory is free; set [model] max_cache_bytes"
         ) from error

@@ -29,11 +29,16 @@ def test_a_grammar_is_the_same_on_both_sides_of_the_fence(call_format: str | Non
     assert fenced is not None
 
 
-def test_a_schema_that_takes_too_much_has_no_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_given", [True, False])
+def test_a_schema_that_takes_too_much_has_no_grammar(monkeypatch: pytest.MonkeyPatch, *, is_given: bool) -> None:
     monkeypatch.setattr(fenced_grammar, "MAX_GRAMMAR_CPU_S", 0.2)
     many: dict[str, Any] = {"properties": {f"p{index}": {"pattern": f"^{index}"} for index in range(20_000)}}
     with pytest.raises(InvalidGrammar, match=r"expected at most 0\.2 s of processor time"):
-        make(make_answer_grammar, ChatOptions(response_format=ResponseFormat("json_schema", many)), many)
+        make(
+            make_answer_grammar,
+            ChatOptions(response_format=ResponseFormat("json_schema", many)),
+            many if is_given else None,
+        )
 
 
 def test_a_schema_that_refuses_every_value_has_none_either() -> None:
