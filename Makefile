@@ -35,6 +35,7 @@ test-integration: setup
 	$(BIN)/python -m tests.support.servers.beam_boot
 	$(BIN)/python -m tests.support.servers.aimock_server
 	$(BIN)/python -m tests.support.flink.built_cluster
+	$(BIN)/python -m tests.support.servers.vllm_environment
 	$(BIN)/python -m pytest -m integration --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # The suite's core with the oldest versions that pyproject.toml allows, in an environment of its own.

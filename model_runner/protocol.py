@@ -3,12 +3,14 @@
 Stands inside the *answer* stage: `transforms/answer/run.py` pulls completions from `ModelRunner.generate`.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import import_module
-from typing import Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from moebeam.schemas.determinism import NO_PROMISE, Determinism
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.extras import require_extra
 from moebeam.schemas.job.model import ENGINE_OPTIONS, ModelSection, load_options
@@ -73,6 +75,15 @@ class CountingRunner(Protocol):
         ...
 
 
+@runtime_checkable
+class PromisingRunner(Protocol):
+    """An engine that says whether its answers repeat. One that does not promises nothing."""
+
+    def determinism(self) -> Determinism:
+        """What the engine promises on the device, with the numbers and under the settings that it was loaded with."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Outage:
     """Why a remote engine waits: its provider answers nobody at present.
@@ -111,6 +122,11 @@ class StoppableRunner(Protocol):
         ...
 
 
+def read_determinism(runner: object) -> Determinism:
+    """What an engine promises, wherever it runs."""
+    return runner.determinism() if isinstance(runner, PromisingRunner) else NO_PROMISE
+
+
 def add_counters(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
     """What two engines, or one in two stretches of time, have counted together."""
     names = {**one, **other}
@@ -147,8 +163,7 @@ def check_loadable(config: EngineConfig) -> None:
         EngineLoadError: names the file and what is wrong with it.
     """
     if config.options.checker:
-        module_name, _, function_name = config.options.checker.partition(":")
-        check = cast("Callable[[EngineConfig], None]", getattr(import_module(module_name), function_name))
+        check: Callable[[EngineConfig], None] = _import_function(config.options.checker, config.options)
         check(config)
 
 
@@ -161,17 +176,28 @@ def load_runner(config: EngineConfig) -> ModelRunner:
     """
     require_packages(config.options)
     try:
-        module_name, _, function_name = ENGINES[config.engine].partition(":")
+        place = ENGINES[config.engine]
     except KeyError:
         known = ", ".join(sorted(ENGINES))
         raise EngineLoadError(f"unknown engine {config.engine!r}; expected one of: {known}") from None
     try:
-        module = import_module(module_name)
+        load: Callable[[EngineConfig], ModelRunner] = _import_function(place, config.options)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("moebeam"):
             raise
         raise EngineLoadError(
             f"engine {config.engine!r} needs a package that is not installed: {error.name}"
         ) from error
-    load = cast("Callable[[EngineConfig], ModelRunner]", getattr(module, function_name))
     return load(config)
+
+
+def _import_function(place: str, options: ModelSection) -> Any:
+    """Import a function of an engine, named as `module:function`, with what its libraries read while they load."""
+    module_name, _, function_name = place.partition(":")
+    added = {name: value for name, value in options.library_environment.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        return getattr(import_module(module_name), function_name)
+    finally:
+        for name in added:  # other programs that this process starts have no use for it
+            del os.environ[name]

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from moebeam.jobs.check.job_file import load_job
+    from moebeam.jobs.infer.infer import Infer
     from moebeam.jobs.notebook.run_job import run_job
     from moebeam.model_runner.protocol import EngineConfig
     from moebeam.model_runner.run_inference.handler import MoebeamModelHandler
+    from moebeam.pipelines.infer.infer_rows import Answers
     from moebeam.schemas.errors import (
         ClusterUnavailable,
         CommitError,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         PipelineFailed,
         RowError,
         RunStopped,
+        TableCommitFailed,
     )
     from moebeam.schemas.job.sections import Job
     from moebeam.schemas.tables import LEDGER_SCHEMA, PLAN_SCHEMA, READ_SCHEMA, RESULT_SCHEMA, TABLES_VERSION
@@ -48,6 +51,7 @@ __all__ = [
     "RESULT_SCHEMA",
     "TABLES_VERSION",
     "AnswerShards",
+    "Answers",
     "ClusterUnavailable",
     "CommitError",
     "EngineConfig",
@@ -55,6 +59,7 @@ __all__ = [
     "EngineLoadError",
     "EngineUnavailable",
     "FileDamaged",
+    "Infer",
     "InputChanged",
     "InputPatternError",
     "Job",
@@ -72,6 +77,7 @@ __all__ = [
     "RenderPrompts",
     "RowError",
     "RunStopped",
+    "TableCommitFailed",
     "__version__",
     "load_job",
     "run_job",
@@ -79,7 +85,9 @@ __all__ = [
 
 _MODULES = {
     "AnswerShards": "transforms.answer.step",
+    "Answers": "pipelines.infer.infer_rows",
     "EngineConfig": "model_runner.protocol",
+    "Infer": "jobs.infer.infer",
     "Job": "schemas.job.sections",
     "LEDGER_SCHEMA": "schemas.tables",
     "MoebeamModelHandler": "model_runner.run_inference.handler",

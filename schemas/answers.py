@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from moebeam.schemas.canonical import Json
+from moebeam.schemas.determinism import Determinism
 from moebeam.schemas.errors import RowError
 from moebeam.schemas.prices import EXACT, Charge
 from moebeam.schemas.records import Completion
@@ -147,7 +148,8 @@ class Totals:
 class ShardCommit:
     """The record that makes a shard's tables final, and the receipt that *answer* emits to *publish*.
 
-    `engine` holds the engine's counters for the shard, such as tokens computed and seconds by phase.
+    `engine` holds the engine's counters for the shard, such as tokens computed and seconds by phase; `determinism` what
+    the engine promises, if it was asked.
     """
 
     shard: str
@@ -157,6 +159,7 @@ class ShardCommit:
     files: tuple[StagedFile, ...]
     totals: Totals
     engine: Mapping[str, float] | None = None
+    determinism: Determinism | None = None
 
 
 def _add_costs(one: Mapping[str, str], other: Mapping[str, str]) -> dict[str, str]:

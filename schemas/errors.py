@@ -12,6 +12,7 @@ MoebeamError
 │   ├── EngineContractError     exit 1: the engine answered a request twice or without being asked
 │   ├── EngineUnavailable       exit 1: no provider of a remote engine can answer now
 │   ├── CommitError             exit 1: durable state is missing or contradicts itself
+│   ├── TableCommitFailed       exit 1: the run is complete, but a table of a lakehouse did not take it
 │   ├── PipelineFailed          exit 1: a step failed on a worker
 │   └── JobInterrupted          exit 4: stopped by a signal or a budget, can be resumed
 │       └── RunStopped          the same of `run_job`, with what was answered
@@ -40,11 +41,7 @@ class MoebeamError(Exception):
 
 
 class JobError(MoebeamError):
-    """A problem that stops the whole job.
-
-    Attributes:
-        account: what the run had paid by then, by state, as `--json` prints it; None where nobody knows.
-    """
+    """A problem that stops the whole job; `account` says what the run had paid by then, by state, as `--json` does."""
 
     exit_code: ClassVar[int] = 1
     account: Mapping[str, object] | None = None
@@ -102,6 +99,10 @@ class CommitError(JobError):
 
 class FileDamaged(CommitError):
     """A file of a run does not hold what was written."""
+
+
+class TableCommitFailed(JobError):
+    """The run is complete in its folder, but a table of a lakehouse did not take it; resume the run to commit it."""
 
 
 class PipelineFailed(JobError):

@@ -9,6 +9,9 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "pandas": ("pandas",),
     "duckdb": ("duckdb",),
     "prices": ("genai_prices",),
+    "serve": ("starlette", "uvicorn", "python_multipart", "prometheus_client"),
+    "iceberg": ("pyiceberg",),
+    "delta": ("deltalake",),
 }
 """The modules that each extra of pyproject.toml brings; object stores have their own, see `store/storage.py`."""
 

@@ -8,6 +8,7 @@ work (`--make`, `--make-prompts`) and compares two results (`--compare`).
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from benchmarks.engine.work import (
 )
 from benchmarks.pipeline.__main__ import QuietClock
 from benchmarks.report import machine_facts
+from moebeam.model_runner.torch_engine.options import TorchOptions
 
 ENGINES = ("torch", "transformers", "vllm", "vllm-runner")
 ORDERS = ("given", "sorted")
@@ -50,6 +52,7 @@ class Options:
     device: str
     num_threads: int
     order: str
+    num_busy: int = 0
 
 
 def run_benchmark(options: Options) -> dict[str, Any]:
@@ -59,6 +62,9 @@ def run_benchmark(options: Options) -> dict[str, Any]:
         ContenderFailed: the engine failed.
         ValueError: the prompts' file, or the layout of the checkpoint, is not what it should be.
     """
+    if options.engine == "torch" and "torch" not in sys.modules:
+        # As a job does before it loads the engine; torch reads them while it is imported, which `transformers` does.
+        os.environ.update({**TorchOptions.library_environment, **os.environ})
     from transformers import AutoConfig
 
     from benchmarks.engine.bound import count_work, model_flops
@@ -79,6 +85,7 @@ def run_benchmark(options: Options) -> dict[str, Any]:
         batch_size=options.batch_size,
         max_cache_bytes=options.max_cache_bytes,
         num_threads=options.num_threads,
+        num_busy=options.num_busy,
     )
     quiet = QuietClock()
     run = run_contender(options, work)
@@ -167,7 +174,7 @@ def result_lines(found: dict[str, Any]) -> list[str]:
     gemm, flops = found["gemm"], found["flops"]
     shares = ", ".join(f"{name} {flops[name] / 1e12:.3f}" for name in ("prefill", "decode", "logits", "attention"))
     tree_tokens, computed = found["tree_tokens"], found["computed_prefill_tokens"]
-    busy = found["others_busy_cores"]
+    busy, num_busy = found["others_busy_cores"], found["options"].get("num_busy", 0)
     return [
         f"{found['engine']} ({versions}), {found['options']['dtype']}: {found['num_rows']:,} rows in "
         f"{found['wall_s']:.2f} s, {found['rows_per_s']:.2f} rows/s (loading: {found['load_s']:.1f} s)",
@@ -176,7 +183,8 @@ def result_lines(found: dict[str, Any]) -> list[str]:
         f"bound: {found['bound_s']:.2f} s ({flops['total'] / 1e12:.3f} TFLOP: {shares}; "
         f"{gemm['flops_per_s'] / 1e9:.0f} GFLOP/s by {gemm['path']}); time / bound {found['time_over_bound']:.2f}",
         f"peak memory: {found['peak_rss_bytes'] / (1 << 20):,.0f} MiB"
-        + ("" if busy is None else f"; other programs kept {max(0.0, busy):.2f} cores busy"),
+        + ("" if busy is None else f"; other programs kept {max(0.0, busy):.2f} cores busy")
+        + (f"; {num_busy} busy programs were started beside it" if num_busy else ""),
     ]
 
 
@@ -222,6 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=0, help="most sequences at once; 0: the engine's own default")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own default")
+    parser.add_argument("--busy", type=int, default=0, help="programs that keep a core busy each meanwhile")
     parser.add_argument("--order", choices=ORDERS, default="given", help="in which the engine gets the prompts")
     parser.add_argument("--make", nargs=2, metavar=("|".join(LAYOUTS), "DIR"), help="write a reference checkpoint")
     parser.add_argument("--make-prompts", nargs=2, metavar=("|".join(PROMPT_SETS), "FILE"), help="write a prompt set")
@@ -279,6 +288,7 @@ def _measure(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         device=args.device,
         num_threads=args.threads,
         order=args.order,
+        num_busy=args.busy,
     )
     found = run_benchmark(options)
     print("\n".join(result_lines(found)))

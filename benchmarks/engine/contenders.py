@@ -18,12 +18,16 @@ from benchmarks.engine.vllm_contender import (
     ContenderFailed,
     Run,
     Work,
+    busy_programs,
     own_peak_rss_bytes,
     tree_peak_rss_bytes,
     vllm_environment,
 )
 
 TRANSFORMERS_BATCH_SIZE = 8
+
+_PEAKS = ("peak", "max")
+"""Begin the names of counters that are no sums; seconds by threads have numbers for names."""
 
 
 def run_torch(work: Work) -> Run:
@@ -48,9 +52,10 @@ def run_torch(work: Work) -> Run:
     load_s = time.perf_counter() - started
     _answer_with_torch(engine, work, work.warm_up, max_tokens=NUM_WARM_UP_TOKENS)
     before = asdict(engine.counters)
-    started = time.perf_counter()
-    output_tokens = _answer_with_torch(engine, work, work.prompts, max_tokens=work.max_tokens)
-    wall_s = time.perf_counter() - started
+    with busy_programs(work.num_busy):
+        started = time.perf_counter()
+        output_tokens = _answer_with_torch(engine, work, work.prompts, max_tokens=work.max_tokens)
+        wall_s = time.perf_counter() - started
     counters = counted_since(before, asdict(engine.counters))
     return Run(
         wall_s=wall_s,
@@ -99,7 +104,7 @@ def counted_since(before: dict[str, Any], after: dict[str, Any]) -> dict[str, An
     for name, value in after.items():
         if isinstance(value, dict):
             found[name] = counted_since(before.get(name, {}), value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and not name.startswith(("peak", "max")):
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and not str(name).startswith(_PEAKS):
             found[name] = value - before.get(name, 0)
         else:
             found[name] = value
@@ -125,10 +130,12 @@ def run_transformers(work: Work) -> Run:
     )
     batch_size = work.batch_size or TRANSFORMERS_BATCH_SIZE
     _answer_with_transformers(model, work, work.warm_up, NUM_WARM_UP_TOKENS, batch_size)
-    started = time.perf_counter()
-    output_tokens = _answer_with_transformers(model, work, work.prompts, work.max_tokens, batch_size)
+    with busy_programs(work.num_busy):
+        started = time.perf_counter()
+        output_tokens = _answer_with_transformers(model, work, work.prompts, work.max_tokens, batch_size)
+        wall_s = time.perf_counter() - started
     return Run(
-        wall_s=time.perf_counter() - started,
+        wall_s=wall_s,
         load_s=load_s,
         output_tokens=output_tokens,
         computed_prefill_tokens=sum(len(prompt) for prompt in work.prompts),
@@ -201,6 +208,7 @@ def run_vllm_runner(work: Work, python: str) -> Run:
         EngineLoadError: vLLM could not be started.
     """
     from moebeam.model_runner.encoding.chat_encoding import load_encoding
+    from moebeam.model_runner.vllm_engine.engine_arguments import EngineArguments
     from moebeam.model_runner.vllm_engine.runner import VllmRunner
     from tests.support.engines.engine_configs import engine_config
 
@@ -209,14 +217,17 @@ def run_vllm_runner(work: Work, python: str) -> Run:
     runner = VllmRunner(
         engine_config("vllm", work.checkpoint, "benchmark", "", encoding="deepseek_v3_2"),
         python=python,
-        engine_arguments={
-            "model": work.checkpoint,
-            "skip_tokenizer_init": True,
-            "dtype": work.dtype,
-            "enable_prefix_caching": True,
-            "max_model_len": max(len(prompt) for prompt in work.prompts) + work.max_tokens,
-            **({"max_num_seqs": work.batch_size} if work.batch_size else {}),
-        },
+        engine_arguments=EngineArguments(
+            {
+                "model": work.checkpoint,
+                "skip_tokenizer_init": True,
+                "dtype": work.dtype,
+                "enable_prefix_caching": True,
+                "max_model_len": max(len(prompt) for prompt in work.prompts) + work.max_tokens,
+                **({"max_num_seqs": work.batch_size} if work.batch_size else {}),
+            },
+            named={},
+        ),
         tokenizer=_spelling_tokenizer(work.checkpoint),
         encoding=load_encoding(work.checkpoint, "deepseek_v3_2"),
         end_token_ids=work.stop_token_ids,
@@ -224,9 +235,10 @@ def run_vllm_runner(work: Work, python: str) -> Run:
     try:
         load_s = time.perf_counter() - started
         _answer_with_runner(runner, work.warm_up, NUM_WARM_UP_TOKENS)
-        started = time.perf_counter()
-        completions = _answer_with_runner(runner, work.prompts, work.max_tokens)
-        wall_s = time.perf_counter() - started
+        with busy_programs(work.num_busy):
+            started = time.perf_counter()
+            completions = _answer_with_runner(runner, work.prompts, work.max_tokens)
+            wall_s = time.perf_counter() - started
         peak_rss_bytes = tree_peak_rss_bytes()
     finally:
         runner.close()

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +44,7 @@ class Work:
         batch_size: most sequences at once; 0 leaves it to the engine.
         max_cache_bytes: of the cache; 0 leaves it to the engine.
         num_threads: of torch; 0 leaves it to torch.
+        num_busy: programs that keep a core busy each while the prompts are answered.
     """
 
     checkpoint: str
@@ -55,6 +57,7 @@ class Work:
     batch_size: int = 0
     max_cache_bytes: int = 0
     num_threads: int = 0
+    num_busy: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,18 @@ class Run:
     versions: dict[str, str]
     peak_device_bytes: int | None = None
     counters: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@contextmanager
+def busy_programs(num_programs: int) -> Generator[None]:
+    """Let so many programs compute without end, beside what happens inside the block."""
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(num_programs)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
 
 
 def run_vllm(work: Work, python: str) -> Run:
@@ -147,9 +162,10 @@ def answer_with_vllm(work: Work) -> Run:
 
     answer(work.warm_up, NUM_WARM_UP_TOKENS)
     llm.reset_prefix_cache()
-    started = time.perf_counter()
-    outputs = answer(work.prompts, work.max_tokens)
-    wall_s = time.perf_counter() - started
+    with busy_programs(work.num_busy):
+        started = time.perf_counter()
+        outputs = answer(work.prompts, work.max_tokens)
+        wall_s = time.perf_counter() - started
     num_cached_tokens = sum(output.num_cached_tokens or 0 for output in outputs)
     return Run(
         wall_s=wall_s,

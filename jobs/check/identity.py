@@ -14,6 +14,8 @@ from moebeam.jobs.output.run_record import RunRequest
 from moebeam.jobs.output.run_state import find_run_id
 from moebeam.model_runner.openai_engine.options import OpenAIOptions
 from moebeam.model_runner.protocol import EngineConfig
+from moebeam.model_runner.vllm_engine.adapters import compute_adapter_revision
+from moebeam.model_runner.vllm_engine.options import VllmOptions
 from moebeam.schemas.canonical import Json, fingerprint
 from moebeam.schemas.chat_options import options_json
 from moebeam.schemas.errors import OutputError
@@ -34,6 +36,8 @@ INPUT_FILES = "input files"
 _FREE_SECTIONS = ("limits", "failures")
 _FREE_KEYS = (
     ("output", "max_reject_share"),
+    ("output", "table"),
+    ("output", "replace_where"),
     ("model", "device"),
     ("model", "batch_size"),
     ("model", "max_cache_bytes"),
@@ -166,7 +170,7 @@ def identify(
 ) -> JobIdentity:
     """Compute the identity of a checked job."""
     job, schema = request.job, terms.schema
-    columns = {**job.input.model_dump(mode="json", exclude={"path"}), "format": scan.format}
+    columns = {**_input(job), "format": scan.format}
     script = engine.options.extra_files.get("script")
     model: dict[str, Json] = {
         "engine": engine.engine,
@@ -176,6 +180,9 @@ def identify(
         "encoding": engine.options.encoding,
         "script": script and fingerprint(storage.read_bytes(script).hex()),
     }
+    if isinstance(engine.options, VllmOptions) and engine.options.adapters:
+        model["adapters"] = {name: compute_adapter_revision(path) for name, path in engine.options.adapters.items()}
+        model["adapter"] = engine.options.adapter
     if isinstance(engine.options, OpenAIOptions):
         # Its endpoint and fallbacks may change: each row says who answered.
         provider = engine.options.provider
@@ -221,6 +228,16 @@ def identify(
 
 
 _LATER_SAMPLING: Mapping[str, Json] = {"top_logprobs": 0, "frequency_penalty": 0, "presence_penalty": 0, "n": 1}
+
+
+_LATER_INPUT: Mapping[str, object] = {"query": None, "types": {}, "delimiter": None, "tenant": "", "cost_center": ""}
+
+
+def _input(job: Job) -> dict[str, Json]:
+    """`[input]` without its files as identities of all versions record it, as `_sampling` does."""
+    section = job.input
+    unset = {name for name, value in _LATER_INPUT.items() if getattr(section, name) == value}
+    return section.model_dump(mode="json", exclude={"path", *unset})
 
 
 def _sampling(job: Job) -> dict[str, Json]:

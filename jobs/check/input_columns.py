@@ -19,6 +19,7 @@ from moebeam.schemas.errors import JobError, JobFileError
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store.run_layout import find_frame_digest
 from moebeam.schemas.tables import OUTPUT, RESULT_SCHEMA, result_schema
+from moebeam.transforms.keep.row_batches import PROBLEM
 from moebeam.transforms.read.input_rows import JSONL_INPUT_FIELDS, ReadColumns
 from moebeam.transforms.read.input_scan import InputScan
 from moebeam.transforms.render.prompt_template import PromptTemplate
@@ -152,7 +153,12 @@ def _list_passed(job: Job, names: Sequence[str]) -> list[str]:
 def choose_columns(job: Job, scan: InputScan, template: PromptTemplate) -> ReadColumns:
     """Choose the columns for *read*; the job must have no column problems."""
     if scan.format == "jsonl":
-        return ReadColumns(input_fields=JSONL_INPUT_FIELDS, passthrough=())
+        return ReadColumns(
+            input_fields=JSONL_INPUT_FIELDS,
+            passthrough=(),
+            tenant=job.input.tenant,
+            cost_center=job.input.cost_center,
+        )
     column = job.prompt.messages_column
     names = template.columns.choose(scan.names) if column is None else [column]
     if job.tools.column is not None and job.tools.column not in names:
@@ -168,6 +174,9 @@ def choose_columns(job: Job, scan: InputScan, template: PromptTemplate) -> ReadC
         tenant_column=job.input.tenant_column if job.input.tenant_column in fields else None,
         cost_center_column=job.input.cost_center_column if job.input.cost_center_column in fields else None,
         tag_columns=tuple(name for name in job.accounting.tag_columns if name in fields),
+        tenant=job.input.tenant,
+        cost_center=job.input.cost_center,
+        problem_column=PROBLEM if PROBLEM in scan.names else None,
     )
 
 

@@ -21,11 +21,13 @@ from moebeam.jobs.prices.shipped import BUILTIN
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.model import model_keys
 from moebeam.schemas.job.sections import Job
+from moebeam.schemas.lakehouse.table_url import DELTA
 from moebeam.schemas.store import storage
 
 _PATH_KEYS = {
     ("input", "path"),
     ("output", "path"),
+    ("output", "table"),
     ("output", "schema"),
     ("model", "path"),
     ("model", "script"),
@@ -193,6 +195,9 @@ def _resolve_value(place: KeyPath, value: Any, folder: str) -> Any:
 
 def _resolve_key(place: KeyPath, path: str, folder: str) -> str:
     """The path that a key holds, made absolute; names that stand in the place of a path stay as they are."""
+    if place == ("output", "table"):
+        inner = path.removeprefix(DELTA)
+        return path if inner == path or "://" in inner else f"{DELTA}{_resolve(inner, folder)}"
     is_class = place == ("output", "schema") and _CLASS_REFERENCE.fullmatch(path) is not None
     is_shipped = place == ("accounting", "price_book") and path == BUILTIN
     return path if is_class or is_shipped else _resolve(path, folder)

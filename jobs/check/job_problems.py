@@ -87,7 +87,7 @@ def _explain_missing(place: KeyPath) -> str:
     section = cast("type[BaseModel]", Job.model_fields[place[0]].annotation)
     if len(place) == 1:
         needed = [key for key, inner in section.model_fields.items() if inner.is_required()]
-        return f"the section is missing; it needs at least {', '.join(needed)}"
+        return f"the section is missing; it needs at least {', '.join(needed) or 'path'}"
     description = next(
         (inner.description for key, inner in section.model_fields.items() if (inner.alias or key) == place[1]), None
     )

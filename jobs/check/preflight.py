@@ -5,16 +5,20 @@ It writes nothing.
 """
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import pyarrow as pa
 
 from moebeam.jobs.check.answer_contract import answer_options, answer_schema, answer_terms, answer_type, terms_warnings
 from moebeam.jobs.check.disk import check_disk
 from moebeam.jobs.check.engine_config import CheckedEngine, check_engine, engine_warnings, price_line
-from moebeam.jobs.check.identity import JobIdentity, identify
+from moebeam.jobs.check.identity import JobIdentity, identify, is_free
 from moebeam.jobs.check.input_columns import check_writable, choose_columns, find_column_problems, list_needed_columns
+from moebeam.jobs.check.output_table import check_output_table
+from moebeam.jobs.check.pinned_input import pin_input
 from moebeam.jobs.check.reuse import check_reusable
 from moebeam.jobs.console.summary import CheckReport
 from moebeam.jobs.output.run_record import RetryOf, RunRequest, describe_changed_files, find_secrets, read_saved_scan
@@ -25,10 +29,12 @@ from moebeam.schemas.job.sections import Job, PlanSection
 from moebeam.schemas.prices import PriceLine
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.schemas.tables import result_schema
 from moebeam.transforms.answer.reuse import ReuseSource
 from moebeam.transforms.money.price_book import PriceBook
 from moebeam.transforms.read.input_rows import ReadColumns
 from moebeam.transforms.read.input_scan import InputScan, scan_input
+from moebeam.transforms.read.sources.staged_input import keep_staged, scan_staged
 from moebeam.transforms.render.answer_terms import TermsCache
 from moebeam.transforms.render.prompt_template import PromptTemplate
 from moebeam.transforms.render.render_rows import RenderSpec
@@ -106,6 +112,22 @@ class CheckedJob:
         layout = RunLayout(self.request.job.output.path)
         return self.identity.claim_output(layout, self.request.to_json(self.currency))
 
+    def keep_input(self) -> "CheckedJob":
+        """Keep rows that a query or a table gave in the output folder, which must be claimed; other input stays.
+
+        Returns:
+            The job over the rows that are kept.
+        Raises:
+            InputChanged: an earlier attempt began with other rows, which are lost.
+            OSError: the store failed.
+        """
+        if self.scan.staged is None:
+            return self
+        job, layout = self.request.job, RunLayout(self.request.job.output.path)
+        keep_staged(layout, self.scan.staged)
+        needed = list_needed_columns(job, PromptTemplate(job.prompt))
+        return replace(self, scan=scan_staged(job.input, layout, limit=self.request.limit, needed=needed))
+
     def check_readable(self) -> None:
         """Refuse an input of which no file can be read; a run would only reject its files.
 
@@ -155,6 +177,8 @@ def check_job(
     retried: InputScan | None = None,
     reuse: ReuseSource | None = None,
     is_quote: bool = False,
+    is_launch: bool = False,
+    parts: "CheckedParts | None" = None,
 ) -> CheckedJob:
     """Check a job against its input, checkpoint, prices and output.
 
@@ -162,34 +186,28 @@ def check_job(
         limit, retry_of, reuse: see `RunRequest`.
         retried: the input of a retry, needed until its output folder holds it.
         is_quote: skip the checks of output and disk; no current price is required.
+        is_launch: rows of a query or a table may lie in the output folder from now on, in a scratch folder.
+        parts: what was checked before the input was there, perhaps on another machine; None checks it now.
     Raises:
         JobError: all problems in one message; of the specific subclass if there is only one.
     """
     if limit is not None and limit < 1:
         raise JobFileError(f"--limit: expected at least 1, found {limit}")
     problems: list[JobError] = []
-    request = RunRequest(job, limit, retry_of, reuse)
     layout = RunLayout(job.output.path)
+    job = pin_input(job, layout)
+    request = RunRequest(job, limit, retry_of, reuse)
     template = _try(problems, lambda: PromptTemplate(job.prompt))
     scan = retried or _try(
         problems,
         lambda: (
             # A planned run keeps no input units, but a quote reads the input again.
             (None if is_quote else read_saved_scan(layout, request))
-            or scan_input(job.input, limit=limit, needed=list_needed_columns(job, template))
+            or _scan(request, list_needed_columns(job, template), layout, is_launch=is_launch)
         ),
     )
-    schema = _try(problems, lambda: answer_schema(job))
-    options = _try(problems, lambda: answer_options(job, schema))
-    terms = _try(problems, lambda: answer_terms(job, options, schema)) if options is not None else None
-    output_type = _try(problems, lambda: answer_type(schema))
-    engine = _try(problems, lambda: check_engine(job, needs_key=not is_quote))
-    prices = _try(problems, lambda: _load_prices(job))
-    line = None
-    if engine is not None and prices is not None and not is_quote:
-        line = _try(problems, lambda: price_line(job, engine.config, prices))
-    problems += _find_limit_problems(job, prices, line)
-    problems += find_secrets(job)
+    parts = parts or _check_parts(job, problems, is_quote=is_quote)
+    engine, terms, output_type, prices = parts.engine, parts.terms, parts.output_type, parts.prices
     if scan is not None and template is not None:
         problems += find_column_problems(job, scan, template)
     if not is_quote:
@@ -202,9 +220,12 @@ def check_job(
     if reuse is not None:
         check_reusable(reuse, identity.parts)
     disk_warning = None
+    table_warnings: tuple[str, ...] = ()
     if not is_quote:
         identity.check_output(layout, lambda: describe_changed_files(layout, job.input))
         disk_warning = check_disk(job, scan, columns)
+        results = result_schema(columns.output_fields, output_type and output_type.arrow)
+        table_warnings = check_output_table(request, results, identity.run_id)
     return CheckedJob(
         request=request,
         identity=identity,
@@ -214,13 +235,70 @@ def check_job(
         terms=terms,
         output_type=output_type,
         prices=prices,
-        price_line=line,
+        price_line=parts.price_line,
         warnings=(
             *terms_warnings(job, engine, terms),
             *engine_warnings(job, engine.config, prices),
             *([disk_warning] if disk_warning else ()),
+            *table_warnings,
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedParts:
+    """The parts of a job that its input has no say in; a part with a problem is None, as is one that the job lacks."""
+
+    engine: CheckedEngine | None
+    terms: TermsCache | None
+    output_type: OutputType | None
+    prices: PriceBook | None
+    price_line: PriceLine | None
+
+
+def check_parts(job: Job, fields: Collection["pa.Field[Any]"] | None) -> CheckedParts:
+    """Check a job before its input is there.
+
+    Args:
+        fields: the columns that the rows will have; None where they are not known.
+    Raises:
+        JobError: all problems in one message; of the specific subclass if there is only one.
+    """
+    problems: list[JobError] = []
+    template = _try(problems, lambda: PromptTemplate(job.prompt))
+    parts = _check_parts(job, problems, is_quote=False)
+    if fields is not None and template is not None:
+        schema = pa.schema(fields)
+        scan = InputScan((), schema, tuple(schema.names), "parquet", 1, "")
+        problems += find_column_problems(job, scan, template)
+    problems += _find_output_problems(job)
+    if problems:
+        raise _join_errors(problems)
+    return parts
+
+
+def _check_parts(job: Job, problems: list[JobError], *, is_quote: bool) -> CheckedParts:
+    schema = _try(problems, lambda: answer_schema(job))
+    options = _try(problems, lambda: answer_options(job, schema))
+    terms = _try(problems, lambda: answer_terms(job, options, schema)) if options is not None else None
+    output_type = _try(problems, lambda: answer_type(schema))
+    engine = _try(problems, lambda: check_engine(job, needs_key=not is_quote))
+    prices = _try(problems, lambda: _load_prices(job))
+    line = None
+    if engine is not None and prices is not None and not is_quote:
+        line = _try(problems, lambda: price_line(job, engine.config, prices))
+    problems += _find_limit_problems(job, prices, line)
+    problems += find_secrets(job)
+    return CheckedParts(engine, terms, output_type, prices, line)
+
+
+def _scan(request: RunRequest, needed: Collection[str] | None, layout: RunLayout, *, is_launch: bool) -> InputScan:
+    section = request.job.input
+    if not section.is_staged:
+        return scan_input(section, limit=request.limit, needed=needed)
+    is_ours = is_launch and (not storage.exists(layout.output) or storage.exists(layout.job) or is_free(layout))
+    scratch = layout.frames if is_ours else None
+    return scan_staged(section, layout, limit=request.limit, needed=needed, scratch=scratch)
 
 
 def _try(problems: list[JobError], check: Callable[[], Checked]) -> Checked | None:

@@ -19,7 +19,15 @@ import typer
 from rich.console import Console
 from typer.exceptions import TyperException
 
-from moebeam.jobs.commands import estimate_command, export_command, money_commands, output_commands, prices_command
+from moebeam.jobs.commands import (
+    compare_command,
+    estimate_command,
+    export_command,
+    money_commands,
+    output_commands,
+    prices_command,
+    serve_command,
+)
 from moebeam.jobs.console.console import (
     Answer,
     AsJson,
@@ -212,6 +220,8 @@ for _name, _help, _command, _settings in (
     *output_commands.COMMANDS,
     *money_commands.COMMANDS,
     *export_command.COMMANDS,
+    *compare_command.COMMANDS,
+    *serve_command.COMMANDS,
 ):
     app.command(name=_name, help=_help, context_settings=dict(_settings))(_command)
 app.add_typer(prices_command.app, name="prices")

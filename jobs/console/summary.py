@@ -91,6 +91,8 @@ class RunSummary:
         cost_wasted: billed on top of `cost` for answers that were not used; None if none.
         num_lost_calls: calls that returned no usage, but that the provider may bill.
         lost_cost_at_most: most that it may bill for them, on top of `cost`; None if unknown.
+        table: the table of a lakehouse that holds the run's results; None if none does.
+        table_commits: snapshot or version of each of the run's tables there.
     """
 
     status: RunStatus
@@ -131,6 +133,8 @@ class RunSummary:
     cost_journaled: Decimal | None = None
     cost_paid: Decimal | None = None
     account: Mapping[str, object] | None = None
+    table: str | None = None
+    table_commits: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def to_json(self) -> dict[str, object]:
         """The record as JSON values: decimals as plain strings, rejects by type in order of name."""

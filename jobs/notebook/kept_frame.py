@@ -99,7 +99,7 @@ def _check_output(layout: RunLayout, path: str, num_rows: int) -> None:
             )
         return
     source = read_record(layout.output).request.job.input
-    digest = find_frame_digest(source.paths[0])
+    digest = find_frame_digest(source.paths[0]) if source.paths else None
     if digest != find_frame_digest(path):
         found = f"the files of {source.shown_path}" if digest is None else "another data frame"
         raise OutputError(

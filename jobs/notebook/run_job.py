@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, overload
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moebeam.jobs.check.job_source import JobSource, load_job_for_frame, with_input
 from moebeam.jobs.console.console import logging_to, stderr_console
 from moebeam.jobs.console.signals import draining_signals
 from moebeam.jobs.console.summary import EXIT_STOPPED, LIMITS
 from moebeam.jobs.notebook.frames import ArrowStream, Frame, read_frame
-from moebeam.jobs.notebook.job_source import JobSource, load_job_for_frame, with_input
 from moebeam.jobs.notebook.kept_frame import drop_unclaimed_frame, keep_frame
 from moebeam.jobs.notebook.notebook_bar import describe_end, show_run
 from moebeam.jobs.output.current_run import read_partials

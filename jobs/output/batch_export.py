@@ -7,27 +7,24 @@ the times of one shard.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, TypeAlias
+from typing import TypeAlias
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from moebeam.jobs.output.batch_responses import AnswerTimes, Row, Samples, answer_line, error_line, format_line
-from moebeam.jobs.output.current_run import read_current_run, read_partials
+from moebeam.jobs.output.current_run import read_partials
 from moebeam.jobs.output.run_record import RunRecord
-from moebeam.jobs.output.run_state import read_manifest
+from moebeam.jobs.output.run_tables import RunShard, RunStatus, find_shards, read_batches
 from moebeam.schemas.arrow import list_values
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import CommitError, JobFileError, OutputError
 from moebeam.schemas.store import storage
-from moebeam.schemas.store.checked_file import open_checked
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.schemas.store.streamed_file import Write, streamed_file
 from moebeam.schemas.tables import TABLES, Table
-from moebeam.transforms.durable.commit import list_committed_shards, read_commit
 
 OUTPUT_FILE = "output.jsonl"
 ERROR_FILE = "error.jsonl"
@@ -76,7 +73,7 @@ class BatchExport:
         num_damaged: answers in journals that cannot be read and are in neither file.
     """
 
-    run_status: Literal["complete", "incomplete"]
+    run_status: RunStatus
     output_file: str
     error_file: str
     num_answers: int
@@ -96,17 +93,6 @@ class BatchExport:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _ShardFile:
-    path: str
-    num_rows: int
-    sha256: str
-
-
-_Shard: TypeAlias = Mapping[Table, _ShardFile]
-"""A shard's files; an empty table has none."""
-
-
 def export_batch(record: RunRecord, folder: str, *, is_partial: bool = False) -> BatchExport:
     """Write both files of a run into a folder, replacing older ones.
 
@@ -119,7 +105,7 @@ def export_batch(record: RunRecord, folder: str, *, is_partial: bool = False) ->
     """
     layout = record.layout
     _check_folder(layout, folder)
-    status, shards = _find_shards(layout, is_partial=is_partial)
+    status, shards = find_shards(layout, is_partial=is_partial)
     output_file, error_file = storage.join(folder, OUTPUT_FILE), storage.join(folder, ERROR_FILE)
     num_answers = num_errors = num_journaled = num_damaged = 0
     try:
@@ -150,74 +136,10 @@ def _check_folder(layout: RunLayout, folder: str) -> None:
             )
 
 
-def _find_shards(layout: RunLayout, *, is_partial: bool) -> tuple[Literal["complete", "incomplete"], list[_Shard]]:
-    """Find the files of a run, shard by shard, in the tables' order."""
-    try:
-        manifest = read_current_run(layout).manifest if is_partial else read_manifest(layout)
-    except (CommitError, OSError) as error:
-        raise OutputError(f"{layout.output}: cannot be looked at: {error}") from error
-    if manifest is not None and manifest["status"] == "complete":
-        return "complete", _read_manifest_shards(layout, manifest)
-    if is_partial:
-        return "incomplete", list(_read_committed_shards(layout))
-    raise OutputError(
-        f"{layout.output}: expected a finished run, found one that is not; moebeam resume {layout.output} finishes it, "
-        "--partial exports what it has"
-    )
-
-
-def _read_manifest_shards(layout: RunLayout, manifest: Mapping[str, Any]) -> list[_Shard]:
-    found: dict[str, dict[Table, _ShardFile]] = {}
-    for table in TABLES:
-        for file in manifest["files"][table]:
-            path = storage.join(layout.output, file["path"])
-            # A shard's tables share one name; ledger files of wasted work have other names.
-            name = path.rpartition("/")[2]
-            if table != "ledger" or name in found:
-                found.setdefault(name, {})[table] = _ShardFile(path, file["num_rows"], file["sha256"])
-    return [found[name] for name in sorted(found)]
-
-
-def _read_committed_shards(layout: RunLayout) -> Iterator[_Shard]:
-    try:
-        for name in list_committed_shards(layout):
-            commit = read_commit(layout, name)
-            if commit is None:
-                raise OutputError(f"{layout.shard_commit(name)}: expected a commit record, found none")
-            shard: dict[Table, _ShardFile] = {}
-            for file in commit.files:
-                published = layout.published_file(file.table, commit.shard)
-                is_published = storage.exists(published)
-                path = published if is_published else storage.join(layout.output, file.path)
-                shard[file.table] = _ShardFile(path, file.num_rows, file.sha256)
-            yield shard
-    except (CommitError, OSError) as error:
-        raise OutputError(f"{layout.output}: its commits cannot be read: {error}") from error
-
-
-def _read_batches(file: _ShardFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Read some columns of a table's file.
-
-    Raises:
-        OutputError: the file is missing, damaged, or of a version with other columns.
-    """
-    try:
-        with open_checked(file.path, file.sha256) as source, pq.ParquetFile(source, pre_buffer=False) as parquet:
-            missing = [name for name in columns if name not in parquet.schema_arrow.names]
-            if missing:
-                raise OutputError(f"{file.path}: expected the columns {', '.join(missing)}, found none of these names")
-            if parquet.metadata.num_rows != file.num_rows:
-                raise OutputError(f"{file.path}: expected {file.num_rows} rows, found {parquet.metadata.num_rows}")
-            later = [name for name in _LATER_COLUMNS if name in parquet.schema_arrow.names]
-            yield from parquet.iter_batches(_BATCH_ROWS, columns=[*columns, *later], use_threads=False)
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise OutputError(f"{file.path}: expected a table of the run, found: {error}") from error
-
-
-def _read_answer_times(shard: _Shard) -> AnswerTimes:
+def _read_answer_times(shard: RunShard) -> AnswerTimes:
     """Read when each request of a shard was answered; only rows sent to the model have ledger lines."""
     times: dict[str, int] = {}
-    for batch in _read_batches(shard["ledger"], _TIME_COLUMNS) if "ledger" in shard else ():
+    for batch in read_batches(shard["ledger"], _TIME_COLUMNS) if "ledger" in shard else ():
         _note_answer_times(batch, times)
     return times
 
@@ -229,8 +151,8 @@ def _note_answer_times(ledger: pa.Table | pa.RecordBatch, times: dict[str, int])
         times[custom_id] = max(answered_at, times.get(custom_id, 0))
 
 
-def _write_rows(shard: _Shard, table: Table, write: Write, times: AnswerTimes) -> int:
-    batches = _read_batches(shard[table], _COLUMNS) if table in shard else ()
+def _write_rows(shard: RunShard, table: Table, write: Write, times: AnswerTimes) -> int:
+    batches = read_batches(shard[table], _COLUMNS, _LATER_COLUMNS) if table in shard else ()
     rows = (row for batch in batches for row in batch.to_pylist())
     return _write_lines(rows, write, answer_line if table == "results" else error_line, times)
 

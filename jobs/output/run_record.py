@@ -27,8 +27,9 @@ from moebeam.schemas.store.sealed_json import unseal_json
 from moebeam.transforms.answer.reuse import ReuseSource
 from moebeam.transforms.plan.plan_record import read_plan
 from moebeam.transforms.read.claimed_file import check_claim
+from moebeam.transforms.read.file_format import InputFormat
 from moebeam.transforms.read.input_files import files_fingerprint, identify_files
-from moebeam.transforms.read.input_scan import InputFormat, InputScan, InputUnit
+from moebeam.transforms.read.input_scan import InputScan, InputUnit
 
 _NUM_SHOWN_FILES = 3
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://\S+", re.IGNORECASE)
@@ -146,10 +147,10 @@ def read_record(output: str) -> RunRecord:
 
 def _move_frame(section: InputSection, before: RunLayout, now: RunLayout) -> InputSection:
     """The input of a run whose data frame moved along with its output folder; any other input stays."""
-    digest = find_frame_digest(section.paths[0])
-    if digest is None or section.path != storage.normalize_path(before.frame(digest)):
+    path, frames = section.paths[0] if section.paths else "", f"{storage.normalize_path(before.frames)}/"
+    if find_frame_digest(path) is None or not path.startswith(frames):
         return section
-    return section.model_copy(update={"path": storage.normalize_path(now.frame(digest))})
+    return section.model_copy(update={"path": storage.join(storage.normalize_path(now.frames), path[len(frames) :])})
 
 
 def _explain_missing_run(layout: RunLayout) -> str:
@@ -333,6 +334,9 @@ def _find_texts(value: object, place: tuple[str, ...]) -> Iterator[tuple[tuple[s
 
 
 def _has_credentials(url: str) -> bool:
-    authority = url.partition("://")[2].partition("/")[0]
+    # A table's URL holds that of its store.
+    authorities = [part.partition("/")[0] for part in url.split("://")[1:]]
     query = url.partition("?")[2].lower()
-    return "@" in authority or any(word in query for word in ("signature=", "sig=", "token=", "secret", "password="))
+    return any("@" in authority for authority in authorities) or any(
+        word in query for word in ("signature=", "sig=", "token=", "secret", "password=")
+    )

@@ -14,6 +14,8 @@ from moebeam.jobs.check.identity import JobIdentity
 from moebeam.jobs.check.preflight import CheckedJob, check_job
 from moebeam.jobs.prices.shipped import BUILTIN, load_named_book
 from moebeam.jobs.quotes.earlier_run import EarlierRun
+from moebeam.model_runner.vllm_engine.options import VllmOptions
+from moebeam.model_runner.vllm_engine.prefix_units import describe_reach, measure_reach
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.errors import JobFileError
 from moebeam.schemas.job.sections import Job
@@ -21,7 +23,7 @@ from moebeam.schemas.prices import PriceMode
 from moebeam.schemas.providers import name_provider, suggest_provider
 from moebeam.transforms.money.exchange_rates import ExchangeRates
 from moebeam.transforms.money.price_book import PriceBook
-from moebeam.transforms.quote.cache_rules import UNKNOWN, CacheRule, find_rule
+from moebeam.transforms.quote.cache_rules import UNKNOWN, CacheRule, find_rule, unit_rule
 from moebeam.transforms.quote.cheapest_start import Offer, Start, cheapest, cost_at, hourly_costs, starts, tier_starts
 from moebeam.transforms.quote.prompt_survey import PromptSurvey, survey_columns, survey_prompts
 from moebeam.transforms.quote.quote import (
@@ -163,6 +165,8 @@ def quote_job(job: Job, terms: QuoteTerms, *, limit: int | None = None) -> tuple
         notes.append(f"rows that ask for another model ({', '.join(routes)}) are quoted at the price of {model!r}")
     if survey.is_sample and terms.num_sample_rows is not None and job.input.id_column is not None:
         notes.append("repeated ids are not looked for in a sample; each is a row that is not asked")
+    if (unit := offers[0].rule.unit) is not None:
+        notes.append(describe_reach(measure_reach(survey.num_prompt_tokens, survey.num_shared_tokens, unit), unit))
     if renderer.is_estimated:
         notes.append("prompt tokens are estimated from their text, so the bounds do not cover the tokenizer's error")
     if any(quoted.rule is not UNKNOWN and not quoted.is_job for quoted in offers):
@@ -214,6 +218,8 @@ def _list_candidates(
     )
     is_remote = engine.options.is_remote
     rule = find_rule(own, engine.engine) if is_remote else find_rule("local", engine.engine)
+    if isinstance(engine.options, VllmOptions):
+        rule = unit_rule(engine.options.expect_unit(engine.path))
     found: list[tuple[str, PriceMode, CacheRule, bool]] = [(own, own_mode, rule, True)]
     lines = [line for line in book.lines if line.model == model]
     known: list[tuple[str, PriceMode]] = list(dict.fromkeys((line.provider, line.mode) for line in lines))

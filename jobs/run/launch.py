@@ -20,13 +20,14 @@ from moebeam.jobs.deploy.dataflow.job_template import summarize_template, templa
 from moebeam.jobs.deploy.job_service import prepare_job_service
 from moebeam.jobs.output.current_run import bring_up_to_date
 from moebeam.jobs.output.frame_record import check_frame
-from moebeam.jobs.output.run_record import RetryOf, RunRecord, save_input
+from moebeam.jobs.output.run_record import RetryOf, RunRecord
 from moebeam.jobs.output.run_state import RunWatch, announce_presence, read_manifest, remove_dead_launchers
+from moebeam.jobs.run.begin_attempt import begin_attempt
+from moebeam.jobs.run.finish import finish_run
 from moebeam.jobs.run.local_runner import find_logs_folder, keeping_threads_output, make_local_runner
 from moebeam.jobs.run.main_job import make_main_job
 from moebeam.jobs.run.pipeline_thread import PipelineThread
 from moebeam.jobs.run.retry_failed import write_retry_plan
-from moebeam.jobs.run.summarize import summarize_run
 from moebeam.model_runner.protocol import require_packages
 from moebeam.pipelines.main_job import build
 from moebeam.schemas.errors import FileDamaged, JobInterrupted, OutputError, PipelineFailed
@@ -99,21 +100,19 @@ def launch(
     with _store_errors(job.output.path):
         _mend_plan(layout)
         if not storage.exists(layout.plan_record):
-            check_frame(job.input.paths[0])
-        checked = check_job(job, limit=limit, retry_of=retry_of, retried=retried, reuse=reuse)
+            for path in job.input.paths:
+                check_frame(path)
+        checked = check_job(job, limit=limit, retry_of=retry_of, retried=retried, reuse=reuse, is_launch=True)
         for warning in checked.warnings:
             _LOGGER.warning("%s", warning)
         manifest = read_manifest(layout)
         if manifest is not None and manifest["status"] == "complete":
             # The last launcher may have been killed right after writing the manifest.
             remove_dead_launchers(layout)
-            return summarize_run(bring_up_to_date(layout) or manifest, job, "already_done", started)
+            return finish_run(bring_up_to_date(layout) or manifest, job, "already_done", started)
         if runs_here(options):
             require_packages(job.model)
-        run_key = checked.claim_output()
-        save_input(layout, checked.request, checked.scan)
-        storage.remove_files([layout.stop, layout.failure])
-        forget_stop(layout)
+        checked, run_key = begin_attempt(checked)
         if reuse is not None:
             save_fences(layout, reuse)
         planned = mend_record(layout)
@@ -155,7 +154,8 @@ def launch(
     assert manifest is not None, "a pipeline that succeeded has written its manifest"
     if manifest.get("reason") == ON_ERROR:
         raise PipelineFailed(f"{manifest['reason_message']}; what is committed is kept, run again to continue")
-    return summarize_run(manifest, job, "succeeded" if manifest["status"] == "complete" else "incomplete", started)
+    with _store_errors(layout.output):
+        return finish_run(manifest, job, "succeeded" if manifest["status"] == "complete" else "incomplete", started)
 
 
 def resume(
@@ -177,7 +177,7 @@ def resume(
     with _store_errors(record.layout.output):
         manifest = read_manifest(record.layout)
         if manifest is not None and manifest["status"] == "complete":
-            return summarize_run(bring_up_to_date(record.layout) or manifest, job, "already_done", started)
+            return finish_run(bring_up_to_date(record.layout) or manifest, job, "already_done", started)
     return launch(
         job,
         limit=record.request.limit,

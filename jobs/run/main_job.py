@@ -79,7 +79,8 @@ def _describe_run(checked: CheckedJob) -> dict[str, Json]:
         "product_version": version("moebeam"),
         "job_fingerprint": checked.identity.fingerprint,
         "input": {
-            "path": request.job.input.path if isinstance(request.job.input.path, str) else [*request.job.input.paths],
+            "path": [*request.job.input.paths] if isinstance(request.job.input.path, tuple) else request.job.input.path,
+            "query": request.job.input.query,
             "format": scan.format,
             "num_files": scan.num_files,
             "num_rows": scan.num_rows,

@@ -12,6 +12,7 @@ from moebeam.schemas.errors import CommitError, EngineUnavailable, JobInterrupte
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.publish.lakehouse.commit_run import TableReceipt
 from moebeam.transforms.publish.manifest import find_cost, find_sole_amount
 from moebeam.transforms.publish.manifest_file import count_answers
 from moebeam.transforms.publish.reject_messages import parse_commonest
@@ -20,11 +21,14 @@ from moebeam.transforms.publish.run_account import RunAccount
 NUM_SHOWN_MESSAGES = 3
 
 
-def summarize_run(manifest: Mapping[str, Any], job: Job, status: RunStatus, started: float) -> RunSummary:
+def summarize_run(
+    manifest: Mapping[str, Any], job: Job, status: RunStatus, started: float, receipt: TableReceipt | None = None
+) -> RunSummary:
     """Summarize a manifest at the end of an attempt.
 
     Args:
         started: start of this attempt, on the monotonic clock.
+        receipt: of the run's commit to a lakehouse; None without one.
     """
     account = RunAccount.from_manifest(manifest)
     committed, wasted = account.committed, account.wasted
@@ -85,6 +89,8 @@ def summarize_run(manifest: Mapping[str, Any], job: Job, status: RunStatus, star
         account=account.by_state(),
         num_lost_calls=account.paid.num_lost_calls,
         lost_cost_at_most=find_sole_amount(account.paid.lost_costs_at_most)[0],
+        table=receipt and receipt.url,
+        table_commits=receipt.commits if receipt is not None else {},
     )
 
 

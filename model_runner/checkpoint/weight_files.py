@@ -37,12 +37,16 @@ class StoredTensor:
     Attributes:
         file: the whole path of the file.
         dtype: as safetensors names it, such as `BF16`.
+        offset: of its first byte in the file.
+        num_bytes: that it takes there.
     """
 
     name: str
     file: str
     dtype: str
     shape: tuple[int, ...]
+    offset: int = 0
+    num_bytes: int = 0
 
 
 class _Index(BaseModel):
@@ -196,4 +200,8 @@ def _read_header(file: str) -> list[StoredTensor]:
     end = first_byte + max((entry.data_offsets[1] for entry in entries.values()), default=0)
     if end != num_file_bytes:
         raise EngineLoadError(f"{file}: expected a whole safetensors file of {end} bytes, found {num_file_bytes}")
-    return [StoredTensor(name, file, entry.dtype, entry.shape) for name, entry in entries.items()]
+    return [
+        StoredTensor(name, file, entry.dtype, entry.shape, first_byte + begin, end - begin)
+        for name, entry in entries.items()
+        for begin, end in [entry.data_offsets]
+    ]

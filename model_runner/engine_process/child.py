@@ -1,7 +1,7 @@
 """Main program of an engine process, started by `isolated_runner.py`.
 
 Both sides exchange pickled tuples over a private socket. The parent sends the configuration, then `("open", call)` and
-`("request", call, Request | None)`; the child sends `("ready", counters)` or `("failed", error)`, then
+`("request", call, Request | None)`; the child sends `("ready", Determinism, counters)` or `("failed", error)`, then
 `("pull", call)`, `("completion", call, Completion)`, `("done", call, counters)`, `("broken", call, error)` and, every
 `HEARTBEAT_S`, `("beat", counters)`. The process exits when the parent's end of the socket closes.
 """
@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, TypeAlias
 
-from moebeam.model_runner.protocol import CountingRunner, EngineConfig, ModelRunner, load_runner
+from moebeam.model_runner.protocol import CountingRunner, EngineConfig, ModelRunner, load_runner, read_determinism
 from moebeam.schemas.errors import EngineContractError, MoebeamError
 from moebeam.schemas.records import Request
 
@@ -53,7 +53,7 @@ def serve(connection: "Connection[Any, Any]", load: Callable[[EngineConfig], Mod
     except MoebeamError as error:
         link.send("failed", error)
         return
-    link.send("ready", _counters(runner))
+    link.send("ready", read_determinism(runner), _counters(runner))
     threading.Thread(target=_send_heartbeats, args=(link, runner), daemon=True).start()
     calls: dict[int, _Requests] = {}
     try:

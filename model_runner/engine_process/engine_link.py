@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from moebeam.model_runner.engine_process.process_link import LOADING, EngineExit, ProcessLink
 from moebeam.model_runner.protocol import EngineConfig, add_counters
+from moebeam.schemas.determinism import Determinism
 from moebeam.schemas.records import Completion, Request
 
 Messages: TypeAlias = "SimpleQueue[tuple[Any, ...] | EngineExit]"
@@ -60,10 +61,11 @@ class EngineLink(ProcessLink):
         self._counters: Mapping[str, float] = {}
         self._last_sign = time.monotonic()
         super().__init__(connection, popen)
-        kind, content = self._load(config)
+        kind, content, *_ = self._load(config)
         if kind == "failed":
             self.close()
             raise content
+        self.determinism: Determinism = content
 
     @property
     def counters(self) -> Mapping[str, float]:

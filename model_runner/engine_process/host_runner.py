@@ -30,6 +30,7 @@ from moebeam.model_runner.engine_process.supervisor import Supervisor
 from moebeam.model_runner.host_folder import check_own_socket, host_folder, make_private_folder
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.model_runner.python_process import python_command, python_environment
+from moebeam.schemas.determinism import Determinism
 from moebeam.schemas.errors import EngineLoadError
 from moebeam.schemas.records import Completion, Request
 
@@ -68,6 +69,10 @@ class HostRunner:
     def counters(self) -> Mapping[str, float]:
         """Like `CountingRunner.counters`, for all processes that share the engine."""
         return self._supervisor.last.counters
+
+    def determinism(self) -> Determinism:
+        """See `PromisingRunner`: what the engine in the other process promises."""
+        return self._supervisor.last.determinism
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests as the engine does.

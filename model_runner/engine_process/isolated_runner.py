@@ -22,6 +22,7 @@ from moebeam.model_runner.engine_process.process_link import EngineExit, start_p
 from moebeam.model_runner.engine_process.supervisor import Supervisor
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.model_runner.python_process import python_command, python_environment
+from moebeam.schemas.determinism import Determinism
 from moebeam.schemas.errors import EngineCrashed, EngineLoadError, EngineTimeout, RowError
 from moebeam.schemas.records import Completion, Request
 
@@ -110,6 +111,10 @@ class IsolatedRunner:
     def counters(self) -> Mapping[str, float]:
         """Like `CountingRunner.counters`, over all processes so far."""
         return self._supervisor.last.counters
+
+    def determinism(self) -> Determinism:
+        """See `PromisingRunner`: what the engine in the other process promises."""
+        return self._supervisor.last.determinism
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests as the engine does; a request that kills it twice while alone fails.

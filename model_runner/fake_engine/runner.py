@@ -30,6 +30,7 @@ from moebeam.model_runner.fake_engine.options import FakeOptions
 from moebeam.model_runner.prefix_tree import common_prefix_length
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.schemas.canonical import canonical_json
+from moebeam.schemas.determinism import Determinism
 from moebeam.schemas.errors import EngineLoadError, RowError
 from moebeam.schemas.records import Completion, FinishReason, Request, TokenIds, ToolCall, Usage
 from moebeam.schemas.store import storage
@@ -154,6 +155,10 @@ class FakeRunner:
     def give_back(self) -> None:
         """See `StoppableRunner`: no further answer begins, and one that waits for its latency has none."""
         self._is_given_back.set()
+
+    def determinism(self) -> Determinism:
+        """See `PromisingRunner`."""
+        return Determinism("bitwise", "scripted answers", is_seeded=True)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer each request as it is pulled; pulls nothing ahead."""

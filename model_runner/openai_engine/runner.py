@@ -26,6 +26,7 @@ from moebeam.model_runner.openai_engine.options import FallbackSection, OpenAIOp
 from moebeam.model_runner.openai_engine.outages.circuit import OutagePolicy
 from moebeam.model_runner.openai_engine.prefix_gate import PrefixGate, WarmPrefixes
 from moebeam.model_runner.protocol import EngineConfig, Outage
+from moebeam.schemas.determinism import REMOTE, Determinism
 from moebeam.schemas.errors import EngineUnavailable
 from moebeam.schemas.records import Completion, Request
 
@@ -120,6 +121,10 @@ class OpenAIRunner:
             if outages and len(outages) == len(found):
                 return min(outages, key=lambda outage: outage.next_try_at)
         return None
+
+    def determinism(self) -> Determinism:
+        """See `PromisingRunner`."""
+        return REMOTE
 
     def counters(self) -> dict[str, float]:
         """See `CountingRunner`: calls, what became of those that failed, outages; sums over all endpoints."""

@@ -9,13 +9,11 @@
 """
 
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from threading import Event, Lock
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,32 +22,37 @@ from moebeam.model_runner.checkpoint.prompt_limits import why_not_runnable
 from moebeam.model_runner.grammar.constraint import MaskFiller
 from moebeam.model_runner.torch_engine.accelerators import pick_device
 from moebeam.model_runner.torch_engine.counters import EngineCounters
-from moebeam.model_runner.torch_engine.loading import build_model, parse_dtype, read_our_config
+from moebeam.model_runner.torch_engine.loading import build_model, parse_dtype, place_weights, read_our_config
 from moebeam.model_runner.torch_engine.memory.cache import Cache
-from moebeam.model_runner.torch_engine.models.architecture import Architecture, place_step
+from moebeam.model_runner.torch_engine.models.architecture import Architecture, extend_batches, place_step
 from moebeam.model_runner.torch_engine.sampler import Draw, Drawn, sample
 from moebeam.model_runner.torch_engine.schedule.prompt_tree import Node
 from moebeam.model_runner.torch_engine.schedule.running import Running
 from moebeam.model_runner.torch_engine.schedule.schedule import Schedule
 from moebeam.model_runner.torch_engine.schedule.sequences import Finished, Prompt
-from moebeam.model_runner.torch_engine.schedule.steps import Step
+from moebeam.model_runner.torch_engine.schedule.steps import Step, cut_step
+from moebeam.model_runner.torch_engine.streaming.layers import StreamedLayers
+from moebeam.model_runner.torch_engine.threads.step_threads import StepThreads
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import (
     Placement,
     available_bytes,
     keep_freed_memory,
-    num_threads,
     touch_memory,
 )
 from moebeam.schemas.errors import EngineFailed
-from moebeam.schemas.records import Sampling
 
 DEFAULT_BATCH_SIZE = 128
 MAX_STEP_ROWS = 1024
+"""Rows that go through a layer together; what a layer computes inside is that large."""
+
+STREAMED_BATCH_SIZE = 4096
+MAX_STREAMED_STEP_ROWS = 65_536
+"""Where each step reads the weights anew, it takes all rows that there are, in parts of `MAX_STEP_ROWS`."""
+
+MAX_LOGIT_ROWS = 512
 MIN_STEP_ROWS = 64
-NUM_PROBES = 64
 MAX_TOUCHED_BYTES = 3 << 29
-NUM_PROBED_TOKENS = 4
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -67,18 +70,24 @@ class TorchEngine:
         *,
         batch_size: int = 0,
         max_cache_bytes: int = 0,
-        max_step_rows: int = MAX_STEP_ROWS,
+        max_step_rows: int = 0,
         context_length: int | None = None,
     ) -> None:
         self.model = model
         self.context_length = context_length
         self.placement = placement
-        self.batch_size = batch_size or DEFAULT_BATCH_SIZE
-        self.max_cache_bytes = max_cache_bytes or available_bytes(placement.device) // 3
-        self.max_step_rows = max_step_rows
+        is_streamed = placement.max_weight_bytes > 0
+        self.batch_size = batch_size or (STREAMED_BATCH_SIZE if is_streamed else DEFAULT_BATCH_SIZE)
+        num_free_bytes = max_cache_bytes or available_bytes(placement.device) - placement.max_weight_bytes
+        self.max_cache_bytes = max_cache_bytes or max(1, num_free_bytes // 3)
+        self.max_step_rows = max_step_rows or MAX_STEP_ROWS
+        if is_streamed and not max_step_rows:
+            row_bytes = 4 * model.row_width * placement.dtype.itemsize  # rows before and after a layer, and plans
+            most = self.max_cache_bytes // 4 // row_bytes
+            self.max_step_rows = min(MAX_STREAMED_STEP_ROWS, max(MAX_STEP_ROWS, most))
         self.counters = EngineCounters()
-        self.num_threads = torch.get_num_threads()
-        self.masks = MaskFiller(model.vocab_size)
+        self.threads = StepThreads(placement.device)
+        self.masks = MaskFiller(model.vocab_size, num_threads=self.threads.num_mask_threads)
         self.claim: object = None
         self._turn = Lock()
         self._is_stopped = Event()
@@ -92,8 +101,10 @@ class TorchEngine:
         device: str = "auto",
         batch_size: int = 0,
         max_cache_bytes: int = 0,
-        max_step_rows: int = MAX_STEP_ROWS,
+        max_weight_bytes: int = 0,
+        max_step_rows: int = 0,
         max_model_len: int = 0,
+        keeps_page_cache: bool | None = None,
     ) -> "TorchEngine":
         """Load a checkpoint folder.
 
@@ -102,8 +113,11 @@ class TorchEngine:
             device: `auto` or a torch device.
             batch_size: most running prompts; 0 lets the engine decide.
             max_cache_bytes: most memory for live keys and states; 0 means a third of the device's free memory.
-            max_step_rows: most prompt tokens in a step.
+            max_weight_bytes: most memory for weights; 0 sets no limit.
+            max_step_rows: most prompt tokens in a step; 0 lets the engine decide.
             max_model_len: most tokens of prompt and answer; 0 means what the configuration implies.
+            keeps_page_cache: whether files stay in the system's page cache once they were read for a step; None: if
+                they take less than half of the free memory.
         Raises:
             EngineLoadError: the checkpoint cannot be read, or its model is unknown.
         """
@@ -111,9 +125,9 @@ class TorchEngine:
         config = load_transformers_config(found)
         parsed_dtype = parse_dtype(dtype, config.dtype)
         taken = pick_device(device)
-        placement = Placement(taken.device, parsed_dtype)
-        keep_freed_memory(placement.device)
+        keep_freed_memory(taken.device)
         weights = CheckpointWeights.open(path, found.model_type, parsed_dtype)
+        placement = place_weights(weights, taken.device, max_weight_bytes)
         model = build_model(config, weights, placement, path)
         engine = cls(
             model,
@@ -124,28 +138,13 @@ class TorchEngine:
             max_step_rows=max_step_rows,
         )
         engine.claim = taken.claim
-        touch_memory(placement.device, min(MAX_TOUCHED_BYTES, 3 * weights.num_bytes))
-        engine.calibrate()
+        if isinstance(model.layers, StreamedLayers):
+            if keeps_page_cache is None:
+                keeps_page_cache = weights.num_bytes < available_bytes(torch.device("cpu")) // 2
+            model.layers.start(bypasses_cache=not keeps_page_cache)
+        else:
+            touch_memory(placement.device, min(MAX_TOUCHED_BYTES, 3 * weights.num_bytes))
         return engine
-
-    def calibrate(self) -> None:
-        """Measure whether a step is faster on all of torch's threads or on one.
-
-        Synchronising threads after each of a small model's short operations costs more than they save: with the
-        demo's model on two shared cores a step took 240 ms on both and 69 ms on one.
-        """
-        all_threads = torch.get_num_threads()
-        if self.placement.device.type != "cpu" or all_threads == 1:
-            return
-        seconds: dict[int, float] = {}
-        for num in (1, all_threads, 1, all_threads):
-            self.num_threads = num
-            started = time.perf_counter()
-            for _ in self.run(_make_probes(min(self.batch_size, NUM_PROBES), self.model.vocab_size)):
-                pass
-            seconds[num] = min(seconds.get(num, math.inf), time.perf_counter() - started)
-        self.num_threads = min(seconds, key=seconds.__getitem__)
-        self.counters = EngineCounters()
 
     def run(self, prompts: Iterable[Prompt]) -> Iterator[Finished]:
         """Answer prompts; yields exactly one `Finished` for each, as soon as it is done.
@@ -217,7 +216,7 @@ class _Run:
     def step(self) -> list[Finished]:
         """Take one step and return the prompts that it finished; if it fails, preempt all and halve the batch."""
         try:
-            with num_threads(self._engine.num_threads):
+            with self._engine.threads.use():
                 return self._step()
         except RuntimeError as error:  # torch's out-of-memory errors are among them
             failure = EngineFailed(f"the model failed: {type(error).__name__}: {error}")
@@ -237,14 +236,21 @@ class _Run:
         counters.peak_expanded_bytes = max(counters.peak_expanded_bytes, cache.peak_expanded_bytes)
 
     def _step(self) -> list[Finished]:
-        step = self._plan()
+        engine, step = self._engine, self._plan()
         sampled = step.sampled
-        masks = self._engine.masks.start([running.prompt.constraint for running in sampled])
+        engine.threads.start()  # not before: the plan may wait for the source of prompts
+        masks = engine.masks.start([running.prompt.constraint for running in sampled])
         try:
-            logits = self._extend(step) if step.num_rows else None
+            rows = self._extend(step) if step.num_rows else None
         finally:
             allowed = masks.result()  # after a failure too: threads are filling them
-        tokens = self._sample(step, sampled, logits, allowed)
+        tokens = self._sample(step, rows, allowed)
+        engine.threads.end(
+            step.num_rows,
+            has_prompts=step.num_prompt_rows > 0,
+            has_masks=allowed is not None,
+            counters=engine.counters,
+        )
         return self._retire(sampled, tokens)
 
     def _plan(self) -> Step:
@@ -255,12 +261,17 @@ class _Run:
         return step
 
     def _extend(self, step: Step) -> Tensor:
-        """Run the model over a step's rows: float32 logits, shape (num_logit_rows, vocab_size)."""
+        """Run the model over a step's rows: what `read_logits` takes, of those with logits."""
         engine, cache = self._engine, self._cache
-        cache.prepare(step.spans, step.num_rows, self.schedule.live_spans)
-        batch = place_step(step, engine.model, engine.placement.device)
+        layers, counters = engine.model.layers, engine.counters
+        cache.prepare(step.spans, min(step.num_rows, MAX_STEP_ROWS), self.schedule.live_spans)
+        batches = [place_step(part, engine.model, engine.placement.device) for part in cut_step(step, MAX_STEP_ROWS)]
         self._end_phase("plan")
-        logits = engine.model.extend(batch, cache)
+        num_bytes_before, wait_before_s = layers.num_bytes_read, layers.wait_s
+        rows = torch.cat(extend_batches(engine.model, batches, cache))
+        counters.num_weight_bytes_read += layers.num_bytes_read - num_bytes_before
+        counters.weight_wait_s += layers.wait_s - wait_before_s
+        engine.threads.exclude(layers.wait_s - wait_before_s)
         cache.commit(step.spans)
         self.schedule.mark_computed(step)
         engine.counters.num_steps += 1
@@ -268,29 +279,32 @@ class _Run:
         engine.counters.num_decode_tokens += step.num_rows - step.num_prompt_rows
         engine.counters.flops += engine.model.flops(step.num_rows, len(step.logit_rows))
         self._end_phase("extend")
-        return logits
+        return rows
 
-    def _sample(
-        self, step: Step, sampled: Sequence[Running], logits: Tensor | None, allowed: Tensor | None
-    ) -> list[Drawn]:
-        """Draw the next token of each of `sampled`; shared nodes keep their logits for the prompts that end on them."""
-        if not sampled and not step.logit_owners:
-            return []
-        rows: list[Tensor] = []
-        if logits is not None:
-            for row, owner in enumerate(step.logit_owners):
+    def _sample(self, step: Step, rows: Tensor | None, allowed: Tensor | None) -> list[Drawn]:
+        """Draw the next token of each of `step.sampled`; shared nodes keep their logits for prompts that end on them.
+
+        Args:
+            rows: that `_extend` returned.
+        """
+        tokens: list[Drawn] = []
+        for first in range(0, len(step.logit_owners), MAX_LOGIT_ROWS):
+            assert rows is not None
+            owners = step.logit_owners[first : first + MAX_LOGIT_ROWS]
+            logits = self._engine.model.read_logits(rows[first : first + MAX_LOGIT_ROWS])
+            self._end_phase("extend")
+            for row, owner in enumerate(owners):
                 if isinstance(owner, Node):
                     owner.last_logits = logits[row].clone()
-            sampled_rows = [row for row, owner in enumerate(step.logit_owners) if isinstance(owner, Running)]
-            rows.append(logits if len(sampled_rows) == logits.shape[0] else logits[sampled_rows])
-        for running in step.full_hits:
-            assert running.node.parent is not None
-            rows.append(running.node.parent.last_logits.unsqueeze(0))
-        tokens: list[Drawn] = []
-        if sampled:
-            draws = [_make_draw(running) for running in sampled]
-            tokens = sample(rows[0] if len(rows) == 1 else torch.cat(rows), draws, allowed)
-        self._end_phase("sample")
+            drawn = [row for row, owner in enumerate(owners) if isinstance(owner, Running)]
+            sampled = [owner for owner in owners if isinstance(owner, Running)]
+            tokens += _draw(sampled, logits if len(drawn) == len(owners) else logits[drawn], allowed, len(tokens))
+            self._end_phase("sample")
+        for first in range(0, len(step.full_hits), MAX_LOGIT_ROWS):
+            sampled = step.full_hits[first : first + MAX_LOGIT_ROWS]
+            kept = [running.node.parent.last_logits for running in sampled if running.node.parent is not None]
+            tokens += _draw(sampled, torch.stack(kept), allowed, len(tokens))
+            self._end_phase("sample")
         return tokens
 
     def _retire(self, sampled: Sequence[Running], tokens: Sequence[Drawn]) -> list[Finished]:
@@ -338,10 +352,12 @@ def _drain(refused: list[Finished]) -> Iterator[Finished]:
         yield refused.pop(0)
 
 
-def _make_probes(num_prompts: int, vocab_size: int) -> Iterator[Prompt]:
-    """Yield prompts of one token each, for a few steps of many rows."""
-    for i in range(min(num_prompts, vocab_size)):
-        yield Prompt(str(i), np.array([i], dtype=np.int32), NUM_PROBED_TOKENS, Sampling(NUM_PROBED_TOKENS))
+def _draw(sampled: Sequence[Running], logits: Tensor, allowed: Tensor | None, first: int) -> list[Drawn]:
+    """Draw tokens from logits, shape (num_sampled, vocab_size); their masks are in `allowed` from `first` on."""
+    if not sampled:
+        return []
+    masks = None if allowed is None else allowed[first : first + len(sampled)]
+    return sample(logits, [_make_draw(running) for running in sampled], masks)
 
 
 def _make_draw(running: Running) -> Draw:

@@ -17,6 +17,8 @@ from moebeam.model_runner.checkpoint.model_config import (
 from moebeam.model_runner.protocol import EngineConfig
 from moebeam.model_runner.torch_engine.models.architecture import Architecture, build_architecture
 from moebeam.model_runner.torch_engine.options import TorchOptions
+from moebeam.model_runner.torch_engine.streaming.layer_weights import count_converted_bytes
+from moebeam.model_runner.torch_engine.streaming.layers import StreamedLayers
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 from moebeam.schemas.errors import EngineLoadError
@@ -43,12 +45,30 @@ def build_model(config: Any, weights: CheckpointWeights, placement: Placement, p
     """
     try:
         with torch.inference_mode():
-            return build_architecture(config, weights, placement)
+            model = build_architecture(config, weights, placement)
     except RuntimeError as error:  # out of memory is one, too
         raise EngineLoadError(
             f"{path}: expected a checkpoint that fits into the memory of {placement.device}, "
             f"found: {type(error).__name__}: {error}"
         ) from error
+    if isinstance(model.layers, StreamedLayers):
+        model.layers.divide_memory()
+    return model
+
+
+def place_weights(
+    weights: CheckpointWeights, device: torch.device, max_weight_bytes: int, *, is_packed: bool = True
+) -> Placement:
+    """Decide whether all weights stay in memory.
+
+    Args:
+        max_weight_bytes: most memory for them; 0 sets no limit.
+    """
+    if max_weight_bytes:
+        num_bytes = sum(count_converted_bytes(stored.header, weights.dtype) for stored in weights.tensors.values())
+        if num_bytes > max_weight_bytes:
+            return Placement(device, weights.dtype, is_packed=False, max_weight_bytes=max_weight_bytes)
+    return Placement(device, weights.dtype, is_packed=is_packed)
 
 
 def check_torch_checkpoint(config: EngineConfig) -> None:
@@ -62,7 +82,8 @@ def check_torch_checkpoint(config: EngineConfig) -> None:
     loaded = load_transformers_config(found)
     dtype = parse_dtype(options.dtype, loaded.dtype)
     weights = CheckpointWeights.open_headers(config.path, found.model_type, dtype)
-    build_model(loaded, weights, Placement(torch.device("meta"), dtype, is_packed=False), config.path)
+    placement = place_weights(weights, torch.device("meta"), options.max_weight_bytes, is_packed=False)
+    build_model(loaded, weights, placement, config.path)
 
 
 def parse_dtype(name: str, configured: object) -> torch.dtype:

@@ -1,5 +1,6 @@
 """The options of the engine `torch` in `[model]`."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field
@@ -17,10 +18,20 @@ class TorchOptions(CheckpointSection):
     extra: ClassVar[str] = "torch"
     is_constrained: ClassVar[bool] = True
     plans_prefixes: ClassVar[bool] = True
+    # Threads that wait for each other sleep instead of spinning: beside a busy program that is three times as fast,
+    # otherwise it costs nothing (`docs/adr/0014`).
+    library_environment: ClassVar[Mapping[str, str]] = {"OMP_WAIT_POLICY": "PASSIVE"}
 
     engine: str = "torch"
     max_cache_bytes: int = Field(
         default=0, ge=0, description="Most memory for live keys and states; 0 lets the device decide"
+    )
+    max_weight_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Most memory for weights. Layers of a checkpoint that is larger are read from disk in every step, "
+        "while the layer before computes; `batch_size` 0 then runs as many sequences as `max_cache_bytes` holds. "
+        "0 keeps all weights in memory",
     )
 
     def check_files(self, path: str) -> None:

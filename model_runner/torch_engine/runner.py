@@ -20,6 +20,7 @@ from moebeam.model_runner.seeds import derive_seed
 from moebeam.model_runner.torch_engine.engine import TorchEngine
 from moebeam.model_runner.torch_engine.options import TorchOptions
 from moebeam.model_runner.torch_engine.schedule.sequences import Finished, Prompt
+from moebeam.schemas.determinism import Determinism, promise_of_arithmetic
 from moebeam.schemas.errors import RowError
 from moebeam.schemas.records import Completion, Request, Usage
 
@@ -59,10 +60,21 @@ class TorchRunner:
         self.engine.stop()
 
     def counters(self) -> dict[str, float]:
-        """See `CountingRunner`; seconds by phase are `plan_s`, `extend_s`, `sample_s` and `retire_s`."""
+        """See `CountingRunner`; seconds by phase are `plan_s`, `extend_s`, `sample_s` and `retire_s`, seconds by CPU
+        threads `threads_1_s` and so on."""
         values = asdict(self.engine.counters)
         seconds: dict[str, float] = values.pop("seconds")
-        return {**values, **{f"{phase}_s": value for phase, value in seconds.items()}}
+        by_threads: dict[int, float] = values.pop("seconds_by_threads")
+        return {
+            **values,
+            **{f"{phase}_s": value for phase, value in seconds.items()},
+            **{f"threads_{num}_s": value for num, value in by_threads.items()},
+        }
+
+    def determinism(self) -> Determinism:
+        """See `PromisingRunner`."""
+        placement = self.engine.placement
+        return promise_of_arithmetic(str(placement.dtype).removeprefix("torch."), placement.device.type)
 
     def _prompts(
         self, requests: Iterable[Request], waiting: dict[str, Request], refused: list[tuple[Request, RowError]]
@@ -132,6 +144,7 @@ def load_torch_runner(config: EngineConfig) -> TorchRunner:
         device=options.device,
         batch_size=options.batch_size,
         max_cache_bytes=options.max_cache_bytes,
+        max_weight_bytes=options.max_weight_bytes,
         max_model_len=options.max_model_len,
     )
     return TorchRunner(config, engine, tokenizer, encoding, end_token_ids)

@@ -49,6 +49,7 @@ from moebeam.model_runner.transformers_engine.growing_answers import (
 )
 from moebeam.model_runner.transformers_engine.loaded_models import check_loaded, find_ropes_by_length
 from moebeam.model_runner.transformers_engine.options import TransformersOptions
+from moebeam.schemas.determinism import Determinism, promise_of_arithmetic
 from moebeam.schemas.errors import EngineFailed, EngineLoadError, RowError
 from moebeam.schemas.records import Completion, Request, Usage
 from moebeam.schemas.store import storage
@@ -93,6 +94,10 @@ class TransformersRunner:
     def give_back(self) -> None:
         """See `StoppableRunner`; the token that is being computed is still finished."""
         self._is_given_back.set()
+
+    def determinism(self) -> Determinism:
+        """See `PromisingRunner`."""
+        return promise_of_arithmetic(str(self._model.dtype).removeprefix("torch."), self._device.type)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests, pulling at most `NUM_WINDOW_REQUESTS` ahead of the answers.

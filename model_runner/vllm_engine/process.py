@@ -7,9 +7,10 @@ packages.
 
 import contextlib
 import json
+import logging
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TypeAlias
@@ -17,22 +18,43 @@ from typing import Any, TypeAlias
 from moebeam.model_runner.engine_process.process_link import LOADING, EngineExit, ProcessLink, start_process
 from moebeam.model_runner.host_folder import host_folder, make_private_folder
 from moebeam.model_runner.python_process import foreign_environment
-from moebeam.schemas.canonical import Json
+from moebeam.model_runner.vllm_engine.engine_arguments import EngineArguments
+from moebeam.model_runner.vllm_engine.prefix_units import PrefixUnit
+from moebeam.schemas.determinism import Determinism
 from moebeam.schemas.errors import EngineLoadError
 
 PYTHON_VARIABLE = "MOEBEAM_VLLM_PYTHON"
 WORKER_SCRIPT = Path(__file__).with_name("worker.py")
 SHUTDOWN_TIMEOUT_S = 30.0
 
+_LOGGER = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedLimits:
-    """What a loaded vLLM takes: tokens of a context, token ids, sequences that run together; and on which device."""
+    """What a loaded vLLM takes: tokens of a context, token ids, sequences that run together; where and how it computes.
+
+    Attributes:
+        is_quantized: whether weights or the cache have fewer bits than `dtype`.
+        hit_unit, num_dropped_units, num_replayed_tokens: as of `PrefixUnit`.
+    """
 
     max_model_len: int
     vocab_size: int
     max_num_seqs: int
     device: str
+    dtype: str
+    is_quantized: bool
+    is_batch_invariant: bool
+    version: str
+    block_size: int
+    hit_unit: int
+    num_dropped_units: int
+    num_replayed_tokens: int
+
+    @property
+    def prefix_unit(self) -> PrefixUnit:
+        return PrefixUnit(self.hit_unit, self.num_dropped_units, self.num_replayed_tokens, self.block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +81,37 @@ Replies: TypeAlias = "SimpleQueue[TokenUpdate | EngineExit | None]"
 """None wakes a call whose requests were given back."""
 
 
+class _NotBatchInvariant(EngineLoadError):
+    """vLLM did not load with kernels whose rounding does not depend on the batch; it may without."""
+
+
+def start_vllm(python: str, arguments: EngineArguments) -> "VllmProcess":
+    """Start vLLM; with `batch_invariant` `auto` a second time, without, if it does not load with it.
+
+    Many attention layers, those of DeepSeek V4 among them, have no such kernels in vLLM 0.32, which says so late.
+
+    Raises:
+        EngineLoadError: as of `VllmProcess`.
+    """
+    try:
+        return VllmProcess(python, arguments)
+    except _NotBatchInvariant as error:
+        if arguments.batch_invariant != "auto":
+            raise
+        _LOGGER.warning("vLLM is loaded again without VLLM_BATCH_INVARIANT=1: %s", error)
+        return VllmProcess(python, replace(arguments, batch_invariant="off"))
+
+
 class VllmProcess(ProcessLink):
     """One vLLM with a model loaded.
 
     Args:
         python: the interpreter that has vLLM.
-        engine_arguments: of `vllm.EngineArgs`.
     Raises:
         EngineLoadError: the interpreter cannot be run, or vLLM ended while it loaded.
     """
 
-    def __init__(self, python: str, engine_arguments: Mapping[str, Json]) -> None:
+    def __init__(self, python: str, arguments: EngineArguments) -> None:
         try:
             sockets = make_private_folder(host_folder() / "vllm")
         except OSError as error:
@@ -91,11 +133,20 @@ class VllmProcess(ProcessLink):
         except OSError as error:
             raise EngineLoadError(f"{PYTHON_VARIABLE}: expected a Python interpreter, found: {error}") from error
         self._lines = _JsonLines(popen)
+        self.was_batch_invariant = False
         super().__init__(self._lines, popen, SHUTDOWN_TIMEOUT_S)
+        load = {
+            "type": "load",
+            "engine": dict(arguments.values),
+            "named": dict(arguments.named),
+            "batch_invariant": arguments.batch_invariant,
+            "adapters": dict(arguments.adapters or {}),
+        }
         try:
-            self.limits: LoadedLimits = self._load({"type": "load", "engine": dict(engine_arguments)})
+            self.limits: LoadedLimits = self._load(load)
         except EOFError as error:
-            raise EngineLoadError(f"vLLM could not load the model: {error}") from None
+            kind = _NotBatchInvariant if self.was_batch_invariant else EngineLoadError
+            raise kind(f"vLLM could not load the model: {error}") from None
 
     def ask(self, ask_id: str, message: Mapping[str, object], replies: Replies) -> None:
         """Send a request; its updates, or the process's exit, come to `replies`."""
@@ -113,6 +164,7 @@ class VllmProcess(ProcessLink):
             self._deliver(LOADING, LoadedLimits(**message), is_last=True)
         elif kind == "broken":
             self._failure = str(message["error"])
+            self.was_batch_invariant = bool(message.get("was_batch_invariant"))
         elif kind in ("tokens", "refused"):
             update = TokenUpdate(message.pop("id"), **message)
             self._deliver(update.ask_id, update, is_last=update.is_last)
@@ -121,6 +173,17 @@ class VllmProcess(ProcessLink):
 
     def _hang_up(self) -> None:
         self._lines.close_input()
+
+
+def promise(limits: LoadedLimits) -> Determinism:
+    """What a loaded vLLM promises of greedy answers."""
+    where = f"vLLM {limits.version} on {limits.device}, {limits.dtype}"
+    if limits.is_batch_invariant:
+        return Determinism("bitwise", f"{where}, with VLLM_BATCH_INVARIANT=1", is_seeded=True)
+    if limits.dtype == "float32" and not limits.is_quantized:
+        return Determinism("tokens", f"{where}, without batch-invariant kernels", is_seeded=True)
+    rounded = ", weights or cache quantised" if limits.is_quantized else ""
+    return Determinism("none", f"{where}{rounded}, without batch-invariant kernels", is_seeded=False)
 
 
 class _JsonLines:

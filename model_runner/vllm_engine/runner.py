@@ -2,14 +2,15 @@
 
 Stands inside the *answer* stage; `process.py` starts vLLM and `worker.py` runs it. What vLLM needs to know of the
 machine (memory for its cache, threads, devices) is set through vLLM's environment variables or `MOEBEAM_VLLM_ARGS`, a
-JSON object of further arguments of `vllm.EngineArgs`, for example `{"tensor_parallel_size": 8}`.
+JSON object of further arguments of `vllm.EngineArgs`, for example `{"gpu_memory_utilization": 0.95}`; the job's own are
+in `[model.engine_args]`.
 
-Unlike our own engines vLLM caches whole blocks of tokens (`usage.cached_tokens` counts these), and does not promise
-that rounding is independent of the batch: in bfloat16 a neighbour can change a greedy token. A temperature between 0
-and 0.01 is 0.01 there.
+Unlike our own engines vLLM caches whole units of tokens (`prefix_units.py`; `usage.cached_tokens` counts what it hit),
+and promises that rounding is independent of the batch only with `VLLM_BATCH_INVARIANT=1`: without, a neighbour can
+change a greedy token in bfloat16. A temperature between 0 and 0.01 is 0.01 there.
 """
 
-import hashlib
+import logging
 import os
 import sys
 import time
@@ -32,13 +33,21 @@ from moebeam.model_runner.encoding.chat_encoding import ChatEncoding, load_encod
 from moebeam.model_runner.encoding.end_tokens import read_end_token_ids
 from moebeam.model_runner.engine_process.process_link import EngineExit
 from moebeam.model_runner.engine_process.supervisor import Supervisor
-from moebeam.model_runner.prefix_tree import prefix_key
 from moebeam.model_runner.protocol import EngineConfig
-from moebeam.model_runner.seeds import derive_seed
-from moebeam.model_runner.vllm_engine.engine_arguments import build_engine_arguments
+from moebeam.model_runner.vllm_engine.ask import build_ask
+from moebeam.model_runner.vllm_engine.engine_arguments import EngineArguments, build_engine_arguments
 from moebeam.model_runner.vllm_engine.options import VllmOptions
-from moebeam.model_runner.vllm_engine.process import PYTHON_VARIABLE, Replies, TokenUpdate, VllmProcess
-from moebeam.schemas.canonical import Json
+from moebeam.model_runner.vllm_engine.prefix_account import PrefixAccount, Ranks
+from moebeam.model_runner.vllm_engine.prefix_units import unit_key
+from moebeam.model_runner.vllm_engine.process import (
+    PYTHON_VARIABLE,
+    Replies,
+    TokenUpdate,
+    VllmProcess,
+    promise,
+    start_vllm,
+)
+from moebeam.schemas.determinism import Determinism
 from moebeam.schemas.errors import EngineFailed, EngineLoadError, RowError
 from moebeam.schemas.records import Completion, FinishReason, Request, TokenLogprob, Usage
 from moebeam.schemas.store import storage
@@ -56,6 +65,8 @@ SUSPECT_SHARE = 16
 
 _DTYPES = frozenset({"auto", "float32", "bfloat16"})
 
+_LOGGER = logging.getLogger(__name__)
+
 
 class VllmRunner:
     """A loaded vLLM. Its process ends with the runner, or with this process."""
@@ -65,7 +76,7 @@ class VllmRunner:
         config: EngineConfig,
         *,
         python: str,
-        engine_arguments: Mapping[str, Json],
+        engine_arguments: EngineArguments,
         tokenizer: tokenizers.Tokenizer,
         encoding: ChatEncoding,
         end_token_ids: Sequence[int],
@@ -74,7 +85,7 @@ class VllmRunner:
         Args:
             config: what the job says of the engine.
             python: an interpreter that has vLLM.
-            engine_arguments: of `vllm.EngineArgs`.
+            engine_arguments: what vLLM is started with.
             tokenizer: makes text of tokens.
             encoding: reads answers out of that text.
             end_token_ids: the tokens that end an answer.
@@ -88,14 +99,27 @@ class VllmRunner:
         self._ask_ids = count()
         self._is_given_back = Event()
         self._calls: list[_Call] = []
-        self._supervisor: Supervisor[VllmProcess] = Supervisor(lambda _: VllmProcess(python, engine_arguments))
+        self._supervisor: Supervisor[VllmProcess] = Supervisor(lambda _: start_vllm(python, engine_arguments))
         self.limits = self._supervisor.last.limits
-        self.max_in_flight = 2 * self.limits.max_num_seqs
+        options = config.options_as(VllmOptions)
+        self._adapter = options.adapter
+        self._adapters = frozenset(options.adapters)
+        self._ranks = Ranks(options.data_parallel_size, 2 * self.limits.max_num_seqs)
+        self.prefixes = PrefixAccount(self.limits.prefix_unit)
+        self.max_in_flight = 2 * self.limits.max_num_seqs * options.data_parallel_size
         self.num_window_requests = max(NUM_WINDOW_REQUESTS, 2 * self.max_in_flight)
 
     def close(self) -> None:
         """End vLLM now; nothing can be answered afterwards."""
         self._supervisor.close()
+
+    def counters(self) -> Mapping[str, float]:
+        """See `CountingRunner`: what prompts shared, what of it vLLM's cache could reach, and what it hit."""
+        return self.prefixes.counters()
+
+    def determinism(self) -> Determinism:
+        """See `PromisingRunner`; as vLLM was loaded last."""
+        return promise(self._supervisor.last.limits)
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Answer requests, pulling a window of them ahead of the answers and sending it in token order.
@@ -119,6 +143,7 @@ class VllmRunner:
                 yield from self._receive(call)
         finally:
             self._calls.remove(call)
+            self._ranks.give_back(answer.rank for answer in call.in_flight.values())
             call.process.withdraw(call.in_flight)
 
     def give_back(self) -> None:
@@ -139,17 +164,25 @@ class VllmRunner:
                 runnable.append(request)
             else:
                 yield self._complete(self._start_answer(request), error)
-        call.waiting.extend(
-            (request, 0) for request in sorted(runnable, key=lambda one: prefix_key(one.tenant, one.prompt_token_ids))
-        )
+        ordered = self.prefixes.arrange(runnable, self._find_adapter)
+        call.waiting.extend((request, 0) for request in ordered)
+
+    def _find_adapter(self, request: Request) -> str | None:
+        """The LoRA adapter that answers a request; None for the checkpoint itself."""
+        asked = request.options.model
+        return asked if asked in self._adapters else self._adapter
 
     def _send(self, call: "_Call") -> None:
         """Give vLLM as many requests as it may have."""
         while call.waiting and len(call.in_flight) < self._most_in_flight(call):
             request, num_exits = call.waiting.popleft()
             ask_id = str(next(self._ask_ids))
-            call.in_flight[ask_id] = self._start_answer(request, num_exits)
-            call.process.ask(ask_id, _build_ask(request, self._end_token_ids), call.replies)
+            answer = self._start_answer(request, num_exits)
+            adapter = self._find_adapter(request)
+            answer.rank = self._ranks.take(unit_key(request, self.limits.prefix_unit, adapter))
+            call.in_flight[ask_id] = answer
+            ask = build_ask(request, self._end_token_ids, adapter=adapter, rank=answer.rank)
+            call.process.ask(ask_id, ask, call.replies)
 
     def _most_in_flight(self, call: "_Call") -> int:
         num_exits = max([call.waiting[0][1], *(answer.num_exits for answer in call.in_flight.values())])
@@ -170,6 +203,7 @@ class VllmRunner:
             if error is not None or answer.finish_reason is not None:
                 call.num_exits = 0
                 del call.in_flight[update.ask_id]
+                self._ranks.give_back([answer.rank])
                 if not update.is_last:
                     call.process.withdraw([update.ask_id])
                 yield self._complete(answer, error)
@@ -181,6 +215,7 @@ class VllmRunner:
             raise EngineLoadError(f"vLLM died {call.num_exits} times without an answer: {cause}")
         lost = list(call.in_flight.values())
         call.in_flight.clear()
+        self._ranks.give_back(answer.rank for answer in lost)
         if len(lost) == 1 and lost[0].num_exits > 0:
             yield self._complete(lost.pop(), EngineFailed(f"vLLM dies over this request: {cause}"))
         call.waiting.extendleft((answer.request, answer.num_exits + 1) for answer in reversed(lost))
@@ -203,6 +238,8 @@ class VllmRunner:
     def _complete(self, answer: "_Answer", error: RowError | None) -> Completion:
         request = answer.request
         finish_reason = "error" if error is not None else answer.finish_reason or "length"
+        if error is None:
+            self.prefixes.count_hit(answer.cached_tokens or 0)
         said = self._reader.read(request, answer.token_ids, finish_reason)
         return Completion(
             request_id=request.request_id,
@@ -218,7 +255,7 @@ class VllmRunner:
             started_at=answer.started_at,
             latency_ms=(time.perf_counter() - answer.start) * 1000,
             provider=PROVIDER,
-            model=self.config.name,
+            model=request.options.model if request.options.model in self._adapters else self.config.name,
             model_revision=self.config.revision,
             logprobs=tuple(answer.logprobs) if request.sampling.logprobs and error is None else None,
             top_logprobs=self._name_tokens(answer) if request.sampling.top_logprobs and error is None else None,
@@ -247,6 +284,7 @@ class _Answer:
     end_token_ids: frozenset[int]
     is_stopped: StopStrings | None
     num_exits: int = 0
+    rank: int | None = None
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     start: float = field(default_factory=time.perf_counter)
     cached_tokens: int | None = None
@@ -324,33 +362,12 @@ def load_vllm_runner(config: EngineConfig) -> VllmRunner:
     if options.device != "auto" and options.device.partition(":")[0] != runner.limits.device:
         runner.close()
         raise EngineLoadError(f"expected a vLLM for device {options.device!r}, found one for {runner.limits.device!r}")
+    limits = runner.limits
+    _LOGGER.info(
+        "vLLM %s on %s: prefixes hit every %s tokens (blocks of %s); answers %s",
+        *(limits.version, limits.device, limits.hit_unit, limits.block_size, runner.determinism().promise),
+    )
     return runner
-
-
-def _build_ask(request: Request, end_token_ids: Iterable[int]) -> dict[str, object]:
-    """A request as the worker takes it."""
-    sampling = request.sampling
-    # A digest, so that names stay out of vLLM's logs.
-    salt = hashlib.sha256(request.tenant.encode("utf-8", "surrogatepass")).hexdigest() if request.tenant else None
-    return {
-        "prompt_token_ids": request.prompt_token_ids.tolist(),
-        "cache_salt": salt,
-        "sampling": {
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "min_p": sampling.min_p,
-            "seed": None if sampling.is_greedy else derive_seed(request),
-            "frequency_penalty": sampling.frequency_penalty,
-            "presence_penalty": sampling.presence_penalty,
-            # Beside the drawn token's own.
-            "logprobs": sampling.top_logprobs if sampling.logprobs else None,
-            "stop_token_ids": sorted(end_token_ids),
-        },
-        "grammar": request.grammar,
-        # Stop strings are looked for here, token by token.
-        "is_streamed": bool(sampling.stop),
-    }
 
 
 def _find_python() -> str:

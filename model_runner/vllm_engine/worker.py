@@ -3,11 +3,15 @@
 `process.py` starts it by file path. Both sides exchange lines of JSON, over this side's standard input and output;
 whatever vLLM prints goes to standard error.
 
-    runner -> worker    {"type": "load", "engine": {arguments of vLLM's EngineArgs}}         first and once
-                        {"type": "ask", "id", "prompt_token_ids", "cache_salt", "sampling", "grammar", "is_streamed"}
+    runner -> worker    {"type": "load", "engine": {arguments of vLLM's EngineArgs}, "named": {argument: who set it},
+                         "batch_invariant": auto, on or off, "adapters": {name: folder}}     first and once
+                        {"type": "ask", "id", "prompt_token_ids", "cache_salt", "sampling", "grammar", "is_streamed",
+                         "adapter", "rank"}
                         {"type": "withdraw", "ids"}
-    worker -> runner    {"type": "ready", "max_model_len", "vocab_size", "max_num_seqs", "device"}
-                        {"type": "broken", "error"}                                          the last line, then exit 1
+    worker -> runner    {"type": "ready", "max_model_len", "vocab_size", "max_num_seqs", "device", "dtype",
+                         "is_quantized", "is_batch_invariant", "version", "block_size", "hit_unit",
+                         "num_dropped_units", "num_replayed_tokens"}
+                        {"type": "broken", "error", "was_batch_invariant"}                   the last line, then exit 1
                         {"type": "tokens", "id", "token_ids", "logprobs", "top_logprobs", "cached_tokens",
                          "finish_reason"}
                         {"type": "refused", "id", "error"}
@@ -22,12 +26,19 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, BinaryIO
 
 SHUTDOWN_TIMEOUT_S = 20.0
 """How long vLLM may take to end its processes before they are killed."""
+
+MAX_ERROR_CHARACTERS = 1500
+"""Of an error's text: vLLM lists every architecture it knows to say that it lacks one."""
+
+BATCH_INVARIANT_VARIABLE = "VLLM_BATCH_INVARIANT"
+CACHE_FACTS = "vllm_cache_facts.CacheFacts"
+"""In `beside_vllm/`, which lies on the path of vLLM's own processes, too."""
 
 Message = dict[str, Any]
 Emit = Callable[[list[Message]], None]
@@ -42,13 +53,18 @@ def main() -> int:
     inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(lines, inbox), daemon=True).start()
     engine: Any = None
+    is_invariant = False
     try:
+        load: Message = json.loads(first)
+        is_invariant = choose_batch_invariance(load["batch_invariant"])
         vllm: Any = import_module("vllm")
-        engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**json.loads(first)["engine"]))
-        emit([_describe_engine(engine)])
-        _serve(engine, inbox, emit)
+        arguments: Any = import_module("vllm_arguments")
+        arguments.check_arguments(load["engine"], load["named"])
+        engine = _load_engine(vllm, load["engine"])
+        emit([_describe_engine(vllm, engine, is_invariant)])
+        _serve(engine, inbox, emit, _list_adapters(load["adapters"]))
     except Exception as error:  # whatever it is, the runner must hear of it
-        emit([{"type": "broken", "error": f"{type(error).__name__}: {error}"}])
+        emit([{"type": "broken", "error": _describe_error(error), "was_batch_invariant": is_invariant}])
         return 1
     finally:
         if engine is not None:
@@ -86,17 +102,80 @@ def _read(lines: BinaryIO, inbox: "queue.SimpleQueue[Message | None]") -> None:
         os._exit(1)
 
 
-def _describe_engine(engine: Any) -> Message:
+def choose_batch_invariance(wanted: str) -> bool:
+    """Set vLLM's variable before vLLM reads it; returns whether answers will not depend on the batch.
+
+    vLLM 0.32 has the kernels on CUDA from compute capability 8.0 on, on ROCm and on XPU. It takes the variable
+    anywhere, and fails or changes nothing elsewhere.
+
+    Raises:
+        ValueError: the platform does not have it, and it must be.
+    """
+    os.environ[BATCH_INVARIANT_VARIABLE] = "0"
+    if wanted == "off":
+        return False
+    platform: Any = import_module("vllm.platforms").current_platform
+    has_it = platform.is_rocm() or platform.is_xpu() or (platform.is_cuda() and platform.has_device_capability(80))
+    if wanted == "on" and not has_it:
+        raise ValueError(
+            "[model] batch_invariant: vLLM has it on CUDA from compute capability 8.0 on, on ROCm and on XPU, found "
+            f"{platform.device_type}; leave it at auto"
+        )
+    os.environ[BATCH_INVARIANT_VARIABLE] = "1" if has_it else "0"
+    return bool(has_it)
+
+
+def _load_engine(vllm: Any, arguments: Message) -> Any:
+    if arguments.get("distributed_executor_backend", "mp") in ("mp", "uni") and "worker_extension_cls" not in arguments:
+        arguments = arguments | {"worker_extension_cls": CACHE_FACTS}
+    if arguments.get("data_parallel_size", 1) > 1:
+        ranked: Any = import_module("ranked_engine")
+        return ranked.RankedEngine(arguments)
+    return vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
+
+
+def _describe_engine(vllm: Any, engine: Any, is_invariant: bool) -> Message:
+    config: Any = engine.vllm_config
+    block_size = int(config.cache_config.block_size)
+    try:
+        unit, num_replayed = engine.collective_rpc("moebeam_cache_facts")[0]
+    except Exception as error:  # other executors and platforms; the block is then the least that can be said
+        print(f"the unit of the prefix cache is not known: {_describe_error(error)}", file=sys.stderr)
+        unit, num_replayed = block_size, 0
+    drafts: Any = config.speculative_config
     return {
         "type": "ready",
         "max_model_len": engine.model_config.max_model_len,
         "vocab_size": engine.model_config.get_vocab_size(),
-        "max_num_seqs": engine.vllm_config.scheduler_config.max_num_seqs,
+        "max_num_seqs": config.scheduler_config.max_num_seqs,
         "device": import_module("vllm.platforms").current_platform.device_type,
+        "dtype": str(engine.model_config.dtype).removeprefix("torch."),
+        "is_quantized": engine.model_config.quantization is not None or config.cache_config.cache_dtype != "auto",
+        "is_batch_invariant": is_invariant,
+        "version": vllm.__version__,
+        "block_size": block_size,
+        "hit_unit": unit,
+        # What a draft model reads ahead spoils the last unit of a match.
+        "num_dropped_units": int(drafts is not None and bool(drafts.use_eagle())),
+        "num_replayed_tokens": num_replayed,
     }
 
 
-def _serve(engine: Any, inbox: "queue.SimpleQueue[Message | None]", emit: Emit) -> None:
+def _list_adapters(folders: Mapping[str, str]) -> dict[str, Any]:
+    if not folders:
+        return {}
+    request: Any = import_module("vllm.lora.request").LoRARequest
+    return {name: request(name, number, path) for number, (name, path) in enumerate(folders.items(), start=1)}
+
+
+def _describe_error(error: Exception) -> str:
+    """An error on one line, without what only a reader of vLLM's code can use."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line)
+    text = text if len(text) <= MAX_ERROR_CHARACTERS else f"{text[:MAX_ERROR_CHARACTERS]}..."
+    return f"{type(error).__name__}: {text}"
+
+
+def _serve(engine: Any, inbox: "queue.SimpleQueue[Message | None]", emit: Emit, adapters: Mapping[str, Any]) -> None:
     """Take requests as they come, before each step of the engine; wait for them only when it has nothing to do."""
     while True:
         is_idle = not engine.has_unfinished_requests()
@@ -106,7 +185,7 @@ def _serve(engine: Any, inbox: "queue.SimpleQueue[Message | None]", emit: Emit) 
                 return
             if message["type"] == "withdraw":
                 engine.abort_request(message["ids"])
-            elif (refusal := _add(engine, message)) is not None:
+            elif (refusal := _add(engine, message, adapters)) is not None:
                 emit([refusal])
             is_idle = is_idle and not engine.has_unfinished_requests()
         outputs = engine.step()
@@ -114,18 +193,23 @@ def _serve(engine: Any, inbox: "queue.SimpleQueue[Message | None]", emit: Emit) 
             emit([_tokens(output) for output in outputs])
 
 
-def _add(engine: Any, message: Message) -> Message | None:
+def _add(engine: Any, message: Message, adapters: Mapping[str, Any]) -> Message | None:
     """Give a request to the engine; what it refuses comes back as a line, and the engine goes on."""
     prompt: Message = {"prompt_token_ids": message["prompt_token_ids"]}
     if message["cache_salt"]:
         prompt["cache_salt"] = message["cache_salt"]
+    options: Message = {}
+    if message["adapter"] is not None:
+        options["lora_request"] = adapters[message["adapter"]]
+    if message["rank"] is not None:
+        options["data_parallel_rank"] = message["rank"]
     dead: type[Exception] = import_module("vllm.v1.engine.exceptions").EngineDeadError
     try:
-        engine.add_request(message["id"], prompt, _sampling_params(message))
+        engine.add_request(message["id"], prompt, _sampling_params(message), **options)
     except dead:
         raise
     except Exception as error:  # vLLM refuses with errors of many types, and none of them breaks the engine
-        return {"type": "refused", "id": message["id"], "error": f"{type(error).__name__}: {error}"}
+        return {"type": "refused", "id": message["id"], "error": _describe_error(error)}
     return None
 
 
@@ -187,4 +271,5 @@ if __name__ == "__main__":
     # This file's folder holds modules of ours with common names, which vLLM must not find instead of its own.
     _folder = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path) != _folder]
+    sys.path.append(os.path.join(_folder, "beside_vllm"))
     sys.exit(main())

@@ -42,6 +42,8 @@ class ModelSection(Section):
     """Whether the engine reads a checkpoint's weights on this machine."""
     extra: ClassVar[str] = ""
     """The extra of moebeam that brings the engine's packages; empty if every installation has them."""
+    library_environment: ClassVar[Mapping[str, str]] = {}
+    """Variables that the engine's libraries read once, while they load; one that the user has set stays as it is."""
     is_remote: ClassVar[bool] = False
     """Whether answers are paid to somebody else: no checkpoint is needed, and what arrives is kept at once."""
     is_constrained: ClassVar[bool] = False

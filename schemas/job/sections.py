@@ -13,6 +13,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, SerializeAsAny, field_valid
 from moebeam.schemas.job.input_section import InputSection
 from moebeam.schemas.job.model import ModelSection, check_model, default_model
 from moebeam.schemas.job.section import Section
+from moebeam.schemas.lakehouse.table_url import parse_table_url
 from moebeam.schemas.records import Sampling
 
 
@@ -41,6 +42,18 @@ class OutputSection(Section):
     """`[output]`: where tables go and what an answer must look like."""
 
     path: Annotated[str, Field(min_length=1, description="Folder of the run; it belongs to this job alone")]
+    table: str | None = Field(
+        default=None,
+        description="Table of a lakehouse to which a finished run is committed: `iceberg://CATALOG/NAMESPACE.TABLE`, a "
+        "catalog that pyiceberg is configured for, or `delta://FOLDER`; rejects and ledger go beside it, to "
+        "`TABLE_rejects` and `TABLE_ledger`",
+    )
+    replace_where: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Column of the results, such as one that names tenants: the rows of `table` with a value that the "
+        "run has in it are replaced, of rejects too; without it a run only adds rows",
+    )
     schema_: str | None = Field(
         default=None, alias="schema", description="A JSON Schema file, or a pydantic model as `package.module:Class`"
     )
@@ -63,6 +76,19 @@ class OutputSection(Section):
     )
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    @field_validator("table")
+    @classmethod
+    def _check_table(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_table_url(value)
+        return value
+
+    @model_validator(mode="after")
+    def _check_replaced(self) -> "OutputSection":
+        if self.replace_where is not None and self.table is None:
+            raise ValueError(f"replace_where: expected `table` beside it, found {self.replace_where!r} without")
+        return self
 
 
 class SamplingSection(Section):
@@ -368,6 +394,7 @@ class Job(Section):
 
     def in_folder(self, folder: str) -> "Job":
         """The same job, of a file in `folder`."""
-        job = self.model_copy()
+        source = self.input if self.input.query is None else self.input.in_folder(folder)
+        job = self.model_copy(update={"input": source})
         job._folder = folder
         return job

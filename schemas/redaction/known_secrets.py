@@ -31,7 +31,8 @@ _STORE_VARIABLES = (
 _AWS_FILE_VARIABLE = "AWS_SHARED_CREDENTIALS_FILE"
 _AWS_KEYS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
 _SECRET_NAME = re.compile(
-    r"(?:^|_)(?:PASSW(?:OR)?D|PASSPHRASE|SECRET|TOKEN|API_?KEY|ACCESS_KEY|PRIVATE_KEY|ACCOUNT_KEY|KEY)(?:_|$)", re.I
+    r"(?:^|_)(?:PASSW(?:OR)?D|PASSPHRASE|SECRET|TOKEN|API_?KEY|ACCESS_KEY|PRIVATE_KEY|ACCOUNT_KEY|KEY|CREDENTIAL)(?:_|$)",
+    re.I,
 )
 _USER_INFO = re.compile(r"[a-z][a-z0-9+.-]*://([^/?#\s@:]*):([^/?#\s@]+)@", re.I)
 
@@ -61,6 +62,11 @@ class Spellings:
 
 _learned: set[str] = set()
 _found: Spellings | None = None
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a setting is named like one that holds a secret, such as `s3.secret-access-key`."""
+    return _SECRET_NAME.search(re.sub(r"\W", "_", name)) is not None
 
 
 def learn_secret(secret: str) -> None:

@@ -5,7 +5,7 @@ partial/                    of an unfinished run: the journaled answers of shard
 manifest.json               last of all: counts, sums, files
 _moebeam/job.json           whose output this is
 _moebeam/quote.json         the estimate that `moebeam estimate --save` wrote
-_moebeam/frames/            data frames that `run_job` answers, each in a folder named by its digest
+_moebeam/frames/            rows that `run_job` or `Infer` answers, in a folder named by their digest
 _moebeam/stop               the launcher was asked to stop; workers look for it
 _moebeam/failure.json       why the last launch failed
 _moebeam/publish.json       what *publish* needs, so that a run can be published after its launcher was killed
@@ -15,6 +15,7 @@ _moebeam/staging/           a shard's tables before commit, under names no `*.pa
 _moebeam/leases/            which worker answers which shard, see `transforms/durable/lease.py`
 _moebeam/journal/           paid answers in order of arrival, one folder per shard
 _moebeam/commits/           one record per committed shard; the first one wins
+_moebeam/tables/            receipts: where the run was committed in a lakehouse
 _moebeam/damaged/           files and lines that could not be used, set aside
 _moebeam/logs/              what worker processes on this machine printed and logged, a file for each
 
@@ -32,13 +33,13 @@ from moebeam.schemas.store.disk_files import STATE_FOLDER
 from moebeam.schemas.tables import Table
 
 FRAME_NAME = "data.parquet"
-_FRAME = re.compile(rf"/_moebeam/frames/([0-9a-f]{{64}})/{re.escape(FRAME_NAME)}")
+_FRAME = re.compile(r"/_moebeam/frames/([0-9a-f]{64})(?:/data(?:-\d{5,})?\.parquet)?\Z")
 
 
 def find_frame_digest(path: str) -> str | None:
-    """The digest in the path of a data frame that `run_job` keeps; None for any other file."""
+    """The digest in the path of rows that `run_job` or `Infer` keeps, file or folder; None for any other path."""
     found = _FRAME.search(path)
-    return found[1] if found is not None and found.end() == len(path) else None
+    return found[1] if found is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,13 @@ class RunLayout:
     def frame(self, digest: str) -> str:
         """Where a data frame is kept; one file name for all of them, because derived ids begin with it."""
         return storage.join(self.frames, digest, FRAME_NAME)
+
+    def kept_rows(self, digest: str) -> str:
+        """The folder of the files in which `Infer` keeps its rows."""
+        return storage.join(self.frames, digest)
+
+    def kept_file(self, digest: str, number: int) -> str:
+        return storage.join(self.kept_rows(digest), f"data-{number:05d}.parquet")
 
     @property
     def stop(self) -> str:
@@ -127,6 +135,9 @@ class RunLayout:
     @property
     def damaged(self) -> str:
         return storage.join(self.state, "damaged")
+
+    def table_receipt(self, name: str) -> str:
+        return storage.join(self.state, "tables", f"{name}.json")
 
     @property
     def journal(self) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import (
@@ -202,7 +203,7 @@ def test_result_holds_answers_in_input_order_and_the_bound(
     engine_work.write_prompts(tmp_path / "prompts.json", PROMPTS)
     command = ["--engine", "torch", "--checkpoint", checkpoint, "--prompts", str(tmp_path / "prompts.json")]
     command += ["--max-tokens", "3", "--dtype", "float32", "--ignore-eos", "--json", str(tmp_path / "out.json")]
-    assert engine.main([*command, "--order", order, "--threads", "1"]) == 0
+    assert engine.main([*command, "--order", order, "--threads", "1", "--busy", "1"]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["output_tokens"] == [[len(prompt) + place for place in range(3)] for prompt in PROMPTS]
     assert found["tree_tokens"] == NUM_TREE_TOKENS
@@ -212,7 +213,18 @@ def test_result_holds_answers_in_input_order_and_the_bound(
     assert found["time_over_bound"] == pytest.approx(found["wall_s"] / found["bound_s"])
     assert found["rows_per_s"] == pytest.approx(len(PROMPTS) / found["wall_s"])
     assert found["peak_rss_bytes"] > 0
-    assert "9 in the tree, 16 in prompts; computed / tree 1.778" in capsys.readouterr().out
+    assert found["options"]["num_busy"] == 1
+    shown = capsys.readouterr().out
+    assert "9 in the tree, 16 in prompts; computed / tree 1.778" in shown
+    assert "; 1 busy programs were started beside it" in shown
+
+
+def test_busy_programs_run_inside_the_block_alone() -> None:
+    before = set(psutil.Process().children())
+    with vllm_contender.busy_programs(2):
+        started = set(psutil.Process().children()) - before
+        assert len(started) == 2
+    assert not any(program.is_running() for program in started)
 
 
 def test_order_of_feeding_is_as_given_or_by_tokens() -> None:

@@ -19,6 +19,7 @@ PACKAGES = ("schemas", "model_runner", "transforms", "pipelines", "jobs")
 BEAM_FILES = (
     "jobs/check/beam_options.py",
     "jobs/deploy/**",
+    "jobs/infer/*.py",
     "jobs/notebook/beam_in_notebooks.py",
     "jobs/run/launch.py",
     "jobs/run/local_runner.py",
@@ -26,6 +27,7 @@ BEAM_FILES = (
     "jobs/run/pipeline_thread.py",
     "jobs/run/private_runner.py",
     "model_runner/run_inference/handler.py",
+    "pipelines/infer/*.py",
     "pipelines/main_job.py",
     "transforms/*/step.py",
     "transforms/beam/*.py",
@@ -34,14 +36,18 @@ BEAM_FILES = (
 
 IMPORTERS: dict[str, tuple[str, ...]] = {
     "apache_beam": BEAM_FILES,
-    "duckdb": ("jobs/demo/run_demo.py",),
+    "duckdb": ("jobs/demo/run_demo.py", "transforms/read/sources/*.py"),
+    "deltalake": ("transforms/publish/lakehouse/delta_table.py", "transforms/read/sources/lake_tables.py"),
     "genai_prices": ("jobs/reports/price_cross_check.py",),
     "openai": (
         "model_runner/openai_engine/*.py",
         "model_runner/openai_engine/batch/*.py",
         "model_runner/openai_engine/transport/*.py",
     ),
+    "pyiceberg": ("transforms/publish/lakehouse/iceberg_table.py", "transforms/read/sources/lake_tables.py"),
     "pandas": ("jobs/notebook/*.py",),
+    "prometheus_client": ("jobs/serve/metrics.py",),
+    "starlette": ("jobs/serve/*.py",),
     "safetensors": ("model_runner/torch_engine/weights/*.py",),
     "torch": (
         "model_runner/grammar/constraint.py",

@@ -1,7 +1,9 @@
 """Naming and loading engines."""
 
+import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,23 @@ def test_loader_gets_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scripted_engine", module)
     monkeypatch.setitem(protocol.ENGINES, "scripted", "scripted_engine:load")
     assert load_runner(config("scripted")) == ("loaded", config("scripted"))
+
+
+@pytest.mark.parametrize(("chosen", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_libraries_find_what_an_engine_wants_while_it_is_imported_unless_the_user_chose(
+    chosen: str | None, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+    module = f"reads_environment_{found}"
+    (tmp_path / f"{module}.py").write_text(
+        "import os\nfound = os.environ['OMP_WAIT_POLICY']\ndef load(config):\n    return found\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(protocol.ENGINES, "torch", f"{module}:load")
+    assert load_runner(config("torch")) == found
+    assert os.environ.get("OMP_WAIT_POLICY") == chosen
 
 
 def test_counters_add_up_but_peaks_stay_the_highest() -> None:

@@ -27,9 +27,11 @@ from moebeam.model_runner.protocol import (
     ModelRunner,
     counters_since,
     load_runner,
+    read_determinism,
 )
 from moebeam.schemas.answers import AccountedAnswer, ShardCommit
 from moebeam.schemas.contract.output_type import OutputType
+from moebeam.schemas.determinism import Determinism
 from moebeam.schemas.job.sections import FailuresSection, RepairSection
 from moebeam.schemas.records import Request, parse_sampling_json
 from moebeam.schemas.store.run_layout import RunLayout
@@ -188,23 +190,29 @@ def answer_rows(
                 request_stop(spec.layout, budget.stop)
             return None
     counted = {**counters_since(before, read_counters(runner)), **replayed}
+    promise = read_determinism(runner) if rows.asked else None
     try:
-        tables, commit = _commit_answers(shard, rows, answers, spec, counted)
+        tables, commit = _commit_answers(shard, rows, answers, spec, counted, promise)
     except TABLE_ERRORS:
         sound = reject_unusable(spec.layout, shard, rows, answers, spec.accounting, spec.output_type)
         if sound == answers:
             raise
-        tables, commit = _commit_answers(shard, rows, sound, spec, counted)
+        tables, commit = _commit_answers(shard, rows, sound, spec, counted, promise)
     ids, kinds = (tables["rejects"].column(name).to_pylist() for name in ("custom_id", "error_type"))
     log_commit(commit, time.monotonic() - started, list(zip(ids, kinds, strict=True)))
     return commit
 
 
 def _commit_answers(
-    shard: str, rows: PlannedRows, answers: Mapping[int, Attempts], spec: AnswerSpec, counted: Mapping[str, float]
+    shard: str,
+    rows: PlannedRows,
+    answers: Mapping[int, Attempts],
+    spec: AnswerSpec,
+    counted: Mapping[str, float],
+    promise: Determinism | None,
 ) -> tuple[dict[Table, pa.Table], ShardCommit]:
     tables = shard_tables(shard, rows, answers, spec.accounting, spec.output_type)
-    return tables, commit_shard(spec.layout, spec.accounting.run_id, shard, tables, counted)
+    return tables, commit_shard(spec.layout, spec.accounting.run_id, shard, tables, counted, promise)
 
 
 def open_journal(shard: str, spec: AnswerSpec, budget: ShardBudget) -> ShardJournal:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import apache_beam as beam
@@ -25,6 +26,7 @@ from moebeam.transforms.answer.shard_events import shard_counters
 from moebeam.transforms.answer.spending import RunSpending, share_spending
 from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.beam.counters import add_to_counters
+from moebeam.transforms.beam.late_spec import LateSpec, do_with
 from moebeam.transforms.durable.commit import read_commit
 from moebeam.transforms.durable.failure import record_failure
 from moebeam.transforms.durable.journal_file import read_journal
@@ -45,13 +47,14 @@ class AnswerShards(beam.PTransform[Any, Any]):
             engine: on the whole transform they would reach into the steps that a runner fuses with its shuffle.
     """
 
-    def __init__(self, spec: AnswerSpec, resources: Mapping[str, str] | None = None) -> None:
+    def __init__(self, spec: AnswerSpec | LateSpec[AnswerSpec], resources: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self._spec = spec
         self._resources = resources or {}
 
     def expand(self, pcoll: "beam.PCollection[PlannedShard]") -> "beam.PCollection[ShardCommit]":
-        answer = beam.ParDo(_AnswerShard(self._spec, Shared())).with_resource_hints(**self._resources)
+        answer = beam.ParDo(*do_with(partial(_AnswerShard, shared=Shared()), self._spec))
+        answer = answer.with_output_types(ShardCommit).with_resource_hints(**self._resources)
         committed: Any = pcoll | "SpreadShards" >> beam.Reshuffle() | "AnswerShard" >> answer
         return committed
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from moebeam.schemas.answers import ShardCommit, StagedFile, Totals
 from moebeam.schemas.arrow import encode_parquet_file, list_values
+from moebeam.schemas.determinism import Determinism
 from moebeam.schemas.errors import CommitError, FileDamaged
 from moebeam.schemas.prices import EXACT
 from moebeam.schemas.store import storage
@@ -86,11 +87,13 @@ def commit_shard(
     shard: str,
     tables: Mapping[Table, pa.Table],
     engine: Mapping[str, float] | None = None,
+    determinism: Determinism | None = None,
 ) -> ShardCommit:
     """Stage a shard's tables and commit them; returns the winner's record if another copy was first.
 
     Args:
         engine: what the engine counted for this shard; its seconds are spread over the ledger lines.
+        determinism: what the engine promises.
     Raises:
         CommitError: the tables contradict each other, or the store cannot create exclusively.
         OSError: the store failed; nothing is committed.
@@ -99,7 +102,8 @@ def commit_shard(
     totals = sum_tables(tables)
     tables = {**tables, "ledger": with_accelerator_seconds(tables["ledger"], engine)}
     files = tuple(_stage(layout, shard, attempt, table, tables[table]) for table in TABLES if tables[table].num_rows)
-    commit = ShardCommit(shard, run_id, attempt, datetime.now(UTC).isoformat(timespec="seconds"), files, totals, engine)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    commit = ShardCommit(shard, run_id, attempt, now, files, totals, engine, determinism)
     if storage.create_exclusive(layout.shard_commit(shard), encode_record(commit)):
         return commit
     storage.remove_files([storage.join(layout.output, file.path) for file in files])

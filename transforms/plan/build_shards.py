@@ -37,12 +37,14 @@ class PlanSpec:
 
     Attributes:
         group_starts: the first input unit of each group of units; a run never holds rows of two groups.
+        is_planned: an earlier attempt has planned, and no row comes here.
     """
 
     section: PlanSection
     layout: RunLayout
     passthrough: tuple["pa.Field[Any]", ...]
     group_starts: tuple[int, ...] = (0,)
+    is_planned: bool = False
 
 
 def build_shards(element: ShardRange, spec: PlanSpec, duplicates: Mapping[int, set[int]]) -> list[PlannedShard]:

@@ -7,7 +7,7 @@ cost in that order. Each is written to `_moebeam/plan/<shard>.arrow`.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -19,6 +19,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 from moebeam.schemas.arrow import list_values
 from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.beam.counters import add_to_counters
+from moebeam.transforms.beam.late_spec import LateSpec, call_with, do_with
 from moebeam.transforms.durable.failure import record_failure
 from moebeam.transforms.durable.progress import ProgressWriter, ShardProgress
 from moebeam.transforms.durable.stop import check_planning
@@ -57,7 +58,9 @@ def _compare_ids(bucket: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, lis
 class PlanShards(beam.PTransform[Any, Any]):
     """Batches of planned rows (and duplicate ids, where rows have ids) -> planned shards on the store."""
 
-    def __init__(self, spec: PlanSpec, duplicates: "beam.PCollection[tuple[int, list[int]]] | None") -> None:
+    def __init__(
+        self, spec: PlanSpec | LateSpec[PlanSpec], duplicates: "beam.PCollection[tuple[int, list[int]]] | None"
+    ) -> None:
         super().__init__()
         self._spec = spec
         self._duplicates = duplicates
@@ -67,15 +70,25 @@ class PlanShards(beam.PTransform[Any, Any]):
         duplicates: Any = AsList(self._duplicates) if self._duplicates is not None else []
         planned: Any = (
             pcoll
-            | "WriteRuns" >> beam.ParDo(_WriteRuns(spec))
+            | "WriteRuns" >> beam.ParDo(*do_with(_WriteRuns, spec)).with_output_types(RunFile)
             | "GatherRuns" >> beam.combiners.ToList()
-            | "CutRanges" >> beam.FlatMap(cut_ranges, spec.layout).with_output_types(ShardRange)
+            | "CutRanges" >> beam.FlatMap(*call_with(_cut_ranges, spec)).with_output_types(ShardRange)
             | "SpreadRanges" >> beam.Reshuffle()
-            | "BuildShards" >> beam.ParDo(_BuildShards(spec), duplicates)
+            | "BuildShards" >> beam.ParDo(*do_with(_BuildShards, spec), duplicates).with_output_types(PlannedShard)
             | "GatherShards" >> beam.combiners.ToList()
-            | "WritePlan" >> beam.FlatMap(write_plan, spec.layout).with_output_types(PlannedShard)
+            | "WritePlan" >> beam.FlatMap(*call_with(_write_plan, spec)).with_output_types(PlannedShard)
         )
         return planned
+
+
+def _cut_ranges(runs: Sequence[RunFile], spec: PlanSpec) -> Iterator[ShardRange]:
+    if not spec.is_planned:
+        yield from cut_ranges(runs, spec.layout)
+
+
+def _write_plan(shards: Sequence[PlannedShard], spec: PlanSpec) -> Iterator[PlannedShard]:
+    if not spec.is_planned:
+        yield from write_plan(shards, spec.layout)
 
 
 class _WriteRuns(beam.DoFn):

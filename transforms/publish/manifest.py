@@ -5,7 +5,7 @@ The core of *publish*; `step.py` wraps it for Beam. Everything here is idempoten
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from decimal import Decimal
 from functools import reduce
 
@@ -14,6 +14,7 @@ from moebeam.schemas.answers import ShardCommit, Totals
 from moebeam.schemas.arrow import encode_parquet_file
 from moebeam.schemas.canonical import Json
 from moebeam.schemas.column_types import loosen_sizes
+from moebeam.schemas.determinism import merge_determinisms
 from moebeam.schemas.errors import CommitError, FileDamaged
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.checked_file import read_checked
@@ -93,6 +94,8 @@ def write_manifest(
     ordered = sorted(commits, key=lambda commit: commit.shard)
     plan = read_plan(layout)
     if plan is None:
+        if not ordered and (complete := _complete_manifest(layout)) is not None:
+            return complete
         raise CommitError(f"{layout.plan_record}: expected the run's plan, found none")
     is_complete = can_complete and [commit.shard for commit in ordered] == [shard.shard for shard in plan.shards]
     if not is_complete and (complete := _complete_manifest(layout)) is not None:
@@ -101,6 +104,7 @@ def write_manifest(
     if is_complete:
         _check_rows(totals, spec, plan)
     engine = reduce(add_counters, (commit.engine or {} for commit in ordered), {})
+    promise = merge_determinisms(commit.determinism for commit in ordered if commit.determinism is not None)
     checks = accounts and check_invariants(accounts.ledger, accounts.rows, totals, engine)
     wasted = publish_waste(layout)
     account = RunAccount(totals, wasted=sum_totals(waste.totals for waste in wasted))
@@ -127,6 +131,7 @@ def write_manifest(
         **account.to_json(),
         "rejects_by_message": accounts and list_commonest(accounts.rows.messages),
         "engine": engine,
+        "determinism": promise and {**asdict(promise)},
         "checks": checks,
         "rollup": accounts and accounts.ledger.to_json(),
         "files": {**files, "partial": partials} if partials else files,

@@ -16,6 +16,7 @@ from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.answer.waste import record_unused
 from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.beam.counters import add_to_counters
+from moebeam.transforms.beam.late_spec import LateSpec, call_with
 from moebeam.transforms.durable.failure import record_failure
 from moebeam.transforms.publish.invariants import RowSums, sum_shard
 from moebeam.transforms.publish.manifest import RunAccounts, publish_shard, write_manifest
@@ -37,7 +38,7 @@ for record_type in (ShardCommit, GroupSums, RowSums):
 class PublishRun(beam.PTransform[Any, Any]):
     """Commit records -> visible tables, with the manifest as the only output."""
 
-    def __init__(self, spec: PublishSpec) -> None:
+    def __init__(self, spec: PublishSpec | LateSpec[PublishSpec]) -> None:
         super().__init__()
         self._spec = spec
 
@@ -46,11 +47,11 @@ class PublishRun(beam.PTransform[Any, Any]):
         published: Any = (
             pcoll
             | "SpreadCommits" >> beam.Reshuffle()
-            | "PublishShard" >> beam.FlatMap(_publish, spec).with_output_types(ShardCommit)
+            | "PublishShard" >> beam.FlatMap(*call_with(_publish, spec)).with_output_types(ShardCommit)
         )
         journaled: Any = (
             published
-            | "RecordUnused" >> beam.Map(_record_unused, spec).with_output_types(int)
+            | "RecordUnused" >> beam.Map(*call_with(_record_unused, spec)).with_output_types(int)
             | "AddJournals" >> beam.CombineGlobally(sum)
         )
         ledger: Any = published | "RollUpLedger" >> RollUpLedger(spec.layout)
@@ -60,8 +61,7 @@ class PublishRun(beam.PTransform[Any, Any]):
             | "GatherCommits" >> beam.combiners.ToList()
             | "WriteManifest"
             >> beam.Map(
-                _finish,
-                spec,
+                *call_with(_finish, spec),
                 ledger=AsSingleton(ledger),
                 rows=AsSingleton(rows),
                 num_journal_bytes=AsSingleton(journaled),

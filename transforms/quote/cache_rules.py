@@ -11,9 +11,10 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from moebeam.model_runner.vllm_engine.prefix_units import PrefixUnit, reachable_hits
 from moebeam.transforms.quote.prompt_survey import Counts, PromptSurvey
 
-RuleName: TypeAlias = Literal["prefix_tree", "stored_units", "none", "unknown"]
+RuleName: TypeAlias = Literal["prefix_tree", "stored_units", "whole_units", "none", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +23,12 @@ class CacheRule:
 
     Attributes:
         meaning: the rule in words, with its source.
+        unit: of the rule `whole_units`.
     """
 
     name: RuleName
     meaning: str
+    unit: PrefixUnit | None = None
 
 
 TREE = CacheRule("prefix_tree", "every token shared with an earlier request of the shard (our own engine)")
@@ -46,6 +49,12 @@ RULES: Mapping[str, CacheRule] = {
 """Rules by provider, or by engine for what runs here."""
 
 
+def unit_rule(unit: PrefixUnit) -> CacheRule:
+    """The rule of a cache that is hit at every so many tokens, vLLM's."""
+    meaning = f"every whole {unit.num_tokens:,} tokens shared with an earlier request of the shard (vLLM's blocks)"
+    return CacheRule("whole_units", meaning, unit)
+
+
 def find_rule(provider: str, engine: str) -> CacheRule:
     """A provider's rule; for `local`, the rule of the in-process engine."""
     return RULES.get(engine if provider == "local" else provider, UNKNOWN)
@@ -58,6 +67,10 @@ def estimate_hits(survey: PromptSurvey, rule: CacheRule) -> Counts:
             return np.where(survey.starts_shard, 0, survey.num_shared_tokens)
         case "stored_units":
             return _unit_hits(survey)
+        case "whole_units":
+            assert rule.unit is not None
+            hits = reachable_hits(survey.num_prompt_tokens, survey.num_shared_tokens, rule.unit)
+            return np.where(survey.starts_shard, 0, hits)
         case "none" | "unknown":
             return np.zeros(survey.num_requests, dtype=np.int64)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from moebeam.schemas.canonical import Json, fingerprint
 from moebeam.schemas.errors import InputPatternError
-from moebeam.schemas.job.input_section import InputSection
+from moebeam.schemas.extras import require_extra
+from moebeam.schemas.job.input_section import InputSection, is_table_url
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.file_mark import FileMark, mark_listed
 from moebeam.schemas.store.file_patterns import FoundFile, find_files
@@ -23,7 +24,7 @@ class InputFile:
     """One file of the input.
 
     Attributes:
-        mark: what the file is claimed to be while the run reads it; None for a link that leads nowhere.
+        mark: what the file is claimed to be while the run reads it; None for a link that leads nowhere, and a table.
         partitions: columns that its folders give, by `partitions.read_partitions`.
     """
 
@@ -39,11 +40,29 @@ def list_input_files(section: InputSection) -> list[InputFile]:
     Raises:
         InputPatternError: a path has no files, is a run that is not finished, or cannot be listed.
     """
-    found = {file.path: file for path in section.paths for file in _find_path(path)}
+    if any(map(is_table_url, section.paths)):
+        return [_list_table(section.paths[0])]
+    found = {file.path: file for file in _find_query_files(section)}
+    found |= {file.path: file for path in section.paths for file in _find_path(path)}
     return [
         InputFile(path, _identify(path, file.info), mark_listed(path, file.info), read_partitions(path, file.root))
         for path, file in sorted(found.items())
     ]
+
+
+def _find_query_files(section: InputSection) -> tuple[FoundFile, ...]:
+    if section.query is None:
+        return ()
+    require_extra("duckdb", "[input] query")
+    # Here, because DuckDB is an extra.
+    from moebeam.transforms.read.sources.query_text import parse_query
+
+    return parse_query(section.query, section.folder).files
+
+
+def _list_table(url: str) -> InputFile:
+    """A table, whose pinned version never changes."""
+    return InputFile(url, {"table": url}, None, {})
 
 
 def identify_files(section: InputSection) -> dict[str, Json]:

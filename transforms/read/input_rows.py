@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from moebeam.schemas.column_types import plain_column, plain_field
+from moebeam.schemas.column_types import plain_field
 from moebeam.schemas.column_values import print_column, readable_column, readable_field
 from moebeam.schemas.errors import (
     InvalidId,
+    InvalidLine,
     InvalidValue,
     RowCountMismatch,
     RowError,
@@ -26,14 +27,14 @@ from moebeam.schemas.errors import (
 )
 from moebeam.schemas.tables import read_schema
 from moebeam.transforms.read.batch_lines import BatchRequest, parse_batch_line, read_custom_id
-from moebeam.transforms.read.claimed_file import check_claim, open_claimed
+from moebeam.transforms.read.cast_column import cast_column
+from moebeam.transforms.read.claimed_file import check_claim
 from moebeam.transforms.read.expansion import bound_rows
 from moebeam.transforms.read.input_scan import InputUnit
 from moebeam.transforms.read.parquet_file import open_parquet
+from moebeam.transforms.read.rows.read_rows import MAX_BATCH_BYTES, MAX_BATCH_ROWS, read_line_blocks, read_rows
 from moebeam.transforms.read.transient_errors import RETRY_DELAYS_S, is_permanent, is_transient
 
-MAX_BATCH_ROWS = 1024
-MAX_BATCH_BYTES = 8 << 20
 _PROBE_ROWS = 16
 
 JSONL_INPUT_FIELDS = (
@@ -52,6 +53,8 @@ class ReadColumns:
         passthrough: columns repeated in the output; they stay as they are.
         tag_columns: those of `passthrough` that must have a text, too.
         output_names: names of `passthrough` in the output; empty where each keeps its own.
+        tenant, cost_center: of rows that name none.
+        problem_column: where it has a text, the row is rejected for that.
     """
 
     input_fields: tuple["pa.Field[Any]", ...]
@@ -61,6 +64,9 @@ class ReadColumns:
     cost_center_column: str | None = None
     output_names: tuple[str, ...] = ()
     tag_columns: tuple[str, ...] = ()
+    tenant: str = ""
+    cost_center: str = ""
+    problem_column: str | None = None
 
     @property
     def output_fields(self) -> tuple["pa.Field[Any]", ...]:
@@ -71,7 +77,7 @@ class ReadColumns:
     @property
     def names(self) -> list[str]:
         """Names of all columns to read, each once."""
-        single = (self.id_column, self.tenant_column, self.cost_center_column)
+        single = (self.id_column, self.tenant_column, self.cost_center_column, self.problem_column)
         names = [field.name for field in (*self.input_fields, *self.passthrough)]
         return list(dict.fromkeys([*names, *(name for name in single if name is not None)]))
 
@@ -115,19 +121,25 @@ def read_unit(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]
                 continue
             if not is_permanent(error):
                 raise
-            message = f"{unit.path}: row group {unit.row_group}: {' '.join(str(error).split())}"
+            message = f"{_name_piece(unit)}: {' '.join(str(error).split())}"
             missing = unit.num_rows - num_read
             yield _unit_reject(unit, columns, "row_group", UnreadableRowGroup(message), num_read, missing)
             return
     if num_read < unit.num_rows:
-        message = f"{unit.path}: row group {unit.row_group}: expected {unit.num_rows} rows, found {num_read}"
+        message = f"{_name_piece(unit)}: expected {unit.num_rows} rows, found {num_read}"
         missing = unit.num_rows - num_read
         yield _unit_reject(unit, columns, "row_group", RowCountMismatch(message), num_read, missing)
 
 
+def _name_piece(unit: InputUnit) -> str:
+    if unit.format in ("parquet", "arrow"):
+        return f"{unit.path}: {'row group' if unit.format == 'parquet' else 'record batch'} {unit.row_group}"
+    return f"{unit.path}: from line {unit.first_line}"
+
+
 def _rows_from(num_read: int, unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
     """A unit's batches without its first `num_read` rows, which an earlier try has read."""
-    read = _read_row_group if unit.format == "parquet" else _read_lines
+    read = {"parquet": _read_row_group, "jsonl": _read_lines}.get(unit.format, _read_rows)
     for batch in read(unit, columns):
         num_skipped = min(num_read, batch.num_rows)
         num_read -= num_skipped
@@ -155,12 +167,30 @@ def _read_row_group(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.Record
             first_row += batch.num_rows
 
 
-def _identify(batch: pa.RecordBatch, first_row: int, unit: InputUnit, columns: ReadColumns) -> pa.RecordBatch:
+def _read_rows(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
+    first_row = unit.first_row
+    folders = {name for name, _ in unit.partitions}
+    types = {field.name: field.type for field in (*columns.input_fields, *columns.passthrough)}
+    for batch, errors in read_rows(unit, [name for name in columns.names if name not in folders], types):
+        yield _identify(batch, first_row, unit, columns, errors)
+        first_row += batch.num_rows
+
+
+def _identify(
+    batch: pa.RecordBatch,
+    first_row: int,
+    unit: InputUnit,
+    columns: ReadColumns,
+    found: Mapping[int, RowError] | None = None,
+) -> pa.RecordBatch:
     """Cast columns to their unified types and give every row its identity.
 
     Every value that must be a text later, such as a tag, is made one here, so that its row is not asked in vain.
+
+    Args:
+        found: errors of rows that could not be read.
     """
-    errors: dict[int, RowError] = {}
+    errors: dict[int, RowError] = {**(found or {})}
     fields = {field.name: field for field in (*columns.input_fields, *columns.passthrough)}
     folders = dict(unit.partitions)
     values: dict[str, pa.Array[Any]] = {}
@@ -171,7 +201,9 @@ def _identify(batch: pa.RecordBatch, first_row: int, unit: InputUnit, columns: R
         if name in folders:
             values[name] = _repeat_partition(folders[name], fields[name], batch.num_rows)
         else:
-            values[name] = _column(batch, fields[name], errors)
+            values[name] = cast_column(batch, fields[name], errors)
+    if (name := columns.problem_column) is not None:
+        errors.update({row: InvalidValue(text) for row, text in enumerate(values[name].to_pylist()) if text})
     texts = {
         name: _texts(values[name], fields[name], errors)
         for name in (columns.tenant_column, columns.cost_center_column, *columns.tag_columns)
@@ -186,8 +218,8 @@ def _identify(batch: pa.RecordBatch, first_row: int, unit: InputUnit, columns: R
         unit,
         np.arange(first_row, first_row + batch.num_rows),
         custom_ids,
-        tenants=_labels(texts, columns.tenant_column, batch.num_rows),
-        cost_centers=_labels(texts, columns.cost_center_column, batch.num_rows),
+        tenants=_labels(batch.num_rows, columns.tenant, texts, columns.tenant_column),
+        cost_centers=_labels(batch.num_rows, columns.cost_center, texts, columns.cost_center_column),
         errors=errors,
         inputs=[readable_column(values[field.name], field) for field in columns.input_fields],
         passthrough=[values[field.name] for field in columns.passthrough],
@@ -197,49 +229,6 @@ def _identify(batch: pa.RecordBatch, first_row: int, unit: InputUnit, columns: R
 def _repeat_partition(text: str | None, field: "pa.Field[Any]", num_rows: int) -> "pa.Array[Any]":
     """The value of a partition folder as a column; `partitions.py` has seen that its text has the column's type."""
     return pa.array([text] * num_rows, pa.string()).cast(field.type)
-
-
-def _column(batch: pa.RecordBatch, field: "pa.Field[Any]", errors: dict[int, RowError]) -> "pa.Array[Any]":
-    """A column in its unified, plain type; values that are not UTF-8 become null."""
-    if field.name not in batch.schema.names:
-        return pa.nulls(batch.num_rows, field.type)
-    column = _reject_invalid_text(plain_column(batch.column(field.name)), field.name, errors)
-    return column if column.type == field.type else _cast(column, field, errors)
-
-
-def _cast(column: "pa.Array[Any]", field: "pa.Field[Any]", errors: dict[int, RowError]) -> "pa.Array[Any]":
-    """Cast a column to its unified type; a value that does not fit becomes null and rejects only its row."""
-    try:
-        return column.cast(field.type)
-    except pa.ArrowInvalid:
-        pass
-    cast: list[pa.Array[Any]] = []
-    for row in range(len(column)):
-        try:
-            cast.append(column.slice(row, 1).cast(field.type))
-        except pa.ArrowInvalid as error:
-            found = " ".join(str(error).split())
-            errors.setdefault(row, InvalidValue(f"column {field.name!r}: expected {field.type}, found: {found}"))
-            cast.append(pa.nulls(1, field.type))
-    return pa.concat_arrays(cast)
-
-
-def _reject_invalid_text(column: "pa.Array[Any]", name: str, errors: dict[int, RowError]) -> "pa.Array[Any]":
-    try:
-        column.validate(full=True)
-        return column
-    except pa.ArrowInvalid:
-        pass
-    kept: list[int | None] = []
-    for row in range(len(column)):
-        try:
-            column.take(pa.array([row])).validate(full=True)
-            kept.append(row)
-        except pa.ArrowInvalid as error:
-            found = " ".join(str(error).split())
-            errors.setdefault(row, InvalidValue(f"column {name!r}: expected valid UTF-8, found: {found}"))
-            kept.append(None)
-    return column.take(pa.array(kept, pa.int64()))
 
 
 def _texts(column: "pa.Array[Any]", field: "pa.Field[Any]", errors: dict[int, RowError]) -> list[str | None]:
@@ -255,25 +244,25 @@ def _texts(column: "pa.Array[Any]", field: "pa.Field[Any]", errors: dict[int, Ro
 def _ids(texts: list[str | None], derived: "pa.Array[Any]", errors: dict[int, RowError], name: str) -> "pa.Array[Any]":
     """The id column; a row without a usable id keeps its derived one and is rejected."""
     for row, text in enumerate(texts):
-        if not text:
+        if not text and not isinstance(errors.get(row), InvalidLine):
             found = errors.get(row) or ("null" if text is None else "an empty string")
             errors[row] = InvalidId(f"id column {name!r}: expected a value, found {found}")
     return pc.coalesce(pa.array([text or None for text in texts], pa.string()), derived)
 
 
-def _labels(texts: Mapping[str, list[str | None]], name: str | None, num_rows: int) -> "pa.Array[Any]":
-    """Tenant or cost centre of each row; empty for a null, as if no column were named."""
-    return pa.array([""] * num_rows if name is None else [text or "" for text in texts[name]], pa.string())
+def _labels(
+    num_rows: int, default: str, texts: Mapping[str, list[str | None]] | None = None, name: str | None = None
+) -> "pa.Array[Any]":
+    """Tenant or cost centre of each row; the default for a null and where no column is named."""
+    named = [] if texts is None or name is None else texts[name]
+    return pa.array([text or default for text in named] if name is not None else [default] * num_rows, pa.string())
 
 
 def _read_lines(unit: InputUnit, columns: ReadColumns) -> Iterator[pa.RecordBatch]:
-    with open_claimed(unit.path, unit.claim) as source:
-        source.seek(unit.offset)
-        content = source.read(unit.num_bytes)
     first_row = unit.first_row
-    lines = [line for line in content.split(b"\n") if line.strip()]
-    for start in range(0, len(lines), MAX_BATCH_ROWS):
-        yield _parse_lines(lines[start : start + MAX_BATCH_ROWS], first_row + start, unit, columns)
+    for block in read_line_blocks(unit):
+        yield _parse_lines([record.rstrip(b"\n") for record in block.records], first_row, unit, columns)
+        first_row += len(block.records)
 
 
 def _parse_lines(lines: list[bytes], first_row: int, unit: InputUnit, columns: ReadColumns) -> pa.RecordBatch:
@@ -297,8 +286,8 @@ def _parse_lines(lines: list[bytes], first_row: int, unit: InputUnit, columns: R
         unit,
         np.arange(first_row, first_row + len(lines)),
         pa.array(custom_ids, pa.string()),
-        tenants=_labels({}, None, len(lines)),
-        cost_centers=_labels({}, None, len(lines)),
+        tenants=_labels(len(lines), columns.tenant),
+        cost_centers=_labels(len(lines), columns.cost_center),
         errors=errors,
         inputs=[
             pa.array([request and getattr(request, field.name) for request in requests], field.type)
@@ -319,8 +308,8 @@ def _unit_reject(
         unit,
         np.array([unit.first_row + num_read]),
         pa.array([name], pa.string()),
-        tenants=_labels({}, None, 1),
-        cost_centers=_labels({}, None, 1),
+        tenants=_labels(1, columns.tenant),
+        cost_centers=_labels(1, columns.cost_center),
         errors={0: error},
         inputs=nothing,
         passthrough=[pa.nulls(1, field.type) for field in columns.passthrough],

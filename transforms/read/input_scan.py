@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice, takewhile
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,16 +20,15 @@ from moebeam.schemas.column_types import agree_on_types, note_categories, plain_
 from moebeam.schemas.errors import InputPatternError
 from moebeam.schemas.job.input_section import InputSection
 from moebeam.schemas.store.file_mark import FileMark
-from moebeam.transforms.read.claimed_file import open_claimed
+from moebeam.transforms.read.file_format import InputFormat, detect_format
 from moebeam.transforms.read.foreign_files import refuse_foreign_files, refuse_foreign_lines
 from moebeam.transforms.read.input_files import InputFile, files_fingerprint, list_input_files
 from moebeam.transforms.read.parquet_file import open_parquet, read_schema
 from moebeam.transforms.read.partitions import unify_partitions
+from moebeam.transforms.read.rows.merged_types import declare_types, merge_schemas, refuse_declared, settle_nulls
+from moebeam.transforms.read.rows.scan_rows import RowsFormat, scan_rows
 from moebeam.transforms.read.transient_errors import is_permanent, retry_transient
 
-InputFormat: TypeAlias = Literal["parquet", "jsonl"]
-
-JSONL_UNIT_BYTES = 8 << 20
 GROUP_BYTES = 32 << 20
 MAX_COLUMNS = 10_000
 """Most columns of a Parquet file, struct fields included: wider footers take minutes and gigabytes to read."""
@@ -44,17 +43,19 @@ JSONL_SCHEMA = pa.schema([pa.field("custom_id", pa.string()), pa.field("line", p
 
 @dataclass(frozen=True, slots=True)
 class InputUnit:
-    """A piece of the input that is read at once: a row group, or some lines of a JSONL file.
+    """A piece of the input that is read at once: a row group, a record batch, or some lines of a file.
 
     Attributes:
         label: the file's path below the folder that all input files share; derived ids begin with it.
         ordinal: place in the input order, from 0; files sorted by name, pieces in file order.
         group: units of one group are read together, so that small files and row groups share a sorted run.
-        row_group: index in its Parquet file; for JSONL, the piece's number.
+        row_group: index in its Parquet or Arrow file; for others, the piece's number.
         first_row: index of the unit's first row in its file.
         num_rows: rows to read; fewer than the file holds under `--limit`; None for an unreadable file.
         num_bytes: uncompressed size; decides how many rows make a record batch.
-        offset: byte offset of the piece in a JSONL file.
+        offset: byte offset of the piece in a file of lines; 0 in a packed one.
+        first_line: number of the line there, from 1.
+        delimiter: of a CSV file.
         error: why the file could not be opened, if so; the unit then stands for the whole file.
         partitions: columns that the file's folders give, such as `month=01`: name and text, None for a null.
         claim: what the file must be when the unit is read; None checks nothing.
@@ -73,6 +74,8 @@ class InputUnit:
     error: str | None = None
     partitions: tuple[tuple[str, str | None], ...] = ()
     claim: FileMark | None = None
+    first_line: int = 1
+    delimiter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,21 @@ class UnitGroup:
     units: tuple[InputUnit, ...]
 
 
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class StagedInput:
+    """Rows of an input in a scratch folder, which is removed with this object; see `sources/staged_input.py`.
+
+    Attributes:
+        key: digest of where the rows come from.
+        sha256: of the file.
+    """
+
+    key: str
+    path: str
+    sha256: str
+    num_rows: int
+
+
 @dataclass(frozen=True, slots=True)
 class InputScan:
     """The whole input.
@@ -89,6 +107,7 @@ class InputScan:
     Attributes:
         schema: the needed columns, each in one plain type for all files, with a note of what they all declare.
         names: every column of every readable file, in order of appearance.
+        staged: rows that the scan had to make and that the run is still to keep; None where there are none.
     """
 
     units: tuple[InputUnit, ...]
@@ -97,6 +116,7 @@ class InputScan:
     format: InputFormat
     num_files: int
     fingerprint: str
+    staged: StagedInput | None = None
 
     @property
     def num_rows(self) -> int:
@@ -133,14 +153,15 @@ def scan_input(section: InputSection, *, limit: int | None = None, needed: Colle
     """
     files = list_input_files(section)
     paths = [file.path for file in files]
-    input_format = _detect_format(section, paths)
+    input_format = detect_format(section, paths)
     with ThreadPoolExecutor(max_workers=16) as pool:
-        scans = list(pool.map(partial(_scan_file, input_format, needed), files))
+        scans = list(pool.map(partial(_scan_file, section, input_format, needed), files))
+    scans = _settle_types(section, scans, input_format)
     _refuse_foreign_files(section, paths, scans, input_format)
     schemas = [(path, scan.schema) for path, scan in zip(paths, scans, strict=True) if scan.schema is not None]
     own = _unify(schemas, needed)
     # Lines of JSONL bring all that belongs to their requests.
-    has_folders = input_format == "parquet"
+    has_folders = input_format != "jsonl"
     folders, partitions = unify_partitions([file.partitions if has_folders else {} for file in files], own)
     root = _shared_folder(paths)
     units = (
@@ -170,7 +191,7 @@ def _refuse_foreign_files(
     if input_format == "jsonl":
         if any(scan.units for scan in scans):
             retry_transient(lambda: refuse_foreign_lines(section, paths))
-    elif all(scan.schema is None for scan in scans):
+    elif input_format == "parquet" and all(scan.schema is None for scan in scans):
         refuse_foreign_files(section, {unit.path: unit.error or "" for scan in scans for unit in scan.units})
 
 
@@ -192,23 +213,36 @@ def _shared_folder(paths: list[str]) -> str:
     return "".join(f"{name}/" for name in shared)
 
 
-def _detect_format(section: InputSection, paths: list[str]) -> InputFormat:
-    if section.format != "auto":
-        return section.format
-    formats = {("jsonl" if path.lower().endswith((".jsonl", ".ndjson")) else "parquet") for path in paths}
-    if len(formats) > 1:
-        raise InputPatternError(
-            f"[input] path {section.shown_path}: expected files of one format, found Parquet and JSONL; "
-            "narrow the pattern"
-        )
-    return "jsonl" if "jsonl" in formats else "parquet"
+def _settle_types(section: InputSection, scans: list[_FileScan], input_format: InputFormat) -> list[_FileScan]:
+    """Give each column of files without declared types one type for all of them.
+
+    Raises:
+        InputPatternError: `[input] types` names a type or a column that there is not.
+    """
+    if input_format not in ("csv", "jsonl_rows"):
+        refuse_declared(section, input_format)
+        return scans
+    merged = settle_nulls(merge_schemas(scan.schema for scan in scans if scan.schema is not None))
+    merged = declare_types(section, merged)
+    types = {field.name: field for field in merged}
+    return [
+        scan if scan.schema is None else replace(scan, schema=pa.schema([types[name] for name in scan.schema.names]))
+        for scan in scans
+    ]
 
 
-def _scan_file(input_format: InputFormat, needed: Collection[str] | None, file: InputFile) -> _FileScan:
+def _scan_file(
+    section: InputSection, input_format: InputFormat, needed: Collection[str] | None, file: InputFile
+) -> _FileScan:
     path = file.path
-    scan = partial(_scan_parquet_file, file, needed) if input_format == "parquet" else partial(_scan_jsonl_file, file)
     try:
-        return retry_transient(scan)
+        return retry_transient(
+            lambda: (
+                _scan_parquet_file(file, needed)
+                if input_format == "parquet"
+                else _scan_rows_file(file, input_format, section.delimiter, needed)
+            )
+        )
     except _FOOTER_ERRORS as error:
         if not is_permanent(error):
             raise InputPatternError(f"[input] path: {path}: cannot be read now: {_one_line(error)}") from error
@@ -237,20 +271,29 @@ def _scan_parquet_file(file: InputFile, needed: Collection[str] | None) -> _File
     return _FileScan(tuple(units), schema)
 
 
-def _scan_jsonl_file(file: InputFile) -> _FileScan:
-    path = file.path
-    units: list[InputUnit] = []
-    with open_claimed(path, file.mark) as source:
-        offset = start = first_row = num_rows = 0
-        for line in source:
-            offset += len(line)
-            num_rows += bool(line.strip())
-            if offset - start >= JSONL_UNIT_BYTES:
-                units.append(InputUnit(0, path, "", "jsonl", len(units), first_row, num_rows, offset - start, start))
-                first_row, num_rows, start = first_row + num_rows, 0, offset
-        if num_rows:
-            units.append(InputUnit(0, path, "", "jsonl", len(units), first_row, num_rows, offset - start, start))
-    return _FileScan(tuple(units), JSONL_SCHEMA)
+def _scan_rows_file(
+    file: InputFile, input_format: RowsFormat, delimiter: str | None, needed: Collection[str] | None
+) -> _FileScan:
+    found = scan_rows(file.path, file.mark, input_format, delimiter, needed)
+    if len(found.schema) > MAX_COLUMNS:
+        raise pa.ArrowInvalid(f"expected at most {MAX_COLUMNS:,} columns, found {len(found.schema):,}")
+    units = (
+        InputUnit(
+            0,
+            file.path,
+            "",
+            input_format,
+            index,
+            piece.first_row,
+            piece.num_rows,
+            piece.num_bytes,
+            piece.offset,
+            first_line=piece.first_line,
+            delimiter=found.delimiter,
+        )
+        for index, piece in enumerate(found.pieces)
+    )
+    return _FileScan(tuple(units), JSONL_SCHEMA if input_format == "jsonl" else found.schema)
 
 
 def _unreadable(path: str, input_format: InputFormat, message: str) -> InputUnit:

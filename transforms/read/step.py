@@ -5,6 +5,7 @@ Before it: units from `input_scan`. After it: *render*. `transforms/read/input_r
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import apache_beam as beam
@@ -13,6 +14,7 @@ import pyarrow as pa
 from moebeam.schemas.store.run_layout import RunLayout
 from moebeam.transforms.beam.coders import register_record
 from moebeam.transforms.beam.counters import add_to_counters
+from moebeam.transforms.beam.late_spec import LateSpec, do_with
 from moebeam.transforms.durable.failure import record_failure
 from moebeam.transforms.read.input_rows import ReadColumns, read_unit
 from moebeam.transforms.read.input_scan import InputScan, InputUnit, UnitGroup
@@ -38,9 +40,22 @@ class ReadPrompts(beam.PTransform[Any, Any]):
         return (
             pcoll
             | "ListUnits" >> beam.Create(self._groups, reshuffle=False).with_output_types(UnitGroup)
-            | "SpreadUnits" >> beam.Reshuffle()
-            | "ReadUnits" >> beam.ParDo(_ReadUnits(self._columns, self._layout))
+            | "ReadGroups" >> ReadGroups(self._columns, self._layout)
         )
+
+
+class ReadGroups(beam.PTransform[Any, Any]):
+    """Groups of units, as a collection -> record batches of rows as read; arguments as of `ReadPrompts`."""
+
+    def __init__(self, columns: "ReadColumns | LateSpec[ReadColumns]", layout: RunLayout | None = None) -> None:
+        super().__init__()
+        self._columns = columns
+        self._layout = layout
+
+    def expand(self, pcoll: "beam.PCollection[UnitGroup]") -> "beam.PCollection[pa.RecordBatch]":
+        read = beam.ParDo(*do_with(partial(_ReadUnits, layout=self._layout), self._columns))
+        rows: Any = pcoll | "SpreadUnits" >> beam.Reshuffle() | "ReadUnits" >> read.with_output_types(pa.RecordBatch)
+        return rows
 
 
 class _ReadUnits(beam.DoFn):

@@ -115,7 +115,10 @@ class Renderer:
         self._spec = spec
         self._template = PromptTemplate(spec.prompt)
         self._encoder = load_encoder(spec.checkpoint, spec.encoding, spec.model, spec.engine.max_model_len)
-        self._routes = {name: RemotePrompts.of_model(name) for name in spec.engine.route_names}
+        self._routes = {
+            name: RemotePrompts.of_model(name) if spec.engine.is_remote else self._encoder
+            for name in spec.engine.route_names
+        }
         self._schema = plan_schema(spec.passthrough)
         self._job_sampling = spec.sampling.of_one_answer
 
@@ -197,7 +200,8 @@ class Renderer:
         elif own.get("model") is not None and own["model"] not in allowed:
             raise UnsupportedRequest(
                 f"body.model: expected {' or '.join(map(repr, allowed))}, found {abbreviate(own['model'])}; "
-                "[model] name names the job's model, [[model.routes]] of the engine openai others"
+                "[model] name names the job's model, [[model.routes]] of the engine openai and [model.adapters] of the "
+                "engine vllm others"
             )
         return own
 

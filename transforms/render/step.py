@@ -12,18 +12,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from moebeam.transforms.beam.counters import add_to_counters
+from moebeam.transforms.beam.late_spec import LateSpec, do_with
 from moebeam.transforms.render.render_rows import Renderer, RenderSpec
 
 
 class RenderPrompts(beam.PTransform[Any, Any]):
     """Batches of rows as read -> batches of planned rows, unordered."""
 
-    def __init__(self, spec: RenderSpec) -> None:
+    def __init__(self, spec: RenderSpec | LateSpec[RenderSpec]) -> None:
         super().__init__()
         self._spec = spec
 
     def expand(self, pcoll: "beam.PCollection[pa.RecordBatch]") -> "beam.PCollection[pa.RecordBatch]":
-        planned: Any = pcoll | "RenderBatch" >> beam.ParDo(_RenderBatch(self._spec))
+        render = beam.ParDo(*do_with(_RenderBatch, self._spec))
+        planned: Any = pcoll | "RenderBatch" >> render.with_output_types(pa.RecordBatch)
         return planned
 
 

@@ -21,6 +21,7 @@ from moebeam.model_runner.openai_engine.failures import CallFailure, shorten
 from moebeam.model_runner.openai_engine.options import OpenAIOptions
 from moebeam.model_runner.openai_engine.responses import Answer
 from moebeam.model_runner.protocol import EngineConfig, Outage
+from moebeam.schemas.determinism import REMOTE, Determinism
 from moebeam.schemas.errors import EngineLoadError, EngineUnavailable, MalformedResponse, RowError
 from moebeam.schemas.records import Completion, LostCall, Request
 
@@ -132,6 +133,10 @@ class BatchRunner:
     def find_outage(self) -> Outage | None:
         """See `OutageReporter`."""
         return self.service.circuit.find_outage()
+
+    def determinism(self) -> Determinism:
+        """See `PromisingRunner`."""
+        return REMOTE
 
     def counters(self) -> Mapping[str, float]:
         """See `CountingRunner`: batches submitted and taken up, polls, and outages."""

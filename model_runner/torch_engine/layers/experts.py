@@ -1,13 +1,17 @@
-"""The routed experts of a layer: rows sorted by expert, then one product for each expert or one grouped product."""
+"""The routed experts of a layer: one product for all, batched or grouped, or one for each expert."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moebeam.model_runner.torch_engine.layers.integer_linear import can_keep_integers
 from moebeam.model_runner.torch_engine.layers.linear import Linear, make_linear
+from moebeam.model_runner.torch_engine.layers.stacked_experts import StackedExperts, stack_biases
+from moebeam.model_runner.torch_engine.layers.widening import needs_widening
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights, Expert
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 from moebeam.model_runner.torch_engine.weights.packed_matrices import to_tensor
@@ -57,6 +61,8 @@ class GatedMlp:
 class Experts:
     """Routed experts."""
 
+    _stacked: StackedExperts | None = None
+
     def __init__(
         self,
         experts: Sequence[Expert],
@@ -77,6 +83,9 @@ class Experts:
         if device.type != "cpu" and _has_grouped_product(device, placement.dtype):
             self._grouped = _GroupedWeights(experts, placement)
             return
+        if _can_stack(experts[0], placement):
+            self._stacked = StackedExperts(experts, placement.dtype)
+            return
         for expert in experts:
             self._gate_up.append(make_linear([expert.gate, expert.up], placement, [expert.gate_bias, expert.up_bias]))
             self._down.append(make_linear([expert.down], placement, [expert.down_bias]))
@@ -91,6 +100,9 @@ class Experts:
         Returns:
             Shape (num_rows, hidden_size). A row's sum is in the order of `chosen`, whatever its neighbours chose.
         """
+        if self._stacked is not None:
+            made, places = self._stacked(rows, chosen, partial(apply_swiglu, limit=self._limit, gain=self._gain))
+            return _sum_weighted(made, places, weights.float()).to(rows.dtype)
         num_rows, num_chosen = chosen.shape
         flat = chosen.reshape(-1)
         by_expert = flat.argsort(stable=True)
@@ -111,6 +123,13 @@ class Experts:
         gated = torch.cat([self._gate_up[expert](part) for expert, part in zip(busy, parts, strict=True)])
         parts = apply_swiglu(gated, self._limit, self._gain).split(sizes)
         return torch.cat([self._down[expert](part) for expert, part in zip(busy, parts, strict=True)])
+
+
+def _can_stack(expert: Expert, placement: Placement) -> bool:
+    """Whether a batched product of all experts in float32 is faster than one for each, see `docs/adr/0013`."""
+    if placement.device.type != "cpu" or not placement.is_packed or can_keep_integers([expert.gate], placement):
+        return False
+    return placement.dtype == torch.float32 or needs_widening(placement.dtype, placement.device)
 
 
 def _sum_weighted(made: Tensor, places: Tensor, weights: Tensor) -> Tensor:
@@ -135,8 +154,10 @@ class _GroupedWeights:
             self._gate_up[i, width:].copy_(to_tensor(expert.up, dtype))
             self._down[i].copy_(to_tensor(expert.down, dtype))
         # One row for each expert; None where no expert has biases.
-        self._gate_up_bias = _stack_biases([(expert.gate_bias, expert.up_bias) for expert in experts], device)
-        self._down_bias = _stack_biases([(expert.down_bias,) for expert in experts], device)
+        gate_up_bias = stack_biases([(expert.gate_bias, expert.up_bias) for expert in experts])
+        down_bias = stack_biases([(expert.down_bias,) for expert in experts])
+        self._gate_up_bias = None if gate_up_bias is None else gate_up_bias.to(device)
+        self._down_bias = None if down_bias is None else down_bias.to(device)
 
     def __call__(self, gathered: Tensor, counts: Tensor, limit: float | None, gain: float | None) -> Tensor:
         ends = counts.cumsum(0).to(torch.int32)
@@ -147,11 +168,6 @@ class _GroupedWeights:
         if self._down_bias is not None:
             made = made + self._down_bias.repeat_interleave(counts, dim=0, output_size=gathered.shape[0])
         return made
-
-
-def _stack_biases(biases: Sequence[tuple[Tensor | None, ...]], device: torch.device) -> Tensor | None:
-    rows = [torch.cat(found) for parts in biases if (found := [part for part in parts if part is not None])]
-    return torch.stack(rows).to(device) if rows else None
 
 
 def _multiply_grouped(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebeam.model_runner.torch_engine.layers.widening import WidenedLinear, needs_widening
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 from moebeam.model_runner.torch_engine.weights.packed_matrices import GroupedIntegers, Matrix, join_rows
 
 _GROUP_WIDTHS = (32, 64, 128, 256)
 _NUM_ROWS_MULTIPLE = 64
+_MIN_WIDENED_ROWS = 64
+"""From so many rows on, 8-bit weights are widened where bfloat16 is: the operator's time grows with each row."""
 
 
 class IntegerLinear:
@@ -25,10 +28,13 @@ class IntegerLinear:
         operators: Any = torch.ops.aten
         self._bias = bias
         self._num_out = matrix.shape[0]
-        self._zeros: Tensor | None = None
+        self._widened: WidenedLinear | None = None
         if matrix.num_bits == 8:
             self._multiply = operators._weight_int8pack_mm
-            self._arguments = (matrix.values.contiguous(), matrix.scales.flatten().to(dtype))
+            values = matrix.values.contiguous()
+            self._arguments = (values, matrix.scales.flatten().to(dtype))
+            if needs_widening(dtype, values.device):
+                self._widened = WidenedLinear(values, bias, matrix.scales.flatten().float())
             return
         scales = matrix.scales.float()
         zeros = torch.zeros_like(scales) if matrix.zeros is None else -matrix.zeros.float() * scales
@@ -41,19 +47,28 @@ class IntegerLinear:
         """Rows, shape (num_rows, num_in), to rows, shape (num_rows, num_out)."""
         if rows.shape[0] == 0:
             return rows.new_empty((0, self._num_out))
+        if rows.shape[0] >= _MIN_WIDENED_ROWS and self._widened is not None:
+            return self._widened(rows)
         made: Tensor = self._multiply(rows.contiguous(), *self._arguments)
         return made if self._bias is None else made.add_(self._bias)
 
 
 def make_integer_linear(weights: Sequence[Matrix], placement: Placement, bias: Tensor | None) -> IntegerLinear | None:
     """Make the product with whole numbers that stay packed; None if the operators cannot do that."""
+    if not can_keep_integers(weights, placement):
+        return None
+    joined = join_rows([weight for weight in weights if isinstance(weight, GroupedIntegers)])
+    return None if joined is None or not _fits(joined) else IntegerLinear(joined, bias, placement.dtype)
+
+
+def can_keep_integers(weights: Sequence[Matrix], placement: Placement) -> bool:
+    """Whether weights are whole numbers of one kind, each of which can stay packed."""
     if placement.device.type != "cpu" or not placement.is_packed or placement.dtype != torch.bfloat16:
-        return None
-    integers = [weight for weight in weights if isinstance(weight, GroupedIntegers)]
-    joined = join_rows(integers) if len(integers) == len(weights) else None
-    if joined is None or not _fits(joined) or not has_integer_product(joined.num_bits):
-        return None
-    return IntegerLinear(joined, bias, placement.dtype)
+        return False
+    return all(
+        isinstance(weight, GroupedIntegers) and _fits(weight) and has_integer_product(weight.num_bits)
+        for weight in weights
+    )
 
 
 def _fits(matrix: GroupedIntegers) -> bool:

@@ -1,6 +1,6 @@
 """The protocol of a model, and a step on the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol, cast
@@ -12,6 +12,7 @@ from moebeam.model_runner.torch_engine.memory.cache import Cache, RingKind
 from moebeam.model_runner.torch_engine.memory.read_plan import ReadPlan, plan_reads
 from moebeam.model_runner.torch_engine.memory.segments import SegmentKind
 from moebeam.model_runner.torch_engine.schedule.steps import Step
+from moebeam.model_runner.torch_engine.streaming.layers import Layers
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 
@@ -73,6 +74,8 @@ class Architecture(Protocol):
     nodes get a copy of.
 
     Attributes:
+        layers: what `extend` asks for.
+        row_width: elements of a row between two layers.
         find_length_class: what of a prompt's number of tokens its keys depend on, see `Rotary`: prompts of different
             classes share none. None where no key depends on it.
     """
@@ -80,19 +83,48 @@ class Architecture(Protocol):
     kinds: tuple[SegmentKind, ...]
     rings: tuple[RingKind, ...]
     vocab_size: int
+    row_width: int
+    layers: Layers[Any]
     find_length_class: Callable[[int], int] | None
 
-    def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
-        """Compute a step's rows, keep what later rows need in the cache, and return logits.
+    def extend(self, batch: StepBatch, cache: Cache) -> Generator[None, Any, Tensor]:
+        """Compute a step's rows and keep what later rows need in the cache.
+
+        Yields for each layer, in order, to be sent it. It computes until the next yield.
 
         Returns:
-            float32, shape (num_logit_rows, vocab_size).
+            What `read_logits` takes, of the rows with logits; the first dimension is theirs.
         """
+        ...
+
+    def read_logits(self, rows: Tensor) -> Tensor:
+        """Logits, float32, shape (num_rows, vocab_size), of rows that `extend` returned."""
         ...
 
     def flops(self, num_rows: int, num_logit_rows: int) -> float:
         """Count floating point operations of a step's products with weights, without attention and head."""
         ...
+
+
+def extend_batches(model: Architecture, batches: Sequence[StepBatch], cache: Cache) -> list[Tensor]:
+    """Take batches through a model, all through a layer before the next; each may continue what the one before wrote.
+
+    Returns:
+        What `Architecture.extend` returned for each.
+    """
+    num_rows = sum(batch.num_rows for batch in batches)
+    num_logit_rows = sum(int(batch.logit_rows.shape[0]) for batch in batches)
+    passes = [model.extend(batch, cache) for batch in batches]
+    for one in passes:
+        next(one)
+    found: list[Tensor] = []
+    for layer in model.layers.visit(num_rows, num_logit_rows, len(batches)):
+        for one in passes:
+            try:
+                one.send(layer)
+            except StopIteration as end:
+                found.append(end.value)
+    return found
 
 
 ARCHITECTURES: dict[str, str] = {

@@ -5,6 +5,8 @@ rows choose the entries that they read; settings as in `transformers`' `Deepseek
 `DeepseekV32Config` and `Glm4MoeLiteConfig`.
 """
 
+from collections.abc import Generator
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +23,7 @@ from moebeam.model_runner.torch_engine.models.entry_choice import plan_choice
 from moebeam.model_runner.torch_engine.models.latent_attention import LatentAttention, LatentReads, plan_latent_reads
 from moebeam.model_runner.torch_engine.models.latent_expansion import Expansion
 from moebeam.model_runner.torch_engine.models.mixtures import Mixture, make_mixture
+from moebeam.model_runner.torch_engine.streaming.layers import make_layers
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 
@@ -33,9 +36,11 @@ class DeepseekV3:
     def __init__(self, config: Any, weights: CheckpointWeights, placement: Placement) -> None:
         self.vocab_size = int(config.vocab_size)
         hidden_size = int(config.hidden_size)
+        self.row_width = hidden_size
         shape = (self.vocab_size, hidden_size)
         self._embedding = weights.get("model.embed_tokens.weight", shape).to(placement.device)
-        self._layers = [_Layer(config, weights, placement, i) for i in range(int(config.num_hidden_layers))]
+        num_layers = int(config.num_hidden_layers)
+        self.layers = make_layers(partial(_Layer, config), num_layers, weights, placement)
         self._norm = RmsNorm(weights.get("model.norm.weight", (hidden_size,)).to(placement.device), config.rms_norm_eps)
         is_tied = bool(config.tie_word_embeddings) and not weights.has("lm_head.weight")
         head = self._embedding if is_tied else weights.get("lm_head.weight", shape)
@@ -44,37 +49,44 @@ class DeepseekV3:
         self._rotary = Rotary.from_config(config, config.rope_parameters, rotated, placement.device)
         self.find_length_class = self._rotary.find_length_class
         latent_width = int(config.kv_lora_rank) + rotated
-        indexer = self._layers[0].attention.indexer
+        first = self.layers.described[0].attention
+        indexer = first.indexer
         self._num_chosen = indexer.num_chosen if indexer is not None else None
         fields = (("latent", latent_width), *((("index", indexer.width),) if indexer is not None else ()))
-        self.kinds = (SegmentKind("latent", len(self._layers), 1, fields, has_fresh_reads=indexer is None),)
-        self._expansion = Expansion(len(self._layers), self._layers[0].attention, placement)
+        self.kinds = (SegmentKind("latent", num_layers, 1, fields, has_fresh_reads=indexer is None),)
+        self._expansion = Expansion(num_layers, first, placement)
         # Of no shared experts some files hold empty tensors.
         unused = [r"\.shared_experts\."] if not config.n_shared_experts else []
         weights.check_all_used([*list_behind(config), *unused])
 
-    def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
+    def extend(self, batch: StepBatch, cache: Cache) -> Generator[None, "_Layer", Tensor]:
         """See `Architecture.extend`."""
         cos, sin = self._rotary(batch.positions, batch.lengths)  # (num_rows, num_pairs)
         rows = functional.embedding(batch.token_ids, self._embedding)  # (num_rows, hidden_size)
         expanded, absorbed = self._expansion.choose(batch.reads[0].wide, cache)
         choice = None if self._num_chosen is None else plan_choice(batch, self._num_chosen)
         reads = plan_latent_reads(batch.reads[0], batch.num_rows, expanded, absorbed, rows.device, choice)
-        for layer in self._layers[:-1]:
+        for _ in self.layers.described[:-1]:
+            layer = yield
             rows = layer(rows, cos, sin, batch, reads)
+        last_layer = yield
         if batch.last_rows is not None:
             last = batch.logit_reads[0]
             split = self._expansion.split(last.wide)
             choice = choice and choice.select_rows(last, batch.last_rows)
             reads = plan_latent_reads(last, int(batch.last_rows.shape[0]), *split, rows.device, choice)
-        rows = self._layers[-1](rows, cos, sin, batch, reads, batch.last_rows)
+        rows = last_layer(rows, cos, sin, batch, reads, batch.last_rows)
         self._expansion.forget_idle(expanded, cache)
+        return rows
+
+    def read_logits(self, rows: Tensor) -> Tensor:
+        """See `Architecture.read_logits`."""
         return self._head(self._norm(rows)).float()
 
     def flops(self, num_rows: int, num_logit_rows: int) -> float:
         """See `Architecture.flops`."""
-        last = self._layers[-1]
-        before = sum(layer.flops_per_row for layer in self._layers[:-1]) + last.attention.input_flops_per_row
+        *layers, last = self.layers.described
+        before = sum(layer.flops_per_row for layer in layers) + last.attention.input_flops_per_row
         return num_rows * before + num_logit_rows * (last.flops_per_row - last.attention.input_flops_per_row)
 
 

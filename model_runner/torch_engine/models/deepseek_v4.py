@@ -6,7 +6,7 @@ windows in rings, and compressed entries in segments. The attention sink of each
 results begin.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from moebeam.model_runner.torch_engine.layers.attention import Merged
-from moebeam.model_runner.torch_engine.layers.experts import Experts, GatedMlp
+from moebeam.model_runner.torch_engine.layers.experts import GatedMlp
 from moebeam.model_runner.torch_engine.layers.hyper_connections import HyperConnection, HyperHead, expand
 from moebeam.model_runner.torch_engine.layers.linear import make_linear
 from moebeam.model_runner.torch_engine.layers.norms import RmsNorm, unit_rows
 from moebeam.model_runner.torch_engine.layers.rotary import Rotary, rotate_pairs
+from moebeam.model_runner.torch_engine.layers.widening import multiply_batches
 from moebeam.model_runner.torch_engine.memory.cache import Cache, Ring, RingKind
 from moebeam.model_runner.torch_engine.memory.chosen_entries import (
     MIN_ENTRIES_A_CHOSEN,
@@ -38,6 +39,8 @@ from moebeam.model_runner.torch_engine.memory.windows import (
 )
 from moebeam.model_runner.torch_engine.models.architecture import StepBatch
 from moebeam.model_runner.torch_engine.models.compression import Compressor, Indexer
+from moebeam.model_runner.torch_engine.streaming.experts import make_experts
+from moebeam.model_runner.torch_engine.streaming.layers import make_layers
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 
@@ -55,12 +58,18 @@ class DeepseekV4:
         self.vocab_size = int(config.vocab_size)
         self._num_streams = int(config.hc_mult)
         hidden_size, device = int(config.hidden_size), placement.device
+        self.row_width = self._num_streams * hidden_size
         shape = (self.vocab_size, hidden_size)
         self._embedding = weights.get("model.embed_tokens.weight", shape).to(device)
         layer_types: list[LayerType] = list(config.layer_types)
         # A layer's number among those of its type is its index in their segments and rings.
         numbers = [layer_types[:i].count(layer_type) for i, layer_type in enumerate(layer_types)]
-        self._layers = [_Layer(config, weights, placement, i, number) for i, number in enumerate(numbers)]
+        self.layers = make_layers(
+            lambda found, place, index: _Layer(config, found, place, index, numbers[index]),
+            len(numbers),
+            weights,
+            placement,
+        )
         self._hyper_head = HyperHead(config, weights, placement, "model.hc_head")
         norm = weights.get("model.norm.weight", (hidden_size,), torch.float32).to(device)
         self._norm = RmsNorm(norm, float(config.rms_norm_eps))
@@ -78,21 +87,26 @@ class DeepseekV4:
         self.rings = _list_rings(config, layer_types, self._rates)
         weights.check_all_used()
 
-    def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
+    def extend(self, batch: StepBatch, cache: Cache) -> Generator[None, "_Layer", Tensor]:
         """See `Architecture.extend`."""
         plan = self._plan(batch, cache)
         streams = functional.embedding(batch.token_ids, self._embedding)
         # (num_rows, num_streams, hidden_size)
         streams = streams.unsqueeze(1).expand(-1, self._num_streams, -1).contiguous()
-        for layer in self._layers[:-1]:
+        for _ in self.layers.described[:-1]:
+            layer = yield
             streams = layer(streams, plan)
-        streams = self._layers[-1](streams, plan, batch.last_rows)
-        return self._head(self._norm(self._hyper_head(streams))).float()
+        layer = yield
+        return layer(streams, plan, batch.last_rows)
+
+    def read_logits(self, rows: Tensor) -> Tensor:
+        """See `Architecture.read_logits`; rows are streams, shape (num_rows, num_streams, hidden_size)."""
+        return self._head(self._norm(self._hyper_head(rows))).float()
 
     def flops(self, num_rows: int, num_logit_rows: int) -> float:
         """See `Architecture.flops`."""
-        last = self._layers[-1]
-        before = sum(layer.flops_per_row for layer in self._layers[:-1]) + last.input_flops_per_row
+        *layers, last = self.layers.described
+        before = sum(layer.flops_per_row for layer in layers) + last.input_flops_per_row
         return num_rows * before + num_logit_rows * (last.flops_per_row - last.input_flops_per_row)
 
     def _plan(self, batch: StepBatch, cache: Cache) -> "_StepPlan":
@@ -265,8 +279,8 @@ class _Attention:
             self._read_compressed(head_weights, residual, query, cos, sin, plan, merged, chosen)
         attended = self._rotate(merged.result(), cos, -sin).to(rows.dtype)  # (num_rows, num_heads, width)
         grouped = attended.reshape(num_rows, self._num_groups, -1).transpose(0, 1)
-        made = torch.bmm(grouped, self._first_out).transpose(0, 1)  # (num_rows, num_groups, out_rank)
-        return self._last_out(made.flatten(1))
+        made = multiply_batches(grouped, self._first_out).transpose(0, 1)  # (num_rows, num_groups, out_rank)
+        return self._last_out(made.flatten(1).to(rows.dtype))
 
     def _keep_compressed(self, parts: Sequence[Tensor], plan: _StepPlan) -> None:
         step = plan.compressions[self._layer_type]
@@ -335,8 +349,9 @@ class _MoE:
         else:
             bias = weights.get_routing(f"{name}.gate.e_score_correction_bias", (num_experts,), torch.float32)
             self._bias = bias.to(device)
-        experts = weights.experts(f"{name}.experts", num_experts, hidden_size, width)
-        self._experts = Experts(experts, placement, limit=limit)
+        self._experts = make_experts(
+            weights, placement, f"{name}.experts", num_experts, hidden_size, width, limit=limit
+        )
         self._shared = GatedMlp(
             weights, placement, f"{name}.shared_experts", hidden_size=hidden_size, width=width, limit=limit
         )

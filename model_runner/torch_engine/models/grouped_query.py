@@ -5,7 +5,7 @@ Sources: arXiv 2401.04088 (Mixtral), 2407.10671 (Qwen2), 2505.09388 (Qwen3), 240
 by a group of query heads. Layers with a sliding window keep those of the last tokens in a ring, others in segments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from moebeam.model_runner.torch_engine.memory.segments import Columns, SegmentKi
 from moebeam.model_runner.torch_engine.memory.windows import HeadGroup, WindowPlan, plan_window
 from moebeam.model_runner.torch_engine.models.architecture import StepBatch, list_behind
 from moebeam.model_runner.torch_engine.models.mixtures import Mixture, make_mixture
+from moebeam.model_runner.torch_engine.streaming.layers import make_layers
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 
@@ -71,6 +72,7 @@ class GroupedQuery:
     def __init__(self, config: Any, weights: CheckpointWeights, placement: Placement) -> None:
         self.vocab_size = int(config.vocab_size)
         hidden_size, device = int(config.hidden_size), placement.device
+        self.row_width = hidden_size
         shape = (self.vocab_size, hidden_size)
         traits = _read_traits(config)
         self._embedding = weights.get("model.embed_tokens.weight", shape).to(device)
@@ -78,7 +80,12 @@ class GroupedQuery:
         is_sliding = [_is_sliding(config, index) for index in range(num_layers)]
         # A layer's number among those of its type is its index in their segments or their ring.
         numbers = [is_sliding[:index].count(sliding) for index, sliding in enumerate(is_sliding)]
-        self._layers = [_Layer(config, weights, placement, traits, i, numbers[i]) for i in range(num_layers)]
+        self.layers = make_layers(
+            lambda found, place, index: _Layer(config, found, place, traits, index, numbers[index]),
+            num_layers,
+            weights,
+            placement,
+        )
         norm = weights.get("model.norm.weight", (hidden_size,), traits.norm_dtype)
         self._norm = RmsNorm(norm.to(device), float(config.rms_norm_eps))
         is_tied = bool(config.tie_word_embeddings) and not weights.has("lm_head.weight")
@@ -99,20 +106,25 @@ class GroupedQuery:
             self.rings = (RingKind("window", num_sliding, int(config.sliding_window), 2 * kept),)
         weights.check_all_used(list_behind(config) if config.model_type == "glm4_moe" else [])
 
-    def extend(self, batch: StepBatch, cache: Cache) -> Tensor:
+    def extend(self, batch: StepBatch, cache: Cache) -> Generator[None, "_Layer", Tensor]:
         """See `Architecture.extend`."""
         rows = functional.embedding(batch.token_ids, self._embedding)  # (num_rows, hidden_size)
         cos, sin = (angle.to(rows.dtype) for angle in self._rotary(batch.positions, batch.lengths))
         window = None
         if cache.rings:
             window = cache.rings[0], plan_window(batch.step.spans, [], cache.rings[0], rows.device)
-        for layer in self._layers:
+        for _ in self.layers.described:
+            layer = yield
             rows = layer(rows, cos, sin, batch, window)
-        return self._head(self._norm(rows[batch.logit_rows])).float()
+        return rows[batch.logit_rows]
+
+    def read_logits(self, rows: Tensor) -> Tensor:
+        """See `Architecture.read_logits`."""
+        return self._head(self._norm(rows)).float()
 
     def flops(self, num_rows: int, num_logit_rows: int) -> float:
         """See `Architecture.flops`."""
-        return num_rows * sum(layer.flops_per_row for layer in self._layers)
+        return num_rows * sum(layer.flops_per_row for layer in self.layers.described)
 
 
 class _Layer:

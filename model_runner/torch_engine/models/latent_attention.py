@@ -20,6 +20,7 @@ from moebeam.model_runner.torch_engine.layers.attention import Merged, Partials,
 from moebeam.model_runner.torch_engine.layers.linear import Linear, make_linear
 from moebeam.model_runner.torch_engine.layers.norms import RmsNorm
 from moebeam.model_runner.torch_engine.layers.rotary import rotate_halves, rotate_pairs
+from moebeam.model_runner.torch_engine.layers.widening import multiply_batches
 from moebeam.model_runner.torch_engine.memory.chosen_entries import EntryPlaces, read_chosen
 from moebeam.model_runner.torch_engine.memory.read_plan import FreshRead, ReadPlan, WideRead
 from moebeam.model_runner.torch_engine.memory.reading import read_shared_keys, write_entries
@@ -251,14 +252,14 @@ class LatentAttention:
 
     def _absorb(self, query: Tensor) -> Tensor:
         """Queries in latent space: shape (num_rows, num_heads, rank + rotated)."""
-        nope = torch.bmm(query[..., : self.nope].transpose(0, 1), self._absorb_key).transpose(0, 1)
-        return torch.cat((nope, query[..., self.nope :]), dim=-1)
+        nope = multiply_batches(query[..., : self.nope].transpose(0, 1), self._absorb_key).transpose(0, 1)
+        return torch.cat((nope.to(query.dtype), query[..., self.nope :]), dim=-1)
 
     def _release(self, latent: Merged) -> Partials:
         """From attention to latents to that of the heads' values."""
         found = latent.partials()
-        made = torch.bmm(found.out.to(self._absorb_value.dtype).transpose(0, 1), self._absorb_value).transpose(0, 1)
-        return Partials(made.float(), found.peak, found.total)
+        made = multiply_batches(found.out.to(self._absorb_value.dtype).transpose(0, 1), self._absorb_value)
+        return Partials(made.transpose(0, 1), found.peak, found.total)
 
 
 def _compute_yarn_scale(parameters: Mapping[str, Any]) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moebeam.model_runner.torch_engine.layers.experts import Experts, GatedMlp
+from moebeam.model_runner.torch_engine.streaming.experts import make_experts
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights
 from moebeam.model_runner.torch_engine.weights.devices import Placement
 from moebeam.model_runner.torch_engine.weights.interleaved_experts import read_interleaved_experts
@@ -76,7 +77,7 @@ def _make_softmax(config: Any, weights: CheckpointWeights, placement: Placement,
     weight = weights.get_routing(f"{name}.gate.weight", (num_experts, hidden_size)).to(device)
     is_normed = bool(getattr(config, "norm_topk_prob", True))
     router = _SoftmaxRouter(weight, int(config.num_experts_per_tok), is_normed=is_normed)
-    experts = Experts(weights.experts(f"{name}.experts", num_experts, hidden_size, width), placement)
+    experts = make_experts(weights, placement, f"{name}.experts", num_experts, hidden_size, width)
     if model_type != "qwen2_moe":
         return Mixture(router, experts, None, None)
     shared_width = int(config.shared_expert_intermediate_size)
@@ -92,9 +93,18 @@ def _make_gpt_oss(config: Any, weights: CheckpointWeights, placement: Placement,
     weight = weights.get_routing(f"{name}.router.weight", (num_experts, hidden_size)).to(device)
     bias = weights.get_routing(f"{name}.router.bias", (num_experts,)).to(device)
     router = _ChosenSoftmaxRouter(weight, bias, int(config.num_experts_per_tok))
-    experts = read_interleaved_experts(weights, f"{name}.experts", num_experts, hidden_size, width)
-    limit, gain = float(config.swiglu_limit), float(config.swiglu_alpha)
-    return Mixture(router, Experts(experts, placement, limit=limit, gain=gain), None, None)
+    experts = make_experts(
+        weights,
+        placement,
+        f"{name}.experts",
+        num_experts,
+        hidden_size,
+        width,
+        read=read_interleaved_experts,
+        limit=float(config.swiglu_limit),
+        gain=float(config.swiglu_alpha),
+    )
+    return Mixture(router, experts, None, None)
 
 
 def _make_deepseek(config: Any, weights: CheckpointWeights, placement: Placement, name: str) -> Mixture:
@@ -111,7 +121,7 @@ def _make_deepseek(config: Any, weights: CheckpointWeights, placement: Placement
         bias = weights.get_routing(f"{name}.gate.e_score_correction_bias", (num_experts,), torch.float32).to(device)
         is_normed = bool(config.norm_topk_prob)
         router = _SigmoidRouter(weight, bias, num_chosen, groups=groups, is_normed=is_normed, scale=scale)
-    experts = Experts(weights.experts(f"{name}.experts", num_experts, hidden_size, width), placement)
+    experts = make_experts(weights, placement, f"{name}.experts", num_experts, hidden_size, width)
     shared: GatedMlp | None = None
     if num_shared:
         shared = GatedMlp(

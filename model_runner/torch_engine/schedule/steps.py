@@ -11,7 +11,7 @@ and C decode, B is in prefill, and all of S is computed:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +83,42 @@ class Step:
         return [
             Span(span.node, span.position + span.num_rows - 1, row, 1, span.running) for row, span in enumerate(ends)
         ]
+
+
+def cut_step(step: Step, max_rows: int) -> list[Step]:
+    """Cut a step into parts of at most so many rows, to be computed one after another; they have no `full_hits`.
+
+    No node of a step is another's ancestor, so that a part needs nothing of the others but what earlier pieces of
+    its spans wrote.
+    """
+    if step.num_rows <= max_rows:
+        return [replace(step, full_hits=[])]
+    return [_cut_part(step, first, min(first + max_rows, step.num_rows)) for first in range(0, step.num_rows, max_rows)]
+
+
+def _cut_part(step: Step, first: int, end: int) -> Step:
+    spans: list[Span] = []
+    num_prompt_rows = 0
+    for span in step.spans:
+        begin, stop = max(span.first_row, first), min(span.end_row, end)
+        if begin < stop:
+            position = span.position + begin - span.first_row
+            spans.append(Span(span.node, position, begin - first, stop - begin, span.running))
+            num_prompt_rows += max(0, min(stop - begin, span.node.end - position))
+    logits = [
+        (row - first, owner)
+        for row, owner in zip(step.logit_rows, step.logit_owners, strict=True)
+        if first <= row < end
+    ]
+    return Step(
+        spans,
+        step.token_ids[first:end],
+        step.positions[first:end],
+        [row for row, _ in logits],
+        [owner for _, owner in logits],
+        [],
+        num_prompt_rows,
+    )
 
 
 def pack_step(

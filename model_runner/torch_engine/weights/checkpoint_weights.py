@@ -6,7 +6,7 @@ read before it is touched: a tensor stored in the wanted dtype stays in the page
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +107,20 @@ class CheckpointWeights:
         if model_type not in RENAMINGS:
             raise EngineLoadError(f"{path}: expected a model type of {sorted(RENAMINGS)}, found {model_type!r}")
         return cls(path, key_by_module_name(found, model_type), dtype, read_fp8_block(path))
+
+    @property
+    def tensors(self) -> Mapping[str, Stored]:
+        """All tensors by their module names."""
+        return self._tensors
+
+    @property
+    def used_names(self) -> frozenset[str]:
+        """What `get` and `experts` were asked for."""
+        return frozenset(self._used)
+
+    def mark_used(self, names: Iterable[str]) -> None:
+        """Count tensors as used that were read in another way."""
+        self._used.update(names)
 
     @property
     def num_bytes(self) -> int:

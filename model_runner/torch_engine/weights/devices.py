@@ -1,9 +1,7 @@
-"""Where the engine keeps weights and state: placement, memory and threads; no vendor is named here."""
+"""Where the engine keeps weights and state: placement and memory; no vendor is named here."""
 
 import ctypes
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +20,13 @@ class Placement:
 
     Attributes:
         is_packed: whether weights may be copied into a faster layout instead of staying mapped.
+        max_weight_bytes: most memory for weights; layers that do not fit are read when they are computed. 0: all fit.
     """
 
     device: torch.device
     dtype: torch.dtype
     is_packed: bool = True
+    max_weight_bytes: int = 0
 
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -50,20 +50,6 @@ def touch_memory(device: torch.device, num_bytes: int) -> None:
     """
     if device.type == "cpu" and sys.platform == "linux":
         torch.zeros(num_bytes, dtype=torch.uint8)
-
-
-@contextmanager
-def num_threads(num: int) -> Generator[None]:
-    """Let torch use this many CPU threads inside the block."""
-    before = torch.get_num_threads()
-    if before == num:
-        yield
-        return
-    torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def available_bytes(device: torch.device) -> int:

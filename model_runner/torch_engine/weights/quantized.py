@@ -94,7 +94,7 @@ def dequantize(stored: Tensor, scales: Tensor, block: tuple[int, int], dtype: to
         block: rows and columns that share a scale.
         dtype: floating dtype of the result.
     Returns:
-        A new tensor of shape (num_rows, num_columns), on the CPU as all arguments are, or on `meta` as they are.
+        A new tensor of shape (num_rows, num_columns), on the device of the arguments.
     """
     num_rows, num_columns = infer_unpacked_shape(stored)
     assert tuple(scales.shape) == scale_grid((num_rows, num_columns), block), (scales.shape, block)
@@ -103,12 +103,13 @@ def dequantize(stored: Tensor, scales: Tensor, block: tuple[int, int], dtype: to
     if scales.dtype == torch.uint8:
         scales = scales.view(torch.float8_e8m0fnu)
     scales = scales.to(torch.float32)
-    matrix = torch.empty(num_rows, num_columns, dtype=dtype, device="cpu")
+    matrix = torch.empty(num_rows, num_columns, dtype=dtype, device=stored.device)
     num_band_blocks = -(-_MIN_BAND_ROWS // block[0])
     for first_block in range(0, scales.shape[0], num_band_blocks):
         first_row = first_block * block[0]
         rows = stored[first_row : first_row + num_band_blocks * block[0]]
-        values = _BYTE_VALUES[rows.dtype].index_select(0, rows.view(torch.uint8).flatten().to(torch.int32))
+        codes = rows.view(torch.uint8).flatten().to(torch.int32)
+        values = _BYTE_VALUES[rows.dtype].to(stored.device).index_select(0, codes)
         values = values.view(torch.float32).view(rows.shape[0], num_columns)
         band_scales = scales[first_block : first_block + num_band_blocks]
         band_scales = band_scales.repeat_interleave(block[1], dim=1)[:, :num_columns]

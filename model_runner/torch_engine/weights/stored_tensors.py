@@ -12,7 +12,7 @@ from moebeam.model_runner.checkpoint.weight_files import StoredTensor
 from moebeam.model_runner.torch_engine.weights.tensor_names import RENAMINGS, module_names
 from moebeam.schemas.errors import EngineLoadError
 
-_STORED_DTYPES = {
+STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -32,10 +32,16 @@ _STORED_DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file, and the file's mapping; None where only the headers were read."""
+    """A tensor in a file.
+
+    Attributes:
+        mapping: of the file; None where only the headers were read.
+        content: the tensor, if it was read and not mapped.
+    """
 
     header: StoredTensor
-    mapping: safe_open | None
+    mapping: safe_open | None = None
+    content: Tensor | None = None
 
     def read(self) -> Tensor:
         """The tensor as stored: mapped, or without contents on the device `meta`.
@@ -43,8 +49,10 @@ class Stored:
         Raises:
             SafetensorError, KeyError: torch has no such dtype.
         """
+        if self.content is not None:
+            return self.content
         if self.mapping is None:
-            return torch.empty(self.header.shape, dtype=_STORED_DTYPES[self.header.dtype], device="meta")
+            return torch.empty(self.header.shape, dtype=STORED_DTYPES[self.header.dtype], device="meta")
         return cast("Tensor", self.mapping.get_tensor(self.header.name))
 
 

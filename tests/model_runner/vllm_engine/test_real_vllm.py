@@ -1,4 +1,4 @@
-"""The engine over vLLM itself, where an interpreter that has it is named."""
+"""The engine over vLLM itself: the interpreter that is named, or one that is installed for the tests."""
 
 import json
 import os
@@ -20,10 +20,10 @@ from moebeam.model_runner.vllm_engine.process import PYTHON_VARIABLE
 from moebeam.model_runner.vllm_engine.runner import VllmRunner, load_vllm_runner
 from moebeam.schemas.errors import EngineFailed
 from moebeam.schemas.records import Request, Sampling
+from tests.support.engines.engine_configs import engine_config
 from tests.support.engines.fake_vllm import by_id, config_of, request
 from tests.support.models.checkpoints import save_tiny_tokenizer
-
-needs_vllm = pytest.mark.skipif(not os.environ.get(PYTHON_VARIABLE), reason=f"{PYTHON_VARIABLE} names no interpreter")
+from tests.support.servers.vllm_environment import install
 
 
 def save_tiny_v3_checkpoint(folder: Path, *, seed: int = 0) -> Path:
@@ -74,6 +74,7 @@ def v3_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def real(v3_checkpoint: Path) -> Iterator[VllmRunner]:
     """vLLM with what its build for CPU needs here; a user's own settings come first."""
     with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(PYTHON_VARIABLE, os.environ.get(PYTHON_VARIABLE) or str(install()))
         for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_MLA_DISABLE": "1"}.items():
             environment.setenv(name, os.environ.get(name, value))
         # Compiling takes a minute; without it vLLM 0.32's own CPU kernels answer wrongly for V3, torch's do not.
@@ -93,10 +94,9 @@ def prompts_that_share(num_requests: int, **values: Any) -> list[Request]:
     ]
 
 
-@needs_vllm
 @pytest.mark.integration
 def test_real_vllm_answers_as_transformers_does(real: VllmRunner, v3_checkpoint: Path) -> None:
-    oracle = load_transformers_runner(config_of(v3_checkpoint, dtype="float32", device="cpu"))
+    oracle = load_transformers_runner(engine_config("transformers", str(v3_checkpoint), dtype="float32", device="cpu"))
     requests = prompts_that_share(24, max_tokens=14)
     expected = {c.request_id: (c.text, c.finish_reason, c.usage.completion_tokens) for c in oracle.generate(requests)}
     stop = expected["3"][0][4:6]
@@ -111,7 +111,6 @@ def test_real_vllm_answers_as_transformers_does(real: VllmRunner, v3_checkpoint:
     assert any(cut[1] == "stop" for name, cut in expected.items() if name.startswith("stop"))
 
 
-@needs_vllm
 @pytest.mark.integration
 def test_real_vllm_caches_prefixes_but_never_across_tenants(real: VllmRunner) -> None:
     shared = np.random.default_rng(1).integers(5, 261, 300).tolist()
@@ -127,7 +126,18 @@ def test_real_vllm_caches_prefixes_but_never_across_tenants(real: VllmRunner) ->
     assert (again.usage.cached_tokens or 0) > 200
 
 
-@needs_vllm
+@pytest.mark.integration
+def test_real_vllm_tells_its_unit_and_hits_what_it_can_reach(real: VllmRunner) -> None:
+    unit = real.limits.prefix_unit.num_tokens
+    assert unit == real.limits.block_size > 1
+    before = real.counters()
+    shared = np.random.default_rng(2).integers(5, 261, 2 * unit + 3).tolist()
+    for number in range(3):  # one by one, so that nothing is asked before what it could hit is there
+        list(real.generate([request(str(number), [*shared, 70 + number], max_tokens=1)]))
+    assert real.counters()["num_hit_tokens"] - before["num_hit_tokens"] == 2 * 2 * unit
+    assert real.determinism().promise == "tokens"
+
+
 @pytest.mark.integration
 def test_real_vllm_holds_to_grammars_seeds_and_logprobs(real: VllmRunner) -> None:
     schema = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"], "additionalProperties": 0}
@@ -139,7 +149,8 @@ def test_real_vllm_holds_to_grammars_seeds_and_logprobs(real: VllmRunner) -> Non
     (refused,) = real.generate([bad])
     assert isinstance(refused.error, EngineFailed)
     (drawn,) = prompts_that_share(1, max_tokens=6, temperature=1.0, logprobs=True)
-    twins = [replace(drawn, request_id="twin"), drawn, replace(drawn, request_id="other", attempt=2)]
+    drawn = replace(drawn, row_id="row")  # from which the seed is derived
+    twins = [replace(drawn, request_id="twin"), drawn, replace(drawn, request_id="other", sample=1)]
     found = by_id(real.generate(twins))
     assert found["twin"].text == found["0"].text != found["other"].text
     for completion in found.values():
@@ -148,7 +159,6 @@ def test_real_vllm_holds_to_grammars_seeds_and_logprobs(real: VllmRunner) -> Non
         assert max(completion.logprobs) <= 0
 
 
-@needs_vllm
 @pytest.mark.integration
 def test_real_vllm_that_is_killed_is_replaced_and_leaves_nothing_behind(real: VllmRunner) -> None:
     requests = prompts_that_share(12, max_tokens=60)

@@ -1,6 +1,6 @@
 """The vLLM engine: against a scripted worker, the worker against a scripted vLLM, and both against the real one.
 
-The real one runs where `MOEBEAM_VLLM_PYTHON` names an interpreter that has it.
+The real one is in `test_real_vllm.py`.
 """
 
 import gc
@@ -20,6 +20,7 @@ from moebeam.model_runner.prefix_tree import prefix_key
 from moebeam.model_runner.vllm_engine import process as vllm_process
 from moebeam.model_runner.vllm_engine import runner as vllm_runner
 from moebeam.model_runner.vllm_engine.engine_arguments import ARGUMENTS_VARIABLE
+from moebeam.model_runner.vllm_engine.prefix_units import unit_key
 from moebeam.model_runner.vllm_engine.process import PYTHON_VARIABLE
 from moebeam.model_runner.vllm_engine.runner import VllmRunner, load_vllm_runner
 from moebeam.schemas.errors import ContextOverflow, EngineFailed, EngineLoadError
@@ -44,7 +45,9 @@ def test_requests_are_sent_in_token_order_tenants_apart(runner: VllmRunner, fake
     rng = np.random.default_rng(0)
     requests = [request(str(i), [70, *rng.integers(70, 74, 5)], tenant=("", "a", "b")[i % 3]) for i in range(30)]
     assert len(by_id(runner.generate(requests))) == 30
-    expected = sorted(requests, key=lambda one: prefix_key(one.tenant, one.prompt_token_ids))
+    unit = runner.limits.prefix_unit
+    keys = {id(one): (unit_key(one, unit, None), prefix_key(one.tenant, one.prompt_token_ids)) for one in requests}
+    expected = sorted(requests, key=lambda one: keys[id(one)])
     asks = fake.asks()
     assert [ask["prompt_token_ids"] for ask in asks] == [one.prompt_token_ids.tolist() for one in expected]
     salts = [ask["cache_salt"] for ask in asks]

@@ -15,19 +15,28 @@ from moebeam.model_runner.vllm_engine import process as vllm_process
 FAKE_VLLM = {
     "vllm/__init__.py": """
         import sys
+        from dataclasses import dataclass
         from types import SimpleNamespace as Is
 
         print("noise on standard output")
         if any(path.rstrip("/").endswith("model_runner") for path in sys.path):
             raise RuntimeError("modules of moebeam are in vLLM's way")
 
+        __version__ = "9.9"
+
+        @dataclass
         class EngineArgs:
-            def __init__(self, model, speed=0):
-                self.model = model
+            model: str
+            speed: int = 0
+            worker_extension_cls: str = ""
 
         class LLMEngine:
-            model_config = Is(max_model_len=9, get_vocab_size=lambda: 8)
-            vllm_config = Is(scheduler_config=Is(max_num_seqs=7))
+            model_config = Is(max_model_len=9, get_vocab_size=lambda: 8, dtype="torch.float32", quantization=None)
+            vllm_config = Is(
+                scheduler_config=Is(max_num_seqs=7),
+                cache_config=Is(block_size=16, cache_dtype="auto"),
+                speculative_config=None,
+            )
             engine_core = Is(shutdown=lambda: print("shutdown", file=sys.stderr))
 
             @classmethod
@@ -35,8 +44,17 @@ FAKE_VLLM = {
                 if arguments.model == "broken":
                     raise ValueError("no such model")
                 engine = cls()
+                engine.extension = arguments.worker_extension_cls
                 engine.running = {}
                 return engine
+
+            def collective_rpc(self, method):
+                module, _, name = self.extension.partition(".")
+                specs = [Is(block_size=16), Is(block_size=3), Is(block_size=5, prefix_cacheable=False)]
+                worker = __import__(module).__dict__[name]()
+                worker.model_runner = Is(kv_cache_config=Is(kv_cache_groups=[Is(kv_cache_spec=spec) for spec in specs]))
+                worker.vllm_config = self.vllm_config
+                return [getattr(worker, method)()]
 
             def has_unfinished_requests(self):
                 return bool(self.running)
@@ -83,7 +101,9 @@ FAKE_VLLM = {
     """,
     "vllm/platforms.py": """
         from types import SimpleNamespace
-        current_platform = SimpleNamespace(device_type="tin")
+        current_platform = SimpleNamespace(
+            device_type="tin", is_rocm=lambda: False, is_xpu=lambda: False, is_cuda=lambda: False
+        )
     """,
     "vllm/v1/__init__.py": "",
     "vllm/v1/engine/__init__.py": "",
@@ -121,8 +141,13 @@ class Worker:
         self.popen.stdin.write(json.dumps(line) + "\n")
         self.popen.stdin.flush()
 
+    def load(self, engine: dict[str, object]) -> None:
+        named = {"unknown": "[model.engine_args]"}
+        self.say(type="load", engine=engine, named=named, batch_invariant="auto", adapters={})
+
     def ask(self, ask_id: str, token_ids: Sequence[int], **values: object) -> None:
         line: dict[str, object] = {"cache_salt": None, "sampling": {"logprobs": 0}, "grammar": None}
+        line |= {"adapter": None, "rank": None}
         self.say(**(line | {"type": "ask", "id": ask_id, "prompt_token_ids": token_ids, "is_streamed": False} | values))
 
     def hear(self) -> Any:
@@ -137,8 +162,11 @@ class Worker:
 
 
 def test_worker_keeps_its_lines_apart_from_what_vllm_prints(worker: Worker) -> None:
-    worker.say(type="load", engine={"model": "m"})
-    assert worker.hear() == {"type": "ready", "max_model_len": 9, "vocab_size": 8, "max_num_seqs": 7, "device": "tin"}
+    worker.load({"model": "m"})
+    ready = {"type": "ready", "max_model_len": 9, "vocab_size": 8, "max_num_seqs": 7, "device": "tin"}
+    ready |= {"dtype": "float32", "is_quantized": False, "is_batch_invariant": False, "version": "9.9"}
+    cache = {"block_size": 16, "hit_unit": 48, "num_dropped_units": 0, "num_replayed_tokens": 0}
+    assert worker.hear() == ready | cache
     worker.ask("a", [3], sampling={"logprobs": 1}, cache_salt="s")
     line = {"type": "tokens", "id": "a", "token_ids": [5], "cached_tokens": 2}
     likeliest = [[[5, -0.5], [6, -9.0]]]
@@ -155,7 +183,7 @@ def test_worker_keeps_its_lines_apart_from_what_vllm_prints(worker: Worker) -> N
 
 
 def test_worker_refuses_one_request_and_goes_on(worker: Worker) -> None:
-    worker.say(type="load", engine={"model": "m"})
+    worker.load({"model": "m"})
     worker.hear()
     worker.ask("a", [0])
     assert worker.hear() == {"type": "refused", "id": "a", "error": "KeyError: 'no'"}
@@ -172,17 +200,22 @@ def test_worker_refuses_one_request_and_goes_on(worker: Worker) -> None:
 
 
 def test_worker_says_why_it_ends(worker: Worker) -> None:
-    worker.say(type="load", engine={"model": "m"})
+    worker.load({"model": "m"})
     worker.hear()
     worker.ask("a", [1])
-    assert worker.hear() == {"type": "broken", "error": "EngineDeadError: dead"}
+    assert worker.hear() == {"type": "broken", "error": "EngineDeadError: dead", "was_batch_invariant": False}
     assert worker.end()[0] == 1
 
 
 @pytest.mark.parametrize("engine", [{"model": "broken"}, {"model": "m", "unknown": 1}])
 def test_worker_that_cannot_load_says_why(worker: Worker, engine: dict[str, object]) -> None:
-    worker.say(type="load", engine=engine)
+    worker.load(engine)
     line = worker.hear()
     assert line["type"] == "broken"
-    assert line["error"].startswith(("ValueError: no such model", "TypeError: "))
+    assert line["error"].startswith(
+        (
+            "ValueError: no such model",
+            "ValueError: [model.engine_args]: vLLM 9.9 has no argument 'unknown'",
+        )
+    )
     assert worker.end()[0] == 1

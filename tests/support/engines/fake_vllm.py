@@ -50,7 +50,9 @@ FAKE_WORKER = """
         print("(EngineCore) ValueError: the cause", file=sys.stderr)
         say(type="broken", error="RuntimeError: see above")
         sys.exit(1)
-    say(type="ready", max_model_len=64, vocab_size=261, max_num_seqs=engine.get("max_num_seqs", 4), device="cpu")
+    say(type="ready", max_model_len=64, vocab_size=261, max_num_seqs=engine.get("max_num_seqs", 4), device="cpu",
+        dtype="float32", is_quantized=False, is_batch_invariant=False, version="0", block_size=16, hit_unit=16,
+        num_dropped_units=0, num_replayed_tokens=0)
     buffered, asks, endless = b"", [], []
     while True:
         # Whoever asks gets nothing before it has said all that it wants to say.

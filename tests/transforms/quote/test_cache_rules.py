@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebeam.transforms.quote.cache_rules import NONE, TREE, UNITS, UNKNOWN, CacheRule, estimate_hits, find_rule
+from moebeam.model_runner.vllm_engine.prefix_units import PrefixUnit
+from moebeam.transforms.quote.cache_rules import (
+    NONE,
+    TREE,
+    UNITS,
+    UNKNOWN,
+    CacheRule,
+    estimate_hits,
+    find_rule,
+    unit_rule,
+)
 from moebeam.transforms.quote.prompt_survey import PromptSurvey
 
 Prompts = list[tuple[int, ...]]
@@ -76,3 +86,8 @@ def test_only_what_runs_here_or_is_documented_has_a_rule() -> None:
     assert find_rule("local", "transformers") == NONE
     assert find_rule("deepseek", "") == UNITS
     assert find_rule("azure", "") == find_rule("local", "vllm") == UNKNOWN
+
+
+def test_whole_units_serve_only_what_reaches_a_boundary() -> None:
+    survey = survey_of([(1,) * 40, (1,) * 40, (*(1,) * 20, 2), (*(1,) * 10, 3)])
+    assert estimate_hits(survey, unit_rule(PrefixUnit(16))).tolist() == [0, 32, 16, 0]

@@ -95,7 +95,7 @@ def test_a_row_group_with_fewer_rows_than_promised_loses_none_in_silence(tmp_pat
 
 
 def test_large_jsonl_files_are_cut_at_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moebeam.transforms.read.input_scan.JSONL_UNIT_BYTES", 40)
+    monkeypatch.setattr("moebeam.transforms.read.rows.scan_rows.PIECE_BYTES", 40)
     source = tmp_path / "a.jsonl"
     source.write_bytes(b'{"custom_id": "one"}\n\n{"custom_id": "two"}\r\n{"custom_id": "three"}')
     found = scan(source)

@@ -83,8 +83,9 @@ def test_parts_that_do_not_go_together_are_refused(layout: str, change: Change, 
 
 @pytest.mark.parametrize("num_bits", [4, 8])
 @pytest.mark.parametrize("has_zeros", [False, True])
+@pytest.mark.parametrize("num_rows", [5, 70])
 def test_products_with_packed_numbers_are_those_with_what_they_stand_for(
-    num_bits: int, has_zeros: bool, tmp_path: Path
+    num_bits: int, has_zeros: bool, num_rows: int, tmp_path: Path
 ) -> None:
     shape = (128, 64)
     if num_bits == 8:
@@ -95,7 +96,7 @@ def test_products_with_packed_numbers_are_those_with_what_they_stand_for(
     placement, bias = Placement(torch.device("cpu"), torch.bfloat16), torch.linspace(-1, 1, 128).bfloat16()
     linear = make_linear([matrix, matrix], placement, [bias, None])
     assert isinstance(linear, IntegerLinear) == has_integer_product(num_bits)
-    rows = draw_matrix((5, 64)).bfloat16()
+    rows = draw_matrix((num_rows, 64)).bfloat16()
     expected = rows.float() @ plain.t()
     found = linear(rows).float()
     assert linear(rows[:0]).shape == (0, 256)

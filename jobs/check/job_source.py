@@ -41,13 +41,17 @@ def load_job_for_frame(source: JobSource, spare_output: str) -> Job:
     else:
         raise JobFileError(f"job: expected a Job, a path or a mapping of sections, found {type(source).__name__}")
     _complete(sections, "input", {"path": _NO_INPUT, "format": "parquet"}, is_forced=True)
+    if isinstance(sections["input"], dict):
+        sections["input"].pop("query", None)
     _complete(sections, "output", {"path": spare_output}, is_forced=False)
     return make_job(sections, name, folder)
 
 
 def with_input(job: Job, path: str) -> Job:
     """The job over a Parquet file."""
-    named = job.model_copy(update={"input": job.input.model_copy(update={"path": path, "format": "parquet"})})
+    named = job.model_copy(
+        update={"input": job.input.model_copy(update={"path": path, "query": None, "format": "parquet"})}
+    )
     return named if job.folder is None else named.in_folder(job.folder)
 
 

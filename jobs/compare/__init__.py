@@ -1,0 +1,1 @@
+"""`moebeam compare`: two runs side by side, row by row and in figures."""

@@ -1,0 +1,1 @@
+"""How many CPU threads a step runs on, decided while the engine runs."""

@@ -1,0 +1,1 @@
+"""What the worker brings into vLLM's interpreter: modules of the standard library and vLLM alone."""

@@ -1,0 +1,1 @@
+"""Tables of a lakehouse: how job files name them."""

@@ -1,0 +1,1 @@
+"""Stage *keep*: rows of somebody else's collection to files of the run."""
