@@ -4,7 +4,14 @@ import pytest
 
 from moebeam.jobs.compare.answers import Answer, Difference, find_differences
 
-SAID = {"status": "ok", "error_type": None, "text": '{"a": 1}', "json": '{"a": 1}', "calls": (), "reasoning": None}
+SAID: dict[str, Any] = {
+    "status": "ok",
+    "error_type": None,
+    "text": '{"a": 1}',
+    "json": '{"a": 1}',
+    "calls": (),
+    "reasoning": None,
+}
 
 
 def answer(**changes: Any) -> Answer:
