@@ -95,9 +95,8 @@ class BatchServer:
         try:
             yield
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            self._queue.stop()
+            await task
 
     async def create_file(self, request: Request) -> Response:
         tenant = self._find_tenant(request)
@@ -110,7 +109,7 @@ class BatchServer:
                 raise ApiError(400, f"purpose: expected 'batch', found {purpose!r}", param="purpose")
             after = _read_expires_after(upload.fields)
             now = int(time.time())
-            key = _request_key(request, "file", upload.sha256, upload.filename, str(after))
+            key = _request_key(request, "file", upload.size.sha256, upload.filename, str(after))
             async with self._creating:
                 known = self._find_repeated(request, key, self._shelf.list_files(tenant))
                 if known is not None:
@@ -120,9 +119,9 @@ class BatchServer:
                     tenant=tenant,
                     filename=upload.filename,
                     purpose=purpose,
-                    num_bytes=upload.num_bytes,
-                    num_lines=upload.num_lines,
-                    sha256=upload.sha256,
+                    num_bytes=upload.size.num_bytes,
+                    num_lines=upload.size.num_lines,
+                    sha256=upload.size.sha256,
                     created_at=now,
                     expires_at=None if after is None else now + after.seconds,
                     request_key=key,
@@ -143,10 +142,10 @@ class BatchServer:
         return _show_page(request, files if order == "desc" else files[::-1], "files")
 
     async def get_file(self, request: Request) -> Response:
-        return JSONResponse(self._find_file(request).to_json())
+        return JSONResponse(self._find(request, self._shelf.files, "file").to_json())
 
     async def delete_file(self, request: Request) -> Response:
-        file = self._find_file(request)
+        file = self._find(request, self._shelf.files, "file")
         users = [batch for batch in self._shelf.list_batches(file.tenant) if batch.input_file_id == file.file_id]
         if not all(batch.has_ended for batch in users):
             raise ApiError(409, f"{file.file_id}: a batch that is not ended reads it; cancel the batch first")
@@ -154,7 +153,7 @@ class BatchServer:
         return JSONResponse({"id": file.file_id, "object": "file", "deleted": True})
 
     async def get_content(self, request: Request) -> Response:
-        file = self._find_file(request)
+        file = self._find(request, self._shelf.files, "file")
         return FileResponse(self._shelf.content_path(file), media_type="application/jsonl", filename=file.filename)
 
     async def create_batch(self, request: Request) -> Response:
@@ -197,10 +196,10 @@ class BatchServer:
         return _show_page(request, list(self._shelf.list_batches(self._find_tenant(request))), "batches")
 
     async def get_batch(self, request: Request) -> Response:
-        return JSONResponse(self._find_batch(request).to_json())
+        return JSONResponse(self._find(request, self._shelf.batches, "batch").to_json())
 
     async def cancel_batch(self, request: Request) -> Response:
-        batch = self._find_batch(request)
+        batch = self._find(request, self._shelf.batches, "batch")
         if batch.has_ended:
             raise ApiError(409, f"{batch.batch_id}: expected a batch at work, found one that is {batch.status}")
         if batch.status not in ("cancelling", "finalizing"):
@@ -217,19 +216,13 @@ class BatchServer:
             raise ApiError(401, "expected an API key of this server as a bearer token", code="invalid_api_key")
         return tenant
 
-    def _find_file(self, request: Request) -> StoredFile:
-        tenant, file_id = self._find_tenant(request), str(request.path_params["file_id"])
-        file = self._shelf.files.get(file_id)
-        if file is None or file.tenant != tenant:
-            raise ApiError(404, f"there is no file {file_id!r}", param="file_id")
-        return file
-
-    def _find_batch(self, request: Request) -> Batch:
-        tenant, batch_id = self._find_tenant(request), str(request.path_params["batch_id"])
-        batch = self._shelf.batches.get(batch_id)
-        if batch is None or batch.tenant != tenant:
-            raise ApiError(404, f"there is no batch {batch_id!r}", param="batch_id")
-        return batch
+    def _find(self, request: Request, items: Mapping[str, _Item], kind: str) -> _Item:
+        """The tenant's own file or batch that a path names; another's is not found either."""
+        tenant, name = self._find_tenant(request), str(request.path_params[f"{kind}_id"])
+        item = items.get(name)
+        if item is None or item.tenant != tenant:
+            raise ApiError(404, f"there is no {kind} {name!r}", param=f"{kind}_id")
+        return item
 
     def _find_repeated(self, request: Request, key: str, items: Iterator[_Item]) -> _Item | None:
         """What the same request made before: by its `Idempotency-Key`, or by the client's own count of retries.

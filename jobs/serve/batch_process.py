@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 from moebeam.jobs.check.job_file import load_job
 from moebeam.jobs.console.signals import draining_signals
@@ -24,6 +24,7 @@ from moebeam.schemas.redaction.hide import hide_in_message
 from moebeam.schemas.store import storage
 from moebeam.schemas.store.record_json import decode_record, encode_record
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.read.batch_lines import read_custom_id
 
 END_FILE = "end.json"
 ORDER_FILE = "order.json"
@@ -151,8 +152,8 @@ def _write_files(order: BatchOrder, kind: RunEndKind, *, is_run: bool) -> tuple[
     # A run that ended before it claimed its folder left nothing to export.
     if is_run and (kind == "complete" or storage.exists(RunLayout(order.output).job)):
         export_batch(read_record(order.output), order.made, is_partial=kind != "complete")
-    answered = {custom_id for name in (OUTPUT_FILE, ERROR_FILE) for custom_id in _list_ids(made / name)}
     if kind != "complete":
+        answered = {custom_id for name in (OUTPUT_FILE, ERROR_FILE) for custom_id in _list_ids(made / name)}
         code = "batch_expired" if kind == "deadline" else "batch_cancelled"
         text = "the batch's completion window ended" if kind == "deadline" else "the batch was cancelled"
         with open(made / ERROR_FILE, "ab") as sink:
@@ -173,12 +174,7 @@ def _list_ids(path: Path) -> Iterator[str | None]:
     with open(path, "rb") as source:
         for line in source:
             if line.strip():
-                try:
-                    value: object = json.loads(line)
-                except (ValueError, RecursionError):
-                    value = None
-                found = cast("dict[str, object]", value).get("custom_id") if isinstance(value, dict) else None
-                yield found if isinstance(found, str) else None
+                yield read_custom_id(line)
 
 
 def _count_lines(path: Path) -> int:

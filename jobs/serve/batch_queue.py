@@ -28,8 +28,8 @@ from moebeam.schemas.errors import CommitError
 from moebeam.schemas.store.record_json import encode_record, read_record
 from moebeam.schemas.store.run_layout import RunLayout
 
-MAX_STARTS = 5
-"""How often a batch is started whose runs fail; a stop of the server is no failure."""
+MAX_FAILURES = 5
+"""How often the runs of a batch may fail; a stop of the server is no failure."""
 
 _RETRY_S = 5.0
 _LOOK_S = 1.0
@@ -59,19 +59,22 @@ class BatchQueue:
         self._wake.set()
 
     async def run(self) -> None:
-        """Work until the task is cancelled; then stop all runs, which go on when a server starts again."""
-        try:
-            while True:
-                self._start_waiting()
-                self._wake.clear()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), _JANITOR_S)
-                await self._remove_expired_files()
-        finally:
-            self._is_stopping = True
-            for batch_id in list(self._processes):
-                self._signal(batch_id)
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        """Work until `stop`; then stop all runs, which go on when a server starts again."""
+        while not self._is_stopping:
+            self._start_waiting()
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_JANITOR_S):
+                    await self._wake.wait()
+            await self._remove_expired_files()
+        for batch_id in list(self._processes):
+            self._signal(batch_id)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def stop(self) -> None:
+        """Let `run` return. Not by cancelling it, which a batch that ends at this moment could hide."""
+        self._is_stopping = True
+        self.notice()
 
     def cancel(self, batch: Batch) -> None:
         """Stop the run of a batch that is `cancelling`; one that waits is ended by its turn."""
@@ -114,12 +117,13 @@ class BatchQueue:
                 self._on_end(batch)
                 return
         while not self._is_stopping:
-            end = await self._run_once(batch_id)
+            end = await self._run_once(batch_id) or RunEnd(kind="failed", message="its process ended without a word")
             batch = self._shelf.batches[batch_id]
-            if end is not None and (status := judge_end(batch, end)) is not None:
+            if (status := judge_end(batch, end)) is not None:
                 self._on_end(await self._finalize(batch, end, status))
                 return
-            if end is not None and end.kind == "failed" and not self._is_stopping:
+            if end.kind == "failed" and not self._is_stopping:
+                await self._shelf.put_batch(replace(batch, num_failures=batch.num_failures + 1))
                 await asyncio.sleep(_RETRY_S)
 
     def _validate(self, batch: Batch) -> Batch:
@@ -148,21 +152,22 @@ class BatchQueue:
         made = self._shelf.made_folder(batch)
         pid = await asyncio.to_thread(_find_process, made)
         if pid is None:
-            end = await asyncio.to_thread(read_record, str(made / END_FILE), RunEnd, "the end of a batch's run")
+            end = await asyncio.to_thread(_read_end, made)
             if end is not None and judge_end(batch, end) is not None:
                 return end
             batch = self._shelf.batches[batch_id]
-            if not batch.num_starts and (batch.status == "cancelling" or batch.expires_at <= time.time()):
+            was_started = (made / ORDER_FILE).exists()
+            if not was_started and (batch.status == "cancelling" or batch.expires_at <= time.time()):
                 return await asyncio.to_thread(end_unstarted, self._make_order(batch))
-            pid = await self._start(await self._shelf.put_batch(replace(batch, num_starts=batch.num_starts + 1)))
+            pid = await self._start(batch)
         self._processes[batch_id] = pid
         try:
-            if self._shelf.batches[batch_id].status == "cancelling":
+            if self._is_stopping or self._shelf.batches[batch_id].status == "cancelling":
                 self._signal(batch_id)
             await self._watch(batch_id, made)
         finally:
             del self._processes[batch_id]
-        return await asyncio.to_thread(read_record, str(made / END_FILE), RunEnd, "the end of a batch's run")
+        return await asyncio.to_thread(_read_end, made)
 
     def _make_order(self, batch: Batch) -> BatchOrder:
         file = self._shelf.files[batch.input_file_id]
@@ -180,7 +185,7 @@ class BatchQueue:
     async def _start(self, batch: Batch) -> int:
         made = self._shelf.made_folder(batch)
         made.mkdir(parents=True, exist_ok=True)
-        for name in (END_FILE, OUTPUT_FILE, ERROR_FILE):
+        for name in (END_FILE, OUTPUT_FILE, ERROR_FILE, _PROCESS_FILE):
             (made / name).unlink(missing_ok=True)
         (made / ORDER_FILE).write_bytes(encode_record(self._make_order(batch)))
         command = python_command("moebeam.jobs.serve.batch_process", str(made / ORDER_FILE))
@@ -194,8 +199,9 @@ class BatchQueue:
                 # A signal from a terminal is for the server, which passes it on.
                 start_new_session=True,
             )
-        started = psutil.Process(process.pid).create_time()
-        (made / _PROCESS_FILE).write_text(json.dumps({"pid": process.pid, "started": started}))
+        with contextlib.suppress(psutil.Error):  # it may have ended already
+            started = psutil.Process(process.pid).create_time()
+            (made / _PROCESS_FILE).write_text(json.dumps({"pid": process.pid, "started": started}))
         return process.pid
 
     async def _watch(self, batch_id: str, made: Path) -> None:
@@ -244,7 +250,7 @@ class BatchQueue:
             return file_id
         if not path.exists() or not path.stat().st_size:
             return None
-        num_bytes, num_lines, digest = await asyncio.to_thread(measure_file, path)
+        size = await asyncio.to_thread(measure_file, path)
         now = int(time.time())
         after_s = batch.output_expires_after_s
         file = StoredFile(
@@ -252,9 +258,9 @@ class BatchQueue:
             tenant=batch.tenant,
             filename=f"{batch.batch_id}_{name}.jsonl",
             purpose="batch_output",
-            num_bytes=num_bytes,
-            num_lines=num_lines,
-            sha256=digest,
+            num_bytes=size.num_bytes,
+            num_lines=size.num_lines,
+            sha256=size.sha256,
             created_at=now,
             expires_at=None if after_s is None else now + after_s,
         )
@@ -279,11 +285,15 @@ def judge_end(batch: Batch, end: RunEnd) -> BatchStatus | None:
     """What a batch becomes after its run ended so; None if it must be started again."""
     if end.kind == "complete":
         return "completed"
-    if end.kind == "refused" or (end.kind == "failed" and batch.num_starts >= MAX_STARTS):
+    if end.kind == "refused" or (end.kind == "failed" and batch.num_failures + 1 >= MAX_FAILURES):
         return "failed"
     if end.kind == "deadline":
         return "expired"
     return "cancelled" if end.kind == "stopped" and batch.status == "cancelling" else None
+
+
+def _read_end(made: Path) -> RunEnd | None:
+    return read_record(str(made / END_FILE), RunEnd, "the end of a batch's run")
 
 
 def _find_process(made: Path) -> int | None:

@@ -96,7 +96,7 @@ class Batch:
         output_expires_after_s: of the files that it makes; None keeps them.
         num_lines, num_completed, num_failed: OpenAI's request counts.
         times: when it entered a status, by the name of OpenAI's field, such as `in_progress_at`.
-        num_starts: how often its run was started.
+        num_failures: how often its run has failed, or ended without a word.
         request_key: what a repeated request is known by.
     """
 
@@ -119,7 +119,7 @@ class Batch:
     output_file_id: str | None = None
     error_file_id: str | None = None
     times: tuple[tuple[str, int], ...] = ()
-    num_starts: int = 0
+    num_failures: int = 0
     request_key: str = ""
 
     @property

@@ -28,15 +28,46 @@ class UploadLimits:
     max_lines: int = 50_000
 
 
+class FileSize:
+    """What a file holds, as far as its bytes were added.
+
+    Attributes:
+        num_lines: those that are not blank, the one that is not ended yet among them.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._digest = hashlib.sha256()
+        self._num_ended = 0
+        self._has_text = False
+
+    def add(self, chunk: bytes) -> None:
+        """Count the next bytes."""
+        self.num_bytes += len(chunk)
+        self._digest.update(chunk)
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            self._num_ended += self._has_text or bool(end.strip())
+            self._has_text = False
+        self._has_text = self._has_text or bool(rest.strip())
+
+    @property
+    def num_lines(self) -> int:
+        return self._num_ended + self._has_text
+
+    @property
+    def sha256(self) -> str:
+        """The digest in hex."""
+        return self._digest.hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class Upload:
     """What was uploaded: its content is at the path that it was to go to."""
 
     filename: str
     fields: Mapping[str, str]
-    num_bytes: int
-    num_lines: int
-    sha256: str
+    size: FileSize
 
 
 async def take_upload(request: Request, target: Path, limits: UploadLimits) -> Upload:
@@ -46,7 +77,7 @@ async def take_upload(request: Request, target: Path, limits: UploadLimits) -> U
         ApiError: it is no form with one file, or too large, or has too many lines.
         OSError: it cannot be written.
     """
-    stream = _limit(request.stream(), limits.max_bytes + _FORM_BYTES, limits)
+    stream = _limit(request.stream(), limits)
     parser = MultiPartParser(request.headers, stream, max_files=1, max_fields=8, max_part_size=_FORM_BYTES)
     try:
         form = await parser.parse()
@@ -57,61 +88,42 @@ async def take_upload(request: Request, target: Path, limits: UploadLimits) -> U
         if not isinstance(file, UploadFile):
             raise ApiError(400, "file: expected a file, found none", param="file")
         fields = {name: value for name, value in form.items() if isinstance(value, str)}
-        num_bytes, num_lines, digest = await anyio.to_thread.run_sync(_keep, file.file, target, limits)
-        return Upload(file.filename or "upload.jsonl", fields, num_bytes, num_lines, digest)
+        size = await anyio.to_thread.run_sync(_keep, file.file, target, limits)
+        return Upload(file.filename or "upload.jsonl", fields, size)
     finally:
         await form.close()
 
 
-async def _limit(stream: AsyncIterator[bytes], max_bytes: int, limits: UploadLimits) -> AsyncGenerator[bytes]:
+async def _limit(stream: AsyncIterator[bytes], limits: UploadLimits) -> AsyncGenerator[bytes]:
     num_bytes = 0
     async for chunk in stream:
         num_bytes += len(chunk)
-        if num_bytes > max_bytes:
-            raise _too_large(limits)
+        if num_bytes > limits.max_bytes + _FORM_BYTES:
+            raise ApiError(413, f"file: expected at most {limits.max_bytes:,} bytes, found more", param="file")
         yield chunk
 
 
-def _keep(source: BinaryIO, target: Path, limits: UploadLimits) -> tuple[int, int, str]:
-    """Copy a file; returns its bytes, its lines that are not blank, and its digest."""
-    digest = hashlib.sha256()
-    num_bytes = num_lines = 0
-    rest = b""
+def _keep(source: BinaryIO, target: Path, limits: UploadLimits) -> FileSize:
+    """Copy a file, durably."""
+    size = FileSize()
     source.seek(0)
     with open(target, "wb") as sink:
         while chunk := source.read(_CHUNK_BYTES):
-            num_bytes += len(chunk)
-            if num_bytes > limits.max_bytes:
-                raise _too_large(limits)
-            digest.update(chunk)
+            size.add(chunk)
+            if size.num_bytes > limits.max_bytes:
+                raise ApiError(413, f"file: expected at most {limits.max_bytes:,} bytes, found more", param="file")
+            if size.num_lines > limits.max_lines:
+                raise ApiError(400, f"file: expected at most {limits.max_lines:,} lines, found more", param="file")
             sink.write(chunk)
-            *lines, rest = (rest + chunk).split(b"\n")
-            num_lines += sum(1 for line in lines if line.strip())
-            if num_lines > limits.max_lines:
-                raise _too_many(limits)
-        num_lines += bool(rest.strip())
-        if num_lines > limits.max_lines:
-            raise _too_many(limits)
         sink.flush()
         os.fsync(sink.fileno())
-    return num_bytes, num_lines, digest.hexdigest()
+    return size
 
 
-def _too_large(limits: UploadLimits) -> ApiError:
-    return ApiError(413, f"file: expected at most {limits.max_bytes:,} bytes, found more", param="file")
-
-
-def _too_many(limits: UploadLimits) -> ApiError:
-    return ApiError(400, f"file: expected at most {limits.max_lines:,} lines, found more", param="file")
-
-
-def measure_file(path: Path) -> tuple[int, int, str]:
-    """The bytes, lines that are not blank, and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    num_bytes = num_lines = 0
+def measure_file(path: Path) -> FileSize:
+    """Measure a whole file."""
+    size = FileSize()
     with open(path, "rb") as source:
-        for line in source:
-            digest.update(line)
-            num_bytes += len(line)
-            num_lines += bool(line.strip())
-    return num_bytes, num_lines, digest.hexdigest()
+        while chunk := source.read(_CHUNK_BYTES):
+            size.add(chunk)
+    return size

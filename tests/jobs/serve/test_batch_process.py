@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moebeam.jobs.serve.batch_process import BatchOrder, RunEnd, run_batch
-from moebeam.jobs.serve.batch_queue import MAX_STARTS, judge_end
+from moebeam.jobs.serve.batch_queue import MAX_FAILURES, judge_end
 from moebeam.jobs.serve.records import Batch, BatchStatus
 
 LINE = {"method": "POST", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "Hello"}]}}
@@ -64,20 +64,20 @@ def test_a_job_that_cannot_run_is_refused_in_words(order: BatchOrder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "status", "num_starts", "becomes"),
+    ("kind", "status", "num_failures", "becomes"),
     [
-        ("complete", "in_progress", 1, "completed"),
-        ("complete", "cancelling", 1, "completed"),
-        ("deadline", "in_progress", 1, "expired"),
-        ("stopped", "cancelling", 1, "cancelled"),
-        ("stopped", "in_progress", 1, None),
-        ("failed", "in_progress", 1, None),
-        ("failed", "in_progress", MAX_STARTS, "failed"),
-        ("refused", "in_progress", 1, "failed"),
+        ("complete", "in_progress", 0, "completed"),
+        ("complete", "cancelling", 0, "completed"),
+        ("deadline", "in_progress", 0, "expired"),
+        ("stopped", "cancelling", 0, "cancelled"),
+        ("stopped", "in_progress", MAX_FAILURES, None),
+        ("failed", "in_progress", 0, None),
+        ("failed", "in_progress", MAX_FAILURES - 1, "failed"),
+        ("refused", "in_progress", 0, "failed"),
     ],
 )
 def test_only_an_end_in_order_ends_a_batch(
-    kind: str, status: BatchStatus, num_starts: int, becomes: BatchStatus | None
+    kind: str, status: BatchStatus, num_failures: int, becomes: BatchStatus | None
 ) -> None:
     batch = Batch(
         batch_id="batch_1",
@@ -88,6 +88,6 @@ def test_only_an_end_in_order_ends_a_batch(
         created_at=0,
         expires_at=0,
         status=status,
-        num_starts=num_starts,
+        num_failures=num_failures,
     )
     assert judge_end(batch, RunEnd(kind=kind)) == becomes  # type: ignore[arg-type]
