@@ -10,11 +10,10 @@ from torch.nn import functional
 
 from moebeam.model_runner.torch_engine.layers.integer_linear import can_keep_integers
 from moebeam.model_runner.torch_engine.layers.linear import Linear, make_linear
-from moebeam.model_runner.torch_engine.layers.stacked_experts import StackedExperts, stack_biases
+from moebeam.model_runner.torch_engine.layers.stacked_experts import ExpertStack, StackedExperts
 from moebeam.model_runner.torch_engine.layers.widening import needs_widening
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import CheckpointWeights, Expert
 from moebeam.model_runner.torch_engine.weights.devices import Placement
-from moebeam.model_runner.torch_engine.weights.packed_matrices import to_tensor
 
 
 def apply_swiglu(gated: Tensor, limit: float | None, gain: float | None = None) -> Tensor:
@@ -84,7 +83,7 @@ class Experts:
             self._grouped = _GroupedWeights(experts, placement)
             return
         if _can_stack(experts[0], placement):
-            self._stacked = StackedExperts(experts, placement.dtype)
+            self._stacked = StackedExperts(experts, placement)
             return
         for expert in experts:
             self._gate_up.append(make_linear([expert.gate, expert.up], placement, [expert.gate_bias, expert.up_bias]))
@@ -145,28 +144,16 @@ class _GroupedWeights:
     """Experts stacked on an accelerator for grouped products."""
 
     def __init__(self, experts: Sequence[Expert], placement: Placement) -> None:
-        width, hidden_size = experts[0].gate.shape
-        dtype, device = placement.dtype, placement.device
-        self._gate_up = torch.empty((len(experts), 2 * width, hidden_size), dtype=dtype, device=device)
-        self._down = torch.empty((len(experts), hidden_size, width), dtype=dtype, device=device)
-        for i, expert in enumerate(experts):
-            self._gate_up[i, :width].copy_(to_tensor(expert.gate, dtype))
-            self._gate_up[i, width:].copy_(to_tensor(expert.up, dtype))
-            self._down[i].copy_(to_tensor(expert.down, dtype))
-        # One row for each expert; None where no expert has biases.
-        gate_up_bias = stack_biases([(expert.gate_bias, expert.up_bias) for expert in experts])
-        down_bias = stack_biases([(expert.down_bias,) for expert in experts])
-        self._gate_up_bias = None if gate_up_bias is None else gate_up_bias.to(device)
-        self._down_bias = None if down_bias is None else down_bias.to(device)
+        self._stack = ExpertStack.copy(experts, placement)
 
     def __call__(self, gathered: Tensor, counts: Tensor, limit: float | None, gain: float | None) -> Tensor:
-        ends = counts.cumsum(0).to(torch.int32)
-        gated = _multiply_grouped(gathered, self._gate_up, ends)
-        if self._gate_up_bias is not None:
-            gated = gated + self._gate_up_bias.repeat_interleave(counts, dim=0, output_size=gathered.shape[0])
-        made = _multiply_grouped(apply_swiglu(gated, limit, gain), self._down, ends)
-        if self._down_bias is not None:
-            made = made + self._down_bias.repeat_interleave(counts, dim=0, output_size=gathered.shape[0])
+        stack, ends = self._stack, counts.cumsum(0).to(torch.int32)
+        gated = _multiply_grouped(gathered, stack.gate_up, ends)
+        if stack.gate_up_bias is not None:
+            gated = gated + stack.gate_up_bias.repeat_interleave(counts, dim=0, output_size=gathered.shape[0])
+        made = _multiply_grouped(apply_swiglu(gated, limit, gain), stack.down, ends)
+        if stack.down_bias is not None:
+            made = made + stack.down_bias.repeat_interleave(counts, dim=0, output_size=gathered.shape[0])
         return made
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moebeam.model_runner.torch_engine.layers.widening import multiply_batches, multiply_rows
 from moebeam.model_runner.torch_engine.weights.checkpoint_weights import Expert
+from moebeam.model_runner.torch_engine.weights.devices import Placement
 from moebeam.model_runner.torch_engine.weights.packed_matrices import to_tensor
 
 Ints = npt.NDArray[np.int64]
@@ -84,20 +85,42 @@ def choose_depth(counts: Ints) -> int:
     return int(depths[(of_rest + counts.shape[0] * (depths + _STACKED_ROWS) * (depths > 0)).argmin()])
 
 
-class StackedExperts:
-    """The weights, each kept once; products are in float32, whatever their dtype."""
+@dataclass(frozen=True, slots=True)
+class ExpertStack:
+    """The weights of a layer's experts on a device, each kept once.
 
-    def __init__(self, experts: Sequence[Expert], dtype: torch.dtype) -> None:
+    Attributes:
+        gate_up: shape (num_experts, 2 * width, hidden_size).
+        down: shape (num_experts, hidden_size, width).
+        gate_up_bias, down_bias: a row for each expert; None where no expert has biases.
+    """
+
+    gate_up: Tensor
+    down: Tensor
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    @classmethod
+    def copy(cls, experts: Sequence[Expert], placement: Placement) -> "ExpertStack":
+        """Copy the weights of experts side by side."""
         width, hidden_size = experts[0].gate.shape
-        self._gate_up = torch.empty((len(experts), 2 * width, hidden_size), dtype=dtype)
-        self._down = torch.empty((len(experts), hidden_size, width), dtype=dtype)
+        dtype, device = placement.dtype, placement.device
+        gate_up = torch.empty((len(experts), 2 * width, hidden_size), dtype=dtype, device=device)
+        down = torch.empty((len(experts), hidden_size, width), dtype=dtype, device=device)
         for i, expert in enumerate(experts):
-            self._gate_up[i, :width].copy_(to_tensor(expert.gate, dtype))
-            self._gate_up[i, width:].copy_(to_tensor(expert.up, dtype))
-            self._down[i].copy_(to_tensor(expert.down, dtype))
-        # One row for each expert; None where no expert has biases.
-        self._gate_up_bias = stack_biases([(expert.gate_bias, expert.up_bias) for expert in experts])
-        self._down_bias = stack_biases([(expert.down_bias,) for expert in experts])
+            gate_up[i, :width].copy_(to_tensor(expert.gate, dtype))
+            gate_up[i, width:].copy_(to_tensor(expert.up, dtype))
+            down[i].copy_(to_tensor(expert.down, dtype))
+        gate_up_bias = _stack_biases([(expert.gate_bias, expert.up_bias) for expert in experts], device)
+        down_bias = _stack_biases([(expert.down_bias,) for expert in experts], device)
+        return cls(gate_up, down, gate_up_bias, down_bias)
+
+
+class StackedExperts:
+    """Products with all experts of a layer, in float32 whatever the weights' dtype."""
+
+    def __init__(self, experts: Sequence[Expert], placement: Placement) -> None:
+        self._stack = ExpertStack.copy(experts, placement)
 
     def __call__(self, rows: Tensor, chosen: Tensor, activate: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Run rows, shape (num_rows, hidden_size), through their chosen experts, shape (num_rows, num_chosen).
@@ -106,10 +129,11 @@ class StackedExperts:
             Outputs, float32 of shape (num_places, hidden_size), and for each row the places of its experts' outputs,
             int64 of the shape of `chosen`.
         """
-        layout = lay_out(chosen.numpy(), self._gate_up.shape[0])
+        stack = self._stack
+        layout = lay_out(chosen.numpy(), stack.gate_up.shape[0])
         gathered = rows.float().index_select(0, torch.from_numpy(layout.sources))
-        gated = _multiply(gathered, self._gate_up, self._gate_up_bias, layout)
-        made = _multiply(activate(gated), self._down, self._down_bias, layout)
+        gated = _multiply(gathered, stack.gate_up, stack.gate_up_bias, layout)
+        made = _multiply(activate(gated), stack.down, stack.down_bias, layout)
         return made, torch.from_numpy(layout.places)
 
 
@@ -130,7 +154,7 @@ def _multiply(rows: Tensor, weights: Tensor, bias: Tensor | None, layout: Layout
     return made
 
 
-def stack_biases(biases: Sequence[tuple[Tensor | None, ...]]) -> Tensor | None:
+def _stack_biases(biases: Sequence[tuple[Tensor | None, ...]], device: torch.device) -> Tensor | None:
     """Join each expert's biases into a row: shape (num_experts, num_out); None where no expert has any."""
     rows = [torch.cat(found) for parts in biases if (found := [part for part in parts if part is not None])]
-    return torch.stack(rows) if rows else None
+    return torch.stack(rows).to(device) if rows else None

@@ -59,7 +59,7 @@ def test_a_row_gets_the_sum_of_its_experts_however_crowded_these_are(
         ranked[:, 4] += 1.0
     chosen = ranked.topk(NUM_CHOSEN).indices
     weights = torch.rand((num_rows, NUM_CHOSEN), generator=source)
-    stacked = StackedExperts(experts, dtype)
+    stacked = StackedExperts(experts, Placement(torch.device("cpu"), dtype))
     mixture = Experts(experts, Placement(torch.device("cpu"), dtype))
     mixture._stacked = stacked  # pyright: ignore[reportPrivateUsage]
     found = mixture(rows, chosen, weights)
