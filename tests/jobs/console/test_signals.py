@@ -22,7 +22,8 @@ from moebeam.jobs.console.signals import draining_signals
 from moebeam.schemas.errors import JobInterrupted
 
 def say(*words):
-    print(*words, flush=True)
+    # In one piece: two threads speak.
+    print(" ".join(map(str, words)) + "\\n", end="", flush=True)
 
 def hold_the_interpreter():
     # Powers of whole numbers are C code that never lets go; a template's filter may do the same.
