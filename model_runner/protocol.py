@@ -194,7 +194,7 @@ def load_runner(config: EngineConfig) -> ModelRunner:
 def _import_function(place: str, options: ModelSection) -> Any:
     """Import a function of an engine, named as `module:function`, with what its libraries read while they load."""
     module_name, _, function_name = place.partition(":")
-    added = {name: value for name, value in options.library_environment.items() if name not in os.environ}
+    added = options.choose_library_environment(os.environ)
     os.environ.update(added)
     try:
         return getattr(import_module(module_name), function_name)

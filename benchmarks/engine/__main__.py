@@ -64,7 +64,7 @@ def run_benchmark(options: Options) -> dict[str, Any]:
     """
     if options.engine == "torch" and "torch" not in sys.modules:
         # As a job does before it loads the engine; torch reads them while it is imported, which `transformers` does.
-        os.environ.update({**TorchOptions.library_environment, **os.environ})
+        os.environ.update(TorchOptions.choose_library_environment(os.environ))
     from transformers import AutoConfig
 
     from benchmarks.engine.bound import count_work, model_flops

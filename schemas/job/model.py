@@ -42,8 +42,6 @@ class ModelSection(Section):
     """Whether the engine reads a checkpoint's weights on this machine."""
     extra: ClassVar[str] = ""
     """The extra of moebeam that brings the engine's packages; empty if every installation has them."""
-    library_environment: ClassVar[Mapping[str, str]] = {}
-    """Variables that the engine's libraries read once, while they load; one that the user has set stays as it is."""
     is_remote: ClassVar[bool] = False
     """Whether answers are paid to somebody else: no checkpoint is needed, and what arrives is kept at once."""
     is_constrained: ClassVar[bool] = False
@@ -116,6 +114,11 @@ class ModelSection(Section):
             return None
         able = [name for name in ENGINE_OPTIONS if option not in load_options(name).unsupported]
         return f"{option}: the engine {self.engine!r} cannot follow it, found {value!r}; {' and '.join(able)} can"
+
+    @classmethod
+    def choose_library_environment(cls, environment: Mapping[str, str]) -> dict[str, str]:
+        """Variables that the engine's libraries read once, while they load, to be added to those of the user."""
+        return {}
 
     def check_files(self, path: str) -> None:
         """Check the files of a checkpoint as far as that is quick: without the engine's packages and without weights.

@@ -36,21 +36,25 @@ def test_loader_gets_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_runner(config("scripted")) == ("loaded", config("scripted"))
 
 
-@pytest.mark.parametrize(("chosen", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.parametrize(
+    ("chosen", "found"), [(None, "10000"), (("GOMP_SPINCOUNT", "7"), "7"), (("OMP_WAIT_POLICY", "ACTIVE"), "None")]
+)
 def test_libraries_find_what_an_engine_wants_while_it_is_imported_unless_the_user_chose(
-    chosen: str | None, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chosen: tuple[str, str] | None, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if chosen is not None:
-        monkeypatch.setenv("OMP_WAIT_POLICY", chosen)
+        monkeypatch.setenv(*chosen)
     module = f"reads_environment_{found}"
     (tmp_path / f"{module}.py").write_text(
-        "import os\nfound = os.environ['OMP_WAIT_POLICY']\ndef load(config):\n    return found\n"
+        "import os\nfound = str(os.environ.get('GOMP_SPINCOUNT'))\ndef load(config):\n    return found\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(protocol.ENGINES, "torch", f"{module}:load")
+    before = dict(os.environ)
     assert load_runner(config("torch")) == found
-    assert os.environ.get("OMP_WAIT_POLICY") == chosen
+    assert dict(os.environ) == before
 
 
 def test_counters_add_up_but_peaks_stay_the_highest() -> None:

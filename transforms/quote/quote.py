@@ -22,7 +22,7 @@ from moebeam.transforms.quote.prompt_survey import Counts, PromptSurvey
 
 CONFIDENCE = 0.999
 _Z = 3.2905
-"""Standard errors between a sample's mean and its bound, for `CONFIDENCE`, two-sided."""
+"""The normal distribution's quantile for `CONFIDENCE`, two-sided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +157,18 @@ def _extrapolate(survey: PromptSurvey, counted: Counts, added: Counts) -> Foreca
     by_row = np.add.reduceat(added, survey.row_starts) if len(survey.row_starts) else added
     squares = float((by_row.astype(np.float64) ** 2).sum())
     variance = max(0.0, squares / num_rows - mean * mean) * num_rows / max(1, num_rows - 1)
-    error = _Z * math.sqrt(variance / num_rows)
+    error = _count_standard_errors(num_rows) * math.sqrt(variance / num_rows)
     expected = total + round(num_others * mean)
     return Forecast(total, expected, total + math.ceil(num_others * (mean + error)))
+
+
+def _count_standard_errors(num_rows: int) -> float:
+    """Standard errors between a sample's mean and its bound, by Student's t as a series around the normal quantile.
+
+    Within 1% from 20 rows on; too low with fewer than ten.
+    """
+    freedom = max(1, num_rows - 1)
+    return _Z + (_Z**3 + _Z) / (4 * freedom) + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * freedom**2)
 
 
 def demand(

@@ -41,6 +41,10 @@ _PAUSE_PER_LOST_S = 20.0
 """How long to pause for each second that trials lost; where there is a reason to try again, a second, doubled with each
 reason in turn that led to nothing."""
 
+_NUM_EARNING_STEPS = 40
+"""A trial without a reason begins after the time of so many such steps: it loses about one, and a short run would never
+gain that back."""
+
 _LONG_STEP_S = 10.0
 """Steps so long, as of streamed weights, are not tried on fewer threads without a reason: a run may have few."""
 
@@ -108,6 +112,7 @@ class ThreadPolicy:
         self._round: _Round | None = None
         self._pause_s = _MIN_PAUSE_S
         self._next_round_s = self._next_triggered_s = -math.inf
+        self._stepped_s = 0.0
         self._is_due = False
         self._num_false_alarms = 0
         self._taken_cores = 0.0
@@ -118,6 +123,7 @@ class ThreadPolicy:
         if timing.wall_s <= 0:
             return
         self._limit(timing.max_threads)
+        self._stepped_s += timing.wall_s
         if timing.taken_cores is not None:
             self._taken_cores = max(0.0, timing.taken_cores)
             if self._settled_cores is None:
@@ -165,8 +171,8 @@ class ThreadPolicy:
     def _may_try(self, timing: StepTiming) -> bool:
         if self._is_due:
             return True
-        is_worth_it = timing.wall_s < _LONG_STEP_S or self._taken_cores >= _BUSY_CORES
-        return is_worth_it and timing.ended_s >= self._next_round_s
+        is_earned = timing.wall_s < min(_LONG_STEP_S, self._stepped_s / _NUM_EARNING_STEPS)
+        return (is_earned or self._taken_cores >= _BUSY_CORES) and timing.ended_s >= self._next_round_s
 
     def _has_load_changed(self) -> bool:
         """Whether others take another share of the machine than at the end of the last round; true once a change."""

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from moebeam.jobs.run.launch import launch
 from moebeam.schemas.errors import JobFileError, OutputError
 from moebeam.schemas.job.sections import Job
 from moebeam.schemas.store.run_layout import RunLayout
+from moebeam.transforms.quote import prompt_survey
 from tests.support.jobs.jobs_for_tests import fake_job, priced, write_parquet, write_script
 
 TEXTS = [f"the printer on floor {number % 7} is broken, ticket {number * number}" for number in range(60)]
@@ -107,7 +110,12 @@ def test_rows_that_would_be_rejected_are_not_quoted(tmp_path: Path, tiny_checkpo
     assert quote.tokens.requests.expected == 1
 
 
-def test_a_sample_is_a_fixed_draw_with_bounds_around_the_whole(tmp_path: Path, tiny_checkpoint: Path) -> None:
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_sample_is_a_fixed_draw_with_bounds_around_the_whole(
+    seed: int, tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The fingerprint holds the file's time, and bounds hold for almost all draws only.
+    monkeypatch.setattr(prompt_survey, "random", SimpleNamespace(Random=lambda _: Random(seed)))
     job = job_of(tmp_path, tiny_checkpoint, TEXTS)
     whole, sample = quote_of(job), quote_of(job, num_sample_rows=20)
     assert sample.survey.num_surveyed_rows == 20
