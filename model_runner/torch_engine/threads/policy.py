@@ -41,7 +41,7 @@ _PAUSE_PER_LOST_S = 20.0
 """How long to pause for each second that trials lost; where there is a reason to try again, a second, doubled with each
 reason in turn that led to nothing."""
 
-_NUM_EARNING_STEPS = 40
+_NUM_EARNING_STEPS = 100
 """A trial without a reason begins after the time of so many such steps: it loses about one, and a short run would never
 gain that back."""
 

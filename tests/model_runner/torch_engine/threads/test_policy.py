@@ -106,7 +106,7 @@ def test_engine_that_begins_beside_a_busy_program_yields_at_once() -> None:
 
 
 def test_short_run_on_a_quiet_machine_spends_nothing_on_trials() -> None:
-    assert set(machine(2).run(40, quiet)) == {2}
+    assert set(machine(2).run(100, quiet)) == {2}
 
 
 def test_long_steps_are_tried_on_fewer_threads_only_beside_busy_programs() -> None:
@@ -119,7 +119,7 @@ def test_long_steps_are_tried_on_fewer_threads_only_beside_busy_programs() -> No
 
 def test_model_too_small_for_threads_runs_on_one() -> None:
     found = machine(16)
-    found.run(80, lambda num_threads: 0.07 * num_threads)
+    found.run(160, lambda num_threads: 0.07 * num_threads)
     assert set(found.run(40, lambda num_threads: 0.07 * num_threads)) == {1}
 
 
@@ -152,7 +152,7 @@ def test_steps_are_compared_with_steps_of_their_own_kind_only() -> None:
 
 def test_trial_of_a_kind_of_step_that_no_longer_comes_ends_soon() -> None:
     found = machine(2)
-    for _ in range(50):
+    for _ in range(150):
         if found.policy.num_threads == 2:
             found.run(1, quiet, iter(["prefill"]))
     assert found.policy.num_threads == 1  # the trial has begun
