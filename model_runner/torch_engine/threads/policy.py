@@ -41,9 +41,9 @@ _PAUSE_PER_LOST_S = 20.0
 """How long to pause for each second that trials lost; where there is a reason to try again, a second, doubled with each
 reason in turn that led to nothing."""
 
-_NUM_EARNING_STEPS = 100
-"""A trial without a reason begins after the time of so many such steps: it loses about one, and a short run would never
-gain that back."""
+_NUM_QUIET_STEPS, _NUM_UNSEEN_STEPS = 100, 40
+"""A trial without a reason begins after the time of so many such steps, the second where nobody tells the load of other
+programs: it loses about one, and a short run would never gain that back."""
 
 _LONG_STEP_S = 10.0
 """Steps so long, as of streamed weights, are not tried on fewer threads without a reason: a run may have few."""
@@ -171,7 +171,8 @@ class ThreadPolicy:
     def _may_try(self, timing: StepTiming) -> bool:
         if self._is_due:
             return True
-        is_earned = timing.wall_s < min(_LONG_STEP_S, self._stepped_s / _NUM_EARNING_STEPS)
+        num_steps = _NUM_UNSEEN_STEPS if self._settled_cores is None else _NUM_QUIET_STEPS
+        is_earned = timing.wall_s < min(_LONG_STEP_S, self._stepped_s / num_steps)
         return (is_earned or self._taken_cores >= _BUSY_CORES) and timing.ended_s >= self._next_round_s
 
     def _has_load_changed(self) -> bool:

@@ -119,7 +119,7 @@ def test_long_steps_are_tried_on_fewer_threads_only_beside_busy_programs() -> No
 
 def test_model_too_small_for_threads_runs_on_one() -> None:
     found = machine(16)
-    found.run(160, lambda num_threads: 0.07 * num_threads)
+    found.run(400, lambda num_threads: 0.07 * num_threads)
     assert set(found.run(40, lambda num_threads: 0.07 * num_threads)) == {1}
 
 
