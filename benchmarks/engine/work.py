@@ -20,7 +20,7 @@ NUM_FOREIGN_TOKENS = 4
 Layout: TypeAlias = Literal["v3", "v4"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PromptSet: TypeAlias = Literal[
-    "shared", "unshared", "short_cache", "random_tree", "ten_times", "decode_512", "decode_8192"
+    "shared", "unshared", "unshared_64", "chat", "short_cache", "random_tree", "ten_times", "decode_512", "decode_8192"
 ]
 PROMPT_SETS: tuple[PromptSet, ...] = get_args(PromptSet)
 
@@ -133,13 +133,16 @@ def _add_vllm_keys(path: Path) -> None:
 def make_prompts(prompt_set: PromptSet, *, seed: int = 0) -> Prompts:
     """A set of prompts, shuffled.
 
-    `shared`: 128 of 720 tokens, 512 of them shared by all and 192 by four. `unshared`: 32 of 720. `short_cache`: 64
-    documents of 768 with 4 questions of 16 each. `random_tree`: trees of 2 to 9 levels. `ten_times`: 10 of `shared`.
-    `decode_512`, `decode_8192`: 128 that share so many tokens before 16 of their own.
+    `shared`: 128 of 720 tokens, 512 of them shared by all and 192 by four. `unshared`: 32 of 720, `unshared_64`: 96
+    of 64. `chat`: 96 that share 400 before 60 of their own. `short_cache`: 64 documents of 768 with 4 questions of 16
+    each. `random_tree`: trees of 2 to 9 levels. `ten_times`: 10 of `shared`. `decode_512`, `decode_8192`: 128 that
+    share so many tokens before 16 of their own.
     """
     makers: dict[PromptSet, Callable[[random.Random], Prompts]] = {
         "shared": lambda draw: list(_even_tree(draw, [(1, 512), (32, 192), (4, 16)])),
         "unshared": lambda draw: list(_even_tree(draw, [(32, 720)])),
+        "unshared_64": lambda draw: list(_even_tree(draw, [(96, 64)])),
+        "chat": lambda draw: list(_even_tree(draw, [(1, 400), (96, 60)])),
         "short_cache": lambda draw: list(_even_tree(draw, [(64, 768), (4, 16)])),
         "random_tree": random_tree,
         "ten_times": lambda draw: list(_even_tree(draw, [(10, 512), (32, 192), (4, 16)])),

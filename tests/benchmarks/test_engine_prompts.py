@@ -21,6 +21,8 @@ from tests.support.models.engine_models import PROMPTS, VOCAB_SIZE, v3_config
     [
         ("shared", 128, 720, 512 + 32 * 192 + 128 * 16),
         ("unshared", 32, 720, 32 * 720),
+        ("unshared_64", 96, 64, 96 * 64),
+        ("chat", 96, 460, 400 + 96 * 60),
         ("short_cache", 256, 784, 64 * 768 + 256 * 16),
         ("ten_times", 1280, 720, 10 * (512 + 32 * 192 + 128 * 16)),
     ],
