@@ -1,8 +1,8 @@
 """What tells one state of a file from another without reading it: its size, and its version or time of change.
 
-An object store's version (GCS's generation, an ETag) is compared where both marks have one, a time elsewhere: of one
-object, listings and single look-ups may write the time differently. On disk a file that is written again with the same
-size and the same time counts as the same.
+An object store's version (GCS's generation, an ETag, the git object of Hugging Face's Hub) is compared where both marks
+have one, a time elsewhere: of one object, listings and single look-ups may write the time differently. On disk a file
+that is written again with the same size and the same time counts as the same.
 """
 
 import io
@@ -87,6 +87,6 @@ def _read_mark(info: Mapping[str, Any]) -> FileMark:
     return FileMark(
         size=int(info.get("size") or 0),
         generation=find("generation"),
-        etag=find("ETag", "etag"),
+        etag=find("ETag", "etag", "blob_id"),
         time=find("mtime", "LastModified", "last_modified"),
     )

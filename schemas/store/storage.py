@@ -55,6 +55,8 @@ def file_system(path: str) -> tuple[Any, str]:
         mend = f"; pip install 'moebeam[{extra}]'" if extra else ""
         reason = f"no reader for such a path ({error}){mend}"
         raise StoreError(errno.EPROTONOSUPPORT, reason, path) from error
+    if path.startswith("hf://"):  # the Hub's library caches listings whatever one asks for
+        found[0].invalidate_cache(found[1])
     return found
 
 
