@@ -31,7 +31,8 @@ class Infer(beam.PTransform[Any, Any]):
     """Rows -> `Answers(results, rejects, ledger)`, three collections of typed Beam rows.
 
     Args:
-        job: a `Job`, the path of a job file, or a job file's sections as a mapping. Its `[input] path` is ignored.
+        job: a `Job`, the path of a job file, or a job file's sections as a mapping. Its `[input] path` is ignored,
+            and an `[output] table` is refused.
             Without an `[output] path` the run's folder is below `--temp_location`, or a temporary one on this machine.
         schema: of rows that have none of their own: dicts, Arrow record batches and pandas frames.
     """
@@ -40,6 +41,7 @@ class Infer(beam.PTransform[Any, Any]):
         super().__init__()
         # Read here, so that a wrong job is refused where it is written.
         self._job = load_job_for_frame(job, _NO_OUTPUT)
+        _refuse_table(self._job)
         self._schema = schema
 
     def expand(self, pcoll: "beam.PCollection[Any]") -> Any:
@@ -90,6 +92,14 @@ class Infer(beam.PTransform[Any, Any]):
 
 _NO_OUTPUT = "/moebeam-names-the-output-later"
 _REMOTE_RUNNERS = ("dataflow", "flink", "spark", "portable")
+
+
+def _refuse_table(job: Job) -> None:
+    if job.output.table is not None:
+        raise JobFileError(
+            f"[output] table: expected none in a job of Infer, found {job.output.table!r}; write the collections that "
+            "Infer returns to tables, or let `moebeam run` commit its run to them"
+        )
 
 
 def _refuse_unbounded(pcoll: "beam.PCollection[Any]") -> None:

@@ -108,6 +108,13 @@ def test_a_wrong_field_is_named_when_the_pipeline_is_built(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_table_of_the_job_is_refused_where_nothing_would_commit_to_it(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    job = sections(tmp_path / "out", tiny_checkpoint)
+    job["output"]["table"] = f"delta://{tmp_path}/table"
+    with pytest.raises(JobFileError, match=r"\[output\] table: expected none in a job of Infer, found 'delta://"):
+        Infer(job)
+
+
 def test_rows_without_a_schema_need_one_for_columns_that_come_back(tmp_path: Path, tiny_checkpoint: Path) -> None:
     rows = beam.Pipeline(RUNNER) | beam.Create(ROWS)
     with pytest.raises(JobFileError, match=r"\[input\] passthrough: 'group' of rows without a schema"):
