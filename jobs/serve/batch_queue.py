@@ -25,7 +25,7 @@ from moebeam.jobs.serve.shelf import Shelf
 from moebeam.jobs.serve.upload import measure_file
 from moebeam.model_runner.python_process import python_command, python_environment
 from moebeam.schemas.errors import CommitError
-from moebeam.schemas.store.record_json import encode_record, read_record
+from moebeam.schemas.store.record_json import decode_record, encode_record, read_record
 from moebeam.schemas.store.run_layout import RunLayout
 
 MAX_FAILURES = 5
@@ -162,7 +162,9 @@ class BatchQueue:
             pid = await self._start(batch)
         self._processes[batch_id] = pid
         try:
-            if self._is_stopping or self._shelf.batches[batch_id].status == "cancelling":
+            is_cancelling = self._shelf.batches[batch_id].status == "cancelling"
+            # A process that was told so from the start is about to end by itself, and not yet ready for signals.
+            if self._is_stopping or (is_cancelling and not _read_order(made).is_cancelled):
                 self._signal(batch_id)
             await self._watch(batch_id, made)
         finally:
@@ -290,6 +292,10 @@ def judge_end(batch: Batch, end: RunEnd) -> BatchStatus | None:
     if end.kind == "deadline":
         return "expired"
     return "cancelled" if end.kind == "stopped" and batch.status == "cancelling" else None
+
+
+def _read_order(made: Path) -> BatchOrder:
+    return decode_record((made / ORDER_FILE).read_bytes(), BatchOrder)
 
 
 def _read_end(made: Path) -> RunEnd | None:

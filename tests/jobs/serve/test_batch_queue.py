@@ -8,20 +8,28 @@ from pathlib import Path
 import pytest
 
 from moebeam.jobs.serve import batch_queue
+from moebeam.jobs.serve.batch_process import END_FILE, ORDER_FILE, RunEnd
 from moebeam.jobs.serve.batch_queue import MAX_FAILURES, BatchQueue
 from moebeam.jobs.serve.records import Batch, StoredFile
 from moebeam.jobs.serve.shelf import Shelf
 from moebeam.jobs.serve.upload import FileSize, measure_file
+from moebeam.schemas.store.record_json import encode_record
 
 
-async def run_batch(shelf: Shelf, content: Path, command: list[str]) -> tuple[Batch, int]:
-    """Run a batch whose process is `command`; also how often it was started."""
+async def run_batch(
+    shelf: Shelf, content: Path, command: list[str], *, is_cancelled: bool = False
+) -> tuple[Batch, int]:
+    """Run a batch whose process is `command` and its order's path; also how often it was started.
+
+    Args:
+        is_cancelled: the batch was cancelled after an earlier process of it had started.
+    """
     num_started = 0
 
     def make_command(*args: str) -> list[str]:
         nonlocal num_started
         num_started += 1
-        return command
+        return [*command, args[-1]]
 
     now, ended = int(time.time()), asyncio.Event()
     with pytest.MonkeyPatch.context() as patch:
@@ -49,6 +57,10 @@ async def run_batch(shelf: Shelf, content: Path, command: list[str]) -> tuple[Ba
             created_at=now,
             expires_at=now + 3600,
         )
+        if is_cancelled:
+            batch = batch.enter("in_progress").enter("cancelling")
+            shelf.made_folder(batch).mkdir(parents=True)
+            (shelf.made_folder(batch) / ORDER_FILE).touch()
         await shelf.put_batch(batch)
         queue = BatchQueue(shelf, "job.toml", num_runs=1, on_end=lambda batch: ended.set())
         task = asyncio.create_task(queue.run())
@@ -64,6 +76,19 @@ def test_a_process_that_leaves_no_word_is_started_so_often_and_no_oftener(tmp_pa
     batch, num_started = asyncio.run(run_batch(Shelf.open(tmp_path / "s"), content, [sys.executable, "-c", ""]))
     assert (batch.status, num_started) == ("failed", MAX_FAILURES)
     assert [(error.code, "without a word" in error.message) for error in batch.errors] == [("run_failed", True)]
+
+
+def test_a_process_that_starts_to_end_a_cancelled_batch_is_left_to_do_so(tmp_path: Path) -> None:
+    content, script = tmp_path / "in", tmp_path / "late.py"
+    content.write_bytes(b'{"custom_id": "a"}\n')
+    end = encode_record(RunEnd(kind="stopped"))
+    script.write_text(
+        "import pathlib, sys, time\ntime.sleep(0.5)\n"
+        f"(pathlib.Path(sys.argv[1]).parent / {END_FILE!r}).write_bytes({end!r})\n"
+    )
+    command = [sys.executable, str(script)]
+    batch, num_started = asyncio.run(run_batch(Shelf.open(tmp_path / "s"), content, command, is_cancelled=True))
+    assert (batch.status, num_started) == ("cancelled", 1)
 
 
 @pytest.mark.parametrize(("content", "code"), [(b"\n \n", "empty_file"), (b"\nnot JSON\n", "invalid_json_line")])
