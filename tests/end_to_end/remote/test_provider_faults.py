@@ -15,7 +15,9 @@ from moebeam.jobs.check.job_file import load_job
 from moebeam.jobs.run.launch import launch
 from tests.support.jobs.remote_jobs import KEY, KEY_VARIABLE
 
-NUM_ROWS = 32
+NUM_ROWS = 64
+"""More than the phases need: on a busy machine many answers come before a phase begins."""
+
 PHASES = (
     Phase("closed_port", 4, 0.4),
     Phase("overloaded", 8, 0.3),
