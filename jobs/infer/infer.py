@@ -32,8 +32,8 @@ class Infer(beam.PTransform[Any, Any]):
 
     Args:
         job: a `Job`, the path of a job file, or a job file's sections as a mapping. Its `[input] path` is ignored,
-            and an `[output] table` is refused.
-            Without an `[output] path` the run's folder is below `--temp_location`, or a temporary one on this machine.
+            and an `[output] table` is refused. Without an `[output] path` the run's folder is below
+            `--temp_location`, or a temporary one on this machine.
         schema: of rows that have none of their own: dicts, Arrow record batches and pandas frames.
     """
 

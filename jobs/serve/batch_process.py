@@ -71,9 +71,14 @@ class RunEnd:
     model: str | None = None
 
 
+def read_order(path: Path) -> BatchOrder:
+    """Read what a batch's process was told."""
+    return decode_record(path.read_bytes(), BatchOrder)
+
+
 def main(order_path: str) -> int:
     """Run one batch; 0 if it ended in a way that its server can go on from."""
-    order = decode_record(Path(order_path).read_bytes(), BatchOrder)
+    order = read_order(Path(order_path))
     end = run_batch(order)
     storage.write_whole(str(Path(order.made) / END_FILE), encode_record(end))
     return 0

@@ -19,13 +19,13 @@ import psutil
 
 from moebeam.jobs.output.batch_export import ERROR_FILE, OUTPUT_FILE
 from moebeam.jobs.output.run_state import RunWatch
-from moebeam.jobs.serve.batch_process import END_FILE, ORDER_FILE, BatchOrder, RunEnd, end_unstarted
+from moebeam.jobs.serve.batch_process import END_FILE, ORDER_FILE, BatchOrder, RunEnd, end_unstarted, read_order
 from moebeam.jobs.serve.records import Batch, BatchError, BatchStatus, StoredFile
 from moebeam.jobs.serve.shelf import Shelf
 from moebeam.jobs.serve.upload import measure_file
 from moebeam.model_runner.python_process import python_command, python_environment
 from moebeam.schemas.errors import CommitError
-from moebeam.schemas.store.record_json import decode_record, encode_record, read_record
+from moebeam.schemas.store.record_json import encode_record, read_record
 from moebeam.schemas.store.run_layout import RunLayout
 
 MAX_FAILURES = 5
@@ -164,7 +164,7 @@ class BatchQueue:
         try:
             is_cancelling = self._shelf.batches[batch_id].status == "cancelling"
             # A process that was told so from the start is about to end by itself, and not yet ready for signals.
-            if self._is_stopping or (is_cancelling and not _read_order(made).is_cancelled):
+            if self._is_stopping or (is_cancelling and not read_order(made / ORDER_FILE).is_cancelled):
                 self._signal(batch_id)
             await self._watch(batch_id, made)
         finally:
@@ -292,10 +292,6 @@ def judge_end(batch: Batch, end: RunEnd) -> BatchStatus | None:
     if end.kind == "deadline":
         return "expired"
     return "cancelled" if end.kind == "stopped" and batch.status == "cancelling" else None
-
-
-def _read_order(made: Path) -> BatchOrder:
-    return decode_record((made / ORDER_FILE).read_bytes(), BatchOrder)
 
 
 def _read_end(made: Path) -> RunEnd | None:

@@ -128,5 +128,9 @@ def _identify(path: str, info: Mapping[str, Any]) -> Json:
     """What changes when a file changes: its size, and the store's version mark or time; a frame's digest is enough."""
     if (digest := find_frame_digest(path)) is not None:
         return {"frame": digest}
-    marks = {key: str(info[key]) for key in ("ETag", "etag", "mtime", "generation", "LastModified") if info.get(key)}
+    marks = {
+        key: str(info[key])
+        for key in ("ETag", "etag", "mtime", "generation", "LastModified", "blob_id")
+        if info.get(key)
+    }
     return {"path": path, "size": int(info.get("size") or 0), **marks}

@@ -10,7 +10,9 @@ from huggingface_hub import HfFileSystem, constants
 
 from moebeam.jobs.run.launch import launch
 from moebeam.schemas.errors import InputPatternError
+from moebeam.schemas.job.input_section import InputSection
 from moebeam.schemas.store.file_mark import mark_now
+from moebeam.transforms.read.input_scan import scan_input
 from tests.support.jobs.jobs_for_tests import fake_job
 from tests.support.servers.hub_stand_in import REPO, serve_hub
 
@@ -47,6 +49,17 @@ def test_a_file_of_the_hub_that_changes_is_told_from_what_it_was(dataset: Path) 
     assert mark_now(path).is_same(before)
     (dataset / "README.md").write_text("no lines")
     assert not mark_now(path).is_same(before)
+
+
+def test_an_input_of_the_hub_that_changes_between_attempts_is_another_input(dataset: Path) -> None:
+    section = InputSection(path=f"hf://datasets/{REPO}/data/train-0.parquet")
+    before = scan_input(section).fingerprint
+    assert scan_input(section).fingerprint == before
+    source = dataset / "data" / "train-0.parquet"
+    content = source.read_bytes()
+    source.write_bytes(content.replace(b"printer", b"drawers"))
+    assert source.read_bytes() != content
+    assert scan_input(section).fingerprint != before
 
 
 def test_a_dataset_that_is_not_there_is_named(dataset: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
